@@ -1,0 +1,43 @@
+"""JSON from strangers: bounded in size, parts and depth, and no key twice."""
+
+from __future__ import annotations
+
+import json
+from typing import NoReturn
+
+from .facts import Malformed, printable
+
+MAX_BYTES = 32 << 20  # room for the header of more than 200,000 tensors
+MAX_PARTS = 3_000_000  # commas and brackets: what decides how much memory the parsed form takes
+
+
+def parse_object(raw: bytes, what: str) -> dict[str, object]:
+    """The JSON object in `raw`. `what` names it in messages, as in 'the header'.
+
+    Raises:
+        Malformed: it is too large, not UTF-8 JSON, not an object, nested too deeply, or has a key twice.
+    """
+    if len(raw) > MAX_BYTES or raw.count(b",") + raw.count(b"[") + raw.count(b"{") > MAX_PARTS:
+        raise Malformed(f"{what} is too large: {len(raw):,} bytes of JSON, more than any list of tensors needs")
+    try:
+        parsed = json.loads(raw, object_pairs_hook=_unique, parse_constant=_refuse)
+    except RecursionError:
+        raise Malformed(f"{what} is JSON nested too deeply") from None
+    except ValueError as error:  # also what is not UTF-8, and integers of thousands of digits
+        raise Malformed(f"{what} is not valid JSON ({printable(str(error), 80)})") from None
+    if not isinstance(parsed, dict):
+        raise Malformed(f"{what} is not a JSON object")
+    return parsed
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise Malformed(f"the key {printable(twice)!r} appears twice")
+    return found
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")

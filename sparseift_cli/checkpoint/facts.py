@@ -1,0 +1,170 @@
+"""What a checkpoint is, before any of its values are read. Plain data: no torch, no file handles."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from pathlib import Path
+
+from ..errors import CheckpointError, did_you_mean
+from .dtypes import BITS, is_integer
+
+LARGEST = 2**63 - 1  # no size in any format goes beyond a signed 64-bit integer
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "position_ids", "inv_freq", "masked_bias")
+
+
+class Malformed(Exception):
+    """What is wrong with a file, without its name: `open_checkpoint` puts that in front."""
+
+    def __init__(self, what: str, *, hint: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.hint = hint
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A run of bytes in a file. Tensors with the same storage share memory when PyTorch loads them."""
+
+    path: Path
+    offset: int  # of its first byte in the file
+    nbytes: int
+    big_endian: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor as the file describes it.
+
+    `stride` and `first` (the storage offset) count elements, as in PyTorch. `tied_to` names an earlier tensor that is
+    the very same memory. `buffer`: not a parameter, judged by name and element type (a state dict does not say).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    storage: Storage
+    stride: tuple[int, ...]
+    first: int = 0
+    tied_to: str | None = None
+    buffer: bool = False
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return (self.numel * BITS[self.dtype] + 7) // 8
+
+    @property
+    def contiguous(self) -> bool:
+        return self.numel == 0 or all(
+            size == 1 or a == b for size, a, b in zip(self.shape, self.stride, row_major(self.shape), strict=True)
+        )
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """First byte and the byte after the last one, counted from the start of the storage."""
+        begin = self.first * BITS[self.dtype] // 8
+        if self.numel == 0:
+            return begin, begin
+        last = self.first + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        return begin, ((last + 1) * BITS[self.dtype] + 7) // 8
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Something in the file that is not a tensor of the state dict: where it lies, its type, and its value if short."""
+
+    path: str
+    type: str
+    value: str | int | float | bool | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: what it holds and where. Tensor names are without `prefix`, which every one of them had."""
+
+    path: Path
+    format: str
+    files: tuple[Path, ...]
+    file_bytes: int
+    tensors: tuple[TensorInfo, ...]
+    nested_under: str | None = None
+    prefix: str = ""
+    other: tuple[Entry, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def _by_name(self) -> dict[str, TensorInfo]:
+        return {tensor.name: tensor for tensor in self.tensors}
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        """The tensor of that name. Raises CheckpointError when there is none."""
+        try:
+            return self._by_name[name]
+        except KeyError:
+            raise CheckpointError(
+                f"{self.path}: no tensor named {printable(name)!r}", hint=did_you_mean(name, self._by_name)
+            ) from None
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the parameters: buffers left out, tied tensors counted once."""
+        return sum(t.numel for t in self.tensors if not t.buffer and t.tied_to is None)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes that the tensors occupy, each byte counted once however many tensors share it."""
+        return sum(end - begin for begin, end in _merged((t.storage, *t.extent) for t in self.tensors))
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """How many tensors have each element type, the most common first."""
+        return dict(Counter(t.dtype for t in self.tensors).most_common())
+
+
+def row_major(shape: Iterable[int]) -> tuple[int, ...]:
+    """Strides, in elements, of a contiguous tensor: (2, 3, 4) -> (12, 4, 1)."""
+    strides: list[int] = []
+    step = 1
+    for size in reversed(tuple(shape)):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def looks_like_buffer(name: str, dtype: str, shape: tuple[int, ...]) -> bool:
+    """Is this state of the model rather than something trained? By the names and types that libraries use.
+
+    BatchNorm statistics, position ids, rotary frequencies, anything that is an integer, and the causal mask that
+    GPT-2 checkpoints carry as a 1 x 1 x n x n `attn.bias`.
+    """
+    if is_integer(dtype) or name.rpartition(".")[2] in BUFFERS:
+        return True
+    return name.endswith("attn.bias") and len(shape) == 4 and shape[:2] == (1, 1)
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """Text from a file that nobody here wrote, safe for a terminal: no control characters, no endless lines."""
+    clean = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[: limit + 1])
+    return clean if len(text) <= limit else clean[:limit] + "…"
+
+
+def _merged(spans: Iterable[tuple[Storage, int, int]]) -> Iterable[tuple[int, int]]:
+    """The union of byte spans, per storage, as disjoint spans."""
+    held: tuple[Storage, int, int] | None = None
+    for storage, begin, end in sorted(spans, key=lambda s: (str(s[0].path), s[0].offset, s[0].nbytes, s[1], s[2])):
+        if held and held[0] == storage and begin <= held[2]:
+            held = (storage, held[1], max(held[2], end))
+            continue
+        if held:
+            yield held[1:]
+        held = (storage, begin, end)
+    if held:
+        yield held[1:]

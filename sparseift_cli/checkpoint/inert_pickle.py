@@ -1,0 +1,284 @@
+"""A pickle read as a description: nothing is imported, nothing is called, nothing is built but plain containers.
+
+`pickle` is a program for a small stack machine whose GLOBAL and REDUCE instructions import and call whatever the file
+says. Here a global is only a name and a call only a record of its arguments; `Rules` decides which names may appear
+and what the harmless calls mean. That is stricter than `torch.load(weights_only=True)`, which does call the functions
+of its list (a `bytearray(1 << 40)` included), and it needs neither torch nor the tensors' data.
+Instructions as in the standard library's pickletools, protocols 0 to 5.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import IO, BinaryIO, Protocol, cast
+
+from .facts import Malformed, printable
+
+MAX_BYTES = 64 << 20
+MAX_INSTRUCTIONS = 2_000_000  # about 150 MB at the worst; a checkpoint of 10,000 tensors has half of it
+
+Key = str | int | float | bytes | bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Global:
+    """The name of a class or function: never the thing itself."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return printable(f"{self.module}.{self.name}", 100)
+
+
+@dataclass(slots=True, eq=False)
+class Opaque:
+    """An object that the file would have had built, left as the name of its kind."""
+
+    kind: str
+
+
+class Rules(Protocol):
+    """What the names in a pickle mean."""
+
+    def named(self, module: str, name: str) -> object:
+        """The value of a global. Raises Malformed for one that must not appear."""
+        ...
+
+    def called(self, function: object, args: Sequence[object]) -> object:
+        """What calling `function` (a value of `named`) would give. Raises Malformed for what must not be called."""
+        ...
+
+    def persistent(self, saved_id: object) -> object:
+        """What a persistent id stands for: torch keeps its storages outside the pickle."""
+        ...
+
+
+class Window:
+    """A file from where it stands, up to `limit` bytes: a length in the file can never ask for more than it holds."""
+
+    def __init__(self, file: BinaryIO, limit: int) -> None:
+        self._file = file
+        self.left = limit
+
+    def read(self, n: int) -> bytes:
+        return self._taken(self._file.read(min(n, self.left)))
+
+    def readline(self) -> bytes:
+        return self._taken(self._file.readline(self.left))
+
+    def _taken(self, data: bytes) -> bytes:
+        self.left -= len(data)
+        return data
+
+
+def read_pickle(window: Window, rules: Rules) -> object:
+    """The object that the next pickle in `window` describes; afterwards the file stands right behind it.
+
+    Raises:
+        Malformed: the pickle is damaged, too large, or holds something that `rules` does not let in.
+    """
+    machine = _Machine(rules)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # odd escapes in a damaged string
+            for done, (opcode, arg, _) in enumerate(pickletools.genops(cast("IO[bytes]", window))):
+                if done >= MAX_INSTRUCTIONS:
+                    raise Malformed(f"its pickle has more than {MAX_INSTRUCTIONS:,} instructions: no plain state dict")
+                machine.step(opcode.name, arg)
+        return machine.stack.pop()
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
+        if window.left == 0:
+            raise Malformed("its pickle is truncated, or larger than a state dict needs") from None
+        raise Malformed(f"its pickle is damaged ({printable(str(error), 60)})") from None
+
+
+class _Machine:
+    """The stack machine: `stack` is the part above the last mark."""
+
+    def __init__(self, rules: Rules) -> None:
+        self.rules = rules
+        self.stack: list[object] = []
+        self.marks: list[list[object]] = []
+        self.memo: dict[int, object] = {}
+
+    def step(self, name: str, arg: object) -> None:
+        if name in _LITERALS:
+            self.stack.append(arg)
+        elif name in _CONSTANTS:
+            self.stack.append(_CONSTANTS[name]())
+        elif name in _READS:
+            assert isinstance(arg, int)
+            self.stack.append(self.memo[arg])
+        elif name in _WRITES:
+            assert isinstance(arg, int)
+            self.memo[arg] = self.stack[-1]
+        elif name in _ACTIONS:
+            _ACTIONS[name](self)
+        elif name in ("GLOBAL", "INST"):
+            self._global(name, str(arg))
+        elif name == "PERSID":
+            self.stack.append(self.rules.persistent(arg))
+        elif name not in ("PROTO", "FRAME", "STOP"):
+            raise Malformed(f"its pickle uses the instruction {name}, which no state dict needs")
+
+    def popped_mark(self) -> list[object]:
+        items, self.stack = self.stack, self.marks.pop()
+        return items
+
+    def mark(self) -> None:
+        self.marks.append(self.stack)
+        self.stack = []
+
+    def pop(self) -> None:
+        if self.stack:
+            self.stack.pop()
+        else:
+            self.popped_mark()
+
+    def memoize(self) -> None:
+        self.memo[len(self.memo)] = self.stack[-1]
+
+    def fold(self, n: int) -> None:
+        """The top `n` values become one tuple."""
+        if len(self.stack) < n:
+            raise ValueError("the stack is empty")
+        self.stack[-n:] = [tuple(self.stack[-n:])]
+
+    def append(self) -> None:
+        self._extend([self.stack.pop()])
+
+    def appends(self) -> None:
+        self._extend(self.popped_mark())
+
+    def set_item(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._update([key, value])
+
+    def set_items(self) -> None:
+        self._update(self.popped_mark())
+
+    def make_dict(self) -> None:
+        items = self.popped_mark()
+        self.stack.append({})
+        self._update(items)
+
+    def make_list(self) -> None:
+        items = self.popped_mark()
+        self.stack.append(items)
+
+    def make_tuple(self) -> None:
+        items = self.popped_mark()
+        self.stack.append(tuple(items))
+
+    def make_set(self) -> None:
+        self.popped_mark()
+        self.stack.append(Opaque("frozenset"))
+
+    def add_items(self) -> None:
+        self.popped_mark()
+
+    def stack_global(self) -> None:
+        name, module = self.stack.pop(), self.stack.pop()
+        if not isinstance(name, str) or not isinstance(module, str):
+            raise TypeError("a global without a name")
+        self.stack.append(self.rules.named(module, name))
+
+    def reduce(self) -> None:
+        args, function = self.stack.pop(), self.stack.pop()
+        self.stack.append(self.rules.called(function, args if isinstance(args, tuple) else ()))
+
+    def new_with_keywords(self) -> None:
+        self.stack.pop()
+        self.reduce()
+
+    def obj(self) -> None:
+        function, *args = self.popped_mark()
+        self.stack.append(self.rules.called(function, args))
+
+    def build(self) -> None:
+        """The state of an object (a dict's attributes, say): of no interest here."""
+        self.stack.pop()
+        if not self.stack:
+            raise ValueError("the stack is empty")
+
+    def persistent(self) -> None:
+        self.stack.append(self.rules.persistent(self.stack.pop()))
+
+    def _global(self, opcode: str, arg: str) -> None:
+        args = self.popped_mark() if opcode == "INST" else None
+        module, _, name = arg.partition(" ")
+        found = self.rules.named(module, name)
+        self.stack.append(found if args is None else self.rules.called(found, args))
+
+    def _extend(self, items: list[object]) -> None:
+        target = self.stack[-1]
+        if isinstance(target, list):
+            target.extend(items)
+        elif not isinstance(target, Opaque):
+            raise TypeError("items for something that is no list")
+
+    def _update(self, items: list[object]) -> None:
+        target = self.stack[-1]
+        if len(items) % 2 or not isinstance(target, dict | Opaque):
+            raise TypeError("keys for something that is no dict")
+        if isinstance(target, dict):
+            for key, value in zip(items[::2], items[1::2], strict=True):
+                target[plain_key(key)] = value
+
+
+def plain_key(key: object) -> Key | tuple[Key, ...]:
+    """A key that is safe to hash: tuples nested a million deep would overflow the C stack of any Python."""
+    if isinstance(key, tuple) and all(isinstance(k, str | int | float | bytes | None) for k in key):
+        return key
+    if isinstance(key, str | int | float | bytes | None):
+        return key
+    if isinstance(key, Global | Opaque):
+        return str(key) if isinstance(key, Global) else key.kind
+    raise TypeError(f"a {type(key).__name__} as the key of a dict")
+
+
+_LITERALS = {
+    "INT", "LONG", "LONG1", "LONG4", "BININT", "BININT1", "BININT2", "FLOAT", "BINFLOAT",
+    "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
+    "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8",
+}  # fmt: skip
+_CONSTANTS: dict[str, Callable[[], object]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_DICT": dict,
+    "EMPTY_SET": lambda: Opaque("set"),
+}
+_READS = {"GET", "BINGET", "LONG_BINGET"}
+_WRITES = {"PUT", "BINPUT", "LONG_BINPUT"}
+_ACTIONS: dict[str, Callable[[_Machine], None]] = {
+    "MARK": _Machine.mark,
+    "POP": _Machine.pop,
+    "POP_MARK": lambda m: (m.popped_mark(), None)[1],
+    "DUP": lambda m: m.stack.append(m.stack[-1]),
+    "MEMOIZE": _Machine.memoize,
+    "TUPLE1": lambda m: m.fold(1),
+    "TUPLE2": lambda m: m.fold(2),
+    "TUPLE3": lambda m: m.fold(3),
+    "TUPLE": _Machine.make_tuple,
+    "LIST": _Machine.make_list,
+    "DICT": _Machine.make_dict,
+    "FROZENSET": _Machine.make_set,
+    "ADDITEMS": _Machine.add_items,
+    "APPEND": _Machine.append,
+    "APPENDS": _Machine.appends,
+    "SETITEM": _Machine.set_item,
+    "SETITEMS": _Machine.set_items,
+    "STACK_GLOBAL": _Machine.stack_global,
+    "REDUCE": _Machine.reduce,
+    "NEWOBJ": _Machine.reduce,
+    "NEWOBJ_EX": _Machine.new_with_keywords,
+    "OBJ": _Machine.obj,
+    "BUILD": _Machine.build,
+    "BINPERSID": _Machine.persistent,
+}

@@ -1,0 +1,184 @@
+"""The values of tensors, in tiles of bounded size: a tensor of any length costs the memory of one tile.
+
+Plain reads at known offsets, no memory map: a file that shrinks under a map kills the process; a short read does not.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from ..errors import CheckpointError
+from .dtypes import BITS, is_readable
+from .facts import Checkpoint, TensorInfo, printable
+
+if TYPE_CHECKING:
+    import torch
+
+TILE = 1 << 22  # elements read at a time
+ALIGN = 64  # tiles begin at multiples of this both ways: no block or group up to this size straddles two of them
+GATHER = 1 << 27  # bytes that one tile of an oddly strided tensor may reach over
+
+
+class Unreadable(Exception):
+    """Why the values of a tensor are not read, in a few words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A tensor as rows (its first dimension) by columns (all others): for a conv, output channels by inputs x taps.
+
+    A vector or a scalar is one row. A transposed matrix is read the way it lies in the file, with `swapped` set.
+    """
+
+    info: TensorInfo
+    rows: int
+    columns: int
+    taps: int = 1  # columns per input channel
+    swapped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """`values`, r x c, are rows [row, row + r) and columns [column, column + c) of a matrix."""
+
+    row: int
+    column: int
+    values: torch.Tensor
+
+
+def as_matrix(info: TensorInfo) -> Matrix:
+    """`info` as the matrix that a scan reads."""
+    shape, stride = info.shape, info.stride
+    if len(shape) < 2:
+        flat = replace(info, shape=(1, info.numel), stride=(info.numel, *(stride or (1,))))
+        return Matrix(flat, 1, info.numel)
+    if len(shape) == 2 and stride[0] < stride[1]:
+        return Matrix(replace(info, shape=shape[::-1], stride=stride[::-1]), shape[1], shape[0], swapped=True)
+    return Matrix(info, shape[0], prod(shape[1:]), prod(shape[2:]))
+
+
+def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """The whole tensor `name` (as in `checkpoint.tensors`), contiguous, in its own dtype.
+
+    Raises:
+        CheckpointError: no such tensor, a dtype that torch cannot hold, or the file has changed since it was opened.
+    """
+    info = checkpoint[name]
+    try:
+        with TensorReader() as reader:
+            return reader.read(info).contiguous()
+    except Unreadable as error:
+        where = printable(str(checkpoint.path))
+        raise CheckpointError(f"{where}: {printable(name)!r} cannot be read: {error}") from None
+
+
+class TensorReader:
+    """Reads from the files of checkpoints; keeps the last one open."""
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> TensorReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def read(self, info: TensorInfo) -> torch.Tensor:
+        """All of `info`, of any stride; the memory between its first and its last element is read in one piece."""
+        import torch
+
+        _check(info)
+        begin, end = info.extent
+        flat = self._elements(info, begin, end - begin)
+        return flat.reshape(info.shape) if info.contiguous else torch.as_strided(flat, info.shape, info.stride)
+
+    def tiles(self, matrix: Matrix) -> Iterator[Tile]:
+        """All of `matrix` in tiles of about TILE elements; where a tile has not all columns it has whole channels.
+
+        Raises:
+            Unreadable: the dtype or the stride does not allow reading it piece by piece.
+        """
+        rows, columns = matrix.rows, matrix.columns
+        if rows * columns == 0:
+            return
+        height = min(rows, ALIGN)
+        if height * columns <= TILE:
+            height = max(TILE // columns // ALIGN * ALIGN, height)
+            for row in range(0, rows, height):
+                yield Tile(row, 0, self._row_block(matrix, row, min(height, rows - row)))
+            return
+        if not matrix.info.contiguous:
+            raise Unreadable("its rows are too long for its stride")
+        channels = ALIGN * matrix.taps
+        unit = channels if channels * height <= TILE else 1
+        width = TILE // height // unit * unit
+        for row in range(0, rows, height):
+            for column in range(0, columns, width):
+                yield self._window(matrix, row, min(height, rows - row), column, min(width, columns - column))
+
+    def _row_block(self, matrix: Matrix, row: int, n: int) -> torch.Tensor:
+        info = matrix.info
+        part = replace(info, shape=(n, *info.shape[1:]), first=info.first + row * info.stride[0])
+        begin, end = part.extent
+        if end - begin > max(GATHER, part.nbytes):
+            raise Unreadable("its stride scatters a row over the whole file")
+        return self.read(part).reshape(n, matrix.columns)
+
+    def _window(self, matrix: Matrix, row: int, n: int, column: int, width: int) -> Tile:
+        """Part of each row of a contiguous matrix: one read per row."""
+        import torch
+
+        info = matrix.info
+        _check(info)
+        size = BITS[info.dtype] // 8
+        starts = (info.extent[0] + ((row + i) * matrix.columns + column) * size for i in range(n))
+        return Tile(row, column, torch.stack([self._elements(info, start, width * size) for start in starts]))
+
+    def _elements(self, info: TensorInfo, begin: int, nbytes: int) -> torch.Tensor:
+        """`nbytes` of the storage from byte `begin` on, as a flat tensor of the dtype of `info`."""
+        import torch
+
+        dtype: torch.dtype = getattr(torch, info.dtype)
+        if nbytes == 0:
+            return torch.empty(0, dtype=dtype)
+        raw = bytearray(nbytes)
+        self._fill(info, begin, raw)
+        if info.storage.big_endian != (sys.byteorder == "big"):
+            width = dtype.itemsize // (2 if dtype.is_complex else 1)
+            return torch.frombuffer(raw, dtype=torch.uint8).view(-1, width).flip(1).reshape(-1).view(dtype)
+        return torch.frombuffer(raw, dtype=dtype)
+
+    def _fill(self, info: TensorInfo, begin: int, raw: bytearray) -> None:
+        path = info.storage.path
+        try:
+            if self._path != path or self._file is None:
+                self._close()
+                self._path, self._file = path, path.open("rb", buffering=0)
+            self._file.seek(info.storage.offset + begin)
+            view, done = memoryview(raw), 0
+            while done < len(raw):
+                got = self._file.readinto(view[done:])  # pyright: ignore[reportAttributeAccessIssue]
+                if not got:
+                    raise CheckpointError(f"{printable(str(path))}: has become shorter while it was read")
+                done += got
+        except OSError as error:
+            raise CheckpointError(f"{printable(str(path))}: {error.strerror}") from None
+
+    def _close(self) -> None:
+        if self._file:
+            self._file.close()
+        self._path = self._file = None
+
+
+def _check(info: TensorInfo) -> None:
+    import torch
+
+    if not is_readable(info.dtype) or not hasattr(torch, info.dtype):
+        raise Unreadable(f"{info.dtype} values are not read")

@@ -1,0 +1,246 @@
+"""Which zoo model a checkpoint fits, by the names and shapes of its tensors alone.
+
+Libraries save the same model in slightly different clothes: a prefix more or less (`bert.`, `transformer.`), an output
+layer left out because it is tied to the embedding, causal masks and counters kept or not, LayerNorm's `gamma` and
+`beta` for weight and bias. These do not count as differences. A different head or a widened model does, and is named.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from typing import Literal
+
+Shapes = Mapping[str, Sequence[int]]
+Kind = Literal["exact", "resized", "contains", "partial"]
+
+_OPTIONAL = ("num_batches_tracked", "position_ids", "inv_freq", "masked_bias", "_extra_state")
+_OUTPUTS = {"lm_head", "decoder", "output", "embed_out"}
+_EMBEDDINGS = {"wte", "embed_tokens", "word_embeddings", "tok_embeddings"}
+_HEADS = {"fc", "linear", "classifier", "head", "heads", "output", "score", "logits"}
+_ANCHORS = 5  # names that are looked up to find a prefix
+_CANDIDATES = 4  # prefixes that are tried
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A tensor whose shape is not the model's."""
+
+    name: str
+    found: tuple[int, ...]
+    expected: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """How a checkpoint fits one model. Names are the model's, after taking `removed` off and putting `added` in front.
+
+    exact: every tensor in its shape; resized: every name, some in another shape; contains: the whole model and more;
+    partial: anything less. `missing` and `unexpected` leave out what may be absent or extra.
+    """
+
+    model: str
+    kind: Kind
+    removed: str
+    added: str
+    same: int
+    expected: int
+    differs: tuple[Difference, ...] = ()
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+
+    @property
+    def similarity(self) -> float:
+        """Tensors that agree in name and shape, as a share of all names on either side."""
+        return self.same / max(self._union, 1)
+
+    @property
+    def named(self) -> float:
+        """Tensors that agree in name, as a share of all names on either side."""
+        return (self.same + len(self.differs)) / max(self._union, 1)
+
+    @property
+    def _union(self) -> int:
+        return self.same + len(self.differs) + len(self.missing) + len(self.unexpected)
+
+    def resized_head(self) -> int | None:
+        """The number of classes, where the output layer is the only difference."""
+        return self._only_rows(_HEADS)
+
+    def resized_vocabulary(self) -> int | None:
+        """The size of the vocabulary, where the embedding (and what is tied to it) is the only difference."""
+        return self._only_rows(_EMBEDDINGS | _OUTPUTS)
+
+    def _only_rows(self, modules: set[str]) -> int | None:
+        sizes = {d.found[0] for d in self.differs if d.found and d.found[1:] == d.expected[1:]}
+        same_kind = all(set(d.name.split(".")[:-1]) & modules for d in self.differs)
+        rows_only = all(d.found and d.found[1:] == d.expected[1:] for d in self.differs)
+        return sizes.pop() if self.kind == "resized" and same_kind and rows_only and len(sizes) == 1 else None
+
+    def sentence(self) -> str:
+        """The match in one line for a person."""
+        return _sentence(self) + _prefixes(self)
+
+
+def recognise(tensors: Shapes, catalogue: Mapping[str, Shapes]) -> list[Match]:
+    """The models of `catalogue` that `tensors` fit, best first; empty when none does.
+
+    A partial match counts from half of all tensors in name and shape on, or four fifths of either the names or the
+    model's tensors.
+    """
+    matches = (_best(model, tensors, expected) for model, expected in catalogue.items())
+    fitting = [m for m in matches if m and _fits(m)]
+    return sorted(fitting, key=lambda m: (m.kind != "exact", -m.similarity, -m.named, m.model))
+
+
+def closest(tensors: Shapes, catalogue: Mapping[str, Shapes]) -> Match | None:
+    """The model with the most names in common, however few, for saying what nearly fits; None without any."""
+    matches = [_best(model, tensors, expected) for model, expected in catalogue.items()]
+    return max((m for m in matches if m and m.named), key=lambda m: (m.similarity, m.named), default=None)
+
+
+def load_catalogue() -> dict[str, Shapes]:
+    """State dict shapes of every zoo model, from the generated tables; empty where these are not built."""
+    parsed = {name: json.loads((_tables() / f"{name}.json").read_text("utf-8")) for name in table_names()}
+    return {name: table["state_dict"] for name, table in parsed.items() if "state_dict" in table}
+
+
+def table_names() -> list[str]:
+    """Names of the zoo models that have a generated table, without reading one."""
+    folder = _tables()
+    return (
+        sorted(f.name.removesuffix(".json") for f in folder.iterdir() if f.name.endswith(".json"))
+        if folder.is_dir()
+        else []
+    )
+
+
+def _tables() -> Traversable:
+    return files("sparseift_cli") / "zoo" / "tables"
+
+
+def _fits(match: Match) -> bool:
+    return (
+        match.kind in ("exact", "resized")
+        or match.similarity >= 0.5
+        or match.named >= 0.8
+        or match.same >= 0.8 * match.expected
+    )
+
+
+def _best(model: str, tensors: Shapes, expected: Shapes) -> Match | None:
+    """The best match over the prefixes that could be taken off or put in front."""
+    pairs = [
+        ("", ""),
+        *((p, "") for p in _candidates(tensors, expected)),
+        *(("", p) for p in _candidates(expected, tensors)),
+    ]
+    matches = [_compare(model, tensors, expected, removed, added) for removed, added in pairs]
+    return max((m for m in matches if m.same or m.differs), key=lambda m: (m.similarity, m.named), default=None)
+
+
+def _candidates(longer: Iterable[str], shorter: Iterable[str]) -> list[str]:
+    """What stands before names of `shorter` where they end names of `longer`, the most frequent first."""
+    names = [name for name in shorter if not name.endswith(_OPTIONAL)]
+    anchors = names[:: max(len(names) // _ANCHORS, 1)]
+    found = Counter(
+        name[: -len(a)] for name in longer for a in anchors if len(name) > len(a) and name.endswith("." + a)
+    )
+    return [prefix for prefix, _ in found.most_common(_CANDIDATES)]
+
+
+def _compare(model: str, tensors: Shapes, expected: Shapes, removed: str, added: str) -> Match:
+    renamed: dict[str, tuple[int, ...]] = {}
+    unexpected: list[str] = []
+    for name, shape in tensors.items():
+        new = _renamed(name, expected, removed, added)
+        if new in renamed:
+            unexpected.append(name)
+        else:
+            renamed[new] = tuple(shape)
+    common = [name for name in expected if name in renamed]
+    differs = tuple(Difference(n, renamed[n], tuple(expected[n])) for n in common if renamed[n] != tuple(expected[n]))
+    missing = tuple(n for n in expected if n not in renamed and not _may_lack(n, expected, renamed))
+    extra = [n for n in renamed if n not in expected and not _may_add(n, renamed)]
+    kind: Kind = "partial"
+    if not missing and not differs:
+        kind = "contains" if extra or unexpected else "exact"
+    elif not missing and not extra and not unexpected:
+        kind = "resized"
+    same = len(common) - len(differs)
+    return Match(model, kind, removed, added, same, len(expected), differs, missing, (*extra, *unexpected))
+
+
+def _renamed(name: str, expected: Shapes, removed: str, added: str) -> str:
+    new = name.removeprefix(removed)
+    for candidate in _spellings(new):
+        if added + candidate in expected:
+            return added + candidate
+        if candidate in expected:
+            return candidate
+    return new
+
+
+def _spellings(name: str) -> Iterator[str]:
+    """The name, and what older libraries called it."""
+    yield name
+    if name.endswith(".gamma"):
+        yield name.removesuffix("gamma") + "weight"
+    if name.endswith(".beta"):
+        yield name.removesuffix("beta") + "bias"
+
+
+def _may_lack(name: str, expected: Shapes, renamed: Shapes) -> bool:
+    """May a checkpoint leave this tensor out? Counters, and an output layer that is the embedding once more."""
+    if name.endswith(_OPTIONAL):
+        return True
+    return _module(name) in _OUTPUTS and any(
+        _module(n) in _EMBEDDINGS for n in _same_shape(name, expected) & renamed.keys()
+    )
+
+
+def _may_add(name: str, renamed: Shapes) -> bool:
+    """May a checkpoint hold this besides the model? Counters, GPT-2's causal masks, an output tied to the embedding."""
+    if name.endswith(_OPTIONAL) or (name.endswith("attn.bias") and len(renamed[name]) == 4):
+        return True
+    return _module(name) in _OUTPUTS and any(_module(n) in _EMBEDDINGS for n in _same_shape(name, renamed))
+
+
+def _same_shape(name: str, shapes: Shapes) -> set[str]:
+    """The other names with the shape of `name`."""
+    return {n for n, shape in shapes.items() if n != name and tuple(shape) == tuple(shapes[name])}
+
+
+def _module(name: str) -> str:
+    """The last module in a name: 'transformer.wte.weight' -> 'wte'; empty for anything that is no weight."""
+    path, _, last = name.rpartition(".")
+    return path.rpartition(".")[2] if last == "weight" else ""
+
+
+def _sentence(match: Match) -> str:
+    if match.kind == "exact":
+        return f"{match.model}, exactly"
+    if match.kind == "contains":
+        return f"all of {match.model}, and {len(match.unexpected)} other tensors"
+    if (classes := match.resized_head()) is not None:
+        return f"{match.model} with {classes:,} classes"
+    if (words := match.resized_vocabulary()) is not None:
+        return f"{match.model} with a vocabulary of {words:,}"
+    if match.kind == "resized":
+        d = match.differs[0]
+        shapes = f"{'x'.join(map(str, d.found))} for {'x'.join(map(str, d.expected))}"
+        return (
+            f"{match.model} with other sizes in {len(match.differs)} of {match.expected} tensors ({d.name}: {shapes})"
+        )
+    agree = f"{match.same} of {match.expected} tensors of {match.model}"
+    rest = ((match.differs, "of another shape"), (match.missing, "missing"), (match.unexpected, "not of the model"))
+    return ", ".join([agree, *(f"{len(found)} {what}" for found, what in rest if found)])
+
+
+def _prefixes(match: Match) -> str:
+    taken = f" (without the prefix {match.removed!r})" if match.removed else ""
+    return taken + (f" (its names there begin with {match.added!r})" if match.added else "")

@@ -1,0 +1,160 @@
+"""Find the state dict in what a training script saved, and say what else was there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from ..errors import did_you_mean
+from .facts import Entry, Malformed, printable
+from .inert_pickle import Global, Opaque
+from .torch_rules import PickledTensor
+
+# Where training scripts put their weights, the likeliest first. A moving average is the second choice: it is a copy.
+USUAL_KEYS = (
+    "state_dict", "model_state_dict", "model", "module", "net", "network", "params", "weights", "student", "generator",
+    "", "teacher", "model_ema", "ema_state_dict", "state_dict_ema", "params_ema", "ema",
+)  # fmt: skip
+_NOT_WEIGHTS = ("optim", "scheduler", "scaler", "rng", "callbacks", "loops")
+_DEPTH = 3
+_MAX_DICTS = 10_000
+
+# Put in front of every name by a wrapper or by the attribute that holds the model.
+WRAPPERS = (
+    "module.", "_orig_mod.", "_fsdp_wrapped_module.", "_forward_module.",
+    "model.", "net.", "network.", "transformer.", "backbone.", "student.",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The tensors of the state dict by name, the keys that lead to it, and everything else."""
+
+    tensors: dict[str, PickledTensor]
+    nested_under: str | None
+    other: tuple[Entry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    keys: tuple[str, ...]
+    mapping: dict[object, object]
+    tensors: int
+
+    @property
+    def path(self) -> str:
+        return ".".join(self.keys)
+
+
+def find_state_dict(root: object, key: str | None = None) -> Found:
+    """The state dict in `root`, or the one at the dotted path `key`.
+
+    Raises:
+        Malformed: there is none, or none at `key`.
+    """
+    if isinstance(root, PickledTensor):
+        return Found({"tensor": root}, None, ())
+    if isinstance(root, list | tuple):
+        root = {str(i): value for i, value in enumerate(root)}
+    if not isinstance(root, dict):
+        raise Malformed(f"holds {describe(root).type}, not a state dict")
+    root = cast("dict[object, object]", root)
+    candidates = list(_candidates(root))
+    chosen = _chosen(candidates, key)
+    tensors: dict[str, PickledTensor] = {}
+    for name, value in chosen.mapping.items():
+        if isinstance(value, PickledTensor):
+            if str(name) in tensors:
+                raise Malformed(f"two tensors are named {printable(str(name))!r}")
+            tensors[str(name)] = value
+    return Found(tensors, chosen.path or None, tuple(_others(root, chosen)))
+
+
+def strip_prefix(names: Sequence[str]) -> str:
+    """The wrapper prefix that every name has: `module.`, or several (`module._orig_mod.`); else an empty string."""
+    prefix = ""
+    while names:
+        new = next((w for w in WRAPPERS if all(n.startswith(prefix + w) and n != prefix + w for n in names)), None)
+        if new is None:
+            break
+        prefix += new
+    return prefix
+
+
+def describe(value: object, path: str = "") -> Entry:
+    """One entry of a checkpoint in a few words; its value too where that is one short thing."""
+    match value:
+        case PickledTensor():
+            return Entry(path, f"{value.dtype} tensor {list(value.shape)}")
+        case dict():
+            tensors = sum(isinstance(v, PickledTensor) for v in value.values())
+            return Entry(path, f"dict of {len(value)}" + (f", {tensors} tensors" if tensors else ""))
+        case list() | tuple():
+            return Entry(path, f"{type(value).__name__} of {len(value)}")
+        case Opaque():
+            return Entry(path, value.kind)
+        case Global():
+            return Entry(path, str(value))
+        case str():
+            return Entry(path, "str", printable(value, 80))
+        case bytes() | bytearray():
+            return Entry(path, f"{len(value):,} bytes")
+        case float() if not math.isfinite(value):
+            return Entry(path, "float", str(value))
+        case int() if value.bit_length() > 64:
+            return Entry(path, "int", f"of {value.bit_length():,} bits")
+        case None | bool() | int() | float():
+            return Entry(path, "None" if value is None else type(value).__name__, value)
+        case _:
+            return Entry(path, "a storage without a tensor")
+
+
+def _candidates(root: dict[object, object]) -> Iterator[_Candidate]:
+    """Every dict with tensors in it that string keys lead to, a few levels deep; each dict once."""
+    waiting: list[tuple[tuple[str, ...], dict[object, object]]] = [((), root)]
+    seen = {id(root)}
+    while waiting and len(seen) < _MAX_DICTS:
+        keys, mapping = waiting.pop(0)
+        tensors = sum(isinstance(value, PickledTensor) for value in mapping.values())
+        if tensors:
+            yield _Candidate(keys, mapping, tensors)
+        for name, value in mapping.items():
+            if not isinstance(value, dict) or not isinstance(name, str) or id(value) in seen or len(keys) == _DEPTH:
+                continue
+            if not any(word in name.lower() for word in _NOT_WEIGHTS):
+                seen.add(id(value))
+                waiting.append(((*keys, name), value))
+
+
+def _chosen(candidates: Sequence[_Candidate], key: str | None) -> _Candidate:
+    if not candidates:
+        raise Malformed("holds no tensors in any dict", hint="a state dict maps names to tensors")
+    if key is not None:
+        named = {candidate.path: candidate for candidate in candidates}
+        if key not in named:
+            paths = ", ".join(printable(path or "(the top)", 40) for path in list(named)[:6])
+            raise Malformed(f"no state dict at {key!r}; there is {paths}", hint=did_you_mean(key, named))
+        return named[key]
+    most = max(candidate.tensors for candidate in candidates)
+    return min((c for c in candidates if 2 * c.tensors >= most), key=_preference)
+
+
+def _preference(candidate: _Candidate) -> tuple[int, int]:
+    last = candidate.keys[-1] if candidate.keys else ""
+    rank = USUAL_KEYS.index(last) if last in USUAL_KEYS else USUAL_KEYS.index("")
+    return rank, -candidate.tensors
+
+
+def _others(root: dict[object, object], chosen: _Candidate) -> Iterator[Entry]:
+    """What lies beside the path to the state dict, level by level, and what in the state dict is no tensor."""
+    level: object = root
+    for depth in range(len(chosen.keys) + 1):
+        assert isinstance(level, dict)
+        onward = chosen.keys[depth] if depth < len(chosen.keys) else None
+        for name, value in level.items():
+            if name == onward or (onward is None and isinstance(value, PickledTensor)):
+                continue
+            yield describe(value, printable(".".join((*chosen.keys[:depth], str(name)))))
+        level = level.get(onward)

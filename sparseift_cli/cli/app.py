@@ -1,0 +1,57 @@
+"""The `sparseift` command: one thin file per subcommand, every heavy import inside the function that needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from ..errors import SparseiftError
+from . import flops, inspect
+
+app = typer.Typer(
+    name="sparseift",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Sparse Iso-FLOP Transformations: larger, sparse layers at the FLOPs of the dense ones, audited to the MAC.",
+)
+app.command("flops", help=flops.HELP)(flops.flops)
+app.command("inspect", help=inspect.HELP)(inspect.inspect)
+
+debugging = False
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    global debugging
+    debugging = debug
+    if version:
+        print(f"sparseift {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point of the script: every error the user can act on is two lines on stderr and the right exit code."""
+    try:
+        app()
+    except SparseiftError as error:
+        if debugging:
+            raise
+        print(f"sparseift: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"  hint: {error.hint}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `sparseift flops ... | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

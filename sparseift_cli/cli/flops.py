@@ -1,0 +1,153 @@
+"""`sparseift flops`: the signature and the order of work; the tables are in flops_view.py, the gates in gates.py."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import options
+from .formats import Format
+
+if TYPE_CHECKING:
+    from ..audit import Audit
+    from ..source import Request
+    from ..spec import TrainingSpec, TransformSpec
+    from ..table import LayerTable
+
+HELP = """Count a model's FLOPs exactly, dense and transformed, layer by layer.
+
+Examples:
+
+  sparseift flops resnet18 --sparsity 0.9
+
+  sparseift flops gpt3-small --sparsity 0.5,0.75,0.9 --match model
+
+  sparseift flops my_package.models:make_net --input 3x32x32 --sparsity 0.75 --transform parallel
+
+  sparseift flops resnet18 -s 0.9 --match model --max-flops-ratio 1.0 --summary      # exit 1 above the budget
+"""
+
+
+def flops(
+    source: options.Source,
+    transform: options.Transform = None,
+    sparsity: options.Sparsity = None,
+    match: Annotated[
+        str | None, typer.Option(help="Hold iso-FLOP: layer, model, train, or off.", show_default="layer")
+    ] = None,
+    scope: options.Scope = None,
+    algorithm: Annotated[
+        str | None,
+        typer.Option(help="Training FLOPs of: dense, static, set, snfs, rigl, gmp, granet.", show_default="static"),
+    ] = None,
+    delta_t: Annotated[int | None, typer.Option(help="Steps between mask updates.", show_default="100")] = None,
+    stop: Annotated[str | None, typer.Option(help="Part of the run after which masks stay.", show_default="0.75")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the run; without it its long-run mean.")] = None,
+    recompute: Annotated[bool, typer.Option(help="Activation checkpointing: a second forward per step.")] = False,
+    causal: Annotated[str, typer.Option(help="Causal attention counted full, half or exact.")] = "full",
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    width_multiple: Annotated[int | None, typer.Option(help="Round widths to this multiple.", show_default="1")] = None,
+    base_width: Annotated[int | None, typer.Option(help="New width of the stem; all others keep their proportion.")] = None,
+    heads: Annotated[str | None, typer.Option(help="scale_dim or scale_count.", show_default="scale_dim")] = None,
+    depthwise: Annotated[str | None, typer.Option(help="Depthwise convs stay dense, or sparse.", show_default="dense")] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="unstructured, N:M (2:4) or blocks (4x4).", show_default="unstructured")
+    ] = None,
+    distribution: Annotated[str | None, typer.Option(help="uniform, er or erk.", show_default="uniform")] = None,
+    num_classes: options.NumClasses = None,
+    input_shape: options.Input = None,
+    batch: options.Batch = 1,
+    seq: options.Seq = None,
+    depth: Annotated[int | None, typer.Option(help="Fold rows into modules N names deep.")] = None,
+    sort: Annotated[str | None, typer.Option(help="Sort rows: name, dense_macs, transformed_macs, ratio, nnz.")] = None,
+    summary: Annotated[bool, typer.Option("--summary", help="Totals only.")] = False,
+    max_flops_ratio: Annotated[float | None, typer.Option(help="Exit 1 if the whole model exceeds this ratio.")] = None,
+    max_layer_ratio: Annotated[float | None, typer.Option(help="Exit 1 if a transformed row exceeds this ratio.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Count again with fvcore on real tensors.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 1 if an op could not be counted.")] = False,
+    fmt: options.FormatOption = Format.table,
+    json: options.Json = False,
+    output: options.Output = None,
+) -> None:
+    from ..errors import UsageError
+    from ..source import Request, load_table, parse_input, resolve
+
+    fmt = Format.json if json else fmt
+    request, recipe = resolve(Request(source, num_classes, parse_input(input_shape), seq, batch))
+    given: dict[str, Any] = dict(recipe.transform) if recipe else {}
+    transform_options = {
+        "member": transform, "match": match, "scope": scope, "width_multiple": width_multiple, "base_width": base_width,
+        "heads": heads, "depthwise": depthwise, "pattern": pattern, "distribution": distribution,
+        "include": tuple(include) if include else None, "exclude": tuple(exclude) if exclude else None,
+    }  # fmt: skip
+    given |= {k: v for k, v in transform_options.items() if v is not None}
+    sparsities = [s.strip() for s in sparsity.split(",")] if sparsity else [given["sparsity"]] if "sparsity" in given else []
+    if given and not sparsities:
+        raise UsageError("a transform needs its sparsity", hint="add --sparsity 0.9, or a list: --sparsity 0.5,0.75,0.9")
+    specs = [_spec(given | {"sparsity": s}) for s in sparsities]
+    training = _training(
+        recipe.training if recipe else {},
+        {"algorithm": algorithm, "delta_t": delta_t, "stop": stop, "steps": steps, "recompute": recompute or None},
+    )
+    table = load_table(request)
+    if len(specs) > 1:
+        _compare(table, specs, training, causal, fmt, output, max_flops_ratio, max_layer_ratio)
+        return
+    from ..audit import audit
+    from . import flops_view, gates
+
+    result = audit(table, specs[0] if specs else None, training, causal=causal)
+    crosscheck = _verify(request, table) if verify else None
+    problems = gates.check(result, max_flops_ratio, max_layer_ratio, strict=strict)
+    if crosscheck is not None and not crosscheck.agree:
+        problems.append(gates.Problem(None, crosscheck.verdict))
+    if fmt is Format.github:
+        gates.annotate(result, problems, output)
+    else:
+        flops_view.show(result, fmt, output, depth=depth, sort=sort, summary=summary, crosscheck=crosscheck)
+    gates.stop_on(problems)
+
+
+def _spec(given: dict[str, Any]) -> TransformSpec:
+    from ..spec import TransformSpec, member_named
+
+    return TransformSpec(**(given | {"member": member_named(given.get("member", "wide"))}))
+
+
+def _training(recipe: dict[str, Any], given: dict[str, Any]) -> TrainingSpec:
+    from ..spec import TrainingSpec
+
+    return TrainingSpec(**(recipe | {k: v for k, v in given.items() if v is not None}))
+
+
+def _compare(table: LayerTable, specs: list[TransformSpec], training: TrainingSpec, causal: str, fmt: Format, output: Any,
+             max_flops_ratio: float | None, max_layer_ratio: float | None) -> None:  # fmt: skip
+    """One line per sparsity; a sparsity that cannot be matched says so in its line, and the command exits 1."""
+    from ..audit import audit
+    from ..errors import CheckFailed
+    from . import flops_view, gates
+
+    results: list[tuple[str, Audit | CheckFailed]] = []
+    problems: list[gates.Problem] = []
+    for spec in specs:
+        try:
+            result = audit(table, spec, training, causal=causal)
+            problems += gates.check(result, max_flops_ratio, max_layer_ratio, prefix=f"sparsity {spec.sparsity}: ")
+            results.append((spec.sparsity, result))
+        except CheckFailed as error:
+            problems.append(gates.Problem(None, error.message))
+            results.append((spec.sparsity, error))
+    if fmt is Format.github:
+        gates.annotate(results[0][1], problems, output)
+    else:
+        flops_view.compare(table, results, training, causal, fmt, output)
+    gates.stop_on(problems)
+
+
+def _verify(request: Request, table: LayerTable) -> Any:
+    from ..crosscheck import crosscheck
+    from ..source import build
+
+    return crosscheck(lambda: build(request, device="cpu"), table)

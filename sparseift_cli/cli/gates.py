@@ -1,0 +1,73 @@
+"""Gates for CI: which numbers broke a limit, as lines for people or as annotations for GitHub."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..audit import Audit
+from ..errors import CheckFailed
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One broken limit; `layer` is the row that broke it, if it was a row."""
+
+    layer: str | None
+    message: str
+
+
+def check(result: Audit, max_flops_ratio: float | None, max_layer_ratio: float | None, *,
+          strict: bool = False, prefix: str = "") -> list[Problem]:  # fmt: skip
+    """Everything the gates object to. Without a transform the ratios are 1."""
+    problems = []
+    ratio = result.forward_ratio
+    if max_flops_ratio is not None and ratio is not None and ratio > max_flops_ratio:
+        owners = ", ".join(f"{who} {macs:+,}" for who, macs in result.owners().items())
+        problems.append(
+            Problem(None, f"{prefix}the model costs {float(ratio):.6f}x its dense FLOPs, above {max_flops_ratio} (MACs by owner: {owners})")
+        )
+    for row in result.plan.layers if result.plan and max_layer_ratio is not None else ():
+        if row.status == "transformed" and max_layer_ratio is not None and row.macs > max_layer_ratio * row.dense_macs:
+            problems.append(
+                Problem(row.layer.name, f"{prefix}layer {row.layer.name} costs {row.macs / row.dense_macs:.6f}x its dense MACs, "
+                        f"above {max_layer_ratio}")  # fmt: skip
+            )
+    if strict and result.table.uncounted:
+        problems.append(Problem(None, f"{prefix}uncounted ops: {', '.join(result.table.uncounted)}"))
+    return problems
+
+
+def stop_on(problems: list[Problem]) -> None:
+    """Exit 1 with every problem on stderr.
+
+    Raises:
+        CheckFailed: there is one.
+    """
+    if problems:
+        raise CheckFailed("\n  ".join(["a check said no:", *(p.message for p in problems)]))
+
+
+def annotate(result: Any, problems: list[Problem], output: Path | None) -> None:
+    """GitHub workflow commands: an error per problem, else one notice with the ratio."""
+    from .output import write_whole
+
+    if problems:
+        lines = [f"::error title=sparseift flops::{_escape(p.message)}" for p in problems]
+    elif isinstance(result, Audit):
+        ratio = result.forward_ratio
+        what = f"{2 * result.dense.forward_macs:,} FLOPs dense" + ("" if ratio is None else f", {float(ratio):.6f}x transformed")
+        lines = [f"::notice title=sparseift flops::{_escape(f'{result.table.model}: {what}')}"]
+    else:
+        lines = []
+    text = "".join(line + "\n" for line in lines)
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        write_whole(output, text)
+
+
+def _escape(text: str) -> str:
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")

@@ -1,0 +1,129 @@
+"""`sparseift inspect` of a model: its layers, their roles, its widths, and what each member would touch and why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..audit import audit, row_json, rows
+from ..errors import SparseiftError, UsageError
+from ..layer_plan import LayerPlan
+from ..plan import make_plan
+from ..source import Request, load_table, parse_input, resolve
+from ..spec import MEMBERS, TransformSpec, member_named
+from ..table import LayerTable
+from ..widths import solve
+from .flops_view import fold, shape_text, sorted_entries
+from .formats import Format
+from .output import Column, Sheet, integer, render
+
+SCHEMA = "sparseift.inspect-model/1"
+DEFAULT_SPARSITY = "0.75"
+
+
+def inspect_model(source: str, *, why: bool, transform: str | None, sparsity: str | None, scope: str | None,
+                  include: tuple[str, ...], exclude: tuple[str, ...], input_: str | None, batch: int | None, seq: int | None,
+                  num_classes: int | None, depth: int | None, sort: str | None, fmt: Format, output: Path | None) -> None:  # fmt: skip
+    """Print the layers of a model; with `why` one column per member says what it would do to each layer."""
+    request, recipe = resolve(Request(source, num_classes, parse_input(input_), seq, batch or 1))
+    if not why and (transform or sparsity or scope or include or exclude):
+        raise UsageError("--transform, --sparsity, --scope, --include and --exclude say what to explain",
+                         hint="add --why, or use sparseift flops for the numbers")  # fmt: skip
+    table = load_table(request)
+    given = dict(recipe.transform) if recipe else {}
+    asked = member_named(transform) if transform else given.get("member") if recipe else None
+    members = [asked] if asked else list(MEMBERS)
+    options: dict[str, Any] = given | {"sparsity": sparsity or given.get("sparsity", DEFAULT_SPARSITY)}
+    options |= {k: v for k, v in {"scope": scope, "include": include, "exclude": exclude}.items() if v}
+    result = audit(table)
+    entries = [row_json(row) | {"shape": shape_text(row, result)} for row in rows(result)]
+    notes = _notes(table)
+    if why:
+        for member in members:
+            notes += _explain(table, entries, TransformSpec(**(options | {"member": member})))
+    entries = fold(entries, depth) if depth is not None else entries
+    entries = sorted_entries(entries, sort) if sort else entries
+    sheets = [_layers(table, entries, members if why else [], notes)]
+    if fmt is not Format.csv:
+        sheets.append(_widths(table))
+    payload = {
+        "schema": SCHEMA,
+        "model": table.model,
+        "input": list(table.input),
+        "forward_macs": table.macs,
+        "params": table.params,
+        "layers": entries,
+        "widths": sheets[1].rows if len(sheets) > 1 else [],
+        "uncounted": list(table.uncounted),
+        "notes": notes,
+    }
+    render(sheets, payload, fmt, output)
+
+
+def _explain(table: LayerTable, entries: list[dict[str, Any]], spec: TransformSpec) -> list[str]:
+    """Put what a member does to each layer under its name; the notes if it refuses the whole model."""
+    name = spec.member.removeprefix("sparse_")
+    try:
+        plan = make_plan(table, spec)
+    except SparseiftError as error:
+        return [f"{name}: {error.message}"]
+    for entry, row in zip(entries, plan.layers, strict=True):
+        entry[name] = _does(row)
+    touched = sum(row.dense_macs for row in plan.layers if row.status == "transformed")
+    count = sum(row.status == "transformed" for row in plan.layers)
+    return [f"{name} at sparsity {spec.sparsity} transforms {count} layers with {100 * touched / table.macs:.2f} % of the MACs."]
+
+
+def _does(row: LayerPlan) -> str:
+    if row.status != "transformed":
+        return f"no: {row.reason}"
+    if row.detail:
+        return f"yes: {row.detail}"
+    shape = row.parts[0].shape
+    return f"yes: {shape.inputs}>{shape.outputs}, density {float(row.density):.4f}"
+
+
+def _layers(table: LayerTable, entries: list[dict[str, Any]], members: list[str], notes: list[str]) -> Sheet:
+    columns = [
+        Column("name", "layer"),
+        Column("kind", "kind", priority=2),
+        Column("role", "role", priority=1),
+        Column("shape", "shape", priority=3),
+        Column("dense_macs", "MACs", integer, right=True),
+        Column("params", "parameters", integer, right=True, priority=3),
+    ]
+    columns += [Column(m.removeprefix("sparse_"), m.removeprefix("sparse_"), priority=4) for m in members]
+    if not members:
+        columns.append(Column("reason", "note", priority=4))
+    title = f"{table.model}, input {'x'.join(map(str, table.input))}: {table.macs:,} MACs, {table.params:,} parameters"
+    return Sheet(title, columns, entries, notes)
+
+
+def _notes(table: LayerTable) -> list[str]:
+    notes = []
+    if table.untraceable:
+        notes.append(f"Widths unknown: {table.untraceable}.")
+    if table.uncounted:
+        notes.append(f"Not counted: {', '.join(table.uncounted)}.")
+    return notes
+
+
+def _widths(table: LayerTable) -> Sheet:
+    """The free widths: what Sparse Wide may choose, and how many dims follow each."""
+    solution = solve(table.widths, table.equations)
+    entries = []
+    for free in solution.free:
+        followers = [i for i in range(len(table.widths)) if free.id in solution.affine[i]]
+        width = table.widths[free.id]
+        shared = [what for what, flag in (("residual", any(table.widths[i].residual for i in followers)),
+                                          ("attention", any(table.widths[i].attention for i in followers))) if flag]  # fmt: skip
+        entries.append({"name": width.name or free.id, "size": free.size, "step": free.step, "follow": len(followers) - 1,
+                        "shared": " ".join(shared)})  # fmt: skip
+    columns = [
+        Column("name", "free width"),
+        Column("size", "size", integer, right=True),
+        Column("step", "moves in steps of", integer, right=True, priority=1),
+        Column("follow", "widths that follow", integer, right=True, priority=1),
+        Column("shared", "shared by"),
+    ]
+    return Sheet("Widths", columns, entries)

@@ -1,0 +1,181 @@
+"""One way out for every reading command: the same rows as a rich table, JSON, CSV or Markdown.
+
+stdout carries the result and nothing else. A `Sheet` holds raw values; a `Column` knows how a person reads them. On a
+terminal too narrow for every column the least important ones are left out and named, so no number is ever cut; through
+a pipe nothing is left out.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..errors import UsageError
+from .formats import Format
+
+PIPE_WIDTH = 10_000  # rich would cut tables at 80 columns where there is no terminal
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column: `key` into each row, how to show a value, and how soon it gives way on a narrow terminal."""
+
+    key: str
+    header: str
+    show: Callable[[Any], str] = str
+    right: bool = False
+    priority: int = 0  # the highest goes first
+    style: Callable[[Any], str] | None = None
+
+
+@dataclass(slots=True)
+class Sheet:
+    """Rows of raw values under columns, with a title above and notes below."""
+
+    title: str
+    columns: Sequence[Column]
+    rows: Sequence[Mapping[str, Any]]
+    notes: Sequence[str] = field(default_factory=list)
+
+    def cells(self) -> list[list[str]]:
+        """Every cell as a person reads it; None is an empty cell."""
+        return [["" if (v := row.get(c.key)) is None else c.show(v) for c in self.columns] for row in self.rows]
+
+
+def integer(value: int) -> str:
+    """1814073344 -> '1,814,073,344'."""
+    return f"{value:,}"
+
+
+def ratio(value: float) -> str:
+    """A ratio to five decimals, as the reference points are given."""
+    return f"{value:.5f}"
+
+
+def make_console(stream: Any = None) -> Console:
+    """The only place that makes a Console: a terminal's own width, or no limit through a pipe. Honours NO_COLOR."""
+    stream = stream or sys.stdout
+    width = None if stream.isatty() else PIPE_WIDTH
+    return Console(file=stream, width=width, highlight=False, soft_wrap=not stream.isatty())
+
+
+def render(sheets: Sequence[Sheet], payload: Mapping[str, Any], fmt: Format, output: Path | None = None) -> None:
+    """Print `sheets` (or `payload` as JSON) to stdout, or write them whole to `output`.
+
+    Raises:
+        UsageError: `output` cannot be written.
+    """
+    if output is None and fmt is Format.table:
+        console = make_console()
+        for sheet in sheets:
+            _print_table(console, sheet)
+        return
+    text = as_text(sheets, payload, fmt)
+    if output is None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    else:
+        write_whole(output, text)
+
+
+def as_text(sheets: Sequence[Sheet], payload: Mapping[str, Any], fmt: Format) -> str:
+    """The result as one string in the wanted format."""
+    if fmt is Format.json:
+        return json.dumps(payload, indent=1) + "\n"
+    if fmt is Format.csv:
+        return "\n".join(_csv(s) for s in sheets)
+    if fmt is Format.md:
+        return "\n".join(_markdown(s) for s in sheets)
+    buffer = io.StringIO()
+    console = make_console(buffer)
+    for sheet in sheets:
+        _print_table(console, sheet)
+    return buffer.getvalue()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `path` in one step: a reader sees the old file or the new one, never half of it."""
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                stream.write(text)
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(temporary, 0o666 & ~mask)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}", hint="give --output a writable file path") from None
+
+
+def _print_table(console: Console, sheet: Sheet) -> None:
+    cells = sheet.cells()
+    widths = [max([len(c.header), *(len(row[i]) for row in cells)]) for i, c in enumerate(sheet.columns)]
+    kept, left_out = _fit(sheet.columns, widths, console.width)
+    table = Table(title=sheet.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for i in kept:
+        column = sheet.columns[i]
+        table.add_column(
+            column.header, justify="right" if column.right else "left", no_wrap=True, width=min(widths[i], console.width)
+        )
+    for row, shown in zip(sheet.rows, cells, strict=True):
+        table.add_row(*(_styled(sheet.columns[i], row, shown[i]) for i in kept))
+    console.print(table)
+    for note in sheet.notes:
+        console.print(Text(note))
+    if left_out:
+        names = ", ".join(sheet.columns[i].header for i in left_out)
+        console.print(Text(f"left out on this narrow terminal: {names} (widen it, or --format csv|json|md)", style="dim"))
+
+
+def _styled(column: Column, row: Mapping[str, Any], shown: str) -> Text:
+    return Text(shown, style=column.style(row.get(column.key)) if column.style and shown else "")
+
+
+def _fit(columns: Sequence[Column], widths: Sequence[int], limit: int) -> tuple[list[int], list[int]]:
+    """The columns that fit into `limit` characters, and those left out: highest priority number first, then rightmost."""
+    kept = list(range(len(columns)))
+    left_out: list[int] = []
+    while sum(widths[i] + 2 for i in kept) > limit:
+        candidates = [i for i in kept if columns[i].priority > 0]
+        if not candidates:
+            break
+        worst = max(candidates, key=lambda i: (columns[i].priority, i))
+        kept.remove(worst)
+        left_out.append(worst)
+    return kept, sorted(left_out)
+
+
+def _csv(sheet: Sheet) -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(c.key for c in sheet.columns)
+    for row in sheet.rows:
+        writer.writerow("" if (v := row.get(c.key)) is None else v for c in sheet.columns)
+    return buffer.getvalue()
+
+
+def _markdown(sheet: Sheet) -> str:
+    lines = [f"**{sheet.title}**", ""]
+    lines.append("| " + " | ".join(c.header for c in sheet.columns) + " |")
+    lines.append("|" + "|".join(" ---: " if c.right else " --- " for c in sheet.columns) + "|")
+    for shown in sheet.cells():
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in shown) + " |")
+    lines += ["", *(f"{note}  " for note in sheet.notes), ""] if sheet.notes else [""]
+    return "\n".join(lines)

@@ -1,0 +1,41 @@
+"""What users see when something is wrong: what, where, what to do. Imports nothing of ours.
+
+Exit codes (one home for them): 0 fine, 1 a gate or check said no, 2 usage, recipe or input, 3 a training run diverged,
+4 a run directory or checkpoint, 130 interrupted, 143 terminated.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SparseiftError(Exception):
+    """A problem the user can act on. `message` says what and where; `hint` says what to do about it."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(SparseiftError):
+    """A wrong argument, recipe, model name or input file (exit 2)."""
+
+
+class CheckFailed(SparseiftError):
+    """A gate or check that the user asked for said no (exit 1)."""
+
+    exit_code = 1
+
+
+class CheckpointError(SparseiftError):
+    """A file given as input that cannot be read as a checkpoint (exit 2, as any wrong input)."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str | None:
+    """`did you mean 'resnet18'?` for the closest of `known`, or None when nothing is close."""
+    close = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
+    return f"did you mean '{close[0]}'?" if close else None

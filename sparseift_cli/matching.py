@@ -1,0 +1,212 @@
+"""Spends the FLOP budget: how many non-zeros each transformed layer gets under --match off, layer, model and train. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from math import floor, log
+
+from .errors import CheckFailed, UsageError
+from .growth import Growth
+from .isoflop import erdos_renyi, give_back, greatest_sparsity, match_scale
+from .layer_plan import LayerPlan, deal
+from .spec import TrainingSpec, TransformSpec
+from .table import LayerTable
+from .training_cost import dense_training_macs, training_macs
+
+
+def spend(layers: list[LayerPlan], table: LayerTable, spec: TransformSpec, training: TrainingSpec, growth: Growth | None) \
+        -> tuple[list[LayerPlan], Fraction | None]:  # fmt: skip
+    """Give every transformed layer its non-zeros; also the scale on their cost, where a whole model is matched.
+
+    Raises:
+        CheckFailed: no density fits the budget.
+        UsageError: the pattern leaves nothing to choose.
+    """
+    which = [i for i, plan in enumerate(layers) if plan.status == "transformed"]
+    if not which:
+        return layers, None
+    chosen = [layers[i] for i in which]
+    if spec.n_of_m:
+        if spec.match in ("model", "train"):
+            raise UsageError(f"pattern {spec.pattern} fixes every density, so the model's FLOPs cannot be matched by it",
+                             hint="use --match layer, or a block or unstructured pattern")  # fmt: skip
+        return _with(layers, which, [_n_of_m(plan, *spec.n_of_m) for plan in chosen]), None
+    scale = None
+    if spec.match == "off":
+        counts = [_unmatched(plan, spec) for plan in chosen]
+    elif spec.match == "layer":
+        counts = [_at_least_one(plan, floor(Fraction(plan.dense_macs, plan.uses)), spec) for plan in chosen]
+    else:
+        scale = _scale(layers, chosen, table, spec, training, growth)
+        counts = _matched(chosen, scale, spec)
+    layers = _with(layers, which, counts, _unit(spec))
+    if spec.match in ("model", "train"):
+        _hold(layers, table, spec, training, growth)
+    return layers, scale
+
+
+def ideal_body_density(layers: Sequence[LayerPlan], spec: TransformSpec, growth: Growth) -> float:
+    """The density of the transformed layers under --match model at unrounded widths; negative where nothing is left."""
+    fixed, transformed = _ideal_macs(layers, growth, float(spec.density))
+    return (sum(p.dense_macs for p in layers) - fixed) / transformed
+
+
+def s_max(layers: Sequence[LayerPlan], growth: Growth) -> float:
+    """The sparsity at which what is left alone, at unrounded widths, costs as much as the whole dense model.
+
+    Each row left alone grows as a power of 1/density, read off two points: input and output layers, depthwise and
+    attention products as density ** -1/2 under scope all, which gives 1 - (their dense share)^2.
+    """
+    probe = 0.25
+    ideal = growth.ideal_sizes(probe)
+    by_power: dict[float, float] = {}
+    for plan in layers:
+        if plan.status != "transformed" and plan.dense_macs:
+            power = round(log(plan.layer.macs.evaluate(ideal) / plan.dense_macs) / log(1 / probe), 9)
+            by_power[power] = by_power.get(power, 0.0) + plan.dense_macs
+    return greatest_sparsity(lambda d: sum(m * d**-p for p, m in by_power.items()), sum(p.dense_macs for p in layers))
+
+
+def _ideal_macs(layers: Sequence[LayerPlan], growth: Growth, density: float) -> tuple[float, float]:
+    ideal = growth.ideal_sizes(density)
+    fixed = sum(p.layer.macs.evaluate(ideal) for p in layers if p.status != "transformed")
+    return fixed, sum(p.layer.macs.evaluate(ideal) for p in layers if p.status == "transformed")
+
+
+# --- one layer ---
+
+
+def _unit(spec: TransformSpec) -> int:
+    """Non-zeros come in whole blocks."""
+    rows, columns = spec.block or (1, 1)
+    return rows * columns
+
+
+def _room(plan: LayerPlan, spec: TransformSpec) -> int:
+    """The most non-zeros a layer can hold: all its weights, or all its whole blocks beside the dense parts."""
+    if not spec.block:
+        return plan.weights
+    rows, columns = spec.block
+    room = 0
+    for part in plan.parts:
+        s = part.shape
+        blocks = s.groups * (s.outputs // s.groups // rows) * (s.taps * s.inputs // s.groups // columns)
+        room += part.shape.weights if part.dense else blocks * rows * columns
+    return room
+
+
+def _dense_part(plan: LayerPlan) -> int:
+    return sum(p.nnz for p in plan.parts if p.dense)
+
+
+def _at_least_one(plan: LayerPlan, nnz: int, spec: TransformSpec) -> int:
+    """Within the layer's room, in whole units, and never without a non-zero."""
+    unit, dense = _unit(spec), _dense_part(plan)
+    room = _room(plan, spec) - dense
+    if room < unit:
+        raise UsageError(f"layer {plan.layer.name} has no room for one {spec.pattern} block", hint="--exclude it, or use smaller blocks")
+    return dense + max(unit, min(room, nnz - dense) // unit * unit)
+
+
+def _unmatched(plan: LayerPlan, spec: TransformSpec) -> int:
+    dense = _dense_part(plan)
+    return _at_least_one(plan, dense + floor(spec.density * (plan.weights - dense)), spec)
+
+
+def _n_of_m(plan: LayerPlan, n: int, m: int) -> int:
+    """N of every M inputs; a last group shorter than M keeps its share, rounded down."""
+    total = _dense_part(plan)
+    for part in plan.parts:
+        if not part.dense:
+            whole, rest = divmod(part.shape.taps * part.shape.inputs // part.shape.groups, m)
+            total += part.shape.outputs * (whole * n + rest * n // m)
+    return total
+
+
+# --- the whole model ---
+
+
+def _scale(layers: Sequence[LayerPlan], chosen: Sequence[LayerPlan], table: LayerTable, spec: TransformSpec,
+           training: TrainingSpec, growth: Growth | None) -> Fraction:  # fmt: skip
+    """The factor on the transformed layers' dense cost that meets the budget exactly, before rounding to non-zeros."""
+    if spec.match == "model":
+        fixed = sum(p.macs for p in layers if p.status != "transformed")
+        scale = match_scale(sum(p.dense_macs for p in layers), fixed, sum(p.dense_macs for p in chosen))
+    else:
+        scale = _solve_affine(lambda c: _training_at(layers, training, c), dense_training_macs(layers, training))
+    if scale <= 0:
+        _refuse(layers, spec, growth)
+    return scale
+
+
+def _training_at(layers: Sequence[LayerPlan], training: TrainingSpec, c: Fraction) -> Fraction:
+    """Training MACs with each transformed layer's forward at `c` times its dense cost (their masks still hold all weights)."""
+    scales = [c * p.dense_macs / p.macs if p.status == "transformed" else 1 for p in layers]
+    return sum((training_macs([p], training, scale=x) for p, x in zip(layers, scales, strict=True)), Fraction(0))
+
+
+def _solve_affine(cost: Callable[[Fraction], Fraction], budget: int) -> Fraction:
+    """c with cost(c) == budget: exact where the cost is affine, repeated secants where it has kinks (GMP, GraNet)."""
+    low, high = Fraction(0), Fraction(1)
+    for _ in range(8):
+        a, b = cost(low), cost(high)
+        if a == b:
+            break
+        low, high = high, low + (budget - a) * (high - low) / (b - a)
+        if cost(high) == budget:
+            break
+    return high
+
+
+def _matched(chosen: Sequence[LayerPlan], scale: Fraction, spec: TransformSpec) -> list[int]:
+    """Counts whose total cost is scale * dense cost: uniform in FLOPs, or by Erdos-Renyi scores."""
+    if spec.distribution == "uniform":
+        budgets = [p.dense_macs * scale for p in chosen]
+    else:
+        total = sum(p.dense_macs for p in chosen) * scale
+        densities = erdos_renyi(
+            [p.parts[-1].shape for p in chosen],
+            [p.layer.kernel for p in chosen],
+            [p.uses * p.weights // p.parts[-1].shape.weights for p in chosen],
+            total,
+            kernel=spec.distribution == "erk",
+        )
+        budgets = [d * p.full_macs for d, p in zip(densities, chosen, strict=True)]
+    unit = _unit(spec)
+    dense = [_dense_part(p) for p in chosen]
+    caps = [(_room(p, spec) - n) // unit for p, n in zip(chosen, dense, strict=True)]
+    sparse_budgets = [b - n * p.uses for b, n, p in zip(budgets, dense, chosen, strict=True)]
+    counts = give_back(sparse_budgets, [p.uses * unit for p in chosen], caps, Fraction(0))
+    return [n + c * unit for n, c in zip(dense, counts, strict=True)]
+
+
+def _with(layers: list[LayerPlan], which: Sequence[int], counts: Sequence[int], unit: int = 1) -> list[LayerPlan]:
+    layers = list(layers)
+    for i, nnz in zip(which, counts, strict=True):
+        plan = layers[i]
+        layers[i] = replace(plan, macs=plan.uses * nnz, parts=deal(plan.parts, nnz, unit))
+    return layers
+
+
+def _hold(layers: Sequence[LayerPlan], table: LayerTable, spec: TransformSpec, training: TrainingSpec, growth: Growth | None) -> None:
+    """The budget is held, or the plan is refused: one non-zero a layer can already be too much."""
+    if spec.match == "model":
+        have, budget = Fraction(sum(p.macs for p in layers)), sum(p.dense_macs for p in layers)
+    else:
+        have, budget = training_macs(layers, training), dense_training_macs(layers, training)
+    if have > budget:
+        _refuse(layers, spec, growth)
+
+
+def _refuse(layers: Sequence[LayerPlan], spec: TransformSpec, growth: Growth | None) -> None:
+    dense = sum(p.dense_macs for p in layers)
+    fixed = sum(p.macs for p in layers if p.status != "transformed")
+    limit = f" (s_max {s_max(layers, growth):.3f})" if growth else ""
+    what = "training FLOPs, mask updates included," if spec.match == "train" else "FLOPs"
+    raise CheckFailed(
+        f"no density matches the model's {what} at sparsity {spec.sparsity}: what is left alone already costs "
+        f"{2 * fixed:,} FLOPs forward, {fixed / dense:.3f}x the dense model's {2 * dense:,}{limit}",
+        hint="lower --sparsity, use --scope inner, or --match layer and accept the growth",
+    )

@@ -1,0 +1,171 @@
+"""Integer polynomials over width variables: how every size in a model depends on its widths.
+
+A width variable is a small integer id. `Poly` is immutable, hashable and exact; it is what the tracer's symbolic ints hold,
+and what a layer table stores: `3*w0` for a fused QKV, `w1 + w2` for a concatenation, `196 * w0 * w1` for a layer's MACs.
+Imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import gcd
+from typing import Any
+
+Monomial = tuple[int, ...]  # sorted variable ids, repeated for powers; () is the constant term
+
+
+class Poly:
+    """A polynomial with integer coefficients, kept as sorted (monomial, coefficient) terms without zeros."""
+
+    __slots__ = ("_hash", "terms")
+    terms: tuple[tuple[Monomial, int], ...]
+
+    def __init__(self, terms: Iterable[tuple[Monomial, int]] = ()) -> None:
+        self.terms = tuple(sorted((m, c) for m, c in terms if c))
+        self._hash = hash(self.terms)
+
+    @staticmethod
+    def const(value: int) -> Poly:
+        return Poly((((), value),))
+
+    @staticmethod
+    def var(identifier: int) -> Poly:
+        return Poly((((identifier,), 1),))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Poly) and self.terms == other.terms
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __add__(self, other: Poly) -> Poly:
+        return self._combine(other, 1)
+
+    def __sub__(self, other: Poly) -> Poly:
+        return self._combine(other, -1)
+
+    def __mul__(self, other: Poly) -> Poly:
+        if self.terms == _ONE:
+            return other
+        if other.terms == _ONE:
+            return self
+        product: dict[Monomial, int] = {}
+        for a, x in self.terms:
+            for b, y in other.terms:
+                key = tuple(sorted(a + b))
+                product[key] = product.get(key, 0) + x * y
+        return Poly(product.items())
+
+    def _combine(self, other: Poly, sign: int) -> Poly:
+        total = dict(self.terms)
+        for monomial, c in other.terms:
+            total[monomial] = total.get(monomial, 0) + sign * c
+        return Poly(total.items())
+
+    @property
+    def is_constant(self) -> bool:
+        return not self.terms or (len(self.terms) == 1 and not self.terms[0][0])
+
+    @property
+    def constant(self) -> int:
+        """The value of a constant polynomial."""
+        if not self.is_constant:
+            raise ValueError(f"{self} is not a constant")
+        return self.terms[0][1] if self.terms else 0
+
+    @property
+    def as_variable(self) -> int | None:
+        """The id, when the polynomial is one bare variable."""
+        if len(self.terms) == 1 and self.terms[0][1] == 1 and len(self.terms[0][0]) == 1:
+            return self.terms[0][0][0]
+        return None
+
+    @property
+    def variables(self) -> frozenset[int]:
+        return frozenset(v for monomial, _ in self.terms for v in monomial)
+
+    @property
+    def degree(self) -> int:
+        return max((len(m) for m, _ in self.terms), default=0)
+
+    def evaluate(self, values: Mapping[int, Any] | Sequence[Any]) -> Any:
+        """The number at an assignment of the variables: int, Fraction or float, as the values are."""
+        total: Any = 0
+        for monomial, c in self.terms:
+            product: Any = c
+            for v in monomial:
+                product = product * values[v]
+            total = total + product
+        return total
+
+    def substitute(self, replacement: Callable[[int], Poly]) -> Poly:
+        """Every variable replaced by a polynomial."""
+        total = Poly()
+        for monomial, c in self.terms:
+            product = Poly.const(c)
+            for v in monomial:
+                product = product * replacement(v)
+            total = total + product
+        return total
+
+    def rename(self, names: Mapping[int, int]) -> Poly:
+        """Every variable replaced by another variable (several may fall together)."""
+        total: dict[Monomial, int] = {}
+        for monomial, c in self.terms:
+            key = tuple(sorted(names[v] for v in monomial))
+            total[key] = total.get(key, 0) + c
+        return Poly(total.items())
+
+    def divided_by(self, divisor: Poly) -> Poly | None:
+        """The exact quotient by a one-term divisor, or None where it does not divide."""
+        if len(divisor.terms) != 1:
+            return Poly.const(1) if self == divisor else None
+        (by, by_c) = divisor.terms[0]
+        quotient: list[tuple[Monomial, int]] = []
+        for monomial, c in self.terms:
+            rest = list(monomial)
+            for v in by:
+                if v not in rest:
+                    return None
+                rest.remove(v)
+            if c % by_c:
+                return None
+            quotient.append((tuple(rest), c // by_c))
+        return Poly(quotient)
+
+    def primitive(self) -> Poly:
+        """Without its common integer factor and common variables, leading sign positive: what `self == 0` says of sizes.
+
+        Sizes are positive, so a common variable never is the zero.
+        """
+        if not self.terms:
+            return self
+        factor = gcd(*(c for _, c in self.terms))
+        common = list(self.terms[0][0])
+        for monomial, _ in self.terms[1:]:
+            rest, kept = list(monomial), []
+            for v in common:
+                if v in rest:
+                    rest.remove(v)
+                    kept.append(v)
+            common = kept
+        sign = 1 if self.terms[-1][1] > 0 else -1
+        return self.divided_by(Poly(((tuple(common), sign * factor),))) or self
+
+    def to_json(self) -> int | list[list[int]]:
+        """A constant as an int; otherwise [[coefficient, id, id, ...], ...]."""
+        return self.constant if self.is_constant else [[c, *m] for m, c in self.terms]
+
+    @staticmethod
+    def from_json(data: int | list[list[int]]) -> Poly:
+        return Poly.const(data) if isinstance(data, int) else Poly((tuple(t[1:]), t[0]) for t in data)
+
+    def __repr__(self) -> str:
+        def term(monomial: Monomial, c: int) -> str:
+            names = [f"w{v}" for v in monomial]
+            return "*".join([str(c), *names] if c != 1 or not names else names)
+
+        return " + ".join(term(m, c) for m, c in self.terms) or "0"
+
+
+_ONE = (((), 1),)

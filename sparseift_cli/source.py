@@ -1,0 +1,169 @@
+"""SOURCE on the command line, to a LayerTable: a zoo name, a recipe, or `pkg.module:callable`.
+
+A zoo model at its default input comes from its shipped table without importing torch; everything else is built on the
+meta device and traced.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UsageError
+from .recipe import load as recipes
+from .table import LayerTable
+from .zoo import registry
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+TABLES = Path(__file__).resolve().parent / "zoo" / "tables"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A model at an input: None means the model's own default. `image` is channels, height, width (or any dims) of one sample."""
+
+    source: str
+    num_classes: int | None = None
+    image: tuple[int, ...] | None = None
+    seq: int | None = None
+    batch: int = 1
+
+    @property
+    def default(self) -> bool:
+        return self.num_classes is None and self.image is None and self.seq is None and self.batch == 1
+
+
+def parse_input(text: str | None) -> tuple[int, ...] | None:
+    """`3x224x224` -> (3, 224, 224).
+
+    Raises:
+        UsageError: it is not positive numbers joined by x.
+    """
+    if text is None:
+        return None
+    try:
+        dims = tuple(int(part) for part in text.lower().split("x"))
+    except ValueError:
+        dims = ()
+    if not dims or min(dims) < 1:
+        raise UsageError(f"input {text!r} is not a shape", hint="write one sample's dims joined by x: --input 3x224x224")
+    return dims
+
+
+def resolve(request: Request) -> tuple[Request, recipes.Recipe | None]:
+    """Open a recipe, if the source is one; options given on the command line win over the recipe's."""
+    path = recipes.find(request.source)
+    if path is None:
+        return request, None
+    recipe = recipes.load(path)
+    options = recipe.options
+    image = request.image or parse_input(options.get("input"))
+    return (
+        Request(
+            recipe.model,
+            request.num_classes or options.get("num_classes"),
+            image,
+            request.seq or options.get("seq"),
+            request.batch if request.batch != 1 else options.get("batch", 1),
+        ),
+        recipe,
+    )
+
+
+def load_table(request: Request, *, fresh: bool = False) -> LayerTable:
+    """The LayerTable of a request; `fresh` traces a zoo model instead of reading its shipped table.
+
+    Raises:
+        UsageError: no such source, or it does not run on that input.
+    """
+    if ":" not in request.source and request.default and not fresh:
+        name = registry.lookup(request.source).name
+        shipped = TABLES / f"{name}.json"
+        if shipped.is_file():
+            return LayerTable.from_json(json.loads(shipped.read_text(encoding="utf-8"))["table"])
+    model, inputs, name = build(request)
+    from .trace.build import layer_table
+
+    return layer_table(model, inputs, name=name, input_shape=tuple(inputs[0].shape))
+
+
+def build(request: Request, *, device: str = "meta") -> tuple[nn.Module, tuple[Tensor, ...], str]:
+    """The model (in eval mode), example inputs on `device`, and the name to print.
+
+    Raises:
+        UsageError: the source cannot be found or built.
+    """
+    import torch
+
+    if ":" in request.source:
+        return _foreign(request, device)
+    info = registry.lookup(request.source)
+    if request.image is not None and len(request.image) != 3:
+        raise UsageError(f"{info.name} takes channels x height x width", hint="--input 3x224x224")
+    image: Any = request.image
+    with torch.device(device):
+        model = registry.build(info.name, num_classes=request.num_classes, seq=request.seq, image=image)
+    inputs = registry.example_input(info, batch=request.batch, seq=request.seq, image=image, device=device)
+    return model.eval(), (inputs,), info.name
+
+
+def _foreign(request: Request, device: str) -> tuple[nn.Module, tuple[Tensor, ...], str]:
+    """`pkg.module:callable`, called without arguments; the callable may also return (model, example inputs)."""
+    import torch
+    from torch import nn
+
+    if request.num_classes is not None:
+        raise UsageError("--num-classes is for zoo models", hint="let the callable build the model with the classes you want")
+    made = _call(request.source, device)
+    inputs: Any = None
+    if isinstance(made, tuple) and len(made) == 2:
+        made, inputs = made
+    if not isinstance(made, nn.Module):
+        raise UsageError(f"{request.source} gave {type(made).__name__}, not a torch.nn.Module",
+                         hint="the callable returns a module, or (module, example_input)")  # fmt: skip
+    if request.seq is not None:
+        inputs = torch.zeros((request.batch, request.seq), dtype=torch.int64, device=device)
+    elif request.image is not None:
+        inputs = torch.zeros((request.batch, *request.image), device=device)
+    if inputs is None:
+        raise UsageError(f"the input of {request.source} is not known",
+                         hint="give one sample's shape: --input 3x224x224, or --seq 128 for token ids")  # fmt: skip
+    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+    return made.eval(), inputs, request.source
+
+
+def _call(source: str, device: str) -> Any:
+    import torch
+
+    module_name, _, attribute = source.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # as `python -m` does: the user's own file next to them
+    try:
+        target: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise UsageError(f"cannot import {error.name!r} for {source}",
+                         hint="SOURCE is pkg.module:callable, seen from this folder or installed") from None  # fmt: skip
+    except Exception as error:
+        raise UsageError(f"importing {module_name} failed: {type(error).__name__}: {error}") from error
+    for part in attribute.split("."):
+        if not hasattr(target, part):
+            raise UsageError(f"module {module_name} has no {attribute!r}")
+        target = getattr(target, part)
+    if isinstance(target, torch.nn.Module) or not callable(target):
+        return target
+    try:
+        with torch.device(device):
+            return target()
+    except Exception as error:
+        raise UsageError(f"{source}() failed: {type(error).__name__}: {error}",
+                         hint="it is called without arguments; wrap it in a function that needs none") from error  # fmt: skip
+
+
+def with_source(request: Request, source: str) -> Request:
+    return replace(request, source=source)

@@ -1,0 +1,147 @@
+"""What a user asks for: the transform, and how the transformed network would be trained. Checked on construction; no torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from typing import Any, Literal, get_args
+
+from .errors import UsageError, did_you_mean
+from .isoflop import ALGORITHMS, Algorithm, Schedule, density
+from .widths import HeadScaling
+
+Member = Literal["sparse_wide", "sparse_parallel", "sparse_factorized", "sparse_doped"]
+MEMBERS: tuple[Member, ...] = get_args(Member)
+Match = Literal["off", "layer", "model", "train"]
+MATCHES: tuple[Match, ...] = get_args(Match)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransformSpec:
+    """One Sparse-IFT transform. Every field has the meaning of section 2 of the paper or is named as ours.
+
+    Raises:
+        UsageError: a value that does not exist, or a combination that contradicts itself.
+    """
+
+    member: Member = "sparse_wide"
+    sparsity: str = "0.5"
+    match: Match = "layer"  # what is held iso-FLOP: nothing, each transformed layer, the model's forward, its training
+    scope: Literal["all", "inner"] = "all"  # Sparse Wide: every inner width (the paper), or only those no stream shares
+    include: tuple[str, ...] = ()  # globs on layer names
+    exclude: tuple[str, ...] = ()
+    width_multiple: int = 1
+    base_width: int | None = None  # new width of the stem; every other width keeps its proportion to it
+    heads: HeadScaling = "scale_dim"
+    depthwise: Literal["dense", "sparse"] = "dense"
+    branch_activation: Literal["each", "sum"] = "each"  # Sparse Parallel: norm and activation per branch, or after the sum
+    inner: Literal["activation", "norm", "linear"] = "activation"  # Sparse Factorized: what stands between U and V
+    pattern: str = "unstructured"  # or N:M, or RxC blocks
+    distribution: Literal["uniform", "er", "erk"] = "uniform"
+
+    def __post_init__(self) -> None:
+        try:
+            density(self.sparsity)
+        except (ValueError, ZeroDivisionError):
+            raise UsageError(
+                f"sparsity {self.sparsity!r} is not a number in [0, 1)", hint="0.9 means that 90 % of the weights are zero"
+            ) from None
+        _one_of("transform", self.member, MEMBERS)
+        _one_of("match", self.match, MATCHES)
+        _one_of("scope", self.scope, ("all", "inner"))
+        _one_of("heads", self.heads, ("scale_dim", "scale_count"))
+        _one_of("depthwise", self.depthwise, ("dense", "sparse"))
+        _one_of("branch_activation", self.branch_activation, ("each", "sum"))
+        _one_of("inner", self.inner, ("activation", "norm", "linear"))
+        _one_of("distribution", self.distribution, ("uniform", "er", "erk"))
+        if self.width_multiple < 1:
+            raise UsageError(f"width multiple {self.width_multiple} is not a positive number")
+        if self.distribution != "uniform" and self.match not in ("model", "train"):
+            raise UsageError(
+                f"distribution {self.distribution} gives layers different FLOPs, so it cannot match each layer",
+                hint="use it with --match model",
+            )
+        if self.n_of_m and Fraction(*self.n_of_m) != self.density:
+            n, m = self.n_of_m
+            raise UsageError(f"pattern {n}:{m} has density {n}/{m}, not {self.density}", hint=f"use sparsity {1 - n / m}")
+        if not (self.pattern == "unstructured" or self.n_of_m or self.block):
+            raise UsageError(f"unknown pattern {self.pattern!r}", hint="use unstructured, N:M (2:4) or a block RxC (4x4)")
+
+    @property
+    def density(self) -> Fraction:
+        return density(self.sparsity)
+
+    @property
+    def n_of_m(self) -> tuple[int, int] | None:
+        """(N, M) of an N:M pattern with 0 < N <= M."""
+        found = re.fullmatch(r"(\d+):(\d+)", self.pattern)
+        if not found or not 0 < int(found[1]) <= int(found[2]):
+            return None
+        return int(found[1]), int(found[2])
+
+    @property
+    def block(self) -> tuple[int, int] | None:
+        """(rows, columns) of a block pattern."""
+        found = re.fullmatch(r"(\d+)x(\d+)", self.pattern)
+        if not found or not int(found[1]) * int(found[2]):
+            return None
+        return int(found[1]), int(found[2])
+
+    def to_json(self) -> dict[str, Any]:
+        data = asdict(self)
+        data["sparsity"] = float(Fraction(self.sparsity))
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> TransformSpec:
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return TransformSpec(**(fields | {"sparsity": str(data["sparsity"])}))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSpec:
+    """How training FLOPs are counted: the algorithm, its mask schedule, and whether activations are computed again."""
+
+    algorithm: Algorithm = "static"
+    delta_t: int = 100
+    stop: str = "0.75"
+    steps: int | None = None
+    recompute: bool = False  # activation checkpointing: one more forward a step
+
+    def __post_init__(self) -> None:
+        _one_of("algorithm", self.algorithm, ALGORITHMS)
+        if self.delta_t < 1 or (self.steps is not None and self.steps < 1):
+            raise UsageError("the number of steps and the steps between mask updates must be positive")
+        try:
+            stop = Fraction(self.stop)
+        except (ValueError, ZeroDivisionError):
+            stop = Fraction(-1)
+        if not 0 <= stop <= 1:
+            raise UsageError(f"stop {self.stop!r} is not a fraction of the run", hint="0.75 ends mask updates at 75 % of the steps")
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(self.delta_t, Fraction(self.stop), self.steps)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"stop": float(Fraction(self.stop))}
+
+
+def member_named(word: str) -> Member:
+    """`wide`, `sparse-wide` or `sparse_wide`.
+
+    Raises:
+        UsageError: no such member.
+    """
+    name = word.lower().replace("-", "_").removeprefix("sparse_")
+    for member in MEMBERS:
+        if member == f"sparse_{name}":
+            return member
+    short = [m.removeprefix("sparse_") for m in MEMBERS]
+    raise UsageError(f"unknown transform {word!r}", hint=did_you_mean(name, short) or f"known: {', '.join(short)}")
+
+
+def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UsageError(f"unknown {what} {value!r}", hint=did_you_mean(value, known) or f"known: {', '.join(known)}")

@@ -1,0 +1,46 @@
+"""Ops known to cost no multiply-accumulates by the project's convention (conv, linear and attention products count).
+
+Elementwise ops are known by PyTorch's own `pointwise` tag and views by their schema; the rest is named here. What is not
+known is reported as uncounted, never passed over.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+_NAMES = """
+    arange empty empty_like empty_strided full full_like linspace new_empty new_empty_strided new_full new_ones new_zeros ones
+    ones_like rand randn rand_like randn_like randint randperm scalar_tensor tril triu tril_indices triu_indices zeros
+    zeros_like eye bernoulli lift_fresh lift_fresh_copy
+    _to_copy clone copy copy_ contiguous fill fill_ zero_ set_ resize_ detach_copy
+    cat stack repeat roll flip gather index index_put index_put_ index_add index_select scatter scatter_ scatter_add
+    masked_fill masked_fill_ masked_select select_scatter slice_scatter take nonzero constant_pad_nd reflection_pad1d
+    reflection_pad2d replication_pad1d replication_pad2d _unsafe_view _reshape_copy im2col col2im pixel_shuffle
+    pixel_unshuffle channel_shuffle native_channel_shuffle unfold
+    embedding _embedding_bag embedding_bag one_hot
+    native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional _native_batch_norm_legit_no_training
+    cudnn_batch_norm native_layer_norm native_group_norm _fused_rms_norm rms_norm linalg_vector_norm norm renorm
+    batch_norm_update_stats _batch_norm_with_update _batch_norm_no_update
+    native_dropout dropout _softmax _log_softmax _safe_softmax logsumexp nll_loss_forward nll_loss2d_forward
+    avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d _adaptive_avg_pool2d _adaptive_avg_pool3d max_pool1d
+    max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d adaptive_max_pool1d
+    upsample_bilinear2d upsample_nearest2d upsample_bicubic2d upsample_linear1d upsample_nearest1d _upsample_bilinear2d_aa
+    sum mean amax amin max min argmax argmin aminmax any all prod cumsum cumprod std var var_mean std_mean topk sort argsort
+    median mode unique2 _unique2 bincount count_nonzero allclose equal is_same_size
+    item _local_scalar_dense sym_size sym_stride sym_numel sym_storage_offset size stride
+    grid_sampler_2d isin bucketize searchsorted glu prelu _prelu_kernel rrelu_with_noise_functional celu mish softplus
+    unbind_copy narrow_copy _assert_async _assert_tensor_metadata
+"""
+_FREE = frozenset(f"aten.{name}" for name in _NAMES.split())
+
+
+@cache
+def costs_no_macs(op: Any) -> bool:
+    """Whether an op overload (`aten.add.Tensor`) is known to cost no multiply-accumulates."""
+    if torch.Tag.pointwise in op.tags or str(op.overloadpacket) in _FREE or op.namespace in ("prims", "prim"):
+        return True
+    schema = op._schema
+    return op.is_view or any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)

@@ -1,0 +1,256 @@
+"""Writes down every multiply-accumulate of one forward pass as a row, and what its operands are.
+
+A TorchDispatchMode sees each primitive op; `shape_rules` reports the common layers one level higher, before PyTorch
+takes them apart. An op that is neither counted nor known to cost no MACs is listed as uncounted: the count fails closed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..poly import Poly
+from .free_ops import costs_no_macs
+from .symint import poly_of
+
+aten = torch.ops.aten
+
+NEEDS_GRAD, FROM_INPUT, FROM_LAYER = 1, 2, 4  # what a tensor descends from
+ATTENTION = "attention"  # the maker of an attention product's result
+
+
+def flags_of(tensor: Tensor) -> int:
+    return getattr(tensor, "_sparseift_flags", 0)
+
+
+def makers_of(tensor: Tensor) -> frozenset[Any]:
+    """The rows whose product a tensor is, seen through everything that costs no MACs except additions of two streams."""
+    return getattr(tensor, "_sparseift_makers", frozenset())
+
+
+def mark(tensor: Tensor, flags: int, makers: frozenset[Any] = frozenset()) -> Tensor:
+    tensor._sparseift_flags = flags  # type: ignore[attr-defined]
+    tensor._sparseift_makers = makers  # type: ignore[attr-defined]
+    return tensor
+
+
+def numel(shape: Iterable[Any]) -> Poly:
+    """Number of elements of a shape, as a polynomial."""
+    total = Poly.const(1)
+    for dim in shape:
+        total = total * poly_of(dim)
+    return total
+
+
+@dataclass(slots=True)
+class Row:
+    """A counted op as it accumulates over its calls."""
+
+    owner: str  # module path
+    kind: str
+    weight: str | None
+    inputs: Poly
+    outputs: Poly
+    kernel: tuple[int, ...] = ()
+    groups: Poly = field(default_factory=lambda: Poly.const(1))
+    calls: int = 0
+    macs: Poly = field(default_factory=Poly)
+    activations: Poly = field(default_factory=Poly)
+    grad_inputs: int = 0
+    grad_weight: int = 0
+    projection: bool = False  # makes a query, key or value, or reads an attention product
+    first: bool = False  # reads the model's input, not another layer's output
+    causal: tuple[int, int] | None = None
+    order: int = 0
+
+
+class Recorder(TorchDispatchMode):
+    """Rows by (owner, kind, weight), the order in which modules and rows came, residual and attention variables."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[tuple[str, str, str | None], Row] = {}
+        self.parameters: dict[int, tuple[str, Tensor]] = {}  # storage -> (state_dict key, fake parameter)
+        self.stack: list[str] = [""]
+        self.first_seen: dict[str, int] = {}  # module path -> order of its first call
+        self.clock = 0
+        self.residual: set[int] = set()
+        self.attention: set[int] = set()
+        self.softmaxed: set[str] = set()
+        self.uncounted: dict[str, None] = {}
+
+    # --- modules and parameters ---
+
+    def enter(self, module: str) -> None:
+        self.clock += 1
+        self.first_seen.setdefault(module, self.clock)
+        self.stack.append(module)
+
+    def leave(self) -> None:
+        self.stack.pop()
+
+    def own(self, key: str, parameter: Tensor, requires_grad: bool) -> None:
+        mark(parameter, NEEDS_GRAD if requires_grad else 0)
+        self.parameters.setdefault(parameter.untyped_storage()._cdata, (key, parameter))
+
+    def parameter_of(self, tensor: Tensor) -> tuple[str, Tensor] | None:
+        """The parameter whose memory a tensor is, or is a view of."""
+        return self.parameters.get(tensor.untyped_storage()._cdata)
+
+    # --- rows ---
+
+    def weighted(self, kind: str, x: Tensor, weight: Tensor, out: Tensor, macs: Poly, inputs: Poly, outputs: Poly,
+                 kernel: tuple[int, ...] = (), groups: Poly | None = None) -> None:  # fmt: skip
+        """An op of activations `x` with a weight. A weight that is no parameter makes it a product of activations."""
+        owned = self.parameter_of(weight)
+        owner = owned[0].rpartition(".")[0] if owned else self.stack[-1]
+        if owned and not owned[0].endswith(".weight") and owned[0] != "weight":
+            owner = owned[0].removesuffix("_weight")  # in_proj_weight of MultiheadAttention, or a free parameter
+        row = self._row(owner, kind, owned[0] if owned else None, inputs, outputs, kernel, groups)
+        row.macs += macs
+        row.activations += numel(out.shape)
+        into_x, into_weight = flags_of(x) & NEEDS_GRAD, flags_of(owned[1] if owned else weight) & NEEDS_GRAD
+        if torch.is_grad_enabled():
+            row.grad_inputs = max(row.grad_inputs, into_x + (0 if owned else into_weight))
+            row.grad_weight = max(row.grad_weight, into_weight if owned else 0)
+        row.projection |= ATTENTION in makers_of(x)
+        mark(out, flags_of(out), frozenset([(owner, kind, owned[0] if owned else None)]))
+        row.first |= bool(flags_of(x) & FROM_INPUT) and not flags_of(x) & FROM_LAYER
+
+    def product(self, part: str, a: Tensor, b: Tensor, out: Tensor | None, macs: Poly, causal: tuple[int, int] | None = None) -> None:
+        """A product of two activations: `part` is qk, av or matmul. The score matrix is no activation that must be kept."""
+        row = self._row(self.stack[-1], part, None, Poly(), Poly(), (), None)
+        row.macs += macs
+        if out is not None:
+            row.activations += numel(out.shape)
+            mark(out, flags_of(out), frozenset([ATTENTION]))
+        if torch.is_grad_enabled():
+            row.grad_inputs = max(row.grad_inputs, sum(flags_of(t) & NEEDS_GRAD for t in (a, b)))
+        row.causal = causal
+        for maker in makers_of(a) | makers_of(b):
+            if maker in self.rows:
+                self.rows[maker].projection = True
+        for tensor in (a, b):
+            for dim in tensor.shape:
+                self.attention |= poly_of(dim).variables
+
+    def _row(self, owner: str, kind: str, weight: str | None, inputs: Poly, outputs: Poly,
+             kernel: tuple[int, ...], groups: Poly | None) -> Row:  # fmt: skip
+        row = self.rows.get((owner, kind, weight))
+        if row is None:
+            self.clock += 1
+            row = Row(owner, kind, weight, inputs, outputs, kernel, groups or Poly.const(1), order=self.clock)
+            self.rows[owner, kind, weight] = row
+        row.calls += 1
+        return row
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, causal: bool) -> None:
+        """softmax(Q K^T) V: B x heads x T_q x T_k x d multiply-accumulates each way (q: [..., T_q, d], v: [..., T_k, d_v])."""
+        pairs = numel(q.shape[:-1]) * poly_of(k.shape[-2])
+        lengths = (int(q.shape[-2]), int(k.shape[-2])) if causal else None
+        self.product("qk", q, k, None, pairs * poly_of(q.shape[-1]), lengths)
+        self.product("av", q, v, out, pairs * poly_of(v.shape[-1]), lengths)
+
+    # --- primitive ops ---
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        flags, makers = 0, frozenset()
+        for tensor in tensors:
+            flags |= flags_of(tensor)
+            makers |= makers_of(tensor)
+        if not torch.is_grad_enabled():
+            flags &= ~NEEDS_GRAD
+        out = func(*args, **kwargs)
+        packet = func.overloadpacket
+        count = _COUNTED.get(packet)
+        if count is not None:
+            count(self, args, kwargs, out)
+            flags |= FROM_LAYER
+            first = next(t for t in tree_leaves(out) if isinstance(t, Tensor))
+            makers = makers_of(first)
+        elif packet in (aten.add, aten.add_):
+            if self._is_residual(args, out):
+                makers = frozenset()
+        elif packet in (aten._softmax, aten._safe_softmax):
+            self.softmaxed.add(self.stack[-1])
+        elif not costs_no_macs(func):
+            self.uncounted[f"{packet} in {self.stack[-1] or 'the model'}"] = None
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and self.parameter_of(tensor) is None:
+                mark(tensor, flags, makers)
+        return out
+
+    def _is_residual(self, args: Sequence[Any], out: Tensor) -> bool:
+        """An addition of two layers' outputs; its dims are noted as a residual stream's."""
+        both = [t for t in args[:2] if isinstance(t, Tensor) and flags_of(t) & FROM_LAYER]
+        if len(both) == 2 and both[0].dim() == both[1].dim():
+            for dim in out.shape:
+                self.residual |= poly_of(dim).variables
+            return True
+        return False
+
+
+def _matmul(rec: Recorder, a: Tensor, b: Tensor, out: Tensor) -> None:
+    """a: [(B,) m, k], b: [(B,) k, n]. Either side may be a parameter or a view of one."""
+    inner = poly_of(a.shape[-1])
+    macs = numel(out.shape) * inner
+    weight, x = (b, a) if rec.parameter_of(b) else (a, b)
+    owned = rec.parameter_of(weight)
+    if owned:
+        whole = numel(owned[1].shape)
+        outputs = whole.divided_by(inner) or poly_of(weight.shape[-1] if weight is b else weight.shape[-2])
+        layer = owned[1].dim() == 2 and "weight" in owned[0].rpartition(".")[2]  # else a free parameter, as relative positions
+        rec.weighted("linear" if layer else "matmul", x, weight, out, macs, inner, outputs)
+    elif a.dim() == 3:
+        part = "av" if rec.stack[-1] in rec.softmaxed else "qk"
+        rec.product(part, a, b, out if part == "av" else None, macs)
+    else:
+        rec.weighted("matmul", a, b, out, macs, inner, poly_of(b.shape[-1]))
+
+
+def _convolution(rec: Recorder, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> None:
+    x, weight, transposed, groups = args[0], args[1], args[6], poly_of(args[8])
+    kernel = tuple(int(k) for k in weight.shape[2:])
+    if transposed:  # weight: [in, out / groups, ...], each input element meets every tap
+        inputs, per_input = poly_of(weight.shape[0]), numel(weight.shape[1:])
+        outputs = poly_of(weight.shape[1]) * groups
+        rec.weighted("conv_transpose", x, weight, out, numel(x.shape) * per_input, inputs, outputs, kernel, groups)
+    else:
+        conv(rec, x, weight, out, groups)
+
+
+def conv(rec: Recorder, x: Tensor, weight: Tensor, out: Tensor, groups: Poly) -> None:
+    """weight: [out, in / groups, ...]; every output element costs in / groups * taps multiply-accumulates."""
+    inputs, outputs = poly_of(weight.shape[1]) * groups, poly_of(weight.shape[0])
+    kernel = tuple(int(k) for k in weight.shape[2:])
+    macs = numel(out.shape) * poly_of(weight.shape[1]) * Poly.const(math.prod(kernel))
+    rec.weighted("conv", x, weight, out, macs, inputs, outputs, kernel, groups)
+
+
+def _fused_attention(rec: Recorder, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+    q, k, v = args[:3]
+    result = out[0] if isinstance(out, (tuple, list)) else out
+    causal = bool(kwargs.get("is_causal", any(a is True for a in args[3:])))
+    rec.attend(q, k, v, result, causal)
+
+
+_COUNTED: dict[Any, Any] = {
+    aten.mm: lambda rec, args, kwargs, out: _matmul(rec, args[0], args[1], out),
+    aten.bmm: lambda rec, args, kwargs, out: _matmul(rec, args[0], args[1], out),
+    aten.addmm: lambda rec, args, kwargs, out: _matmul(rec, args[1], args[2], out),
+    aten.baddbmm: lambda rec, args, kwargs, out: _matmul(rec, args[1], args[2], out),
+    aten.convolution: _convolution,
+    aten._scaled_dot_product_flash_attention: _fused_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention,
+    aten._scaled_dot_product_efficient_attention: _fused_attention,
+    aten._scaled_dot_product_cudnn_attention: _fused_attention,
+}

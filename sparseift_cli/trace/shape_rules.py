@@ -1,0 +1,213 @@
+"""What the common layers ask of their shapes, and what they cost, told in one step.
+
+Two reasons to answer for them instead of letting PyTorch take them apart: its shape functions do not check the sizes of
+norm parameters, biases and attention masks, so those ties would be missed; and one rule is many times cheaper than the ten
+primitive ops that a LayerNorm or Linear turns into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .record import ATTENTION, FROM_LAYER, NEEDS_GRAD, Recorder, conv, flags_of, makers_of, mark, numel
+from .symint import Facts, poly_of
+
+Rule = Callable[..., Any]
+
+
+class ShapeRules(TorchFunctionMode):
+    """Answers for the layers in `_RULES`; everything else goes on to PyTorch."""
+
+    def __init__(self, facts: Facts, recorder: Recorder) -> None:
+        super().__init__()
+        self.facts = facts
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        rule = _RULES.get(func)
+        if rule is not None:
+            answer = rule(self, *args, **(kwargs or {}))
+            if answer is not NotImplemented:
+                return answer
+        return func(*args, **(kwargs or {}))
+
+    def tie(self, a: Any, b: Any) -> None:
+        """Two sizes that must be equal."""
+        if a != b:
+            raise RuntimeError(f"sizes do not match: {a} and {b}")
+
+    def made(self, like: Tensor, shape: Sequence[Any], *sources: Tensor | None, counted: bool = False) -> Tensor:
+        """An output of `shape` that descends from `like` and `sources`."""
+        flags, makers = flags_of(like) | (FROM_LAYER if counted else 0), makers_of(like)
+        for source in sources:
+            if source is not None:
+                flags |= flags_of(source)
+                makers |= makers_of(source)
+        if not torch.is_grad_enabled():
+            flags &= ~NEEDS_GRAD
+        return mark(like.new_empty(tuple(shape)), flags, frozenset() if counted else makers)
+
+
+def _linear(rules: ShapeRules, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    rules.tie(input.shape[-1], weight.shape[1])
+    if bias is not None:
+        rules.tie(bias.shape[0], weight.shape[0])
+    out = rules.made(input, (*input.shape[:-1], weight.shape[0]), weight, bias, counted=True)
+    inputs, outputs = poly_of(weight.shape[1]), poly_of(weight.shape[0])
+    rules.recorder.weighted("linear", input, weight, out, numel(out.shape) * inputs, inputs, outputs)
+    return out
+
+
+def _conv(spatial: int) -> Rule:
+    def rule(rules: ShapeRules, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
+             padding: Any = 0, dilation: Any = 1, groups: Any = 1) -> Any:  # fmt: skip
+        def each(value: Any) -> list[Any]:
+            values = list(value) if isinstance(value, (tuple, list)) else [value]
+            return values * spatial if len(values) == 1 else values
+
+        kernel, steps, spread = weight.shape[2:], each(stride), each(dilation)
+        if isinstance(padding, str):
+            pads = [0 if padding == "valid" else spread[i] * (kernel[i] - 1) for i in range(spatial)]
+        else:
+            pads = [2 * p for p in each(padding)]
+        channels = input.dim() - spatial - 1
+        rules.tie(input.shape[channels], weight.shape[1] * groups)
+        if isinstance(groups, torch.SymInt):
+            rules.facts.exact_quotient(poly_of(weight.shape[0]), poly_of(groups))
+        if bias is not None:
+            rules.tie(bias.shape[0], weight.shape[0])
+        extent = [
+            (input.shape[channels + 1 + i] + pads[i] - spread[i] * (kernel[i] - 1) - 1) // steps[i] + 1 for i in range(spatial)
+        ]
+        out = rules.made(input, (*input.shape[:channels], weight.shape[0], *extent), weight, bias, counted=True)
+        conv(rules.recorder, input, weight, out, poly_of(groups))
+        return out
+
+    return rule
+
+
+def _per_channel(rules: ShapeRules, input: Tensor, parameters: Sequence[Tensor | None]) -> Tensor:
+    for parameter in parameters:
+        if parameter is not None:
+            rules.tie(parameter.shape[0], input.shape[1])
+    return rules.made(input, input.shape, *parameters)
+
+
+def _batch_norm(rules: ShapeRules, input: Tensor, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
+                *_: Any, **__: Any) -> Any:  # fmt: skip
+    return _per_channel(rules, input, (running_mean, running_var, weight, bias))
+
+
+def _instance_norm(rules: ShapeRules, input: Tensor, running_mean: Any = None, running_var: Any = None, weight: Any = None,
+                   bias: Any = None, *_: Any, **__: Any) -> Any:  # fmt: skip
+    return _per_channel(rules, input, (running_mean, running_var, weight, bias))
+
+
+def _group_norm(rules: ShapeRules, input: Tensor, num_groups: Any, weight: Any = None, bias: Any = None, *_: Any, **__: Any) -> Any:
+    if isinstance(input.shape[1], torch.SymInt) and num_groups != 1:
+        rules.facts.exact_quotient(poly_of(input.shape[1]), poly_of(num_groups))
+    return _per_channel(rules, input, (weight, bias))
+
+
+def _layer_norm(rules: ShapeRules, input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, *_: Any, **__: Any) -> Any:
+    shape = tuple(normalized_shape) if isinstance(normalized_shape, (tuple, list)) else (normalized_shape,)
+    for i, size in enumerate(reversed(shape)):
+        rules.tie(input.shape[-1 - i], size)
+        for parameter in (weight, bias):
+            if parameter is not None:
+                rules.tie(parameter.shape[-1 - i], size)
+    return rules.made(input, input.shape, weight, bias)
+
+
+def _rms_norm(rules: ShapeRules, input: Tensor, normalized_shape: Any, weight: Any = None, *_: Any, **__: Any) -> Any:
+    return _layer_norm(rules, input, normalized_shape, weight)
+
+
+def _attention(rules: ShapeRules, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+               dropout_p: float = 0.0, is_causal: bool = False, scale: Any = None, enable_gqa: bool = False) -> Any:  # fmt: skip
+    rules.tie(query.shape[-1], key.shape[-1])
+    rules.tie(key.shape[-2], value.shape[-2])
+    for i in range(query.dim() - 2):
+        if enable_gqa and i == query.dim() - 3:
+            rules.facts.exact_quotient(poly_of(query.shape[i]), poly_of(key.shape[i]))
+        else:
+            rules.tie(query.shape[i], key.shape[i])
+        rules.tie(key.shape[i], value.shape[i])
+    if attn_mask is not None:
+        for have, want in zip(reversed(attn_mask.shape), reversed((*query.shape[:-1], key.shape[-2])), strict=False):
+            if not (isinstance(have, int) and have == 1):
+                rules.tie(have, want)
+    out = rules.made(query, (*query.shape[:-1], value.shape[-1]), key, value, counted=True)
+    rules.recorder.attend(query, key, value, out, is_causal)
+    return out
+
+
+def _embedding(rules: ShapeRules, input: Tensor, weight: Tensor, *_: Any, **__: Any) -> Any:
+    if isinstance(weight.shape[0], torch.SymInt):
+        rules.facts.freeze(poly_of(weight.shape[0]), "rows of an embedding")
+    return rules.made(weight, (*input.shape, weight.shape[1]), counted=True)
+
+
+def _activation(rules: ShapeRules, input: Tensor, *_: Any, **__: Any) -> Any:
+    """Behind a non-linearity, what reads an attention product no longer folds into it."""
+    out = rules.made(input, input.shape)
+    return mark(out, flags_of(out), makers_of(out) - {ATTENTION})
+
+
+def _dropout(rules: ShapeRules, input: Tensor, *_: Any, **__: Any) -> Any:
+    return input
+
+
+def _pad(rules: ShapeRules, input: Tensor, pad: Sequence[Any], mode: str = "constant", value: Any = None) -> Any:
+    if mode != "constant":
+        return NotImplemented
+    shape = list(input.shape)
+    for i in range(len(pad) // 2):
+        shape[-1 - i] = shape[-1 - i] + pad[2 * i] + pad[2 * i + 1]
+    return rules.made(input, shape)
+
+
+def _getitem(rules: ShapeRules, input: Tensor, index: Any) -> Any:
+    """A width indexed by a tensor (relative position tables) must keep its size: the index values mean its rows."""
+    dim = 0
+    for item in index if isinstance(index, tuple) else (index,):
+        if item is Ellipsis or item is None:
+            break
+        if isinstance(item, Tensor) and item.dtype != torch.bool and isinstance(input.shape[dim], torch.SymInt):
+            rules.facts.freeze(poly_of(input.shape[dim]), "rows looked up by index")
+        dim += 1
+    return NotImplemented
+
+
+def _detach(rules: ShapeRules, input: Tensor) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        return mark(input.view(input.shape), flags_of(input) & ~NEEDS_GRAD, makers_of(input))
+
+
+_RULES: dict[Any, Rule] = {
+    F.linear: _linear,
+    F.conv1d: _conv(1),
+    F.conv2d: _conv(2),
+    F.conv3d: _conv(3),
+    F.batch_norm: _batch_norm,
+    F.instance_norm: _instance_norm,
+    F.group_norm: _group_norm,
+    F.layer_norm: _layer_norm,
+    F.rms_norm: _rms_norm,
+    F.scaled_dot_product_attention: _attention,
+    F.embedding: _embedding,
+    F.dropout: _dropout,
+    F.gelu: _activation,
+    F.silu: _activation,
+    F.relu: _activation,
+    F.relu6: _activation,
+    F.pad: _pad,
+    Tensor.__getitem__: _getitem,
+    Tensor.detach: _detach,
+}

@@ -1,0 +1,380 @@
+"""Symbolic ints that remember how every size follows from the model's widths.
+
+`torch.SymInt` wraps any object that answers like a SymNode. Ours holds an exact integer polynomial (`Poly`) beside the
+concrete value of this run, decides every comparison by that value, and writes down each equality it was asked about:
+`w5 == w9` at a residual add, `w8 == w1 + w2` at a concatenation, `w4 == w7 * w6` where w4 // w7 divides exactly. PyTorch's
+own ShapeEnv finds the same facts through sympy about six times slower.
+
+This file leans on private torch API (the SymNode protocol) and is the only one that does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.fx.experimental.sym_node import SymNode
+
+from ..poly import Poly
+
+
+class Facts:
+    """The width variables of one trace and what was learnt about them. Also stands in for torch's ShapeEnv."""
+
+    # What FakeTensorMode reads off a ShapeEnv:
+    fake_tensor_cache: dict[Any, Any]
+    settings = None
+    _translation_validation_enabled = False
+    pending_fresh_unbacked_symbols: Sequence[Any] = ()
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self.equations: dict[Poly, None] = {}  # each is == 0; a dict keeps the order
+        self.frozen: dict[int, str] = {}  # variables whose value the forward used as a plain number
+        self.quotients: dict[tuple[Poly, Poly], Poly] = {}
+        self.fake_tensor_cache = {}
+
+    def new_variable(self, size: int) -> Poly:
+        self.sizes.append(size)
+        return Poly.var(len(self.sizes) - 1)
+
+    def symint(self, expr: Poly) -> torch.SymInt | int:
+        """`expr` as an int that torch accepts in shapes."""
+        if expr.is_constant:
+            return expr.constant
+        return torch.SymInt(WidthNode(expr, self, int, expr.evaluate(self.sizes)))
+
+    def equal(self, a: Poly, b: Poly) -> None:
+        difference = (a - b).primitive()
+        if difference.terms:
+            self.equations.setdefault(difference)
+
+    def freeze(self, expr: Poly, reason: str) -> None:
+        for variable in expr.variables:
+            self.frozen.setdefault(variable, reason)
+
+    def exact_quotient(self, a: Poly, b: Poly) -> Poly:
+        """a / b where it divides: a new variable q with the fact a == b * q, unless algebra already knows it."""
+        if a.evaluate(self.sizes) == b.evaluate(self.sizes):  # a depthwise conv's channels per group: 1, and it stays 1
+            self.equal(a, b)
+            return Poly.const(1)
+        quotient = a.divided_by(b)
+        if quotient is None:
+            quotient = self.quotients.get((a, b))
+        if quotient is None:
+            quotient = self.new_variable(a.evaluate(self.sizes) // b.evaluate(self.sizes))
+            self.quotients[a, b] = quotient
+            self.equal(a, b * quotient)
+        return quotient
+
+    # --- the ShapeEnv methods that torch calls ---
+
+    def evaluate_sym_node(self, node: WidthNode, size_oblivious: bool = False, fallback_value: Any = None) -> Any:
+        return node.guard_bool() if node.pytype is bool else node.guard_int()
+
+    def _maybe_evaluate_static(self, expr: Any, **_: Any) -> None:
+        return None
+
+    def ignore_fresh_unbacked_symbols(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def suppress_guards(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class _Truth:
+    """A comparison or a combination of some, kept until somebody asks whether it holds."""
+
+    __slots__ = ("a", "b", "op")
+    free_symbols: frozenset[int] = frozenset()
+
+    def __init__(self, op: str, a: Any, b: Any) -> None:
+        self.op, self.a, self.b = op, a, b
+
+
+def poly_of(value: Any) -> Poly:
+    """The polynomial of an int or SymInt."""
+    return value.node.expr if isinstance(value, torch.SymInt) else Poly.const(int(value))
+
+
+def _learn(facts: Facts, node: WidthNode, holds: bool) -> None:
+    """Write down the equalities that follow from `node` having been seen to hold (or not)."""
+    truth = node.expr
+    if not isinstance(truth, _Truth):
+        return
+    if truth.op == "eq" and holds:
+        facts.equal(truth.a, truth.b)
+    elif truth.op == "not":
+        _learn(facts, truth.a, not holds)
+    elif (truth.op == "and" and holds) or (truth.op == "or" and not holds):
+        _learn(facts, truth.a, holds)
+        _learn(facts, truth.b, holds)
+
+
+class WidthNode(SymNode):
+    """An int with its polynomial, a bool with what it compares, or a plain float (floats carry no widths)."""
+
+    def __init__(self, expr: Any, facts: Facts, pytype: type, value: Any, constant: Any = None) -> None:
+        self._expr = expr
+        self.shape_env = facts  # type: ignore[assignment]
+        self.pytype = pytype
+        self._hint = value
+        self.constant = constant
+        self.fx_node = None
+
+    @property
+    def facts(self) -> Facts:
+        return self.shape_env  # type: ignore[return-value]
+
+    @property
+    def expr(self) -> Any:
+        return self._expr
+
+    @property
+    def value(self) -> Any:
+        return self._hint
+
+    def _int(self, expr: Poly, value: int) -> WidthNode:
+        return WidthNode(expr, self.facts, int, value, value if expr.is_constant else None)
+
+    def wrap_int(self, num: int) -> WidthNode:
+        return WidthNode(Poly.const(num), self.facts, int, num, num)
+
+    def wrap_float(self, num: float) -> WidthNode:
+        return WidthNode(num, self.facts, float, num, num)
+
+    def wrap_bool(self, num: bool) -> WidthNode:
+        return WidthNode(num, self.facts, bool, num, num)
+
+    # --- what it is ---
+
+    def has_hint(self) -> bool:
+        return True
+
+    def is_nested_int(self) -> bool:
+        return False
+
+    def is_constant(self) -> bool:
+        return self.constant is not None
+
+    def is_symbolic(self) -> bool:
+        return True
+
+    def maybe_as_int(self) -> int | None:
+        return self.constant if self.pytype is int else None
+
+    def maybe_as_float(self) -> float | None:
+        return self.constant
+
+    def maybe_as_bool(self) -> bool | None:
+        return self.constant
+
+    def str(self) -> str:
+        return repr(self._expr)
+
+    __str__ = __repr__ = str
+
+    # --- asked for a plain value ---
+
+    def guard_bool(self, file: Any = "", line: int = 0) -> bool:
+        _learn(self.facts, self, self.value)
+        return self.value
+
+    def bool_(self) -> bool:
+        return self.guard_bool()
+
+    expect_true = guard_or_false = guard_or_true = guard_size_oblivious = guard_bool
+
+    def statically_known_true(self, file: Any = "", line: int = 0) -> bool:
+        return self.constant is True
+
+    def guard_int(self, file: Any = "", line: int = 0) -> int:
+        if self.constant is None:
+            self.facts.freeze(self._expr, "forward reads it as a plain number")
+        return self.value
+
+    def int_(self) -> int:
+        return self.guard_int()
+
+    def guard_float(self, file: Any = "", line: int = 0) -> float:
+        return float(self.value)
+
+    # --- arithmetic ---
+
+    def _plain(self, other: WidthNode) -> bool:
+        return self.pytype is not int or other.pytype is not int
+
+    def add(self, other: Any) -> WidthNode:
+        if self._plain(other):
+            return self.wrap_float(float(self.value + other.value))
+        return self._int(self._expr + other.expr, self.value + other.value)
+
+    def sub(self, other: Any) -> WidthNode:
+        if self._plain(other):
+            return self.wrap_float(float(self.value - other.value))
+        return self._int(self._expr - other.expr, self.value - other.value)
+
+    def mul(self, other: Any) -> WidthNode:
+        if self._plain(other):
+            return self.wrap_float(float(self.value * other.value))
+        return self._int(self._expr * other.expr, self.value * other.value)
+
+    def neg(self) -> WidthNode:
+        return self.wrap_int(0).sub(self) if self.pytype is int else self.wrap_float(-self.value)
+
+    def int_floordiv(self, other: Any) -> WidthNode:
+        if self._plain(other):
+            return self.wrap_float(float(self.value // other.value))
+        if self.value % other.value == 0:
+            return self._int(self.facts.exact_quotient(self._expr, other.expr), self.value // other.value)
+        return self.wrap_int(self.value // other.value)  # ceil-divisions of split and arange: what they yield is checked
+
+    def mod(self, other: Any) -> WidthNode:
+        if not self._plain(other) and self.value % other.value == 0:
+            self.facts.exact_quotient(self._expr, other.expr)
+        return self.wrap_int(self.value % other.value)
+
+    def int_truediv(self, other: Any) -> WidthNode:
+        return self.wrap_float(self.value / other.value)
+
+    float_truediv = int_truediv
+
+    def float_pow(self, other: Any) -> WidthNode:
+        return self.wrap_float(float(self.value) ** other.value)
+
+    def pow_by_natural(self, other: Any) -> WidthNode:
+        power = self.wrap_int(1)
+        for _ in range(other.value):
+            power = power.mul(self)
+        return power
+
+    def sym_float(self) -> WidthNode:
+        return self.wrap_float(float(self.value))
+
+    def sym_int(self) -> WidthNode:
+        return self if self.pytype is int else self.wrap_int(int(self.value))
+
+    trunc = sym_int
+
+    def floor(self) -> WidthNode:
+        return self if self.pytype is int else self.wrap_int(math.floor(self.value))
+
+    def ceil(self) -> WidthNode:
+        return self if self.pytype is int else self.wrap_int(math.ceil(self.value))
+
+    def round(self, ndigits: int | None = None) -> WidthNode:
+        return self if self.pytype is int else self.wrap_float(round(self.value, ndigits))
+
+    def abs(self) -> WidthNode:
+        return self if self.value >= 0 else self.neg()
+
+    def pos(self) -> WidthNode:
+        return self
+
+    def sym_max(self, other: Any) -> WidthNode:
+        return self if self.value >= other.value else other
+
+    def sym_min(self, other: Any) -> WidthNode:
+        return self if self.value <= other.value else other
+
+    def sym_sum(self, args: Sequence[Any]) -> WidthNode:
+        total = self.wrap_int(0)
+        for arg in args:
+            total = total.add(arg)
+        return total
+
+    def is_integer(self) -> WidthNode:
+        return self.wrap_bool(float(self.value).is_integer())
+
+    # --- comparison: only equality says anything about widths ---
+
+    def eq(self, other: Any) -> WidthNode:
+        same = self.value == other.value
+        if self._plain(other) or (self._expr - other.expr).is_constant:
+            return self.wrap_bool(same)
+        return WidthNode(_Truth("eq", self._expr, other.expr), self.facts, bool, same)
+
+    def ne(self, other: Any) -> WidthNode:
+        return self.eq(other).sym_not()
+
+    def lt(self, other: Any) -> WidthNode:
+        return self.wrap_bool(self.value < other.value)
+
+    def le(self, other: Any) -> WidthNode:
+        return self.wrap_bool(self.value <= other.value)
+
+    def gt(self, other: Any) -> WidthNode:
+        return self.wrap_bool(self.value > other.value)
+
+    def ge(self, other: Any) -> WidthNode:
+        return self.wrap_bool(self.value >= other.value)
+
+    def sym_not(self) -> WidthNode:
+        if self.constant is not None:
+            return self.wrap_bool(not self.constant)
+        return WidthNode(_Truth("not", self, None), self.facts, bool, not self.value)
+
+    def and_(self, other: Any) -> WidthNode:
+        if self.constant is not None:
+            return other if self.constant else self
+        if other.constant is not None:
+            return self if other.constant else other
+        return WidthNode(_Truth("and", self, other), self.facts, bool, self.value and other.value)
+
+    def or_(self, other: Any) -> WidthNode:
+        if self.constant is not None:
+            return self if self.constant else other
+        if other.constant is not None:
+            return other if other.constant else self
+        return WidthNode(_Truth("or", self, other), self.facts, bool, self.value or other.value)
+
+    def sym_ite(self, then_val: Any, else_val: Any) -> WidthNode:
+        return then_val if self.guard_bool() else else_val
+
+    # --- memory layout: decided by this run's values, it ties no widths ---
+
+    def _packed(self, sizes: Sequence[Any], strides: Sequence[Any], order: Sequence[int]) -> WidthNode:
+        """Whether the dims, walked from innermost to outermost in `order`, lie in memory without gaps."""
+        expected = 1
+        for dim in order if len(order) == len(sizes) else ():
+            if sizes[dim].value != 1:
+                if strides[dim].value != expected:
+                    return self.wrap_bool(False)
+                expected *= sizes[dim].value
+        return self.wrap_bool(len(order) == len(sizes))
+
+    def _ascending(self, sizes: Sequence[Any], strides: Sequence[Any], order: Sequence[int]) -> WidthNode:
+        """Whether strides grow in `order`, the weaker test that torch names "strides like channels_last"."""
+        if len(order) != len(sizes) or strides[order[0]].value == 0:
+            return self.wrap_bool(False)
+        least = 0
+        for dim in order:
+            if sizes[dim].value == 0 or strides[dim].value < least or (dim == 0 and least == strides[order[0]].value):
+                return self.wrap_bool(False)
+            least = strides[dim].value * max(1, sizes[dim].value)
+        return self.wrap_bool(True)
+
+    def is_contiguous(self, sizes: Sequence[Any], strides: Sequence[Any]) -> WidthNode:
+        return self._packed(sizes, strides, range(len(sizes) - 1, -1, -1))
+
+    def is_channels_last_contiguous_2d(self, sizes: Sequence[Any], strides: Sequence[Any]) -> WidthNode:
+        return self._packed(sizes, strides, (1, 3, 2, 0))
+
+    def is_channels_last_contiguous_3d(self, sizes: Sequence[Any], strides: Sequence[Any]) -> WidthNode:
+        return self._packed(sizes, strides, (1, 4, 3, 2, 0))
+
+    def is_channels_last_strides_2d(self, sizes: Sequence[Any], strides: Sequence[Any]) -> WidthNode:
+        return self._ascending(sizes, strides, (1, 3, 2, 0))
+
+    def is_channels_last_strides_3d(self, sizes: Sequence[Any], strides: Sequence[Any]) -> WidthNode:
+        return self._ascending(sizes, strides, (1, 4, 3, 2, 0))
+
+    def is_non_overlapping_and_dense(self, sizes: Sequence[Any], strides: Sequence[Any]) -> WidthNode:
+        by_stride = sorted(range(len(sizes)), key=lambda d: (strides[d].value, sizes[d].value))
+        return self._packed(sizes, strides, by_stride)
+
+    def is_non_overlapping_and_dense_indicator(self, sizes: Sequence[Any], strides: Sequence[Any]) -> WidthNode:
+        return self.wrap_int(int(self.is_non_overlapping_and_dense(sizes, strides).value))

@@ -1,0 +1,35 @@
+"""What every test shares: one thread of arithmetic, deterministic hypothesis, and the way to the shared data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Set before anything imports torch, and inherited by subprocesses: the same bits with and without xdist, and no
+# worker that fights another for cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+
+settings.register_profile("house", deadline=None, derandomize=True, print_blob=False)
+settings.load_profile("house")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository root."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The shared reference data: $SPARSEIFT_SHARED, else `shared` beside the repository. Skips where there is none."""
+    named = os.environ.get("SPARSEIFT_SHARED")
+    folder = Path(named) if named else ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("needs the shared reference data: $SPARSEIFT_SHARED or a folder `shared` beside the repository")
+    return folder

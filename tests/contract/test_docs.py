@@ -1,0 +1,67 @@
+"""README.md tells the truth: its outputs are what the tool prints, its options exist, its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from sparseift_cli.cli.app import app
+from tests import docs
+
+
+@pytest.fixture(scope="module")
+def readme(root: Path) -> str:
+    return (root / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", docs.PAGES)
+def test_shown_output_is_current(name: str) -> None:
+    assert not (difference := docs.stale(name)), f"run `make docs`:\n{difference}"
+
+
+def test_every_marker_has_its_block(readme: str) -> None:
+    assert readme.count("<!-- output:") == len(docs.BLOCK.findall(readme)) > 0
+
+
+def test_generator_replaces_the_block_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(docs, "output", lambda args: f"new {args}")
+    page = "a\n<!-- output: sparseift x --y 1 -->\n```text\nold\nold\n```\nb\n```text\nkept\n```\n"
+    want = "a\n<!-- output: sparseift x --y 1 -->\n```text\nnew x --y 1\n```\nb\n```text\nkept\n```\n"
+    assert docs.regenerate(page) == want
+    assert docs.regenerate(want) == want
+
+
+def test_failing_command_shows_its_exit_code() -> None:
+    shown = docs.output("flops no_such_model").splitlines()
+    assert shown[0] == "$ sparseift flops no_such_model"
+    assert shown[-2:] == ["$ echo $?", "2"]
+
+
+def shown_commands(text: str) -> list[list[str]]:
+    """Every `sparseift ...` line of the shell blocks, in words, its continuation lines joined."""
+    blocks = re.findall(r"^```(?:bash|sh|console)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("sparseift ")]
+
+
+def test_every_option_shown_exists(readme: str) -> None:
+    group = typer.main.get_command(app)
+    options = {name: {o for p in c.params for o in (*p.opts, *p.secondary_opts)} for name, c in group.commands.items()}
+    shown = [words[1:] for words in shown_commands(readme)]
+    assert shown
+    assert {words[0] for words in shown} <= {*options, "--help", "--version"}
+    named = {(words[0], word.partition("=")[0]) for words in shown for word in words[1:] if word.startswith("--")}
+    assert {(command, option) for command, option in named if option not in {*options[command], "--help"}} == set()
+
+
+def test_links_inside_the_readme_lead_somewhere(readme: str, root: Path) -> None:
+    anchors = {
+        re.sub(r"[^\w -]", "", h.lower()).strip().replace(" ", "-") for h in re.findall(r"^#+ (.*)$", readme, re.M)
+    }
+    targets = re.findall(r"\]\((?!https?:)([^)]+)\)", readme)
+    assert [t for t in targets if t.startswith("#") and t[1:] not in anchors] == []
+    assert [t for t in targets if not t.startswith("#") and not (root / t.partition("#")[0]).exists()] == []
