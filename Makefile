@@ -12,7 +12,7 @@ NEEDS := sparseift needs Python 3.11 or newer; name another with PYTHON=python3.
 REMOVE_VENV := if test -e $(VENV)/pyvenv.cfg; then rm -rf $(VENV); fi
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench flops-gate docs clean FORCE
+.PHONY: help setup demo test check bench flops-gate docs tables clean FORCE
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -44,6 +44,9 @@ flops-gate: $(STAMP) ## Hold a model to its FLOP budget, as a CI job would
 
 docs: $(STAMP) ## Write the output of every command shown in README.md anew
 	$(BIN)/python -m tests.docs --write
+
+tables: $(STAMP) ## Trace every model of the zoo and write its layer table anew
+	$(BIN)/python -m sparseift_cli.zoo.generate_tables
 
 clean: ## Remove the environment, caches and build output (runs/ stays)
 	@$(REMOVE_VENV)

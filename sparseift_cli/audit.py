@@ -16,7 +16,7 @@ from .table import LayerTable
 from .training_cost import dense_training_macs, training_macs, training_macs_while_updating
 
 SCHEMA = "sparseift.flops/1"
-OWNERS = ("stem", "head", "attention", "depthwise", "other untouched", "rounding", "matching")
+OWNERS: tuple[str, ...] = ("stem", "head", "attention", "depthwise", "other untouched", "rounding", "matching")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,20 +53,32 @@ class Audit:
 
     @property
     def forward_ratio(self) -> Fraction | None:
-        return Fraction(self.transformed.forward_macs, self.dense.forward_macs) if self.transformed and self.dense.forward_macs else None
+        return (
+            Fraction(self.transformed.forward_macs, self.dense.forward_macs)
+            if self.transformed and self.dense.forward_macs
+            else None
+        )
 
     @property
     def training_ratio(self) -> Fraction | None:
-        return self.transformed.training_macs / self.dense.training_macs if self.transformed and self.dense.training_macs else None
+        return (
+            self.transformed.training_macs / self.dense.training_macs
+            if self.transformed and self.dense.training_macs
+            else None
+        )
 
     @property
     def activation_factor(self) -> float | None:
         """Output elements of all counted layers, after over before: what no FLOP count shows."""
-        return self.transformed.activations / self.dense.activations if self.transformed and self.dense.activations else None
+        return (
+            self.transformed.activations / self.dense.activations
+            if self.transformed and self.dense.activations
+            else None
+        )
 
     def owners(self) -> dict[str, int]:
         """MACs above (or below) the dense model's by who causes them; they sum to the whole difference exactly."""
-        owed = dict.fromkeys(OWNERS, 0)
+        owed: dict[str, int] = dict.fromkeys(OWNERS, 0)
         for row in self.plan.layers if self.plan else ():
             owed[_owner(row, self.plan)] += row.macs - row.dense_macs
         return {k: v for k, v in owed.items() if v}
@@ -84,7 +96,9 @@ class Audit:
         return ideal_body_density(self.plan.layers, self.plan.spec, self.plan.growth)
 
 
-def audit(table: LayerTable, spec: TransformSpec | None = None, training: TrainingSpec | None = None, *, causal: str = "full") -> Audit:
+def audit(
+    table: LayerTable, spec: TransformSpec | None = None, training: TrainingSpec | None = None, *, causal: str = "full"
+) -> Audit:
     """Count a dense model, and what `spec` makes of it.
 
     `causal` says how attention under a causal mask counts: in `full` (as a dense kernel computes it), `half`, or `exact`
@@ -136,7 +150,9 @@ def with_causal(table: LayerTable, causal: str) -> LayerTable:
             part = pairs(*row.causal)
             terms = [(m, c * part) for m, c in row.macs.terms]
             if any(c.denominator != 1 for _, c in terms):
-                raise UsageError(f"half of {row.name}'s query-key pairs is not a whole number", hint="use --causal exact")
+                raise UsageError(
+                    f"half of {row.name}'s query-key pairs is not a whole number", hint="use --causal exact"
+                )
             row = replace(row, macs=Poly((m, int(c)) for m, c in terms))
         layers.append(row)
     return replace(table, layers=tuple(layers))
@@ -184,7 +200,9 @@ def to_json(result: Audit) -> dict[str, Any]:
             "scale": _number(plan.scale),
             "s_max": result.s_max,
             "ideal_body_density": result.ideal_body_density,
-            "training_ratio_while_updating": _number((result.training_while_updating or 0) / result.dense.training_macs),
+            "training_ratio_while_updating": _number(
+                (result.training_while_updating or 0) / result.dense.training_macs
+            ),
         }
         data["widths"] = plan.to_json()["free_widths"]
     return data
@@ -198,6 +216,7 @@ def rows(result: Audit) -> list[LayerPlan]:
 
 
 def row_json(row: LayerPlan) -> dict[str, Any]:
+    """One row of `layers` in the JSON document."""
     layer = row.layer
     return {
         "name": layer.name,

@@ -58,7 +58,11 @@ def crosscheck(build: Callable[[], tuple[Any, tuple[Any, ...], str]], table: Lay
         plain = FlopCountAnalysis(model, inputs)
         plain.tracer_warnings("none")
         by_operator = {k: int(v) for k, v in plain.by_operator().items()}
-        unseen = {k: v for k, v in plain.unsupported_ops().items() if "attention" in k or "lstm" in k or "conv" in k or "mm" in k}
+        unseen = {
+            k: v
+            for k, v in plain.unsupported_ops().items()
+            if "attention" in k or "lstm" in k or "conv" in k or "mm" in k
+        }
         helped = FlopCountAnalysis(model, inputs).set_op_handle("aten::scaled_dot_product_attention", _attention)
         helped.tracer_warnings("none")
         attention = int(helped.by_operator().get("scaled_dot_product_attention", 0))
@@ -67,10 +71,23 @@ def crosscheck(build: Callable[[], tuple[Any, tuple[Any, ...], str]], table: Lay
     products = sum(row.macs.evaluate(table.sizes) for row in table.layers) - weighted
     theirs = sum(counted.values())
     unaided = ", ".join(f"{k} {v:,}" for k, v in sorted(counted.items()))
-    whole = {"what": "whole model, fvcore given a rule for attention", "ours": weighted + products, "fvcore": theirs + attention}
-    rows: list[dict[str, Any]] = [{"what": "whole model, fvcore as it is", "ours": weighted + products, "fvcore": theirs, "note": unaided}]
+    whole = {
+        "what": "whole model, fvcore given a rule for attention",
+        "ours": weighted + products,
+        "fvcore": theirs + attention,
+    }
+    rows: list[dict[str, Any]] = [
+        {"what": "whole model, fvcore as it is", "ours": weighted + products, "fvcore": theirs, "note": unaided}
+    ]
     if attention:
-        rows.append({"what": "fused attention products", "ours": None, "fvcore": attention, "note": "counted by the rule given to it"})
+        rows.append(
+            {
+                "what": "fused attention products",
+                "ours": None,
+                "fvcore": attention,
+                "note": "counted by the rule given to it",
+            }
+        )
         rows.append(whole | {"note": None})
     return Crosscheck(rows, unseen, theirs + attention == weighted + products)
 
@@ -79,7 +96,7 @@ def _attention(inputs: list[Any], outputs: list[Any]) -> int:
     """MACs of fused attention from its traced shapes: queries x keys x (d + d_v) for every head of every sample."""
     from fvcore.nn.jit_handles import get_shape
 
-    q, k, v = (get_shape(x) for x in inputs[:3])
+    q, k, v = (get_shape(x) or [] for x in inputs[:3])
     pairs = k[-2]
     for dim in q[:-1]:
         pairs *= dim

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from fnmatch import fnmatchcase
+from fractions import Fraction
 from math import gcd, lcm
 
 from .errors import UsageError
@@ -40,13 +40,17 @@ class Growth:
         """All sizes without rounding, at any density: what closed forms are stated in."""
         value = {f.id: float(f.size) for f in self.solution.free}
         value |= {g.id: g.dense * density ** (-1 / g.sides) for g in self.grown}
-        return [sum(float(c) * (1.0 if v is None else value[v]) for v, c in form.items()) for form in self.solution.affine]
+        return [
+            sum(float(c) * (1.0 if v is None else value[v]) for v, c in form.items()) for form in self.solution.affine
+        ]
 
     def why_not(self, layer: Layer) -> str:
         """Why none of a layer's dims grow."""
         widths = sorted(layer.inputs.variables | layer.outputs.variables)
         for i in widths:
-            reason = next((self.solution.reasons[v] for v in [i, *self.solution.drivers(i)] if v in self.solution.reasons), None)
+            reason = next(
+                (self.solution.reasons[v] for v in [i, *self.solution.drivers(i)] if v in self.solution.reasons), None
+            )
             if reason:
                 return f"its width {self.table.widths[i].name} is kept: {reason}"
         if self.spec.scope == "inner":

@@ -66,7 +66,12 @@ class LayerPlan:
         return Fraction(sum(p.nnz for p in sparse), sum(p.shape.weights for p in sparse)) if sparse else Fraction(1)
 
     def to_json(self) -> dict[str, Any]:
-        data: dict[str, Any] = {"name": self.layer.name, "status": self.status, "reason": self.reason, "macs": self.macs}
+        data: dict[str, Any] = {
+            "name": self.layer.name,
+            "status": self.status,
+            "reason": self.reason,
+            "macs": self.macs,
+        }
         if self.status == "transformed":
             data |= {"detail": self.detail, "parts": [p.to_json() for p in self.parts]}
         return data

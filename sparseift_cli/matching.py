@@ -106,7 +106,10 @@ def _at_least_one(plan: LayerPlan, nnz: int, spec: TransformSpec) -> int:
     unit, dense = _unit(spec), _dense_part(plan)
     room = _room(plan, spec) - dense
     if room < unit:
-        raise UsageError(f"layer {plan.layer.name} has no room for one {spec.pattern} block", hint="--exclude it, or use smaller blocks")
+        raise UsageError(
+            f"layer {plan.layer.name} has no room for one {spec.pattern} block",
+            hint="--exclude it, or use smaller blocks",
+        )
     return dense + max(unit, min(room, nnz - dense) // unit * unit)
 
 
@@ -190,7 +193,9 @@ def _with(layers: list[LayerPlan], which: Sequence[int], counts: Sequence[int], 
     return layers
 
 
-def _hold(layers: Sequence[LayerPlan], table: LayerTable, spec: TransformSpec, training: TrainingSpec, growth: Growth | None) -> None:
+def _hold(
+    layers: Sequence[LayerPlan], table: LayerTable, spec: TransformSpec, training: TrainingSpec, growth: Growth | None
+) -> None:
     """The budget is held, or the plan is refused: one non-zero a layer can already be too much."""
     if spec.match == "model":
         have, budget = Fraction(sum(p.macs for p in layers)), sum(p.dense_macs for p in layers)

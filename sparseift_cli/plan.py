@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import Any
 
 from .errors import UsageError
-from .growth import Growth, Grown, grow, selected
+from .growth import Grown, Growth, grow, selected
 from .isoflop import branches, doped_rank, factorized_rank, factors
 from .layer_plan import LayerPlan, Part, Status
 from .matching import spend
@@ -44,7 +44,8 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         widths = [
-            {"name": self.table.widths[g.id].name, "dense": g.dense, "size": g.size, "ideal": g.ideal} for g in self.grown
+            {"name": self.table.widths[g.id].name, "dense": g.dense, "size": g.size, "ideal": g.ideal}
+            for g in self.grown
         ]
         return {
             "schema": SCHEMA,
@@ -70,7 +71,9 @@ def make_plan(table: LayerTable, spec: TransformSpec, training: TrainingSpec | N
     sizes = growth.sizes if growth else list(table.sizes)
     layers = [_plan_layer(layer, table, spec, growth, sizes) for layer in table.layers]
     if not any(p.status == "transformed" for p in layers) and spec.density < 1:
-        reasons = sorted({p.reason for p in layers if p.layer.weighted and p.layer.role == "body"}) or ["it has no body layers"]
+        reasons = sorted({p.reason for p in layers if p.layer.weighted and p.layer.role == "body"}) or [
+            "it has no body layers"
+        ]
         raise UsageError(f"{spec.member} leaves every layer of {table.model} as it is: {'; '.join(reasons[:4])}")
     layers, scale = spend(layers, table, spec, training, growth)
     return Plan(table, spec, training, sizes, growth.grown if growth else (), tuple(layers), scale, growth)
@@ -81,10 +84,14 @@ def dense_layers(table: LayerTable) -> list[LayerPlan]:
     return [_left_alone(row, row.macs.evaluate(table.sizes), table.sizes, "") for row in table.layers]
 
 
-def _plan_layer(layer: Layer, table: LayerTable, spec: TransformSpec, growth: Growth | None, sizes: list[int]) -> LayerPlan:
+def _plan_layer(
+    layer: Layer, table: LayerTable, spec: TransformSpec, growth: Growth | None, sizes: list[int]
+) -> LayerPlan:
     dense_macs = layer.macs.evaluate(table.sizes)
     if not layer.weighted or layer.role != "body":
-        return _left_alone(layer, dense_macs, sizes, _WHY_LEFT_ALONE[layer.role] if layer.role != "body" else layer.note or "")
+        return _left_alone(
+            layer, dense_macs, sizes, _WHY_LEFT_ALONE[layer.role] if layer.role != "body" else layer.note or ""
+        )
     if layer.tied_to:
         return _left_alone(layer, dense_macs, sizes, f"weight tied to {layer.tied_to}")
     if not selected(layer, spec):
@@ -124,7 +131,9 @@ def _plan_wide(layer: Layer, table: LayerTable, spec: TransformSpec, growth: Gro
 def _plan_local(layer: Layer, table: LayerTable, spec: TransformSpec, dense_macs: int) -> LayerPlan:
     sizes, shape = table.sizes, layer.shape(table.sizes)
     if layer.projection:
-        return _left_alone(layer, dense_macs, sizes, "attention projection: without a non-linearity its parts fold into one matrix")
+        return _left_alone(
+            layer, dense_macs, sizes, "attention projection: without a non-linearity its parts fold into one matrix"
+        )
     if layer.kind == "conv_transpose":
         return _left_alone(layer, dense_macs, sizes, "transposed convolution: only Sparse Wide reaches it")
     if spec.density == 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +52,9 @@ def parse_input(text: str | None) -> tuple[int, ...] | None:
     except ValueError:
         dims = ()
     if not dims or min(dims) < 1:
-        raise UsageError(f"input {text!r} is not a shape", hint="write one sample's dims joined by x: --input 3x224x224")
+        raise UsageError(
+            f"input {text!r} is not a shape", hint="write one sample's dims joined by x: --input 3x224x224"
+        )
     return dims
 
 
@@ -119,7 +121,9 @@ def _foreign(request: Request, device: str) -> tuple[nn.Module, tuple[Tensor, ..
     from torch import nn
 
     if request.num_classes is not None:
-        raise UsageError("--num-classes is for zoo models", hint="let the callable build the model with the classes you want")
+        raise UsageError(
+            "--num-classes is for zoo models", hint="let the callable build the model with the classes you want"
+        )
     made = _call(request.source, device)
     inputs: Any = None
     if isinstance(made, tuple) and len(made) == 2:
@@ -163,7 +167,3 @@ def _call(source: str, device: str) -> Any:
     except Exception as error:
         raise UsageError(f"{source}() failed: {type(error).__name__}: {error}",
                          hint="it is called without arguments; wrap it in a function that needs none") from error  # fmt: skip
-
-
-def with_source(request: Request, source: str) -> Request:
-    return replace(request, source=source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any, Literal, get_args
@@ -35,7 +36,9 @@ class TransformSpec:
     base_width: int | None = None  # new width of the stem; every other width keeps its proportion to it
     heads: HeadScaling = "scale_dim"
     depthwise: Literal["dense", "sparse"] = "dense"
-    branch_activation: Literal["each", "sum"] = "each"  # Sparse Parallel: norm and activation per branch, or after the sum
+    branch_activation: Literal["each", "sum"] = (
+        "each"  # Sparse Parallel: norm and activation per branch, or after the sum
+    )
     inner: Literal["activation", "norm", "linear"] = "activation"  # Sparse Factorized: what stands between U and V
     pattern: str = "unstructured"  # or N:M, or RxC blocks
     distribution: Literal["uniform", "er", "erk"] = "uniform"
@@ -45,7 +48,8 @@ class TransformSpec:
             density(self.sparsity)
         except (ValueError, ZeroDivisionError):
             raise UsageError(
-                f"sparsity {self.sparsity!r} is not a number in [0, 1)", hint="0.9 means that 90 % of the weights are zero"
+                f"sparsity {self.sparsity!r} is not a number in [0, 1)",
+                hint="0.9 means that 90 % of the weights are zero",
             ) from None
         _one_of("transform", self.member, MEMBERS)
         _one_of("match", self.match, MATCHES)
@@ -64,9 +68,13 @@ class TransformSpec:
             )
         if self.n_of_m and Fraction(*self.n_of_m) != self.density:
             n, m = self.n_of_m
-            raise UsageError(f"pattern {n}:{m} has density {n}/{m}, not {self.density}", hint=f"use sparsity {1 - n / m}")
+            raise UsageError(
+                f"pattern {n}:{m} has density {n}/{m}, not {self.density}", hint=f"use sparsity {1 - n / m}"
+            )
         if not (self.pattern == "unstructured" or self.n_of_m or self.block):
-            raise UsageError(f"unknown pattern {self.pattern!r}", hint="use unstructured, N:M (2:4) or a block RxC (4x4)")
+            raise UsageError(
+                f"unknown pattern {self.pattern!r}", hint="use unstructured, N:M (2:4) or a block RxC (4x4)"
+            )
 
     @property
     def density(self) -> Fraction:
@@ -88,15 +96,20 @@ class TransformSpec:
             return None
         return int(found[1]), int(found[2])
 
+    @staticmethod
+    def of(options: Mapping[str, Any]) -> TransformSpec:
+        """From loose options (a command line, a recipe); checked as always."""
+        return TransformSpec(**options)
+
     def to_json(self) -> dict[str, Any]:
         data = asdict(self)
         data["sparsity"] = float(Fraction(self.sparsity))
         return {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
 
     @staticmethod
-    def from_json(data: dict[str, Any]) -> TransformSpec:
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-        return TransformSpec(**(fields | {"sparsity": str(data["sparsity"])}))
+    def from_json(data: Mapping[str, Any]) -> TransformSpec:
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return TransformSpec.of(fields | {"sparsity": str(data["sparsity"])})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +131,9 @@ class TrainingSpec:
         except (ValueError, ZeroDivisionError):
             stop = Fraction(-1)
         if not 0 <= stop <= 1:
-            raise UsageError(f"stop {self.stop!r} is not a fraction of the run", hint="0.75 ends mask updates at 75 % of the steps")
+            raise UsageError(
+                f"stop {self.stop!r} is not a fraction of the run", hint="0.75 ends mask updates at 75 % of the steps"
+            )
 
     @property
     def schedule(self) -> Schedule:

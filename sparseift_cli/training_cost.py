@@ -37,7 +37,9 @@ def dense_training_macs(layers: Sequence[LayerPlan], training: TrainingSpec) -> 
     return total
 
 
-def training_macs(layers: Sequence[LayerPlan], training: TrainingSpec, *, scale: Fraction | int = 1, mean: Mean = mean_step) -> Fraction:
+def training_macs(
+    layers: Sequence[LayerPlan], training: TrainingSpec, *, scale: Fraction | int = 1, mean: Mean = mean_step
+) -> Fraction:
     """Mean MACs of a training step of the transformed model, its transformed layers' cost times `scale`."""
     total = Fraction(0)
     for plan in layers:

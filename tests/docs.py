@@ -24,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md",)
 BLOCK = re.compile(r"(?P<marker><!-- output: sparseift (?P<args>.*?) -->\n)```text\n.*?^```$", re.DOTALL | re.MULTILINE)
+SCRIPT = "import sys; from sparseift_cli.cli.app import main; sys.argv[0] = 'sparseift'; main()"
 PLAIN = {
     "COLUMNS": "100",
     "TERMINAL_WIDTH": "100",
@@ -36,7 +37,7 @@ PLAIN = {
 def output(args: str) -> str:
     """What a terminal shows for `sparseift ARGS`: the command, its output, and its exit code where it is not 0."""
     run = subprocess.run(
-        [sys.executable, "-m", "sparseift_cli", *shlex.split(args)],
+        [sys.executable, "-c", SCRIPT, *shlex.split(args)],
         cwd=ROOT,
         env={**os.environ, **PLAIN},
         stdin=subprocess.DEVNULL,

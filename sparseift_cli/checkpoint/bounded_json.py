@@ -8,7 +8,7 @@ from typing import NoReturn
 from .facts import Malformed, printable
 
 MAX_BYTES = 32 << 20  # room for the header of more than 200,000 tensors
-MAX_PARTS = 3_000_000  # commas and brackets: what decides how much memory the parsed form takes
+MAX_PARTS = 2_000_000  # commas and brackets: what decides how much memory the parsed form takes
 
 
 def parse_object(raw: bytes, what: str) -> dict[str, object]:

@@ -17,7 +17,7 @@ from typing import IO, BinaryIO, Protocol, cast
 
 from .facts import Malformed, printable
 
-MAX_BYTES = 64 << 20
+MAX_BYTES = 32 << 20
 MAX_INSTRUCTIONS = 2_000_000  # about 150 MB at the worst; a checkpoint of 10,000 tensors has half of it
 
 Key = str | int | float | bytes | bool | None
@@ -231,13 +231,18 @@ class _Machine:
 
 def plain_key(key: object) -> Key | tuple[Key, ...]:
     """A key that is safe to hash: tuples nested a million deep would overflow the C stack of any Python."""
-    if isinstance(key, tuple) and all(isinstance(k, str | int | float | bytes | None) for k in key):
+    if isinstance(key, tuple) and all(_is_plain(k) for k in key):
         return key
-    if isinstance(key, str | int | float | bytes | None):
-        return key
+    if _is_plain(key):
+        return cast("Key", key)
     if isinstance(key, Global | Opaque):
         return str(key) if isinstance(key, Global) else key.kind
     raise TypeError(f"a {type(key).__name__} as the key of a dict")
+
+
+def _is_plain(key: object) -> bool:
+    """A short value: Python refuses to print integers of thousands of digits."""
+    return isinstance(key, str | float | bytes | None) or (isinstance(key, int) and key.bit_length() <= 64)
 
 
 _LITERALS = {

@@ -101,17 +101,19 @@ class PatternFinder:
         whole = ALIGN * matrix.taps * min(matrix.rows, ALIGN) <= TILE
         return whole and 1 < matrix.rows <= 1 << 24 and 1 < matrix.columns <= 1 << 24
 
-    def add(self, tile: Tile, live: torch.Tensor) -> None:
-        """Take in a tile; `live` (bool, the tile's shape) says which of its values are not zero."""
-        r, c = live.shape
-        found = int(live.count_nonzero())
+    def add(self, tile: Tile, found: int) -> None:
+        """Take in a tile, of whose values `found` are not zero. Dense and empty tiles, the usual ones, cost nothing."""
+        r, c = tile.values.shape
         self.nonzeros += found
+        if found == 0:
+            return
         if found == r * c:
             self.row_counts[tile.row : tile.row + r] += c
             self.column_any[tile.column : tile.column + c] = True
             self.groups = {key: key[1] for key in self.groups}
             return
-        self.row_counts[tile.row : tile.row + r] += live.sum(1)
+        live = tile.values != 0
+        self.row_counts[tile.row : tile.row + r] += live.count_nonzero(1)
         self.column_any[tile.column : tile.column + c] |= live.any(0)
         self._count_groups(live)
         for taps in {1, self.taps}:
@@ -123,7 +125,7 @@ class PatternFinder:
         for (dim, m), most in self.groups.items():
             if most < m:
                 shape = (r, -1, m, self.taps) if dim == 1 else (-1, m, c)
-                in_group = live.view(shape).sum(2 if dim == 1 else 1)
+                in_group = live.view(shape).count_nonzero(2 if dim == 1 else 1)
                 self.groups[dim, m] = max(most, int(in_group.max()))
 
     def _count_holes(self, cells: torch.Tensor, taps: int, found: int) -> None:

@@ -19,7 +19,7 @@ from .facts import Checkpoint, TensorInfo, printable
 if TYPE_CHECKING:
     import torch
 
-TILE = 1 << 22  # elements read at a time
+TILE = 1 << 21  # elements read at a time
 ALIGN = 64  # tiles begin at multiples of this both ways: no block or group up to this size straddles two of them
 GATHER = 1 << 27  # bytes that one tile of an oddly strided tensor may reach over
 
@@ -138,8 +138,11 @@ class TensorReader:
         info = matrix.info
         _check(info)
         size = BITS[info.dtype] // 8
-        starts = (info.extent[0] + ((row + i) * matrix.columns + column) * size for i in range(n))
-        return Tile(row, column, torch.stack([self._elements(info, start, width * size) for start in starts]))
+        values = torch.empty(n, width, dtype=getattr(torch, info.dtype))
+        for i in range(n):
+            start = info.extent[0] + ((row + i) * matrix.columns + column) * size
+            values[i] = self._elements(info, start, width * size)
+        return Tile(row, column, values)
 
     def _elements(self, info: TensorInfo, begin: int, nbytes: int) -> torch.Tensor:
         """`nbytes` of the storage from byte `begin` on, as a flat tensor of the dtype of `info`."""

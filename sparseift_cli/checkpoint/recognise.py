@@ -22,6 +22,7 @@ _OPTIONAL = ("num_batches_tracked", "position_ids", "inv_freq", "masked_bias", "
 _OUTPUTS = {"lm_head", "decoder", "output", "embed_out"}
 _EMBEDDINGS = {"wte", "embed_tokens", "word_embeddings", "tok_embeddings"}
 _HEADS = {"fc", "linear", "classifier", "head", "heads", "output", "score", "logits"}
+MAX_TENSORS = 20_000  # more than that is no single model of any zoo
 _ANCHORS = 5  # names that are looked up to find a prefix
 _CANDIDATES = 4  # prefixes that are tried
 
@@ -92,6 +93,8 @@ def recognise(tensors: Shapes, catalogue: Mapping[str, Shapes]) -> list[Match]:
     A partial match counts from half of all tensors in name and shape on, or four fifths of either the names or the
     model's tensors.
     """
+    if len(tensors) > MAX_TENSORS:
+        return []
     matches = (_best(model, tensors, expected) for model, expected in catalogue.items())
     fitting = [m for m in matches if m and _fits(m)]
     return sorted(fitting, key=lambda m: (m.kind != "exact", -m.similarity, -m.named, m.model))
@@ -99,6 +102,8 @@ def recognise(tensors: Shapes, catalogue: Mapping[str, Shapes]) -> list[Match]:
 
 def closest(tensors: Shapes, catalogue: Mapping[str, Shapes]) -> Match | None:
     """The model with the most names in common, however few, for saying what nearly fits; None without any."""
+    if len(tensors) > MAX_TENSORS:
+        return None
     matches = [_best(model, tensors, expected) for model, expected in catalogue.items()]
     return max((m for m in matches if m and m.named), key=lambda m: (m.similarity, m.named), default=None)
 
@@ -164,8 +169,9 @@ def _compare(model: str, tensors: Shapes, expected: Shapes, removed: str, added:
             renamed[new] = tuple(shape)
     common = [name for name in expected if name in renamed]
     differs = tuple(Difference(n, renamed[n], tuple(expected[n])) for n in common if renamed[n] != tuple(expected[n]))
-    missing = tuple(n for n in expected if n not in renamed and not _may_lack(n, expected, renamed))
-    extra = [n for n in renamed if n not in expected and not _may_add(n, renamed)]
+    embeddings = {shape for name, shape in renamed.items() if _module(name) in _EMBEDDINGS}
+    missing = tuple(n for n in expected if n not in renamed and not _may_lack(n, tuple(expected[n]), embeddings))
+    extra = [n for n, shape in renamed.items() if n not in expected and not _may_add(n, shape, embeddings)]
     kind: Kind = "partial"
     if not missing and not differs:
         kind = "contains" if extra or unexpected else "exact"
@@ -194,25 +200,14 @@ def _spellings(name: str) -> Iterator[str]:
         yield name.removesuffix("beta") + "bias"
 
 
-def _may_lack(name: str, expected: Shapes, renamed: Shapes) -> bool:
+def _may_lack(name: str, shape: tuple[int, ...], embeddings: set[tuple[int, ...]]) -> bool:
     """May a checkpoint leave this tensor out? Counters, and an output layer that is the embedding once more."""
-    if name.endswith(_OPTIONAL):
-        return True
-    return _module(name) in _OUTPUTS and any(
-        _module(n) in _EMBEDDINGS for n in _same_shape(name, expected) & renamed.keys()
-    )
+    return name.endswith(_OPTIONAL) or (_module(name) in _OUTPUTS and shape in embeddings)
 
 
-def _may_add(name: str, renamed: Shapes) -> bool:
-    """May a checkpoint hold this besides the model? Counters, GPT-2's causal masks, an output tied to the embedding."""
-    if name.endswith(_OPTIONAL) or (name.endswith("attn.bias") and len(renamed[name]) == 4):
-        return True
-    return _module(name) in _OUTPUTS and any(_module(n) in _EMBEDDINGS for n in _same_shape(name, renamed))
-
-
-def _same_shape(name: str, shapes: Shapes) -> set[str]:
-    """The other names with the shape of `name`."""
-    return {n for n, shape in shapes.items() if n != name and tuple(shape) == tuple(shapes[name])}
+def _may_add(name: str, shape: tuple[int, ...], embeddings: set[tuple[int, ...]]) -> bool:
+    """May a checkpoint hold this besides the model? The same, and the causal masks of GPT-2."""
+    return _may_lack(name, shape, embeddings) or (name.endswith("attn.bias") and len(shape) == 4)
 
 
 def _module(name: str) -> str:

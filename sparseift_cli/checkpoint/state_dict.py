@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import cast
 
 from ..errors import did_you_mean
@@ -20,6 +21,8 @@ USUAL_KEYS = (
 _NOT_WEIGHTS = ("optim", "scheduler", "scaler", "rng", "callbacks", "loops")
 _DEPTH = 3
 _MAX_DICTS = 10_000
+_MAX_OTHERS = 1_000
+_COUNTED = 10_000
 
 # Put in front of every name by a wrapper or by the attribute that holds the model.
 WRAPPERS = (
@@ -89,7 +92,7 @@ def describe(value: object, path: str = "") -> Entry:
         case PickledTensor():
             return Entry(path, f"{value.dtype} tensor {list(value.shape)}")
         case dict():
-            tensors = sum(isinstance(v, PickledTensor) for v in value.values())
+            tensors = sum(isinstance(v, PickledTensor) for v in islice(value.values(), _COUNTED))
             return Entry(path, f"dict of {len(value)}" + (f", {tensors} tensors" if tensors else ""))
         case list() | tuple():
             return Entry(path, f"{type(value).__name__} of {len(value)}")
@@ -150,11 +153,16 @@ def _preference(candidate: _Candidate) -> tuple[int, int]:
 def _others(root: dict[object, object], chosen: _Candidate) -> Iterator[Entry]:
     """What lies beside the path to the state dict, level by level, and what in the state dict is no tensor."""
     level: object = root
+    listed = 0
     for depth in range(len(chosen.keys) + 1):
         assert isinstance(level, dict)
         onward = chosen.keys[depth] if depth < len(chosen.keys) else None
         for name, value in level.items():
             if name == onward or (onward is None and isinstance(value, PickledTensor)):
                 continue
+            listed += 1
+            if listed > _MAX_OTHERS:
+                yield Entry("…", "more than is listed here")
+                return
             yield describe(value, printable(".".join((*chosen.keys[:depth], str(name)))))
         level = level.get(onward)

@@ -15,6 +15,7 @@ from typing import BinaryIO
 from .dtypes import BITS
 from .facts import Malformed, Storage, TensorInfo, printable
 from .inert_pickle import MAX_BYTES, Window, read_pickle
+from .state_dict import describe
 from .torch_rules import PickledTensor, TorchRules
 from .zip_archive import Archive, check_stored, read_archive
 
@@ -106,17 +107,17 @@ def read_legacy(path: Path, file: BinaryIO, size: int) -> TorchFile:
     window = Window(file, min(size, MAX_BYTES))
     first = read_pickle(window, rules)
     if first != MAGIC_NUMBER:
-        kind = "dict" if isinstance(first, dict) else type(first).__name__
         raise Malformed(
-            f"a plain Python pickle (of a {kind}), not a file of torch.save",
+            f"a plain Python pickle (it holds: {describe(first).type}), not a file of torch.save",
             hint="where you trust it, load it yourself and save its state dict with torch.save",
         )
     if (version := read_pickle(window, rules)) != PROTOCOL_VERSION:
-        raise Malformed(f"unknown version of the legacy format: {printable(str(version), 40)}")
+        shown = version if isinstance(version, int) and version < 1 << 32 else describe(version).type
+        raise Malformed(f"unknown version of the legacy format: {shown}")
     read_pickle(window, rules)  # the sizes of C types on the machine that wrote it; data is always little-endian
     saved = read_pickle(window, rules)
     keys = read_pickle(window, rules)
-    if not isinstance(keys, list) or len(set(map(str, keys))) != len(keys):
+    if not isinstance(keys, list) or not all(isinstance(k, str | int) for k in keys) or len(set(keys)) != len(keys):
         raise Malformed("the list of its storages is damaged")
     return TorchFile(saved, _legacy_storages(path, file, size, [str(key) for key in keys], rules))
 

@@ -42,16 +42,22 @@ def flops(
         typer.Option(help="Training FLOPs of: dense, static, set, snfs, rigl, gmp, granet.", show_default="static"),
     ] = None,
     delta_t: Annotated[int | None, typer.Option(help="Steps between mask updates.", show_default="100")] = None,
-    stop: Annotated[str | None, typer.Option(help="Part of the run after which masks stay.", show_default="0.75")] = None,
+    stop: Annotated[
+        str | None, typer.Option(help="Part of the run after which masks stay.", show_default="0.75")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the run; without it its long-run mean.")] = None,
     recompute: Annotated[bool, typer.Option(help="Activation checkpointing: a second forward per step.")] = False,
     causal: Annotated[str, typer.Option(help="Causal attention counted full, half or exact.")] = "full",
     include: options.Include = None,
     exclude: options.Exclude = None,
     width_multiple: Annotated[int | None, typer.Option(help="Round widths to this multiple.", show_default="1")] = None,
-    base_width: Annotated[int | None, typer.Option(help="New width of the stem; all others keep their proportion.")] = None,
+    base_width: Annotated[
+        int | None, typer.Option(help="New width of the stem; all others keep their proportion.")
+    ] = None,
     heads: Annotated[str | None, typer.Option(help="scale_dim or scale_count.", show_default="scale_dim")] = None,
-    depthwise: Annotated[str | None, typer.Option(help="Depthwise convs stay dense, or sparse.", show_default="dense")] = None,
+    depthwise: Annotated[
+        str | None, typer.Option(help="Depthwise convs stay dense, or sparse.", show_default="dense")
+    ] = None,
     pattern: Annotated[
         str | None, typer.Option(help="unstructured, N:M (2:4) or blocks (4x4).", show_default="unstructured")
     ] = None,
@@ -64,7 +70,9 @@ def flops(
     sort: Annotated[str | None, typer.Option(help="Sort rows: name, dense_macs, transformed_macs, ratio, nnz.")] = None,
     summary: Annotated[bool, typer.Option("--summary", help="Totals only.")] = False,
     max_flops_ratio: Annotated[float | None, typer.Option(help="Exit 1 if the whole model exceeds this ratio.")] = None,
-    max_layer_ratio: Annotated[float | None, typer.Option(help="Exit 1 if a transformed row exceeds this ratio.")] = None,
+    max_layer_ratio: Annotated[
+        float | None, typer.Option(help="Exit 1 if a transformed row exceeds this ratio.")
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Count again with fvcore on real tensors.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 1 if an op could not be counted.")] = False,
     fmt: options.FormatOption = Format.table,
@@ -83,9 +91,13 @@ def flops(
         "include": tuple(include) if include else None, "exclude": tuple(exclude) if exclude else None,
     }  # fmt: skip
     given |= {k: v for k, v in transform_options.items() if v is not None}
-    sparsities = [s.strip() for s in sparsity.split(",")] if sparsity else [given["sparsity"]] if "sparsity" in given else []
+    sparsities = (
+        [s.strip() for s in sparsity.split(",")] if sparsity else [given["sparsity"]] if "sparsity" in given else []
+    )
     if given and not sparsities:
-        raise UsageError("a transform needs its sparsity", hint="add --sparsity 0.9, or a list: --sparsity 0.5,0.75,0.9")
+        raise UsageError(
+            "a transform needs its sparsity", hint="add --sparsity 0.9, or a list: --sparsity 0.5,0.75,0.9"
+        )
     specs = [_spec(given | {"sparsity": s}) for s in sparsities]
     training = _training(
         recipe.training if recipe else {},
@@ -113,7 +125,7 @@ def flops(
 def _spec(given: dict[str, Any]) -> TransformSpec:
     from ..spec import TransformSpec, member_named
 
-    return TransformSpec(**(given | {"member": member_named(given.get("member", "wide"))}))
+    return TransformSpec.of(given | {"member": member_named(given.get("member", "wide"))})
 
 
 def _training(recipe: dict[str, Any], given: dict[str, Any]) -> TrainingSpec:

@@ -19,7 +19,16 @@ from .output import Column, Sheet, integer, ratio, render
 STYLES = {"transformed": "green", "boundary": "yellow", "untouched": "dim"}
 
 
-def show(result: Audit, fmt: Format, output: Path | None, *, depth: int | None, sort: str | None, summary: bool, crosscheck: Any) -> None:
+def show(
+    result: Audit,
+    fmt: Format,
+    output: Path | None,
+    *,
+    depth: int | None,
+    sort: str | None,
+    summary: bool,
+    crosscheck: Any,
+) -> None:
     """Print one audit."""
     sheets = [] if summary else [_layers(result, depth, sort)]
     if fmt is not Format.csv or summary:
@@ -33,7 +42,9 @@ def show(result: Audit, fmt: Format, output: Path | None, *, depth: int | None, 
         payload["verify"] = crosscheck.to_json()
     if not summary:
         shown = {row["name"]: row for row in sheets[0].rows}
-        payload["layers"] = [shown[r["name"]] for r in sheets[0].rows] if depth is not None else _in_order(payload["layers"], sheets[0])
+        payload["layers"] = (
+            [shown[r["name"]] for r in sheets[0].rows] if depth is not None else _in_order(payload["layers"], sheets[0])
+        )
     render(sheets, payload, fmt, output)
 
 
@@ -68,7 +79,10 @@ def _layers(result: Audit, depth: int | None, sort: str | None) -> Sheet:
             Column("reason", "why / how", priority=5),
         ]
     else:
-        columns += [Column("params", "parameters", integer, right=True, priority=2), Column("reason", "note", priority=5)]
+        columns += [
+            Column("params", "parameters", integer, right=True, priority=2),
+            Column("reason", "note", priority=5),
+        ]
     return Sheet(_title(result), columns, entries)
 
 
@@ -96,7 +110,11 @@ def shape_text(row: LayerPlan, result: Audit) -> str:
     before = layer.shape(result.table.sizes)
     after = [p.shape for p in row.parts]
     if len(after) == 1:
-        return _written(before, layer.kernel) if after[0] == before else f"{_written(before, layer.kernel)} -> {_written(after[0], layer.kernel)}"
+        return (
+            _written(before, layer.kernel)
+            if after[0] == before
+            else f"{_written(before, layer.kernel)} -> {_written(after[0], layer.kernel)}"
+        )
     names = {p.name.split(" ")[0] for p in row.parts}
     if names == {"branch"}:
         return f"{_written(before, layer.kernel)} -> {len(after)} branches"
@@ -161,12 +179,20 @@ def _totals(result: Audit, title: str) -> Sheet:
     dense, after = result.dense, result.transformed
 
     def line(what: str, unit: str, a: int, b: int | None) -> dict[str, Any]:
-        return {"what": what, "unit": unit, "dense": a, "transformed": b, "ratio": b / a if b is not None and a else None}
+        return {
+            "what": what,
+            "unit": unit,
+            "dense": a,
+            "transformed": b,
+            "ratio": b / a if b is not None and a else None,
+        }
 
     entries = [
         line("forward", "MAC", dense.forward_macs, after and after.forward_macs),
         line("forward", "FLOP", dense.forward_flops, after and after.forward_flops),
-        line(f"training step, {result.training.algorithm}", "FLOP", dense.training_flops, after and after.training_flops),
+        line(
+            f"training step, {result.training.algorithm}", "FLOP", dense.training_flops, after and after.training_flops
+        ),
         line("parameters", "stored", dense.params, after and after.params),
         line("parameters", "non-zero", dense.nonzero_params, after and after.nonzero_params),
         line("activations", "elements", dense.activations, after and after.activations),
@@ -177,7 +203,10 @@ def _totals(result: Audit, title: str) -> Sheet:
         Column("dense", "dense", integer, right=True),
     ]
     if after:
-        columns += [Column("transformed", "transformed", integer, right=True), Column("ratio", "ratio", ratio, right=True)]
+        columns += [
+            Column("transformed", "transformed", integer, right=True),
+            Column("ratio", "ratio", ratio, right=True),
+        ]
     return Sheet(title, columns, entries, _notes(result))
 
 
@@ -194,11 +223,15 @@ def _notes(result: Audit) -> list[str]:
     plan = result.plan
     if result.training.algorithm == "rigl" and result.training_while_updating is not None:
         still = float(result.training_while_updating / result.dense.training_macs)
-        notes.append(f"Training: {ratio(still)}x dense while masks update, {ratio(float(result.training_ratio or 0))}x over the run.")
+        notes.append(
+            f"Training: {ratio(still)}x dense while masks update, {ratio(float(result.training_ratio or 0))}x over the run."
+        )
     if plan.scale is not None:
         notes.append(f"Matched: the transformed layers cost {float(plan.scale):.5f}x their dense FLOPs.")
         if plan.scale < Fraction(1, 2):
-            notes.append("Warning: less than half of the transformed layers' FLOPs are left; what stays dense eats the rest.")
+            notes.append(
+                "Warning: less than half of the transformed layers' FLOPs are left; what stays dense eats the rest."
+            )
     limit = result.s_max
     if limit is not None:
         notes.append(f"s_max {limit:.3f}: above it, what is left alone costs more than the whole dense model.")
@@ -233,8 +266,18 @@ def compare(table: LayerTable, results: Sequence[tuple[str, Audit | CheckFailed]
     first = next((r for _, r in results if isinstance(r, Audit)), None)
     if first is not None:
         d = first.dense
-        entries.append({"sparsity": "dense", "forward_flops": d.forward_flops, "forward_ratio": 1.0, "training_flops": d.training_flops,
-                        "training_ratio": 1.0, "params": d.params, "nonzero_params": d.params, "activation_factor": 1.0})  # fmt: skip
+        entries.append(
+            {
+                "sparsity": "dense",
+                "forward_flops": d.forward_flops,
+                "forward_ratio": 1.0,
+                "training_flops": d.training_flops,
+                "training_ratio": 1.0,
+                "params": d.params,
+                "nonzero_params": d.params,
+                "activation_factor": 1.0,
+            }
+        )
     for sparsity, result in results:
         entries.append(_compared(sparsity, result))
     columns = [
@@ -290,4 +333,6 @@ def crosscheck_sheet(crosscheck: Any) -> Sheet:
         Column("fvcore", "fvcore MACs", integer, right=True),
         Column("note", "note", priority=1),
     ]
-    return Sheet("Counted again with fvcore, dense model on real tensors", columns, crosscheck.rows, [crosscheck.verdict])
+    return Sheet(
+        "Counted again with fvcore, dense model on real tensors", columns, crosscheck.rows, [crosscheck.verdict]
+    )

@@ -27,13 +27,19 @@ def check(result: Audit, max_flops_ratio: float | None, max_layer_ratio: float |
     if max_flops_ratio is not None and ratio is not None and ratio > max_flops_ratio:
         owners = ", ".join(f"{who} {macs:+,}" for who, macs in result.owners().items())
         problems.append(
-            Problem(None, f"{prefix}the model costs {float(ratio):.6f}x its dense FLOPs, above {max_flops_ratio} (MACs by owner: {owners})")
+            Problem(
+                None,
+                f"{prefix}the model costs {float(ratio):.6f}x its dense FLOPs, above {max_flops_ratio} (MACs by owner: {owners})",
+            )
         )
     for row in result.plan.layers if result.plan and max_layer_ratio is not None else ():
         if row.status == "transformed" and max_layer_ratio is not None and row.macs > max_layer_ratio * row.dense_macs:
             problems.append(
-                Problem(row.layer.name, f"{prefix}layer {row.layer.name} costs {row.macs / row.dense_macs:.6f}x its dense MACs, "
-                        f"above {max_layer_ratio}")  # fmt: skip
+                Problem(
+                    row.layer.name,
+                    f"{prefix}layer {row.layer.name} costs {row.macs / row.dense_macs:.6f}x its dense MACs, "
+                    f"above {max_layer_ratio}",
+                )
             )
     if strict and result.table.uncounted:
         problems.append(Problem(None, f"{prefix}uncounted ops: {', '.join(result.table.uncounted)}"))
@@ -58,7 +64,9 @@ def annotate(result: Any, problems: list[Problem], output: Path | None) -> None:
         lines = [f"::error title=sparseift flops::{_escape(p.message)}" for p in problems]
     elif isinstance(result, Audit):
         ratio = result.forward_ratio
-        what = f"{2 * result.dense.forward_macs:,} FLOPs dense" + ("" if ratio is None else f", {float(ratio):.6f}x transformed")
+        what = f"{2 * result.dense.forward_macs:,} FLOPs dense" + (
+            "" if ratio is None else f", {float(ratio):.6f}x transformed"
+        )
         lines = [f"::notice title=sparseift flops::{_escape(f'{result.table.model}: {what}')}"]
     else:
         lines = []

@@ -17,17 +17,17 @@ HELP = """Show what a checkpoint holds, or what the layers of a model are.
 A checkpoint is opened by its header: nothing in it is executed, and tensor data is read only with --values.
 SOURCE is a file (.safetensors, *.index.json, .pt, .pth, .th, .bin), a model name, a recipe, or package.module:callable.
 
-[bold]Examples[/bold]
+Examples:
 
-  sparseift inspect model.safetensors           tensors, and which model they fit
+  sparseift inspect model.safetensors              # what is it, what fits?
 
-  sparseift inspect model.pth --values          zeros, density, NaN, sparse patterns
+  sparseift inspect model.pth --values             # zeros, NaN, patterns
 
-  sparseift inspect model.pth --key ema         another state dict in the same file
+  sparseift inspect model.pth --key ema            # another state dict in it
 
-  sparseift inspect model.bin.index.json --depth 2      shards, folded by module
+  sparseift inspect model.bin.index.json --depth 2 # shards, folded by module
 
-  sparseift inspect resnet18 --why              what transforms touch, and why not
+  sparseift inspect resnet18 --why                 # what transforms touch
 """
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".bin", ".ckpt", ".pkl", ".index.json", ".json", ".h5", ".npz")

@@ -21,9 +21,24 @@ SCHEMA = "sparseift.inspect-model/1"
 DEFAULT_SPARSITY = "0.75"
 
 
-def inspect_model(source: str, *, why: bool, transform: str | None, sparsity: str | None, scope: str | None,
-                  include: tuple[str, ...], exclude: tuple[str, ...], input_: str | None, batch: int | None, seq: int | None,
-                  num_classes: int | None, depth: int | None, sort: str | None, fmt: Format, output: Path | None) -> None:  # fmt: skip
+def inspect_model(
+    source: str,
+    *,
+    why: bool,
+    transform: str | None,
+    sparsity: str | None,
+    scope: str | None,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    input_: str | None,
+    batch: int | None,
+    seq: int | None,
+    num_classes: int | None,
+    depth: int | None,
+    sort: str | None,
+    fmt: Format,
+    output: Path | None,
+) -> None:
     """Print the layers of a model; with `why` one column per member says what it would do to each layer."""
     request, recipe = resolve(Request(source, num_classes, parse_input(input_), seq, batch or 1))
     if not why and (transform or sparsity or scope or include or exclude):
@@ -40,7 +55,7 @@ def inspect_model(source: str, *, why: bool, transform: str | None, sparsity: st
     notes = _notes(table)
     if why:
         for member in members:
-            notes += _explain(table, entries, TransformSpec(**(options | {"member": member})))
+            notes += _explain(table, entries, TransformSpec.of(options | {"member": member}))
     entries = fold(entries, depth) if depth is not None else entries
     entries = sorted_entries(entries, sort) if sort else entries
     sheets = [_layers(table, entries, members if why else [], notes)]
@@ -71,7 +86,9 @@ def _explain(table: LayerTable, entries: list[dict[str, Any]], spec: TransformSp
         entry[name] = _does(row)
     touched = sum(row.dense_macs for row in plan.layers if row.status == "transformed")
     count = sum(row.status == "transformed" for row in plan.layers)
-    return [f"{name} at sparsity {spec.sparsity} transforms {count} layers with {100 * touched / table.macs:.2f} % of the MACs."]
+    return [
+        f"{name} at sparsity {spec.sparsity} transforms {count} layers with {100 * touched / table.macs:.2f} % of the MACs."
+    ]
 
 
 def _does(row: LayerPlan) -> str:

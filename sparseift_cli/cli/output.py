@@ -132,7 +132,10 @@ def _print_table(console: Console, sheet: Sheet) -> None:
     for i in kept:
         column = sheet.columns[i]
         table.add_column(
-            column.header, justify="right" if column.right else "left", no_wrap=True, width=min(widths[i], console.width)
+            column.header,
+            justify="right" if column.right else "left",
+            no_wrap=True,
+            width=min(widths[i], console.width),
         )
     for row, shown in zip(sheet.rows, cells, strict=True):
         table.add_row(*(_styled(sheet.columns[i], row, shown[i]) for i in kept))
@@ -141,7 +144,9 @@ def _print_table(console: Console, sheet: Sheet) -> None:
         console.print(Text(note))
     if left_out:
         names = ", ".join(sheet.columns[i].header for i in left_out)
-        console.print(Text(f"left out on this narrow terminal: {names} (widen it, or --format csv|json|md)", style="dim"))
+        console.print(
+            Text(f"left out on this narrow terminal: {names} (widen it, or --format csv|json|md)", style="dim")
+        )
 
 
 def _styled(column: Column, row: Mapping[str, Any], shown: str) -> Text:

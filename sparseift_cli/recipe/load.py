@@ -1,9 +1,9 @@
 """A recipe: a model, a transform and an algorithm in YAML. All problems of a file are told at once, each with its place.
 
-    model: resnet18                    # or {name: resnet18, num_classes: 100, input: 3x32x32}
-    transform: wide                    # or {member: wide, match: model, scope: all, ...}
-    sparsity: 0.9
-    algorithm: rigl                    # or {name: rigl, delta_t: 100, stop: 0.75, steps: 450000}
+model: resnet18                    # or {name: resnet18, num_classes: 100, input: 3x32x32}
+transform: wide                    # or {member: wide, match: model, scope: all, ...}
+sparsity: 0.9
+algorithm: rigl                    # or {name: rigl, delta_t: 100, stop: 0.75, steps: 450000}
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def find(source: str) -> Path | None:
         if shipped.is_file():
             return shipped
         names = [str(p.relative_to(recipes_dir())) for p in sorted(recipes_dir().rglob("*.yaml"))]
-        raise UsageError(f"no recipe {source}", hint=did_you_mean(source, names) or f"shipped: {', '.join(names) or 'none'}")
+        raise UsageError(
+            f"no recipe {source}", hint=did_you_mean(source, names) or f"shipped: {', '.join(names) or 'none'}"
+        )
     return None
 
 

@@ -114,14 +114,24 @@ class _Builder:
             first = next((p for p in places if p.kind == "parameter"), places[0] if places else None)
             label = "" if first is None else first.path + ("" if first.index is None else f"[{first.index}]")
             size = self.trace.facts.sizes[root]
-            widths.append(Width(label or f"quotient {root}", size, _kind(places), reason, root in residual, root in attention))
+            widths.append(
+                Width(label or f"quotient {root}", size, _kind(places), reason, root in residual, root in attention)
+            )
         return tuple(widths)
 
     def _used(self, members: dict[int, list[int]]) -> set[int]:
         """Widths that a parameter has or that an equation ties to one; lone attributes (a step count, say) are dropped."""
-        used = {root for root, vs in members.items() if any(p.kind != "attribute" for v in vs for p in self.trace.places.get(v, ()))}
+        used = {
+            root
+            for root, vs in members.items()
+            if any(p.kind != "attribute" for v in vs for p in self.trace.places.get(v, ()))
+        }
         used |= {self._find(v) for e in self.equations for v in e.variables}
-        polys = [p for row in self.recorder.rows.values() for p in (row.macs, row.inputs, row.outputs, row.groups, row.activations)]
+        polys = [
+            p
+            for row in self.recorder.rows.values()
+            for p in (row.macs, row.inputs, row.outputs, row.groups, row.activations)
+        ]
         return used | {self._find(v) for p in polys for v in p.variables}
 
     def _roots(self, variables: Iterable[int]) -> set[int]:
@@ -177,7 +187,11 @@ class _Builder:
                     module_keys = [row.weight]
                 free = "weight" not in row.weight.rpartition(".")[2]
                 bias = row.weight.replace("weight", "bias")
-                wanted = [row.weight] if free else dict.fromkeys([row.weight, bias] if row.owner + ".weight" != row.weight else module_keys)
+                wanted = (
+                    [row.weight]
+                    if free
+                    else dict.fromkeys([row.weight, bias] if row.owner + ".weight" != row.weight else module_keys)
+                )
                 keys = [k for k in wanted if k in tied and tied[k] == k and k not in taken]
                 taken |= dict.fromkeys(keys, label)
             owned[label] = keys
@@ -197,7 +211,9 @@ class _Builder:
         layers = [layer for _, layer in sorted(placed, key=lambda p: p[0])]
         return self._mark_tied(layers)
 
-    def _layer(self, row: Row, label: str, role: Role, keys: list[str], note: str | None, original: str | None) -> Layer:
+    def _layer(
+        self, row: Row, label: str, role: Role, keys: list[str], note: str | None, original: str | None
+    ) -> Layer:
         kind = row.kind
         groups, inputs = self._named(row.groups), self._named(row.inputs)
         if kind == "conv" and groups != Poly.const(1):
@@ -257,7 +273,12 @@ class _Builder:
             name = path or ", ".join(keys)
             if kind == "parameter":
                 name = keys[0] if len(keys) == 1 else f"{path or 'model'} parameters"
-            layers.append((seen or 0 if kind == "parameter" else seen or 10**9, Layer(name, kind, role, params=params, weight=weight, note=note)))
+            layers.append(
+                (
+                    seen or 0 if kind == "parameter" else seen or 10**9,
+                    Layer(name, kind, role, params=params, weight=weight, note=note),
+                )
+            )
         return layers
 
     def _output_weights(self, rows: list[Row]) -> set[str]:
@@ -271,7 +292,11 @@ class _Builder:
                 found[self._find(width)] = row.weight  # the last one that writes this dim
         if not found and rows:  # without symbols, or through a reshape: the last weight that runs
             last = next((r for r in reversed(rows) if r.weight), None)
-            if last and last.outputs.variables <= residual | outputs and not self._roots(last.outputs.variables) & residual:
+            if (
+                last
+                and last.outputs.variables <= residual | outputs
+                and not self._roots(last.outputs.variables) & residual
+            ):
                 found[-1] = last.weight or ""
         return set(found.values())
 
@@ -313,11 +338,11 @@ def _solved_for(equation: Poly) -> list[tuple[int, Poly]]:
 
 def _kind(places: list[Place]) -> WidthKind:
     """What a width is, by where it stands: a parameter dim is a width; an attribute is named for what it counts."""
+    names = [p.path.rpartition(".")[2].lower() for p in places if p.kind == "attribute"]
+    if not places or any(part in n for n in names for part in _HEAD_DIM):
+        return "head_dim"
     if any(p.kind == "parameter" for p in places):
         return "width"
-    names = [p.path.rpartition(".")[2].lower() for p in places]
-    if not names or any(part in n for n in names for part in _HEAD_DIM):
-        return "head_dim"
     if any(part in n for n in names for part in _HEADS):
         return "heads"
     return "count"
@@ -333,7 +358,12 @@ def _kind_without_macs(module: nn.Module) -> tuple[str, Role]:
 
 
 def _snake(name: str) -> str:
-    known = {"BatchNorm2d": "batch_norm", "BatchNorm1d": "batch_norm", "LayerNorm": "layer_norm", "GroupNorm": "group_norm"}
+    known = {
+        "BatchNorm2d": "batch_norm",
+        "BatchNorm1d": "batch_norm",
+        "LayerNorm": "layer_norm",
+        "GroupNorm": "group_norm",
+    }
     return known.get(name, "rms_norm" if "rms" in name.lower() else "norm")
 
 
@@ -352,7 +382,9 @@ def _total(shapes: Iterable[tuple[Any, ...]]) -> Poly:
 
 def _plain(output: Any) -> Any:
     """Dataclass-like outputs (Hugging Face's ModelOutput is a dict already) as plain containers."""
-    return vars(output) if hasattr(output, "__dict__") and not isinstance(output, (Tensor, dict, list, tuple)) else output
+    return (
+        vars(output) if hasattr(output, "__dict__") and not isinstance(output, (Tensor, dict, list, tuple)) else output
+    )
 
 
 def _replace(layer: Layer, **changes: Any) -> Layer:

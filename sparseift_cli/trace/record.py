@@ -27,6 +27,7 @@ ATTENTION = "attention"  # the maker of an attention product's result
 
 
 def flags_of(tensor: Tensor) -> int:
+    """What a tensor descends from, as bits."""
     return getattr(tensor, "_sparseift_flags", 0)
 
 
@@ -36,6 +37,7 @@ def makers_of(tensor: Tensor) -> frozenset[Any]:
 
 
 def mark(tensor: Tensor, flags: int, makers: frozenset[Any] = frozenset()) -> Tensor:
+    """Note on a tensor what it descends from and which rows made it; returns it."""
     tensor._sparseift_flags = flags  # type: ignore[attr-defined]
     tensor._sparseift_makers = makers  # type: ignore[attr-defined]
     return tensor
@@ -124,7 +126,9 @@ class Recorder(TorchDispatchMode):
         mark(out, flags_of(out), frozenset([(owner, kind, owned[0] if owned else None)]))
         row.first |= bool(flags_of(x) & FROM_INPUT) and not flags_of(x) & FROM_LAYER
 
-    def product(self, part: str, a: Tensor, b: Tensor, out: Tensor | None, macs: Poly, causal: tuple[int, int] | None = None) -> None:
+    def product(
+        self, part: str, a: Tensor, b: Tensor, out: Tensor | None, macs: Poly, causal: tuple[int, int] | None = None
+    ) -> None:
         """A product of two activations: `part` is qk, av or matmul. The score matrix is no activation that must be kept."""
         row = self._row(self.stack[-1], part, None, Poly(), Poly(), (), None)
         row.macs += macs
@@ -160,7 +164,9 @@ class Recorder(TorchDispatchMode):
 
     # --- primitive ops ---
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         flags, makers = 0, frozenset()
@@ -208,7 +214,9 @@ def _matmul(rec: Recorder, a: Tensor, b: Tensor, out: Tensor) -> None:
     if owned:
         whole = numel(owned[1].shape)
         outputs = whole.divided_by(inner) or poly_of(weight.shape[-1] if weight is b else weight.shape[-2])
-        layer = owned[1].dim() == 2 and "weight" in owned[0].rpartition(".")[2]  # else a free parameter, as relative positions
+        layer = (
+            owned[1].dim() == 2 and "weight" in owned[0].rpartition(".")[2]
+        )  # else a free parameter, as relative positions
         rec.weighted("linear" if layer else "matmul", x, weight, out, macs, inner, outputs)
     elif a.dim() == 3:
         part = "av" if rec.stack[-1] in rec.softmaxed else "qk"

@@ -83,7 +83,8 @@ def _conv(spatial: int) -> Rule:
         if bias is not None:
             rules.tie(bias.shape[0], weight.shape[0])
         extent = [
-            (input.shape[channels + 1 + i] + pads[i] - spread[i] * (kernel[i] - 1) - 1) // steps[i] + 1 for i in range(spatial)
+            (input.shape[channels + 1 + i] + pads[i] - spread[i] * (kernel[i] - 1) - 1) // steps[i] + 1
+            for i in range(spatial)
         ]
         out = rules.made(input, (*input.shape[:channels], weight.shape[0], *extent), weight, bias, counted=True)
         conv(rules.recorder, input, weight, out, poly_of(groups))
@@ -109,13 +110,17 @@ def _instance_norm(rules: ShapeRules, input: Tensor, running_mean: Any = None, r
     return _per_channel(rules, input, (running_mean, running_var, weight, bias))
 
 
-def _group_norm(rules: ShapeRules, input: Tensor, num_groups: Any, weight: Any = None, bias: Any = None, *_: Any, **__: Any) -> Any:
+def _group_norm(
+    rules: ShapeRules, input: Tensor, num_groups: Any, weight: Any = None, bias: Any = None, *_: Any, **__: Any
+) -> Any:
     if isinstance(input.shape[1], torch.SymInt) and num_groups != 1:
         rules.facts.exact_quotient(poly_of(input.shape[1]), poly_of(num_groups))
     return _per_channel(rules, input, (weight, bias))
 
 
-def _layer_norm(rules: ShapeRules, input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, *_: Any, **__: Any) -> Any:
+def _layer_norm(
+    rules: ShapeRules, input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, *_: Any, **__: Any
+) -> Any:
     shape = tuple(normalized_shape) if isinstance(normalized_shape, (tuple, list)) else (normalized_shape,)
     for i, size in enumerate(reversed(shape)):
         rules.tie(input.shape[-1 - i], size)
@@ -175,13 +180,11 @@ def _pad(rules: ShapeRules, input: Tensor, pad: Sequence[Any], mode: str = "cons
 
 def _getitem(rules: ShapeRules, input: Tensor, index: Any) -> Any:
     """A width indexed by a tensor (relative position tables) must keep its size: the index values mean its rows."""
-    dim = 0
-    for item in index if isinstance(index, tuple) else (index,):
+    for dim, item in enumerate(index if isinstance(index, tuple) else (index,)):
         if item is Ellipsis or item is None:
             break
         if isinstance(item, Tensor) and item.dtype != torch.bool and isinstance(input.shape[dim], torch.SymInt):
             rules.facts.freeze(poly_of(input.shape[dim]), "rows looked up by index")
-        dim += 1
     return NotImplemented
 
 

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,45 @@ from .symint import Facts
 
 # Attributes that are no widths, or only repeat a parameter's shape (forward never reads the latter).
 _NOT_WIDTHS = frozenset(
-    """training padding_idx in_features out_features in_channels out_channels num_features num_embeddings embedding_dim nx
-    kernel_size stride padding dilation output_padding _reversed_padding_repeated_twice output_size shift_size window_size
-    image_size patch_size num_layers num_hidden_layers layer_idx grid_size n_partitions max_seq_len partition_size p
-    upscale_factor downscale_factor scale_factor max_positions num_layers vocab_size num_classes _version""".split()
+    [
+        "training",
+        "padding_idx",
+        "in_features",
+        "out_features",
+        "in_channels",
+        "out_channels",
+        "num_features",
+        "num_embeddings",
+        "embedding_dim",
+        "nx",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "output_padding",
+        "_reversed_padding_repeated_twice",
+        "output_size",
+        "shift_size",
+        "window_size",
+        "image_size",
+        "patch_size",
+        "num_layers",
+        "num_hidden_layers",
+        "layer_idx",
+        "grid_size",
+        "n_partitions",
+        "max_seq_len",
+        "partition_size",
+        "p",
+        "upscale_factor",
+        "downscale_factor",
+        "scale_factor",
+        "max_positions",
+        "num_layers",
+        "vocab_size",
+        "num_classes",
+        "_version",
+    ]
 )
 
 
@@ -61,10 +96,12 @@ def run(model: nn.Module, inputs: tuple[Any, ...], *, symbolic: bool = True) -> 
     facts = Facts()
     recorder = Recorder()
     trace = Trace(facts, recorder)
-    fake_mode = FakeTensorMode(shape_env=facts, allow_non_fake_inputs=True)  # type: ignore[arg-type]
+    fake_mode = FakeTensorMode(shape_env=cast(Any, facts), allow_non_fake_inputs=True)
     fake_mode.cache_enabled = False  # its keys do not know our nodes
     with _in_place_of_parameters(model, trace, fake_mode, symbolic), _following_modules(model, recorder), fake_mode:
-        fakes = tree_map_only(Tensor, lambda t: mark(torch.empty(t.shape, dtype=t.dtype, device="cpu"), FROM_INPUT), inputs)
+        fakes = tree_map_only(
+            Tensor, lambda t: mark(torch.empty(t.shape, dtype=t.dtype, device="cpu"), FROM_INPUT), inputs
+        )
         with warnings.catch_warnings(), recorder, ShapeRules(facts, recorder):
             warnings.simplefilter("ignore")  # about performance of a run that computes nothing
             trace.output = model(*fakes)
@@ -72,7 +109,9 @@ def run(model: nn.Module, inputs: tuple[Any, ...], *, symbolic: bool = True) -> 
 
 
 @contextmanager
-def _in_place_of_parameters(model: nn.Module, trace: Trace, fake_mode: FakeTensorMode, symbolic: bool) -> Iterator[None]:
+def _in_place_of_parameters(
+    model: nn.Module, trace: Trace, fake_mode: FakeTensorMode, symbolic: bool
+) -> Iterator[None]:
     undo: list[tuple[dict[str, Any], str, Any]] = []
     made: dict[int, Tensor] = {}
 
@@ -91,8 +130,8 @@ def _in_place_of_parameters(model: nn.Module, trace: Trace, fake_mode: FakeTenso
                         trace.shapes[prefix + key] = tuple(made[id(tensor)].shape)
                         replace(store, key, made[id(tensor)])
             for key, indices in _int_attributes(module) if symbolic else ():
-                value = module.__dict__[key]
-                if isinstance(value, int):
+                value: Any = module.__dict__[key]
+                if not indices:
                     replace(module.__dict__, key, _variable(trace, Place("attribute", prefix + key, None, value)))
                 else:
                     items = [
@@ -112,7 +151,9 @@ def _variable(trace: Trace, place: Place) -> Any:
     return trace.facts.symint(expr)
 
 
-def _fake(tensor: Tensor, kind: str, path: str, module: nn.Module, trace: Trace, fake_mode: FakeTensorMode, symbolic: bool) -> Tensor:
+def _fake(
+    tensor: Tensor, kind: str, path: str, module: nn.Module, trace: Trace, fake_mode: FakeTensorMode, symbolic: bool
+) -> Tensor:
     def dim(i: int, size: int) -> Any:
         spatial = isinstance(module, _ConvNd) and i >= 2
         return _variable(trace, Place(kind, path, i, size)) if symbolic and size > 1 and not spatial else size

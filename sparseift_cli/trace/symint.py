@@ -119,7 +119,7 @@ class WidthNode(SymNode):
 
     def __init__(self, expr: Any, facts: Facts, pytype: type, value: Any, constant: Any = None) -> None:
         self._expr = expr
-        self.shape_env = facts  # type: ignore[assignment]
+        self.shape_env: Any = facts
         self.pytype = pytype
         self._hint = value
         self.constant = constant
@@ -127,7 +127,7 @@ class WidthNode(SymNode):
 
     @property
     def facts(self) -> Facts:
-        return self.shape_env  # type: ignore[return-value]
+        return self.shape_env
 
     @property
     def expr(self) -> Any:
@@ -164,13 +164,13 @@ class WidthNode(SymNode):
         return True
 
     def maybe_as_int(self) -> int | None:
-        return self.constant if self.pytype is int else None
+        return int(self.constant) if self.pytype is int and self.constant is not None else None
 
     def maybe_as_float(self) -> float | None:
         return self.constant
 
     def maybe_as_bool(self) -> bool | None:
-        return self.constant
+        return None if self.constant is None else bool(self.constant)
 
     def str(self) -> str:
         return repr(self._expr)
@@ -230,7 +230,9 @@ class WidthNode(SymNode):
             return self.wrap_float(float(self.value // other.value))
         if self.value % other.value == 0:
             return self._int(self.facts.exact_quotient(self._expr, other.expr), self.value // other.value)
-        return self.wrap_int(self.value // other.value)  # ceil-divisions of split and arange: what they yield is checked
+        return self.wrap_int(
+            self.value // other.value
+        )  # ceil-divisions of split and arange: what they yield is checked
 
     def mod(self, other: Any) -> WidthNode:
         if not self._plain(other) and self.value % other.value == 0:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import sys
 
-
 from ..source import TABLES, Request, build
 from ..trace.build import layer_table
 from . import registry
@@ -25,6 +24,7 @@ def document(name: str) -> str:
 
 
 def main(names: list[str]) -> None:
+    """Write the files of the named models, or of all."""
     TABLES.mkdir(exist_ok=True)
     for name in names or registry.names():
         (TABLES / f"{name}.json").write_text(document(name), encoding="utf-8")

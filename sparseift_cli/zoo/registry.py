@@ -5,7 +5,6 @@ Nothing here imports torch until `build` or `example_input` is called.
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -19,7 +18,8 @@ if TYPE_CHECKING:
 
 
 def _squeezed(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())
+    """Letters and digits alone: case, dashes, dots and underscores never matter."""
+    return "".join(filter(str.isalnum, name.lower()))
 
 
 _BY_SQUEEZED = {_squeezed(name): name for name in MODELS} | {_squeezed(k): name for k, name in ALIASES.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -74,6 +75,20 @@ def test_ci_runs_what_the_readme_says(root: Path) -> None:
     assert "set -euo pipefail" in script
     assert script.index("make test") < script.index("make check")
     assert os.access(root / ".ci" / "run", os.X_OK)
+
+
+def test_dependencies_are_what_is_imported(root: Path) -> None:
+    project = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]
+    declared = {re.split(r"[\[<>=]", line)[0] for line in project["dependencies"]}
+    found = {
+        top
+        for path in (root / "sparseift_cli").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0)
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
+        if (top := name.partition(".")[0]) not in {*sys.stdlib_module_names, "sparseift_cli"}
+    }
+    assert {{"yaml": "pyyaml"}.get(name, name) for name in found} == declared
 
 
 def test_constraints_pin_what_pyproject_asks_for(root: Path) -> None:

@@ -21,11 +21,10 @@ from sparseift_cli.errors import UsageError
 GOLDEN = Path(__file__).parent.parent / "golden" / "state_dicts.json"
 """Names and shapes of the state_dicts of the reference libraries, as digests: see `digest`."""
 
-VOCAB = {"bert": 768, "gpt": 50257}
 NORM_BUFFERS = {"running_mean", "running_var", "num_batches_tracked"}
 
-# Where no library is behind the number: 12 h^2 + 13 h per block, 2 h for ln_f, (vocab + positions) h (Conv1D and
-# LayerNorm biases included). ResNets by adding up their convs by hand.
+# Published totals, or spelled out: a GPT has 12 h^2 + 13 h in a block (biases and LayerNorms included), 2 h in ln_f and
+# (vocab + positions) h in its tables.
 PARAMETERS = {
     "resnet18": 11_689_512,
     "resnet50": 25_557_032,
@@ -35,7 +34,7 @@ PARAMETERS = {
     "mobilenet_v2": 3_504_872,
     "vit_b_16": 86_567_656,
     "vit_s_16": 22_050_664,
-    # ResNet-50 less three 3x3 convs of 512 channels, plus three qkv projections, plus 2 * (27 + 13 + 13) * 128 positions.
+    # ResNet-50 less three 3x3 convs of 512 channels, plus three qkv projections and three tables of positions.
     "botnet50": 25_557_032 - 3 * 9 * 512**2 + 3 * 3 * 512**2 + 2 * (27 + 13 + 13) * 128,
     "bert_base": 109_482_240,
     "bert_large": 335_141_888,

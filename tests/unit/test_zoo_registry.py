@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,9 +81,9 @@ def test_input_shapes() -> None:
         ("gpt2", {"seq": -1}, "--seq -1"),
     ],
 )
-def test_refusals(name: str, options: dict[str, object], message: str) -> None:
+def test_refusals(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        zoo.build(name, **options)  # type: ignore[arg-type]
+        zoo.build(name, **options)
 
 
 def test_batch_of_none_is_refused() -> None:
@@ -91,5 +92,5 @@ def test_batch_of_none_is_refused() -> None:
 
 
 def test_names_need_no_torch(root: Path) -> None:
-    code = "import sys; from sparseift_cli import zoo; zoo.lookup('gpt3-175b').input_shape(); assert 'torch' not in sys.modules"
+    code = "import sys; from sparseift_cli import zoo; zoo.lookup('gpt2'); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
