@@ -1,58 +1,74 @@
 """PyTorch's FakeTensorMode without the second that it spends on importing torch._dynamo, which a count has no use for.
 
-FakeTensorMode reads two flags from torch._dynamo.config when it is made, and its dispatch asks torch._dynamo to keep out of
-it at the first op. Where torch._dynamo is not loaded already, the flags come from a stand-in for that moment, and the dispatch
-is marked as needing no such help for as long as the trace runs. Private API, so any surprise falls back to the plain mode.
+FakeTensorMode reads three flags of torch._dynamo.config, and many functions ask torch._dynamo to keep out of them. Where
+torch._dynamo is not loaded already, a stand-in answers for as long as the trace runs; whoever asks it for anything else gets
+the real module. Afterwards nothing of the stand-in is left. Private API: this file is tested per torch version.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-_MARK = "__dynamo_disable"  # where torch._compile keeps the wrapped function
+_NAMES = ("torch._dynamo", "torch._dynamo.config")
+
+
+class _StandIn(ModuleType):
+    """torch._dynamo as far as FakeTensorMode looks at it."""
+
+    def __init__(self) -> None:
+        super().__init__("torch._dynamo")
+        self.config = ModuleType("torch._dynamo.config")
+        self.config.__dict__.update(
+            fake_tensor_cache_enabled=False, fake_tensor_cache_crosscheck_enabled=False, _custom_ops_profile=None
+        )
+        self.left_alone: list[Any] = []
+        self.__dict__["disable"] = self._disable
+
+    def _disable(self, fn: Callable[..., Any], *_: Any, **__: Any) -> Callable[..., Any]:
+        """What torch keeps as the wrapped `fn`; noted, so that it can be forgotten again."""
+        self.left_alone.append(fn)
+        return fn
+
+    def install(self) -> None:
+        sys.modules.update(zip(_NAMES, (self, self.config), strict=True))
+        torch.__dict__["_dynamo"] = self
+
+    def remove(self) -> None:
+        for name, module in zip(_NAMES, (self, self.config), strict=True):
+            if sys.modules.get(name) is module:
+                del sys.modules[name]
+        if torch.__dict__.get("_dynamo") is self:
+            del torch.__dict__["_dynamo"]
+        for fn in self.left_alone:
+            fn.__dict__.pop("__dynamo_disable", None)
+        self.left_alone.clear()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self.remove()
+        return getattr(importlib.import_module("torch._dynamo"), name)
 
 
 @contextmanager
 def fake_mode(shape_env: Any) -> Iterator[FakeTensorMode]:
     """An entered FakeTensorMode that takes real or meta parameters and never caches shapes (its keys do not know our ints)."""
-    lean = "torch._dynamo" not in sys.modules
-    mode = _made_lean(shape_env) if lean else FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True)
-    mode.cache_enabled = False
-    dispatch = getattr(FakeTensorMode.__torch_dispatch__, "__wrapped__", None)
-    marked = lean and dispatch is not None and not hasattr(dispatch, _MARK)
-    if marked:
-        setattr(dispatch, _MARK, dispatch)
+    stand_in = None if "torch._dynamo" in sys.modules else _StandIn()
+    if stand_in is not None:
+        stand_in.install()
     try:
+        mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True)
+        mode.cache_enabled = False
         with mode:
             yield mode
     finally:
-        if marked:
-            delattr(dispatch, _MARK)
-
-
-def _made_lean(shape_env: Any) -> FakeTensorMode:
-    config = ModuleType("torch._dynamo.config")
-    config.__dict__.update(fake_tensor_cache_enabled=False, fake_tensor_cache_crosscheck_enabled=False)
-    package = ModuleType("torch._dynamo")
-    package.__dict__.update(config=config, __path__=[])
-    stand_ins = {"torch._dynamo": package, "torch._dynamo.config": config}
-    sys.modules.update(stand_ins)
-    try:
-        return FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True)
-    except Exception:
-        for name in stand_ins:
-            sys.modules.pop(name, None)
-        return FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True)
-    finally:
-        for name, module in stand_ins.items():
-            if sys.modules.get(name) is module:
-                del sys.modules[name]
-        torch_module = sys.modules["torch"]
-        if torch_module.__dict__.get("_dynamo") is package:
-            del torch_module.__dict__["_dynamo"]
+        if stand_in is not None:
+            stand_in.remove()

@@ -76,6 +76,10 @@ class Row:
 class Recorder(TorchDispatchMode):
     """Rows by (owner, kind, weight), the order in which modules and rows came, residual and attention variables."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # see fake_mode.py: or the first op would import torch._dynamo
+
     def __init__(self) -> None:
         super().__init__()
         self.rows: dict[tuple[str, str, str | None], Row] = {}
@@ -191,9 +195,20 @@ class Recorder(TorchDispatchMode):
         elif not costs_no_macs(func):
             self.uncounted[f"{packet} in {self.stack[-1] or 'the model'}"] = None
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and self.parameter_of(tensor) is None:
-                mark(tensor, flags, makers)
+            if isinstance(tensor, Tensor):
+                self._descend(tensor, flags, makers)
         return out
+
+    def _descend(self, tensor: Tensor, flags: int, makers: frozenset[Any]) -> None:
+        """Note what a result descends from, and the tensor it was written into; a parameter keeps its own flags."""
+        owned = self.parameter_of(tensor)
+        if owned:
+            mark(tensor, flags_of(owned[1]) if torch.is_grad_enabled() else 0)
+            return
+        mark(tensor, flags, makers)
+        base = tensor._base
+        if base is not None and flags & ~flags_of(base):  # y[:, :2] = f(x) writes into y through a view
+            mark(base, flags_of(base) | flags, makers_of(base))
 
     def _is_residual(self, args: Sequence[Any], out: Tensor) -> bool:
         """An addition of two layers' outputs; its dims are noted as a residual stream's."""

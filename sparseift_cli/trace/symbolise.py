@@ -10,15 +10,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules import module as hooks
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map_only
 
+from .fake_mode import fake_mode
 from .record import FROM_INPUT, Recorder, mark
 from .shape_rules import ShapeRules
 from .symint import Facts
@@ -96,9 +96,7 @@ def run(model: nn.Module, inputs: tuple[Any, ...], *, symbolic: bool = True) -> 
     facts = Facts()
     recorder = Recorder()
     trace = Trace(facts, recorder)
-    fake_mode = FakeTensorMode(shape_env=cast(Any, facts), allow_non_fake_inputs=True)
-    fake_mode.cache_enabled = False  # its keys do not know our nodes
-    with _in_place_of_parameters(model, trace, fake_mode, symbolic), _following_modules(model, recorder), fake_mode:
+    with fake_mode(facts), _in_place_of_parameters(model, trace, symbolic), _following_modules(model, recorder):
         fakes = tree_map_only(
             Tensor, lambda t: mark(torch.empty(t.shape, dtype=t.dtype, device="cpu"), FROM_INPUT), inputs
         )
@@ -109,9 +107,7 @@ def run(model: nn.Module, inputs: tuple[Any, ...], *, symbolic: bool = True) -> 
 
 
 @contextmanager
-def _in_place_of_parameters(
-    model: nn.Module, trace: Trace, fake_mode: FakeTensorMode, symbolic: bool
-) -> Iterator[None]:
+def _in_place_of_parameters(model: nn.Module, trace: Trace, symbolic: bool) -> Iterator[None]:
     undo: list[tuple[dict[str, Any], str, Any]] = []
     made: dict[int, Tensor] = {}
 
@@ -126,7 +122,7 @@ def _in_place_of_parameters(
                 for key, tensor in list(store.items()):
                     if tensor is not None:
                         if id(tensor) not in made:
-                            made[id(tensor)] = _fake(tensor, kind, prefix + key, module, trace, fake_mode, symbolic)
+                            made[id(tensor)] = _fake(tensor, kind, prefix + key, module, trace, symbolic)
                         trace.shapes[prefix + key] = tuple(made[id(tensor)].shape)
                         replace(store, key, made[id(tensor)])
             for key, indices in _int_attributes(module) if symbolic else ():
@@ -151,16 +147,13 @@ def _variable(trace: Trace, place: Place) -> Any:
     return trace.facts.symint(expr)
 
 
-def _fake(
-    tensor: Tensor, kind: str, path: str, module: nn.Module, trace: Trace, fake_mode: FakeTensorMode, symbolic: bool
-) -> Tensor:
+def _fake(tensor: Tensor, kind: str, path: str, module: nn.Module, trace: Trace, symbolic: bool) -> Tensor:
     def dim(i: int, size: int) -> Any:
         spatial = isinstance(module, _ConvNd) and i >= 2
         return _variable(trace, Place(kind, path, i, size)) if symbolic and size > 1 and not spatial else size
 
     shape = [dim(i, size) for i, size in enumerate(tensor.shape)]
-    with fake_mode:
-        fake = torch.empty(shape, dtype=tensor.dtype, device="cpu")
+    fake = torch.empty(shape, dtype=tensor.dtype, device="cpu")
     if kind == "parameter":
         trace.recorder.own(path, fake, tensor.requires_grad)
     return fake
