@@ -74,7 +74,7 @@ def kind_of(file: BinaryIO, size: int) -> Kind:
         raise Malformed(f"is a Git LFS pointer{missing}", hint="fetch them with `git lfs pull`")
     if _PAGE.match(head):
         raise Malformed("is an HTML or XML page, not a checkpoint", hint=f"the link led to a web page: {_AGAIN}")
-    if head[8:9] == b"{" and not head[:1].isspace():
+    if head[8:9] == b"{" and not _is_text(head[:8]):  # the length of a header: some of its high bytes are zero
         return "safetensors"
     if head.lstrip()[:1] == b"{" and _is_text(head):
         return "json"

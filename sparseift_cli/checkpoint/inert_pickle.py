@@ -237,7 +237,7 @@ def plain_key(key: object) -> Key | tuple[Key, ...]:
         return cast("Key", key)
     if isinstance(key, Global | Opaque):
         return str(key) if isinstance(key, Global) else key.kind
-    raise TypeError(f"a {type(key).__name__} as the key of a dict")
+    raise TypeError(f"a dict with a key of type {type(key).__name__}")
 
 
 def _is_plain(key: object) -> bool:

@@ -57,11 +57,11 @@ def _tensor(path: Path, data: int, size: int, name: str, facts: object) -> Tenso
         raise Malformed(f"tensor {shown!r}: the header lacks its dtype, shape or data_offsets")
     code, shape, offsets = facts["dtype"], facts["shape"], facts["data_offsets"]
     if not isinstance(code, str) or code not in SAFETENSORS:
-        raise Malformed(f"tensor {shown!r}: unknown dtype {printable(str(code), 40)!r}")
+        raise Malformed(f"tensor {shown!r}: unknown dtype {_shown(code)}")
     if not _sizes(shape) or len(shape) > MAX_DIMS or prod(shape) > LARGEST // 16:
-        raise Malformed(f"tensor {shown!r}: impossible shape {printable(str(shape), 60)}")
+        raise Malformed(f"tensor {shown!r}: impossible shape {_shown(shape)}")
     if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise Malformed(f"tensor {shown!r}: impossible data_offsets {printable(str(offsets), 60)}")
+        raise Malformed(f"tensor {shown!r}: impossible data_offsets {_shown(offsets)}")
     dtype = SAFETENSORS[code]
     bits, nbytes = prod(shape) * BITS[dtype], offsets[1] - offsets[0]
     if data + offsets[1] > size:
@@ -78,6 +78,13 @@ def _tensor(path: Path, data: int, size: int, name: str, facts: object) -> Tenso
 def _sizes(found: object) -> bool:
     """Is it a list of non-negative 64-bit integers? (True is an int in Python, and no size.)"""
     return isinstance(found, list) and all(type(n) is int and 0 <= n <= LARGEST for n in found)
+
+
+def _shown(value: object) -> str:
+    """A value of the header for a message; of anything nested only its type, for printing it could overflow the stack."""
+    if isinstance(value, list) and all(isinstance(n, int | float) for n in value[:9]):
+        return f"[{', '.join(printable(str(n), 24) for n in value[:8])}{', …' if len(value) > 8 else ''}]"
+    return repr(printable(value, 40)) if isinstance(value, str) else f"of type {type(value).__name__}"
 
 
 def _check_tiling(tensors: Iterable[TensorInfo], data: int, size: int) -> None:

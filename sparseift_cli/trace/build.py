@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -202,18 +203,15 @@ class _Builder:
                 role = "output"
             elif row.first:
                 role = "input"
-            original = next((k for k, first in tied.items() if row.weight and first == row.weight and k != first), None)
             note = None
             if row.weight is None and row.kind in ("linear", "conv", "matmul", "conv_transpose"):
                 note = "the weight is computed in forward, not a parameter"
-            placed.append((row.order, self._layer(row, label, role, keys, note, original)))
+            placed.append((row.order, self._layer(row, label, role, keys, note)))
         placed += self._without_macs(taken, tied)
         layers = [layer for _, layer in sorted(placed, key=lambda p: p[0])]
-        return self._mark_tied(layers)
+        return self._mark_tied(layers, tied)
 
-    def _layer(
-        self, row: Row, label: str, role: Role, keys: list[str], note: str | None, original: str | None
-    ) -> Layer:
+    def _layer(self, row: Row, label: str, role: Role, keys: list[str], note: str | None) -> Layer:
         kind = row.kind
         groups, inputs = self._named(row.groups), self._named(row.inputs)
         if kind == "conv" and groups != Poly.const(1):
@@ -238,15 +236,16 @@ class _Builder:
             note=note,
         )
 
-    def _mark_tied(self, layers: list[Layer]) -> list[Layer]:
+    def _mark_tied(self, layers: list[Layer], tied: dict[str, str]) -> list[Layer]:
         """A weighted row whose weight another row owns says so (GPT-2's head and its token embedding)."""
         owner: dict[str, str] = {}
         marked = []
         for layer in layers:
-            if layer.weight and not layer.params.terms and layer.weight in owner:
-                layer = _replace(layer, tied_to=owner[layer.weight])
-            if layer.weight and layer.params.terms:
-                owner.setdefault(layer.weight, layer.name)
+            first = tied.get(layer.weight or "", layer.weight)
+            if first and not layer.params.terms and first in owner:
+                layer = replace(layer, tied_to=owner[first])
+            if first and layer.params.terms:
+                owner.setdefault(first, layer.name)
             marked.append(layer)
         return marked
 
@@ -385,12 +384,6 @@ def _plain(output: Any) -> Any:
     return (
         vars(output) if hasattr(output, "__dict__") and not isinstance(output, (Tensor, dict, list, tuple)) else output
     )
-
-
-def _replace(layer: Layer, **changes: Any) -> Layer:
-    from dataclasses import replace
-
-    return replace(layer, **changes)
 
 
 def meta_inputs(shape: tuple[int, ...], *, tokens: bool) -> tuple[Tensor, ...]:

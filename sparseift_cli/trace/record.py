@@ -84,6 +84,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.rows: dict[tuple[str, str, str | None], Row] = {}
         self.parameters: dict[int, tuple[str, Tensor]] = {}  # storage -> (state_dict key, fake parameter)
+        self.keys: dict[int, dict[str, str]] = {}  # storage -> module path -> key there: several, if it is tied
         self.stack: list[str] = [""]
         self.first_seen: dict[str, int] = {}  # module path -> order of its first call
         self.clock = 0
@@ -104,11 +105,17 @@ class Recorder(TorchDispatchMode):
 
     def own(self, key: str, parameter: Tensor, requires_grad: bool) -> None:
         mark(parameter, NEEDS_GRAD if requires_grad else 0)
-        self.parameters.setdefault(parameter.untyped_storage()._cdata, (key, parameter))
+        storage = parameter.untyped_storage()._cdata
+        self.parameters.setdefault(storage, (key, parameter))
+        self.keys.setdefault(storage, {})[key.rpartition(".")[0]] = key
 
     def parameter_of(self, tensor: Tensor) -> tuple[str, Tensor] | None:
-        """The parameter whose memory a tensor is, or is a view of."""
-        return self.parameters.get(tensor.untyped_storage()._cdata)
+        """The parameter whose memory a tensor is, or is a view of; a tied one by its name in the module that runs."""
+        storage = tensor.untyped_storage()._cdata
+        found = self.parameters.get(storage)
+        if found is None:
+            return None
+        return self.keys[storage].get(self.stack[-1], found[0]), found[1]
 
     # --- rows ---
 

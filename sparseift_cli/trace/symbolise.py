@@ -123,6 +123,8 @@ def _in_place_of_parameters(model: nn.Module, trace: Trace, symbolic: bool) -> I
                     if tensor is not None:
                         if id(tensor) not in made:
                             made[id(tensor)] = _fake(tensor, kind, prefix + key, module, trace, symbolic)
+                        if kind == "parameter":
+                            trace.recorder.own(prefix + key, made[id(tensor)], tensor.requires_grad)
                         trace.shapes[prefix + key] = tuple(made[id(tensor)].shape)
                         replace(store, key, made[id(tensor)])
             for key, indices in _int_attributes(module) if symbolic else ():
@@ -154,8 +156,6 @@ def _fake(tensor: Tensor, kind: str, path: str, module: nn.Module, trace: Trace,
 
     shape = [dim(i, size) for i, size in enumerate(tensor.shape)]
     fake = torch.empty(shape, dtype=tensor.dtype, device="cpu")
-    if kind == "parameter":
-        trace.recorder.own(path, fake, tensor.requires_grad)
     return fake
 
 

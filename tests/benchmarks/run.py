@@ -80,7 +80,9 @@ def main() -> None:
         for case in CASES:
             measure(case)
     unit, torch_unit = (statistics.median(c.seconds) for c in CASES[:2])
-    print(f"n = {runs}, seconds as median [min, max], peak MB as maximum; pass = {unit:.3f} s, import torch = {torch_unit:.3f} s\n")
+    print(
+        f"n = {runs}, seconds as median [min, max], peak MB as maximum; pass = {unit:.3f} s, import torch = {torch_unit:.3f} s\n"
+    )
     print(f"{'command':28}{'seconds':26}{'x pass':>8}{'x torch':>9}{'MB':>7}   promise")
     for case in CASES:
         median = statistics.median(case.seconds)

@@ -44,7 +44,9 @@ def test_matched_sparsity(name: str, base: int | None, sparsity: str, expected: 
     assert round(1 - body_density(result), 5) == pytest.approx(expected, abs=1.1e-5)
 
 
-@pytest.mark.parametrize(("base", "sparsity", "expected"), [(90, "0.5", 1.0160), (128, "0.75", 1.0653), (202, "0.9", 1.1373)])
+@pytest.mark.parametrize(
+    ("base", "sparsity", "expected"), [(90, "0.5", 1.0160), (128, "0.75", 1.0653), (202, "0.9", 1.1373)]
+)
 def test_unmatched_ratio(base: int, sparsity: str, expected: float) -> None:
     result = planned("resnet18", sparsity=sparsity, base_width=base, match="off")
     assert float(result.forward_ratio or 0) == pytest.approx(expected, abs=5e-5)
@@ -67,21 +69,35 @@ def test_s_max(name: str, expected: float) -> None:
     assert limit is not None
     assert round(limit, 3) == expected
     dense = table(name)
-    alone = sum(r.layer.macs.evaluate(dense.sizes) for r in planned(name, sparsity="0.5").plan.layers if r.status != "transformed")  # type: ignore[union-attr]
+    alone = sum(
+        r.layer.macs.evaluate(dense.sizes)
+        for r in planned(name, sparsity="0.5").plan.layers
+        if r.status != "transformed"
+    )  # type: ignore[union-attr]
     assert limit == pytest.approx(1 - (alone / dense.macs) ** 2, abs=1e-9)
 
 
 def test_what_cannot_be_matched_is_refused_with_numbers() -> None:
-    with pytest.raises(CheckFailed, match=r"988,031,799,296 FLOPs forward, 1\.496x the dense model's 660,606,025,728 .*s_max 0\.776"):
+    with pytest.raises(
+        CheckFailed, match=r"988,031,799,296 FLOPs forward, 1\.496x the dense model's 660,606,025,728 .*s_max 0\.776"
+    ):
         planned("gpt3_small", sparsity="0.9", match="model")
 
 
 def test_gpt3_small_has_the_published_widths() -> None:
-    sizes = {w.name: s for w, s in zip(table("gpt3_small").widths, planned("gpt3_small", sparsity="0.5", base_width=1092).plan.sizes, strict=True)}  # type: ignore[union-attr]
+    sizes = {
+        w.name: s
+        for w, s in zip(
+            table("gpt3_small").widths, planned("gpt3_small", sparsity="0.5", base_width=1092).plan.sizes, strict=True
+        )
+    }  # type: ignore[union-attr]
     assert sizes["transformer.wte.weight[1]"] == 1092
     assert {s for n, s in sizes.items() if "mlp.c_fc" in n} == {4368}
     assert {s for n, s in sizes.items() if "num_heads" in n} == {12}
-    wider = {w.name: s for w, s in zip(table("gpt3_small").widths, planned("gpt3_small", sparsity="0.75").plan.sizes, strict=True)}  # type: ignore[union-attr]
+    wider = {
+        w.name: s
+        for w, s in zip(table("gpt3_small").widths, planned("gpt3_small", sparsity="0.75").plan.sizes, strict=True)
+    }  # type: ignore[union-attr]
     assert wider["transformer.wte.weight[1]"] == 1536
     assert {s for n, s in wider.items() if "mlp.c_fc" in n} == {6144}
 
@@ -113,7 +129,9 @@ def test_gradual_pruning_costs_more_under_wide(algorithm: Any, sparsity: str, ex
 
 
 @pytest.mark.parametrize("algorithm", ["static", "set", "snfs", "rigl", "gmp", "granet"])
-@pytest.mark.parametrize(("steps", "delta_t", "stop"), [(1000, 100, "0.75"), (997, 10, "0.8"), (50, 100, "0.75"), (1, 1, "1")])
+@pytest.mark.parametrize(
+    ("steps", "delta_t", "stop"), [(1000, 100, "0.75"), (997, 10, "0.8"), (50, 100, "0.75"), (1, 1, "1")]
+)
 def test_schedules_against_a_loop_over_the_steps(algorithm: Any, steps: int, delta_t: int, stop: str) -> None:
     """Every step priced on its own: forward, dX, dW at that step's density; a dense dW at each mask update."""
     sparse, dense = StepCost(10, 9, 8), StepCost(100, 90, 80)
