@@ -140,7 +140,7 @@ def _scale(layers: Sequence[LayerPlan], chosen: Sequence[LayerPlan], table: Laye
     else:
         scale = _solve_affine(lambda c: _training_at(layers, training, c), dense_training_macs(layers, training))
     if scale <= 0:
-        _refuse(layers, spec, growth)
+        _refuse(layers, spec, training, growth)
     return scale
 
 
@@ -202,16 +202,24 @@ def _hold(
     else:
         have, budget = training_macs(layers, training), dense_training_macs(layers, training)
     if have > budget:
-        _refuse(layers, spec, growth)
+        _refuse(layers, spec, training, growth)
 
 
-def _refuse(layers: Sequence[LayerPlan], spec: TransformSpec, growth: Growth | None) -> None:
+def _refuse(layers: Sequence[LayerPlan], spec: TransformSpec, training: TrainingSpec, growth: Growth | None) -> None:
+    hint = "lower --sparsity, use --scope inner, or --match layer and accept the growth"
+    if spec.match == "train":
+        dense, floor_macs = dense_training_macs(layers, training), _training_at(layers, training, Fraction(0))
+        raise CheckFailed(
+            f"no density matches the model's training FLOPs with {training.algorithm} at sparsity {spec.sparsity}: without a "
+            f"single non-zero a step already costs {2 * float(floor_macs):,.0f} FLOPs, {float(floor_macs / dense):.3f}x the "
+            f"dense model's {2 * dense:,}",
+            hint=hint,
+        )
     dense = sum(p.dense_macs for p in layers)
     fixed = sum(p.macs for p in layers if p.status != "transformed")
     limit = f" (s_max {s_max(layers, growth):.3f})" if growth else ""
-    what = "training FLOPs, mask updates included," if spec.match == "train" else "FLOPs"
     raise CheckFailed(
-        f"no density matches the model's {what} at sparsity {spec.sparsity}: what is left alone already costs "
+        f"no density matches the model's FLOPs at sparsity {spec.sparsity}: what is left alone already costs "
         f"{2 * fixed:,} FLOPs forward, {fixed / dense:.3f}x the dense model's {2 * dense:,}{limit}",
-        hint="lower --sparsity, use --scope inner, or --match layer and accept the growth",
+        hint=hint,
     )

@@ -109,7 +109,9 @@ def build(request: Request, *, device: str = "meta") -> tuple[nn.Module, tuple[T
     if request.image is not None and len(request.image) != 3:
         raise UsageError(f"{info.name} takes channels x height x width", hint="--input 3x224x224")
     image: Any = request.image
-    with torch.device(device):
+    from .trace.no_init import no_init
+
+    with torch.device(device), no_init(device):
         model = registry.build(info.name, num_classes=request.num_classes, seq=request.seq, image=image)
     inputs = registry.example_input(info, batch=request.batch, seq=request.seq, image=image, device=device)
     return model.eval(), (inputs,), info.name
@@ -161,8 +163,10 @@ def _call(source: str, device: str) -> Any:
         target = getattr(target, part)
     if isinstance(target, torch.nn.Module) or not callable(target):
         return target
+    from .trace.no_init import no_init
+
     try:
-        with torch.device(device):
+        with torch.device(device), no_init(device):
             return target()
     except Exception as error:
         raise UsageError(f"{source}() failed: {type(error).__name__}: {error}",

@@ -27,16 +27,21 @@ app.command("inspect", help=inspect.HELP)(inspect.inspect)
 debugging = False
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"sparseift {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_version)
+    ] = False,
 ) -> None:
     global debugging
     debugging = debug
-    if version:
-        print(f"sparseift {__version__}")
-        raise typer.Exit
 
 
 def main() -> None:

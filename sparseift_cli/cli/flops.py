@@ -119,7 +119,7 @@ def flops(
         gates.annotate(result, problems, output)
     else:
         flops_view.show(result, fmt, output, depth=depth, sort=sort, summary=summary, crosscheck=crosscheck)
-    gates.stop_on(problems)
+    gates.stop_on(problems, told=fmt is Format.github)
 
 
 def _spec(given: dict[str, Any]) -> TransformSpec:
@@ -155,7 +155,7 @@ def _compare(table: LayerTable, specs: list[TransformSpec], training: TrainingSp
         gates.annotate(results[0][1], problems, output)
     else:
         flops_view.compare(table, results, training, causal, fmt, output)
-    gates.stop_on(problems)
+    gates.stop_on(problems, told=fmt is Format.github)
 
 
 def _verify(request: Request, table: LayerTable) -> Any:

@@ -250,7 +250,7 @@ def _owners(result: Audit) -> Sheet:
         [
             Column("owner", "owner"),
             Column("macs", "MACs", lambda v: f"{v:+,}", right=True),
-            Column("share", "of the dense model", lambda v: f"{100 * v:+.4f} %", right=True),
+            Column("share", "of the dense model", lambda v: f"{round(100 * v, 4) + 0.0:+.4f} %", right=True),
         ],
         entries,
     )

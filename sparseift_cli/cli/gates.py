@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from ..audit import Audit
 from ..errors import CheckFailed
 
@@ -46,12 +48,14 @@ def check(result: Audit, max_flops_ratio: float | None, max_layer_ratio: float |
     return problems
 
 
-def stop_on(problems: list[Problem]) -> None:
-    """Exit 1 with every problem on stderr.
+def stop_on(problems: list[Problem], *, told: bool = False) -> None:
+    """Exit 1 with every problem on stderr, unless annotations have `told` them already.
 
     Raises:
         CheckFailed: there is one.
     """
+    if problems and told:
+        raise typer.Exit(CheckFailed.exit_code)
     if problems:
         raise CheckFailed("\n  ".join(["a check said no:", *(p.message for p in problems)]))
 

@@ -170,7 +170,7 @@ def test_erk_of_resnet50(sparsity: str, expected: dict[str, float], dense_layers
     densities = erdos_renyi(shapes, [r.kernel for r in rows], [1] * len(rows), weights, kernel=True)
     by_name = dict(zip((r.name for r in rows), densities, strict=True))
     for name, figure in expected.items():
-        assert float(1 - by_name[name]) == pytest.approx(figure, abs=1e-6)
+        assert float(1 - by_name[name]) == pytest.approx(figure, abs=1e-5)  # RigL floors the zeros of every layer
     assert sum(d == 1 for d in densities) == dense_layers
 
 
@@ -205,9 +205,13 @@ def test_every_transformed_row_is_iso_flop(name: str, sparsity: str, options: di
 
 @pytest.mark.parametrize("algorithm", ["static", "set", "snfs", "rigl", "gmp", "granet"])
 def test_training_match(algorithm: Any) -> None:
-    result = planned("resnet18", TrainingSpec(algorithm=algorithm, steps=10_000), sparsity="0.75", match="train")
+    training = TrainingSpec(algorithm=algorithm, steps=10_000)
+    result = planned("resnet18", training, sparsity="0.5", match="train")
     assert result.training_ratio is not None
     assert 1 - Fraction(1, 10_000) < result.training_ratio <= 1
+    if algorithm == "snfs":  # a dense dW of a network 4 times as large, every step, is more than the whole dense step
+        with pytest.raises(CheckFailed, match="training FLOPs with snfs"):
+            planned("resnet18", training, sparsity="0.75", match="train")
 
 
 def test_a_width_multiple_that_changes_nothing_is_an_error() -> None:

@@ -1,0 +1,173 @@
+"""`sparseift flops` and `inspect` as a user types them: results on stdout, errors in one line, the right exit code."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparseift_cli.cli.app import main
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["sparseift", *words])
+    code = 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+@pytest.fixture
+def sparseift(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    return lambda *words: run(monkeypatch, capsys, *words)
+
+
+def test_every_format_holds_the_same_rows(sparseift) -> None:
+    data = json.loads(sparseift("flops", "resnet18", "-s", "0.9", "--json")[1])
+    assert data["schema"] == "sparseift.flops/1" and data["unit"] == "flop"
+    rows = list(csv.DictReader(io.StringIO(sparseift("flops", "resnet18", "-s", "0.9", "-f", "csv")[1])))
+    assert [r["name"] for r in rows] == [r["name"] for r in data["layers"]]
+    assert [int(r["transformed_macs"]) for r in rows] == [r["transformed_macs"] for r in data["layers"]]
+    assert sum(r["transformed_macs"] for r in data["layers"]) == data["totals"]["transformed"]["forward_macs"]
+    table = sparseift("flops", "resnet18", "-s", "0.9")[1]
+    markdown = sparseift("flops", "resnet18", "-s", "0.9", "-f", "md")[1]
+    for row in data["layers"]:
+        assert row["name"] in table and f"| {row['name']} |" in markdown
+        assert f"{row['transformed_macs']:,}" in table and f"{row['transformed_macs']:,}" in markdown
+
+
+def test_golden_schema(sparseift) -> None:
+    """Fields may be added, none removed."""
+    data = json.loads(sparseift("flops", "resnet18", "-s", "0.9", "--json")[1])
+    assert {
+        "schema",
+        "model",
+        "input",
+        "unit",
+        "flops_per_mac",
+        "causal",
+        "transform",
+        "totals",
+        "layers",
+        "uncounted",
+    } <= set(data)
+    assert {"member", "sparsity", "match"} <= set(data["transform"])
+    assert {"forward_macs", "forward_flops", "training_flops", "params"} <= set(data["totals"]["dense"])
+    assert {"nonzero_params", "activation_factor"} <= set(data["totals"]["transformed"])
+    assert set(data["totals"]["ratio"]) == {"forward", "training"}
+    keys = {"name", "kind", "role", "status", "reason", "dense_macs", "transformed_macs", "ratio", "density", "nnz"}
+    assert all(keys <= set(row) for row in data["layers"])
+    dense = json.loads(sparseift("flops", "resnet18", "--json")[1])
+    assert dense["transform"] is None and dense["totals"]["transformed"] is None and dense["totals"]["ratio"] is None
+
+
+def test_depth_folds_without_losing_a_mac(sparseift) -> None:
+    for depth in ("1", "2"):
+        rows = list(
+            csv.DictReader(io.StringIO(sparseift("flops", "resnet18", "-s", "0.5", "--depth", depth, "-f", "csv")[1]))
+        )
+        assert sum(int(r["dense_macs"]) for r in rows) == 1_814_073_344
+
+
+def test_gates(sparseift) -> None:
+    assert (
+        sparseift(
+            "flops", "resnet18", "-s", "0.9", "--match", "model", "--max-flops-ratio", "1.0", "--max-layer-ratio", "1"
+        )[0]
+        == 0
+    )
+    code, out, err = sparseift("flops", "resnet18", "-s", "0.9", "--max-flops-ratio", "1.0")
+    assert code == 1 and out and "1.140884x its dense FLOPs, above 1.0" in err and "stem +254,467,584" in err
+    code, out, err = sparseift("flops", "resnet18", "-s", "0.9", "--max-layer-ratio", "0.5", "--format", "github")
+    assert (
+        code == 1 and out.startswith("::error title=sparseift flops::layer layer1.0.conv1 costs 1.000000x") and not err
+    )
+    assert sparseift("flops", "resnet18", "--format", "github")[1].startswith(
+        "::notice title=sparseift flops::resnet18: 3,628,146,688"
+    )
+
+
+def test_comparison_names_what_cannot_be_matched_and_exits_1(sparseift) -> None:
+    code, out, err = sparseift("flops", "gpt3-small", "-s", "0.5,0.9", "--match", "model", "--json")
+    rows = json.loads(out)["rows"]
+    assert code == 1 and "no density matches" in err
+    assert [r["sparsity"] for r in rows] == ["dense", "0.5", "0.9"]
+    assert rows[1]["forward_ratio"] <= 1 and "no density matches" in rows[2]["note"]
+
+
+def test_verify_agrees_and_names_what_fvcore_misses(sparseift) -> None:
+    data = json.loads(sparseift("flops", "vit_s_16", "--verify", "--json")[1])
+    assert data["verify"]["agree"] is True
+    assert data["verify"]["unseen_by_fvcore"] == {"aten::scaled_dot_product_attention": 12}
+    assert (
+        data["verify"]["rows"][0]["fvcore"] < data["verify"]["rows"][0]["ours"] == data["verify"]["rows"][-1]["fvcore"]
+    )
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (("flops", "resnet81"), "did you mean"),
+    (("flops", "resnet18", "-s", "1"), "not a number in [0, 1)"),
+    (("flops", "resnet18", "-s", "abc"), "not a number in [0, 1)"),
+    (("flops", "resnet18", "-t", "wdie", "-s", ".5"), "did you mean 'wide'?"),
+    (("flops", "resnet18", "-t", "wide"), "needs its sparsity"),
+    (("flops", "resnet18", "--input", "3by3"), "is not a shape"),
+    (("flops", "resnet18", "--seq", "7"), "--seq does not apply to resnet18"),
+    (("flops", "gpt2", "--input", "3x8x8"), "--input does not apply to gpt2"),
+    (("flops", "gpt2", "--seq", "9999"), "at most 1024"),
+    (("flops", "resnet18", "--sort", "nonsense"), "cannot sort by"),
+    (("flops", "resnet18", "--depth", "0"), "folds everything"),
+    (("flops", "resnet18", "-s", ".5", "--match", "modle"), "did you mean 'model'?"),
+    (("flops", "resnet18", "--causal", "most"), "full, half or exact"),
+    (("flops", "resnet18", "--output", "/no/such/folder/x.txt"), "cannot write"),
+    (("flops", "no_such_module:make"), "cannot import"),
+    (("flops", "json:no_such"), "has no 'no_such'"),
+    (("flops", "json:dumps"), "failed: TypeError"),
+    (("flops", "collections:OrderedDict"), "not a torch.nn.Module"),
+    (("flops", "tests.benchmarks.model:make"), "input of tests.benchmarks.model:make is not known"),
+    (("flops", "tests.benchmarks.model:make", "--input", "4x8x8"), "does not run on input 1x4x8x8"),
+    (("flops", "missing.yaml"), "no recipe missing.yaml"),
+    (("flops", "gpt3_175b", "--verify"), "too many"),
+    (("inspect", "resnet18", "--sparsity", "0.5"), "add --why"),
+])  # fmt: skip
+def test_a_users_mistake_is_one_clear_line(sparseift, words: tuple[str, ...], said: str) -> None:
+    code, out, err = sparseift(*words)
+    assert code == 2 and not out
+    assert err.startswith("sparseift: ") and said in err and "Traceback" not in err
+    assert len(err.strip().splitlines()) <= 3
+
+
+def test_output_is_written_whole(sparseift, tmp_path: Path) -> None:
+    target = tmp_path / "audit.json"
+    assert sparseift("flops", "resnet18", "-s", "0.5", "--json", "-o", str(target)) == (0, "", "")
+    assert json.loads(target.read_text())["model"] == "resnet18"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_callable_of_the_users_own(sparseift) -> None:
+    data = json.loads(
+        sparseift("flops", "tests.benchmarks.model:make", "--input", "3x64x64", "-s", "0.75", "--json")[1]
+    )
+    conv = 16 * 16 * 9 * 32 * 32
+    assert data["totals"]["dense"]["forward_macs"] == 16 * 16 * 49 * 3 * 32 + 16 * conv + 32 * 128 + 128 * 10
+    assert all(r["ratio"] == 1 for r in data["layers"] if r["status"] == "transformed")
+
+
+def test_inspect_explains_every_member(sparseift) -> None:
+    data = json.loads(sparseift("inspect", "mobilenet_v2", "--why", "--sparsity", "0.75", "--json")[1])
+    rows = {r["name"]: r for r in data["layers"]}
+    assert rows["features.1.conv.0.0"]["wide"].startswith("no: depthwise: stays dense and grows")
+    assert rows["features.1.conv.0.0"]["doped"] == "no: rank 0: too small for a low-rank part"
+    assert rows["features.2.conv.0.0"]["parallel"] == "yes: 4 branches, realised sparsity 0.75"
+
+
+def test_version_and_help(sparseift) -> None:
+    assert sparseift("--version")[1].startswith("sparseift ")
+    for command in ((), ("flops",), ("inspect",)):
+        assert "Usage" in sparseift(*command, "--help")[1]

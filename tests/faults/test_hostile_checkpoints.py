@@ -1,0 +1,160 @@
+"""Files that are no checkpoints, or want to be more: one clear line, exit 2, nothing executed, nothing inflated."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import random
+import struct
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sparseift_cli.cli.app import main
+
+
+class Payload:
+    """A pickle that would leave a file behind if anybody ran it."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.trace}",)
+
+
+def inspect(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], path: Path, *options: str
+) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["sparseift", "inspect", str(path), *options])
+    code = 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def header(data: dict, body: bytes = b"") -> bytes:
+    text = json.dumps(data).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+def good(folder: Path, kind: str) -> Path:
+    state = {"a.weight": torch.zeros(4, 6), "b.weight": torch.ones(3)}
+    path = folder / f"good.{kind}"
+    if kind == "safetensors":
+        save_file(state, str(path))
+    else:
+        torch.save({"state_dict": state, "epoch": 3}, path, _use_new_zipfile_serialization=kind == "pt")
+    return path
+
+
+F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+HOSTILE: dict[str, bytes] = {
+    "empty.pt": b"",
+    "text.pt": b"hello, this is no checkpoint\n",
+    "page.pth": b"<!DOCTYPE html><html><body>404</body></html>",
+    "pointer.bin": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n",
+    "huge-header.safetensors": struct.pack("<Q", 1 << 60) + b"{}",
+    "no-json.safetensors": struct.pack("<Q", 8) + b"xxxxxxxx",
+    "deep.safetensors": struct.pack("<Q", 200_000) + b"[" * 200_000,
+    "beyond.safetensors": header({"a": {**F32, "data_offsets": [0, 1 << 50]}}),
+    "negative.safetensors": header({"a": {**F32, "data_offsets": [-8, 0]}}, bytes(8)),
+    "overlap.safetensors": header({"a": F32, "b": F32}, bytes(8)),
+    "absurd.safetensors": header({"a": {**F32, "shape": [1 << 62, 1 << 62]}}, bytes(8)),
+    "dtype.safetensors": header({"a": {**F32, "dtype": "F99"}}, bytes(8)),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_file_that_is_no_checkpoint(monkeypatch, capsys, tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(HOSTILE[name])
+    code, out, err = inspect(monkeypatch, capsys, path)
+    assert code == 2 and not out and err.startswith("sparseift: ") and "Traceback" not in err
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_code_in_a_pickle_never_runs(monkeypatch, capsys, tmp_path: Path, legacy: bool) -> None:
+    trace, path = tmp_path / "ran", tmp_path / "evil.pt"
+    if legacy:
+        path.write_bytes(pickle.dumps(Payload(trace)))
+    else:
+        torch.save({"state_dict": Payload(trace)}, path)
+    code, out, err = inspect(monkeypatch, capsys, path)
+    assert code == 2 and not out and "Traceback" not in err and not trace.exists()
+
+
+def test_zip_bomb_and_other_archives(monkeypatch, capsys, tmp_path: Path) -> None:
+    bomb = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data.pkl", bytes(50_000_000))
+        archive.writestr("x/data/0", bytes(50_000_000))
+    other = tmp_path / "other.pt"
+    with zipfile.ZipFile(other, "w") as archive:
+        archive.writestr("readme.txt", "no tensors")
+    for path in (bomb, other, tmp_path, tmp_path / "missing.pt"):
+        code, out, err = inspect(monkeypatch, capsys, path)
+        assert code == 2 and not out and "Traceback" not in err
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt", "legacy"])
+def test_mutations_never_crash(monkeypatch, capsys, tmp_path: Path, kind: str) -> None:
+    """Truncated anywhere, or with bytes flipped: an answer or a clear refusal, never another exception."""
+    whole = good(tmp_path, kind).read_bytes()
+    code, out, _ = inspect(monkeypatch, capsys, good(tmp_path, kind), "--values")
+    assert code == 0 and "a.weight" in out
+    chance = random.Random(0)
+    path = tmp_path / f"mutated.{'safetensors' if kind == 'safetensors' else 'pt'}"
+    for _ in range(60):
+        data = bytearray(whole)
+        if chance.random() < 0.4:
+            data = data[: chance.randrange(len(data))]
+        for _ in range(chance.randrange(1, 6)):
+            if data:
+                data[chance.randrange(len(data))] = chance.randrange(256)
+        path.write_bytes(data)
+        code, _, err = inspect(monkeypatch, capsys, path, "--values")
+        assert code in (0, 2) and "Traceback" not in err
+
+
+def test_a_ten_gigabyte_header_lists_without_its_data(monkeypatch, capsys, tmp_path: Path) -> None:
+    rows, columns = 50_000, 51_200
+    text = json.dumps(
+        {"big.weight": {"dtype": "F32", "shape": [rows, columns], "data_offsets": [0, 4 * rows * columns]}}
+    ).encode()
+    path = tmp_path / "big.safetensors"
+    with path.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        stream.truncate(8 + len(text) + 4 * rows * columns)
+    code, out, _ = inspect(monkeypatch, capsys, path, "--json")
+    assert code == 0
+    assert json.loads(out)["schema"] == "sparseift.inspect/1" and "2560000000" in out
+
+
+def test_values_find_zeros_and_patterns(monkeypatch, capsys, tmp_path: Path) -> None:
+    weight = torch.ones(8, 16)
+    weight[:, 2::4] = 0
+    weight[:, 3::4] = 0
+    path = tmp_path / "pruned.safetensors"
+    save_file({"fc.weight": weight, "fc.bias": torch.tensor([float("nan"), 1.0])}, str(path))
+    code, out, _ = inspect(monkeypatch, capsys, path, "--values", "--json")
+    assert code == 0 and "2:4" in out
+    text = io.StringIO(out)
+    row = next(r for r in json.load(text)["tensors"] if r["name"] == "fc.weight")
+    assert row["zeros"] == 64
+
+
+def test_the_foreign_checkpoints(monkeypatch, capsys, shared: Path) -> None:
+    folder = shared / "data" / "checkpoints"
+    code, out, _ = inspect(monkeypatch, capsys, folder / "resnet20-12fca82f.th")
+    assert code == 0 and "269,722 parameters" in out and "fits resnet20, exactly" in out
+    assert inspect(monkeypatch, capsys, folder / "torchtune-tiny_fair_checkpoint.pt")[0] == 0

@@ -1,0 +1,193 @@
+"""Models that are not in the zoo: MACs as PyTorch's counter has them, widths tied as they must be, nothing left changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparseift_cli.audit import audit
+from sparseift_cli.errors import UsageError
+from sparseift_cli.plan import make_plan
+from sparseift_cli.spec import TransformSpec
+from sparseift_cli.table import LayerTable
+from sparseift_cli.trace.build import layer_table
+
+
+class Net(nn.Module):
+    """Named parts and a forward given as a function of them."""
+
+    def __init__(self, forward: Callable[..., Tensor], **parts: nn.Module) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+        self.run = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+def shuffle(x: Tensor) -> Tensor:
+    b, c, h, w = x.shape
+    return x.view(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w)
+
+
+def split_heads(n: Net, x: Tensor) -> Tensor:
+    q, k, v = n.qkv(x).chunk(3, dim=-1)
+    b, t, d = q.shape
+    q, k, v = (z.view(b, t, 4, d // 4).transpose(1, 2) for z in (q, k, v))
+    scores = (q @ k.transpose(-2, -1)).softmax(-1)
+    return n.out((scores @ v).transpose(1, 2).reshape(b, t, d))
+
+
+def conv(i: int, o: int, **k: int) -> nn.Conv2d:
+    return nn.Conv2d(i, o, 3, padding=1, **k)
+
+
+IMAGE, TOKENS = (2, 3, 8, 8), (2, 5, 16)
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "residual": (lambda: Net(lambda n, x: n.c((y := n.a(x)) + n.b(y)), a=conv(3, 8), b=conv(8, 8), c=conv(8, 4)), IMAGE),
+    "concat": (lambda: Net(lambda n, x: n.c(torch.cat([n.a(x), n.b(x)], 1)), a=conv(3, 8), b=conv(3, 6), c=conv(14, 4)), IMAGE),
+    "chunk": (lambda: Net(lambda n, x: n.b(n.a(x).chunk(2, 1)[0]), a=conv(3, 8), b=conv(4, 4)), IMAGE),
+    "shuffle": (lambda: Net(lambda n, x: n.b(shuffle(n.a(x))), a=conv(3, 8), b=conv(8, 4)), IMAGE),
+    "squeeze-excite": (
+        lambda: Net(lambda n, x: n.d((y := n.a(x)) * n.c(n.b(y.mean((2, 3), keepdim=True))).sigmoid()),
+                    a=conv(3, 8), b=nn.Conv2d(8, 2, 1), c=nn.Conv2d(2, 8, 1), d=conv(8, 4)), IMAGE),
+    "grouped": (lambda: nn.Sequential(conv(3, 8), conv(8, 8, groups=2), conv(8, 8, groups=8), conv(8, 5)), IMAGE),
+    "flatten": (lambda: nn.Sequential(conv(3, 6), nn.Flatten(), nn.Linear(6 * 64, 10), nn.ReLU(), nn.Linear(10, 3)), IMAGE),
+    "attention": (lambda: Net(split_heads, qkv=nn.Linear(16, 48), out=nn.Linear(16, 3)), TOKENS),
+    "multihead": (lambda: Net(lambda n, x: n.out(n.a(x, x, x)[0]), a=nn.MultiheadAttention(16, 4, batch_first=True), out=nn.Linear(16, 3)), TOKENS),
+    "encoder-layer": (lambda: nn.Sequential(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), nn.Linear(16, 3)), TOKENS),
+    "einsum": (lambda: Net(lambda n, x: n.b(torch.einsum("btd,od->bto", x, n.a.weight)), a=nn.Linear(16, 8, bias=False), b=nn.Linear(8, 3)), TOKENS),
+    "transposed": (lambda: nn.Sequential(conv(3, 8), nn.ConvTranspose2d(8, 6, 2, stride=2, groups=2), conv(6, 4)), IMAGE),
+    "conv1d": (lambda: nn.Sequential(nn.Conv1d(5, 8, 3), nn.Conv1d(8, 4, 3, dilation=2)), TOKENS),
+    "twice": (lambda: Net(lambda n, x: n.b(n.a(F.relu(n.a(x)))), a=nn.Linear(16, 16), b=nn.Linear(16, 3)), TOKENS),
+    "literals": (lambda: Net(lambda n, x: n.b(n.a(x).view(2, 5, 4, 2).flatten(2)), a=nn.Linear(16, 8), b=nn.Linear(8, 3)), TOKENS),
+    "weight-norm": (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(16, 8)), nn.Linear(8, 3)), TOKENS),
+    "bfloat16": (lambda: nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 3)).bfloat16(), TOKENS),
+}  # fmt: skip
+
+
+def traced(model: nn.Module, shape: tuple[int, ...]) -> LayerTable:
+    dtype = next(model.parameters()).dtype
+    return layer_table(model.eval(), (torch.zeros(shape, dtype=dtype),), name="net", input_shape=shape)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_macs_and_parameters(name: str) -> None:
+    build, shape = MODELS[name]
+    model = build()
+    table = traced(model, shape)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(shape, dtype=next(model.parameters()).dtype, requires_grad=True))
+    assert 2 * table.macs == counter.get_total_flops()
+    assert table.params == sum(p.numel() for p in model.parameters())
+    assert table.uncounted == ()
+    assert LayerTable.from_json(table.to_json()) == table
+
+
+@pytest.mark.parametrize("name", sorted(set(MODELS) - {"literals", "weight-norm", "twice"}))
+@pytest.mark.parametrize("sparsity", ["0.5", "0.9"])
+def test_wide_keeps_every_row_iso_flop(name: str, sparsity: str) -> None:
+    build, shape = MODELS[name]
+    table = traced(build(), shape)
+    assert table.untraceable is None
+    plan = make_plan(table, TransformSpec(sparsity=sparsity))
+    rows = [r for r in plan.layers if r.status == "transformed"]
+    assert rows or name in ("chunk", "shuffle", "conv1d", "bfloat16", "einsum", "concat")
+    assert all(r.dense_macs - r.uses < r.macs <= r.dense_macs for r in rows)
+
+
+def test_rnn_is_never_silently_free() -> None:
+    for rnn in (nn.LSTM(16, 8, batch_first=True), nn.GRU(16, 8, batch_first=True)):
+        model = Net(lambda n, x: n.out(n.rnn(x)[0]), rnn=rnn, out=nn.Linear(8, 3))
+        table = traced(model, TOKENS)
+        gates = 4 if isinstance(rnn, nn.LSTM) else 3
+        counted = 2 * 5 * (gates * 8 * (16 + 8) + 8 * 3)
+        assert table.uncounted or table.macs == counted
+
+
+def test_frozen_layers_need_no_gradients() -> None:
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+    model[0].requires_grad_(False)
+    model[1].requires_grad_(False)
+    macs = [10 * 16 * 8, 10 * 8 * 8, 10 * 8 * 3]
+    assert audit(traced(model, TOKENS)).dense.training_flops == 2 * (macs[0] + macs[1] + 2 * macs[2])
+    model[0].requires_grad_(True)  # now the frozen one in between must pass a gradient on
+    assert audit(traced(model, TOKENS)).dense.training_flops == 2 * (2 * macs[0] + 2 * macs[1] + 3 * macs[2])
+
+
+def test_a_gradient_stops_at_detach_and_no_grad() -> None:
+    def detached(n: Net, x: Tensor) -> Tensor:
+        return n.b(n.a(x).detach())
+
+    def without(n: Net, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = n.a(x)
+        return n.b(y)
+
+    macs = [10 * 16 * 8, 10 * 8 * 3]
+    for forward, expected in ((detached, 2 * macs[0] + 2 * macs[1]), (without, macs[0] + 2 * macs[1])):
+        model = Net(forward, a=nn.Linear(16, 8), b=nn.Linear(8, 3))
+        assert audit(traced(model, TOKENS)).dense.training_flops == 2 * expected
+
+
+def test_tied_weights_count_once_as_parameters() -> None:
+    model = Net(
+        lambda n, x: n.head(n.norm(n.emb(x))),
+        emb=nn.Embedding(11, 6),
+        norm=nn.LayerNorm(6),
+        head=nn.Linear(6, 11, bias=False),
+    )
+    model.head.weight = model.emb.weight
+    table = layer_table(model, (torch.zeros((2, 5), dtype=torch.int64),), name="net", input_shape=(2, 5))
+    head = next(layer for layer in table.layers if layer.macs.terms)
+    assert (head.name, head.tied_to, head.role) == ("head", "emb", "output")
+    assert table.params == 11 * 6 + 12 and table.macs == 10 * 66
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_left_as_it_was(fails: bool) -> None:
+    def forward(n: Net, x: Tensor) -> Tensor:
+        if fails:
+            raise RuntimeError("no")
+        return n.b(n.a(x, x, x)[0])
+
+    model = Net(forward, a=nn.MultiheadAttention(16, 4, batch_first=True), b=nn.Linear(16, 3)).train()
+    before = {k: id(p) for k, p in model.named_parameters()}
+    attributes = {
+        name: {k: v for k, v in m.__dict__.items() if isinstance(v, (int, tuple))} for name, m in model.named_modules()
+    }
+    hooks = len(nn.modules.module._global_forward_hooks), len(nn.modules.module._global_forward_pre_hooks)
+    if fails:
+        with pytest.raises(UsageError, match="does not run on input 2x5x16: RuntimeError: no"):
+            layer_table(model, (torch.zeros(TOKENS),), name="net", input_shape=TOKENS)
+    else:
+        layer_table(model, (torch.zeros(TOKENS),), name="net", input_shape=TOKENS)
+    assert {k: id(p) for k, p in model.named_parameters()} == before
+    assert attributes == {
+        name: {k: v for k, v in m.__dict__.items() if isinstance(v, (int, tuple))} for name, m in model.named_modules()
+    }
+    assert hooks == (len(nn.modules.module._global_forward_hooks), len(nn.modules.module._global_forward_pre_hooks))
+    assert model.training
+    assert fails or torch.isfinite(model.eval()(torch.randn(TOKENS)) if not fails else torch.zeros(1)).all()
+
+
+def test_an_unknown_op_is_listed() -> None:
+    model = Net(lambda n, x: n.a(torch.cdist(x, x)), a=nn.Linear(5, 3))
+    assert any("cdist" in op for op in traced(model, TOKENS).uncounted)
+
+
+def test_torch_compile_still_keeps_out_after_a_trace() -> None:
+    """The stand-in for torch._dynamo leaves nothing behind."""
+    import sys
+
+    traced(nn.Linear(16, 3), TOKENS)
+    assert type(sys.modules.get("torch._dynamo")).__name__ != "_StandIn"
+    import torch._dynamo.config
+
+    assert isinstance(torch._dynamo.config.fake_tensor_cache_enabled, bool)
