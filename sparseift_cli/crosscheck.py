@@ -49,12 +49,14 @@ def crosscheck(build: Callable[[], tuple[Any, tuple[Any, ...], str]], table: Lay
             f"--verify runs {table.model} on real tensors, and its {table.params:,} parameters are too many",
             hint="verify a smaller model of the same family",
         )
-    from fvcore.nn import FlopCountAnalysis
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it uses torch.jit, which is deprecated, and is what fvcore has
+        from fvcore.nn import FlopCountAnalysis
 
     model, inputs, _ = build()
     logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.jit.trace is deprecated, and is what fvcore has
+        warnings.simplefilter("ignore")
         plain = FlopCountAnalysis(model, inputs)
         plain.tracer_warnings("none")
         by_operator = {k: int(v) for k, v in plain.by_operator().items()}

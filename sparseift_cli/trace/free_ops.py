@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 _NAMES = """
-    arange empty empty_like empty_strided full full_like linspace new_empty new_empty_strided new_full new_ones new_zeros ones
-    ones_like rand randn rand_like randn_like randint randperm bernoulli_ scalar_tensor tril triu tril_indices triu_indices zeros
+    arange empty empty_like empty_strided full full_like
+    linspace new_empty new_empty_strided new_full new_ones new_zeros ones
+    ones_like rand randn rand_like randn_like randint randperm
+    bernoulli_ scalar_tensor tril triu tril_indices triu_indices zeros
     zeros_like eye bernoulli lift_fresh lift_fresh_copy
     _to_copy clone copy copy_ contiguous fill fill_ zero_ set_ resize_ detach_copy transpose_ squeeze_ unsqueeze_ t_
     cat stack repeat roll flip gather index index_put index_put_ index_add index_select scatter scatter_ scatter_add
@@ -22,7 +24,8 @@ _NAMES = """
     pixel_unshuffle channel_shuffle native_channel_shuffle unfold unsafe_split unsafe_split_with_sizes unsafe_chunk
     embedding _embedding_bag embedding_bag one_hot
     native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional _native_batch_norm_legit_no_training
-    cudnn_batch_norm native_layer_norm native_group_norm _fused_rms_norm rms_norm linalg_vector_norm norm renorm _weight_norm_interface
+    cudnn_batch_norm native_layer_norm native_group_norm _fused_rms_norm
+    rms_norm linalg_vector_norm norm renorm _weight_norm_interface
     batch_norm_update_stats _batch_norm_with_update _batch_norm_no_update
     native_dropout dropout _softmax _log_softmax _safe_softmax logsumexp nll_loss_forward nll_loss2d_forward
     avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d _adaptive_avg_pool2d _adaptive_avg_pool3d max_pool1d

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -128,13 +128,13 @@ def _in_place_of_parameters(model: nn.Module, trace: Trace, symbolic: bool) -> I
                         trace.shapes[prefix + key] = tuple(made[id(tensor)].shape)
                         replace(store, key, made[id(tensor)])
             for key, indices in _int_attributes(module) if symbolic else ():
-                value: Any = module.__dict__[key]
+                value = module.__dict__[key]
                 if not indices:
                     replace(module.__dict__, key, _variable(trace, Place("attribute", prefix + key, None, value)))
                 else:
                     items = [
                         _variable(trace, Place("attribute", prefix + key, i, v)) if i in indices else v
-                        for i, v in enumerate(value)
+                        for i, v in enumerate(cast(Any, value))
                     ]
                     replace(module.__dict__, key, items if isinstance(value, list) else tuple(items))
         yield
@@ -155,8 +155,7 @@ def _fake(tensor: Tensor, kind: str, path: str, module: nn.Module, trace: Trace,
         return _variable(trace, Place(kind, path, i, size)) if symbolic and size > 1 and not spatial else size
 
     shape = [dim(i, size) for i, size in enumerate(tensor.shape)]
-    fake = torch.empty(shape, dtype=tensor.dtype, device="cpu")
-    return fake
+    return torch.empty(shape, dtype=tensor.dtype, device="cpu")
 
 
 def _int_attributes(module: nn.Module) -> Iterator[tuple[str, set[int]]]:
@@ -167,7 +166,7 @@ def _int_attributes(module: nn.Module) -> Iterator[tuple[str, set[int]]]:
         if type(value) is int and value > 1:
             yield key, set()
         elif type(value) in (tuple, list, torch.Size) and value and all(type(v) is int for v in value):
-            positions = {i for i, v in enumerate(value) if v > 1}
+            positions = {i for i, v in enumerate(cast(Any, value)) if v > 1}
             if positions:
                 yield key, positions
 

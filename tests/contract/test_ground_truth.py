@@ -97,7 +97,7 @@ def test_reference_file(shared: Path) -> None:
             assert audit(table, causal="exact").dense.forward_macs == row["causal_exact_total_macs"]
         for part, figure in row["parts_macs"].items():
             pattern = {"attn_qkv": ".c_attn", "attn_proj": ".attn.c_proj", "attn_qk": ".qk", "attn_av": ".av", "lm_head": "lm_head",
-                       "mlp": ".mlp.", "linear": "fc"}.get(part, part)  # fmt: skip
+                       "mlp": ".mlp.", "linear": "fc"}.get(part) or str(part)  # fmt: skip
             assert (
                 sum(m for n, m in macs.items() if n.startswith(pattern) or (pattern in n and pattern[0] == "."))
                 == figure

@@ -73,7 +73,7 @@ def test_s_max(name: str, expected: float) -> None:
         r.layer.macs.evaluate(dense.sizes)
         for r in planned(name, sparsity="0.5").plan.layers
         if r.status != "transformed"
-    )  # type: ignore[union-attr]
+    )
     assert limit == pytest.approx(1 - (alone / dense.macs) ** 2, abs=1e-9)
 
 
@@ -90,14 +90,14 @@ def test_gpt3_small_has_the_published_widths() -> None:
         for w, s in zip(
             table("gpt3_small").widths, planned("gpt3_small", sparsity="0.5", base_width=1092).plan.sizes, strict=True
         )
-    }  # type: ignore[union-attr]
+    }
     assert sizes["transformer.wte.weight[1]"] == 1092
     assert {s for n, s in sizes.items() if "mlp.c_fc" in n} == {4368}
     assert {s for n, s in sizes.items() if "num_heads" in n} == {12}
     wider = {
         w.name: s
         for w, s in zip(table("gpt3_small").widths, planned("gpt3_small", sparsity="0.75").plan.sizes, strict=True)
-    }  # type: ignore[union-attr]
+    }
     assert wider["transformer.wte.weight[1]"] == 1536
     assert {s for n, s in wider.items() if "mlp.c_fc" in n} == {6144}
 

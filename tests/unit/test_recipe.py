@@ -27,7 +27,7 @@ def test_all_problems_at_once_with_their_places(tmp_path: Path) -> None:
     message = caught.value.message
     assert f"{path}:2:1: unknown key 'transfrom', did you mean 'transform'?" in message
     assert f"{path}:4:1: key 'sparsity' appears twice, first on line 3" in message
-    assert f"{path}:5:24: unknown key 'delta', did you mean 'delta_t'?" in message
+    assert f"{path}:5:25: unknown key 'delta', did you mean 'delta_t'?" in message
 
 
 @pytest.mark.parametrize(("text", "said"), [
@@ -45,7 +45,7 @@ def test_all_problems_at_once_with_their_places(tmp_path: Path) -> None:
     ("model: 7\n", "expected a name or a mapping"),
 ])  # fmt: skip
 def test_what_is_wrong_is_said(tmp_path: Path, text: str, said: str) -> None:
-    with pytest.raises(UsageError, match="recipe|YAML|nested|empty") as caught:
+    with pytest.raises(UsageError) as caught:
         load(write(tmp_path, text))
     assert said in caught.value.message
 

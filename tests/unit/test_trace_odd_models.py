@@ -82,15 +82,16 @@ def test_macs_and_parameters(name: str) -> None:
     build, shape = MODELS[name]
     model = build()
     table = traced(model, shape)
+    # on meta: on real CPU tensors PyTorch's counter reports 0 for fused attention
     with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(shape, dtype=next(model.parameters()).dtype, requires_grad=True))
+        model.to("meta")(torch.zeros(shape, dtype=next(model.parameters()).dtype, device="meta", requires_grad=True))
     assert 2 * table.macs == counter.get_total_flops()
     assert table.params == sum(p.numel() for p in model.parameters())
     assert table.uncounted == ()
     assert LayerTable.from_json(table.to_json()) == table
 
 
-@pytest.mark.parametrize("name", sorted(set(MODELS) - {"literals", "weight-norm", "twice"}))
+@pytest.mark.parametrize("name", ["residual", "squeeze-excite", "grouped", "flatten", "encoder-layer", "transposed"])
 @pytest.mark.parametrize("sparsity", ["0.5", "0.9"])
 def test_wide_keeps_every_row_iso_flop(name: str, sparsity: str) -> None:
     build, shape = MODELS[name]
@@ -98,7 +99,7 @@ def test_wide_keeps_every_row_iso_flop(name: str, sparsity: str) -> None:
     assert table.untraceable is None
     plan = make_plan(table, TransformSpec(sparsity=sparsity))
     rows = [r for r in plan.layers if r.status == "transformed"]
-    assert rows or name in ("chunk", "shuffle", "conv1d", "bfloat16", "einsum", "concat")
+    assert rows
     assert all(r.dense_macs - r.uses < r.macs <= r.dense_macs for r in rows)
 
 
