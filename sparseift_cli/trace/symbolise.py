@@ -160,11 +160,13 @@ def _fake(tensor: Tensor, kind: str, path: str, module: nn.Module, trace: Trace,
 
 def _int_attributes(module: nn.Module) -> Iterator[tuple[str, set[int]]]:
     """Attributes that are an int above 1, or a tuple of ints with the positions of those above 1."""
-    for key, value in list(module.__dict__.items()):
+    attributes: dict[str, Any] = module.__dict__
+    for key, value in list(attributes.items()):
         if key in _NOT_WIDTHS:
             continue
-        if type(value) is int and value > 1:
-            yield key, set()
+        if type(value) is int:
+            if value > 1:
+                yield key, set()
         elif type(value) in (tuple, list, torch.Size) and value and all(type(v) is int for v in value):
             positions = {i for i, v in enumerate(cast(Any, value)) if v > 1}
             if positions:
