@@ -178,30 +178,18 @@ def sorted_entries(entries: list[dict[str, Any]], key: str) -> list[dict[str, An
 def _totals(result: Audit, title: str) -> Sheet:
     dense, after = result.dense, result.transformed
 
-    def line(what: str, unit: str, a: int, b: int | None) -> dict[str, Any]:
-        return {
-            "what": what,
-            "unit": unit,
-            "dense": a,
-            "transformed": b,
-            "ratio": b / a if b is not None and a else None,
-        }
+    def line(what: str, a: int, b: int | None) -> dict[str, Any]:
+        return {"what": what, "dense": a, "transformed": b, "ratio": b / a if b is not None and a else None}
 
     entries = [
-        line("forward", "MAC", dense.forward_macs, after and after.forward_macs),
-        line("forward", "FLOP", dense.forward_flops, after and after.forward_flops),
-        line(
-            f"training step, {result.training.algorithm}", "FLOP", dense.training_flops, after and after.training_flops
-        ),
-        line("parameters", "stored", dense.params, after and after.params),
-        line("parameters", "non-zero", dense.nonzero_params, after and after.nonzero_params),
-        line("activations", "elements", dense.activations, after and after.activations),
+        line("forward MACs", dense.forward_macs, after and after.forward_macs),
+        line("forward FLOPs", dense.forward_flops, after and after.forward_flops),
+        line(f"training FLOPs, {result.training.algorithm}", dense.training_flops, after and after.training_flops),
+        line("parameters", dense.params, after and after.params),
+        line("non-zero parameters", dense.nonzero_params, after and after.nonzero_params),
+        line("activation elements", dense.activations, after and after.activations),
     ]
-    columns = [
-        Column("what", "total"),
-        Column("unit", "unit"),
-        Column("dense", "dense", integer, right=True),
-    ]
+    columns = [Column("what", "total"), Column("dense", "dense", integer, right=True)]
     if after:
         columns += [
             Column("transformed", "transformed", integer, right=True),

@@ -135,11 +135,13 @@ def _print_table(console: Console, sheet: Sheet) -> None:
             column.header,
             justify="right" if column.right else "left",
             no_wrap=True,
-            width=min(widths[i], console.width),
+            width=widths[i],
         )
     for row, shown in zip(sheet.rows, cells, strict=True):
         table.add_row(*(_styled(sheet.columns[i], row, shown[i]) for i in kept))
-    console.print(table)
+    # where even the columns that must stay do not fit, the terminal wraps the line: a number is never cut
+    needed = _width(widths, kept)
+    (console if needed <= console.width else Console(file=console.file, width=needed, highlight=False)).print(table)
     for note in sheet.notes:
         console.print(Text(note))
     if left_out:
@@ -157,7 +159,7 @@ def _fit(columns: Sequence[Column], widths: Sequence[int], limit: int) -> tuple[
     """The columns that fit into `limit` characters, and those left out: highest priority number first, then rightmost."""
     kept = list(range(len(columns)))
     left_out: list[int] = []
-    while sum(widths[i] + 2 for i in kept) > limit:
+    while _width(widths, kept) > limit:
         candidates = [i for i in kept if columns[i].priority > 0]
         if not candidates:
             break
@@ -165,6 +167,11 @@ def _fit(columns: Sequence[Column], widths: Sequence[int], limit: int) -> tuple[
         kept.remove(worst)
         left_out.append(worst)
     return kept, sorted(left_out)
+
+
+def _width(widths: Sequence[int], kept: Sequence[int]) -> int:
+    """Characters of a printed line: the cells, a space at both ends, three between two columns."""
+    return sum(widths[i] for i in kept) + 3 * (len(kept) - 1) + 2
 
 
 def _csv(sheet: Sheet) -> str:

@@ -8,6 +8,7 @@ the real module. Afterwards nothing of the stand-in is left. Private API: this f
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -64,11 +65,14 @@ def fake_mode(shape_env: Any) -> Iterator[FakeTensorMode]:
     stand_in = None if "torch._dynamo" in sys.modules else _StandIn()
     if stand_in is not None:
         stand_in.install()
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled, log.disabled = log.disabled, True  # it prints a traceback of what is then raised and told in one line
     try:
         mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True)
         mode.cache_enabled = False
         with mode:
             yield mode
     finally:
+        log.disabled = was_disabled
         if stand_in is not None:
             stand_in.remove()

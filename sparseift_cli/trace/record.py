@@ -227,7 +227,7 @@ class Recorder(TorchDispatchMode):
         return False
 
 
-def _matmul(rec: Recorder, a: Tensor, b: Tensor, out: Tensor) -> None:
+def matmul(rec: Recorder, a: Tensor, b: Tensor, out: Tensor) -> None:
     """a: [(B,) m, k], b: [(B,) k, n]. Either side may be a parameter or a view of one."""
     inner = poly_of(a.shape[-1])
     macs = numel(out.shape) * inner
@@ -274,10 +274,10 @@ def _fused_attention(rec: Recorder, args: Sequence[Any], kwargs: dict[str, Any],
 
 
 _COUNTED: dict[Any, Any] = {
-    aten.mm: lambda rec, args, kwargs, out: _matmul(rec, args[0], args[1], out),
-    aten.bmm: lambda rec, args, kwargs, out: _matmul(rec, args[0], args[1], out),
-    aten.addmm: lambda rec, args, kwargs, out: _matmul(rec, args[1], args[2], out),
-    aten.baddbmm: lambda rec, args, kwargs, out: _matmul(rec, args[1], args[2], out),
+    aten.mm: lambda rec, args, kwargs, out: matmul(rec, args[0], args[1], out),
+    aten.bmm: lambda rec, args, kwargs, out: matmul(rec, args[0], args[1], out),
+    aten.addmm: lambda rec, args, kwargs, out: matmul(rec, args[1], args[2], out),
+    aten.baddbmm: lambda rec, args, kwargs, out: matmul(rec, args[1], args[2], out),
     aten.convolution: _convolution,
     aten._scaled_dot_product_flash_attention: _fused_attention,
     aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention,

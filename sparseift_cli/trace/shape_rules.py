@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .record import ATTENTION, FROM_LAYER, NEEDS_GRAD, Recorder, conv, flags_of, makers_of, mark, numel
+from .record import ATTENTION, FROM_LAYER, NEEDS_GRAD, Recorder, conv, flags_of, makers_of, mark, matmul, numel
 from .symint import Facts, poly_of
 
 Rule = Callable[..., Any]
@@ -61,6 +61,16 @@ def _linear(rules: ShapeRules, input: Tensor, weight: Tensor, bias: Tensor | Non
     out = rules.made(input, (*input.shape[:-1], weight.shape[0]), weight, bias, counted=True)
     inputs, outputs = poly_of(weight.shape[1]), poly_of(weight.shape[0])
     rules.recorder.weighted("linear", input, weight, out, numel(out.shape) * inputs, inputs, outputs)
+    return out
+
+
+def _addmm(rules: ShapeRules, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
+    """Hugging Face's Conv1D: mat2 is the weight, [in, out], and input the bias."""
+    rules.tie(mat1.shape[1], mat2.shape[0])
+    if input.dim() and not (isinstance(input.shape[-1], int) and input.shape[-1] == 1):
+        rules.tie(input.shape[-1], mat2.shape[1])
+    out = rules.made(mat1, (mat1.shape[0], mat2.shape[1]), mat2, input, counted=True)
+    matmul(rules.recorder, mat1, mat2, out)
     return out
 
 
@@ -169,6 +179,15 @@ def _dropout(rules: ShapeRules, input: Tensor, *_: Any, **__: Any) -> Any:
     return input
 
 
+def _baddbmm(rules: ShapeRules, input: Tensor, batch1: Tensor, batch2: Tensor, **scales: Any) -> Tensor:
+    """[b, n, m] @ [b, m, p] plus a bias that broadcasts; PyTorch's shape function takes plain sizes only."""
+    out = torch.bmm(batch1, batch2)
+    for have, want in zip(reversed(input.shape), reversed(out.shape), strict=False):
+        if not (isinstance(have, int) and have == 1):
+            rules.tie(have, want)
+    return mark(out, flags_of(out) | flags_of(input), makers_of(out))
+
+
 def _pad(rules: ShapeRules, input: Tensor, pad: Sequence[Any], mode: str = "constant", value: Any = None) -> Any:
     if mode != "constant":
         return NotImplemented
@@ -195,6 +214,7 @@ def _detach(rules: ShapeRules, input: Tensor) -> Any:
 
 _RULES: dict[Any, Rule] = {
     F.linear: _linear,
+    torch.addmm: _addmm,
     F.conv1d: _conv(1),
     F.conv2d: _conv(2),
     F.conv3d: _conv(3),
@@ -206,6 +226,8 @@ _RULES: dict[Any, Rule] = {
     F.scaled_dot_product_attention: _attention,
     F.embedding: _embedding,
     F.dropout: _dropout,
+    torch.baddbmm: _baddbmm,
+    Tensor.baddbmm: _baddbmm,
     F.gelu: _activation,
     F.silu: _activation,
     F.relu: _activation,

@@ -228,16 +228,20 @@ class WidthNode(SymNode):
     def int_floordiv(self, other: Any) -> WidthNode:
         if self._plain(other):
             return self.wrap_float(float(self.value // other.value))
-        if self.value % other.value == 0:
-            return self._int(self.facts.exact_quotient(self._expr, other.expr), self.value // other.value)
-        return self.wrap_int(
-            self.value // other.value
-        )  # ceil-divisions of split and arange: what they yield is checked
+        quotient, rest = divmod(self.value, other.value)
+        if rest and quotient < 1:
+            return self.wrap_int(quotient)
+        return self._int(self.facts.exact_quotient(self._expr - other.remainder(rest), other.expr), quotient)
 
     def mod(self, other: Any) -> WidthNode:
-        if not self._plain(other) and self.value % other.value == 0:
-            self.facts.exact_quotient(self._expr, other.expr)
-        return self.wrap_int(self.value % other.value)
+        quotient, rest = divmod(self.value, other.value)
+        if not self._plain(other) and quotient:
+            self.facts.exact_quotient(self._expr - other.remainder(rest), other.expr)
+        return self.wrap_int(rest)
+
+    def remainder(self, rest: int) -> Poly:
+        """`rest` of a division by this number: one less than it in a ceil-division, (a + n - 1) // n, else a constant."""
+        return self._expr - Poly.const(1) if rest == self.value - 1 else Poly.const(rest)
 
     def int_truediv(self, other: Any) -> WidthNode:
         return self.wrap_float(self.value / other.value)
