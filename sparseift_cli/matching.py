@@ -150,7 +150,7 @@ def _training_at(layers: Sequence[LayerPlan], training: TrainingSpec, c: Fractio
     return sum((training_macs([p], training, scale=x) for p, x in zip(layers, scales, strict=True)), Fraction(0))
 
 
-def _solve_affine(cost: Callable[[Fraction], Fraction], budget: int) -> Fraction:
+def _solve_affine(cost: Callable[[Fraction], Fraction], budget: Fraction | int) -> Fraction:
     """c with cost(c) == budget: exact where the cost is affine, repeated secants where it has kinks (GMP, GraNet)."""
     low, high = Fraction(0), Fraction(1)
     for _ in range(8):

@@ -94,6 +94,8 @@ def _plan_layer(
         )
     if layer.tied_to:
         return _left_alone(layer, dense_macs, sizes, f"weight tied to {layer.tied_to}")
+    if layer.note:
+        return _left_alone(layer, dense_macs, sizes, layer.note)
     if not selected(layer, spec):
         return _left_alone(layer, dense_macs, sizes, "left out by --include/--exclude")
     if growth is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property
 from typing import Any, Literal
 
@@ -39,7 +40,8 @@ class Layer:
 
     MACs, parameters and activations are totals over all `calls`, at the table's input shape. `params` holds every
     parameter the row owns, biases too; a weight that two rows use belongs to the first, the other says `tied_to`.
-    `grad_inputs` and `grad_weight` count the operand gradients a backward pass needs, each costing the forward MACs.
+    `grad_inputs` and `grad_weight` count the operand gradients a backward pass needs, each costing the forward MACs; a
+    fraction where only some of the calls need one (an LSTM's first step has no state to pass a gradient to).
     """
 
     name: str
@@ -49,8 +51,8 @@ class Layer:
     macs: Poly = field(default_factory=Poly)
     params: Poly = field(default_factory=Poly)
     activations: Poly = field(default_factory=Poly)
-    grad_inputs: int = 0
-    grad_weight: int = 0
+    grad_inputs: Fraction | int = 0
+    grad_weight: Fraction | int = 0
     weight: str | None = None  # state_dict key; None for products of activations and rows without MACs
     inputs: Poly = field(default_factory=Poly)
     outputs: Poly = field(default_factory=Poly)
@@ -85,7 +87,7 @@ class Layer:
             data["calls"] = self.calls
         for key in ("grad_inputs", "grad_weight", "weight", "tied_to", "projection", "note"):
             if value := getattr(self, key):
-                data[key] = value
+                data[key] = str(value) if isinstance(value, Fraction) else value
         if self.kernel:
             data["kernel"] = list(self.kernel)
         if self.causal:
@@ -101,6 +103,9 @@ class Layer:
         for key in ("kernel", "causal"):
             if key in fields:
                 fields[key] = tuple(fields[key])
+        for key in ("grad_inputs", "grad_weight"):
+            if isinstance(fields.get(key), str):
+                fields[key] = Fraction(fields[key])
         return Layer(**fields)
 
 

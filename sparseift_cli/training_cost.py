@@ -28,9 +28,9 @@ def step_cost(plan: LayerPlan, macs: Fraction | int, *, recompute: bool = False)
     return StepCost((2 if recompute else 1) * macs, grad_input, layer.grad_weight * macs)
 
 
-def dense_training_macs(layers: Sequence[LayerPlan], training: TrainingSpec) -> int:
+def dense_training_macs(layers: Sequence[LayerPlan], training: TrainingSpec) -> Fraction | int:
     """MACs of one training step (one sample batch) of the model one started from."""
-    total = 0
+    total: Fraction | int = 0
     for plan in layers:
         operands = plan.layer.grad_inputs + plan.layer.grad_weight
         total += plan.dense_macs * (1 + operands + training.recompute)

@@ -101,11 +101,11 @@ def recognise(tensors: Shapes, catalogue: Mapping[str, Shapes]) -> list[Match]:
 
 
 def closest(tensors: Shapes, catalogue: Mapping[str, Shapes]) -> Match | None:
-    """The model with the most names in common, however few, for saying what nearly fits; None without any."""
+    """The model with the most tensors in common, however few, for saying what nearly fits; None without any."""
     if len(tensors) > MAX_TENSORS:
         return None
     matches = [_best(model, tensors, expected) for model, expected in catalogue.items()]
-    return max((m for m in matches if m and m.named), key=lambda m: (m.similarity, m.named), default=None)
+    return max((m for m in matches if m and m.same), key=lambda m: (m.similarity, m.named), default=None)
 
 
 def load_catalogue() -> dict[str, Shapes]:

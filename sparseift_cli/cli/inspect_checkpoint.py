@@ -56,9 +56,10 @@ def inspect_checkpoint(
     scanned = _scan(checkpoint) if values else None
     rows = _sorted(_folded(_rows(checkpoint, scanned), depth), sort)
     totals = _totals(checkpoint, scanned)
+    columns = _columns(values, depth)
     sheet = Sheet(
         f"{printable(str(checkpoint.path))}: {checkpoint.format}",
-        _columns(values, depth),
+        columns if fmt is Format.csv else _with_something(columns, rows),
         rows,
         [
             *_notes(checkpoint, totals),
@@ -154,33 +155,42 @@ def _sorted(rows: list[dict[str, Any]], sort: str | None) -> list[dict[str, Any]
 
 
 def _columns(values: bool, depth: int | None) -> list[Column]:
-    def count(key: str, header: str, priority: int) -> Column:
+    """Every column there is; zero counts of what is rare stay blank."""
+
+    def rare(key: str, header: str, priority: int) -> Column:
         return Column(key, header, lambda n: integer(n) if n else "", right=True, priority=priority)
 
     columns = [Column("tensor", "tensor")]
     if depth is None:
         columns.append(Column("shape", "shape", right=True))
     else:
-        columns.append(Column("tensors", "tensors", integer, right=True, priority=2))
+        columns.append(Column("tensors", "tensors", integer, right=True, priority=3))
     columns += [
-        Column("dtype", "dtype", priority=3),
-        Column("parameters", "parameters", lambda n: integer(n) if n else "", right=True, priority=1),
-        Column("bytes", "bytes", integer, right=True, priority=5),
+        Column("dtype", "dtype", priority=4),
+        rare("parameters", "parameters", 2),
+        Column("bytes", "bytes", integer, right=True, priority=6),
     ]
     if values:
         columns += [
-            Column("zeros", "zeros", integer, right=True, priority=1),
+            Column("zeros", "zeros", integer, right=True, priority=3),
             Column("density", "density", ratio, right=True),
-            count("nans", "NaN", 2),
-            count("infs", "inf", 2),
+            rare("nans", "NaN", 1),
+            rare("infs", "inf", 1),
         ]
-    if values and depth is None:
+    if depth is not None:
+        return columns
+    if values:
         columns += [
-            count("empty_rows", "empty rows", 6),
-            count("empty_columns", "empty columns", 6),
-            Column("pattern", "zeros form", priority=2),
+            rare("empty_rows", "empty rows", 7),
+            rare("empty_columns", "empty columns", 7),
+            Column("pattern", "zeros form", priority=1),
         ]
-    return columns if depth is not None else [*columns, Column("note", "note", priority=4)]
+    return [*columns, Column("note", "note", priority=5)]
+
+
+def _with_something(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """For a reader: without the columns in which every cell would be blank."""
+    return [c for c in columns if any((v := row.get(c.key)) is not None and c.show(v) for row in rows)]
 
 
 def _totals(checkpoint: Checkpoint, scanned: Sequence[TensorValues] | None) -> dict[str, Any]:
@@ -217,9 +227,9 @@ def _notes(checkpoint: Checkpoint, totals: Mapping[str, Any]) -> Iterable[str]:
         where.append(f"every name begins with {checkpoint.prefix!r}, left out here")
     if where:
         yield "; ".join(where)
-    buffers = f" and {totals['buffer_elements']:,} elements of buffers" if totals["buffer_elements"] else ""
+    buffers = f" and {_count(totals['buffer_elements'], 'buffer element')}" if totals["buffer_elements"] else ""
     dtypes = ", ".join(f"{n:,} {dtype}" for dtype, n in totals["dtypes"].items())
-    yield f"{totals['parameters']:,} parameters{buffers} in {totals['tensors']:,} tensors ({dtypes})"
+    yield f"{totals['parameters']:,} parameters{buffers} in {_count(totals['tensors'], 'tensor')} ({dtypes})"
     yield f"{totals['bytes']:,} bytes of tensors; {_size(checkpoint)}"
     tied = [t for t in checkpoint.tensors if t.tied_to is not None]
     if tied:
@@ -251,10 +261,11 @@ def _value_notes(totals: Mapping[str, Any], scanned: Sequence[TensorValues] | No
         ("NaN", totals["nans"], [printable(v.name) for v in scanned if v.nans]),
         ("infinite", totals["infs"], [printable(v.name) for v in scanned if v.infs]),
     ):
-        yield f"{count:,} elements are {what}: {_some(names)}" if count else f"no element is {what}"
+        is_are = "is" if count == 1 else "are"
+        yield f"{_count(count, 'element')} {is_are} {what}: {_some(names)}" if count else f"no element is {what}"
     if unread := [printable(v.name) for v in scanned if v.unread]:
         yield f"not read: {_some(unread)}"
-    if any(v.pattern and v.zeros for v in scanned):
+    if any(word in v.label for v in scanned for word in ("blocks", "rows", "columns", "dim")):
         yield "rows are dim 0 (of a conv: output channels), columns all other dims (input channels x taps)"
 
 
@@ -279,6 +290,10 @@ def _details(match: Match) -> Iterable[str]:
     for what, names in (("other shape", shapes), ("missing", match.missing), ("not of the model", match.unexpected)):
         if names:
             yield f"  {what}: {_some([printable(name) for name in names])}"
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n:,} {what}" + ("" if n == 1 else "s")
 
 
 def _some(items: Sequence[str]) -> str:

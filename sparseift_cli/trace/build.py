@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -206,6 +207,8 @@ class _Builder:
             note = None
             if row.weight is None and row.kind in ("linear", "conv", "matmul", "conv_transpose"):
                 note = "the weight is computed in forward, not a parameter"
+            elif row.partial and role == "body":
+                note = "its calls use parts of the weight, so its non-zeros have no one price"
             placed.append((row.order, self._layer(row, label, role, keys, note)))
         placed += self._without_macs(taken, tied)
         layers = [layer for _, layer in sorted(placed, key=lambda p: p[0])]
@@ -224,8 +227,8 @@ class _Builder:
             macs=self._named(row.macs),
             params=self._named(_total(self.trace.shapes[k] for k in keys)),
             activations=self._named(row.activations),
-            grad_inputs=row.grad_inputs,
-            grad_weight=row.grad_weight,
+            grad_inputs=self._per_mac(row, row.grad_inputs),
+            grad_weight=self._per_mac(row, row.grad_weight),
             weight=row.weight,
             inputs=inputs,
             outputs=self._named(row.outputs),
@@ -235,6 +238,11 @@ class _Builder:
             causal=row.causal,
             note=note,
         )
+
+    def _per_mac(self, row: Row, gradients: Poly) -> Fraction | int:
+        sizes = self.trace.facts.sizes
+        share = Fraction(gradients.evaluate(sizes), row.macs.evaluate(sizes) or 1)
+        return share if share.denominator > 1 else share.numerator
 
     def _mark_tied(self, layers: list[Layer], tied: dict[str, str]) -> list[Layer]:
         """A weighted row whose weight another row owns says so (GPT-2's head and its token embedding)."""

@@ -65,8 +65,11 @@ class Row:
     calls: int = 0
     macs: Poly = field(default_factory=Poly)
     activations: Poly = field(default_factory=Poly)
-    grad_inputs: int = 0
-    grad_weight: int = 0
+    grad_inputs: Poly = field(
+        default_factory=Poly
+    )  # MACs of input gradients: a first call may need none, a later one does
+    grad_weight: Poly = field(default_factory=Poly)
+    partial: bool = False  # its calls use slices of the weight (a fused QKV in cross-attention), not all of it
     projection: bool = False  # makes a query, key or value, or reads an attention product
     first: bool = False  # reads the model's input, not another layer's output
     causal: tuple[int, int] | None = None
@@ -131,8 +134,10 @@ class Recorder(TorchDispatchMode):
         row.activations += numel(out.shape)
         into_x, into_weight = flags_of(x) & NEEDS_GRAD, flags_of(owned[1] if owned else weight) & NEEDS_GRAD
         if torch.is_grad_enabled():
-            row.grad_inputs = max(row.grad_inputs, into_x + (0 if owned else into_weight))
-            row.grad_weight = max(row.grad_weight, into_weight if owned else 0)
+            row.grad_inputs += macs * Poly.const(into_x + (0 if owned else into_weight))
+            row.grad_weight += macs * Poly.const(into_weight if owned else 0)
+        if owned and numel(weight.shape) != (whole := numel(owned[1].shape)):
+            row.partial, row.outputs = True, whole.divided_by(inputs) or outputs
         row.projection |= ATTENTION in makers_of(x)
         mark(out, flags_of(out), frozenset([(owner, kind, owned[0] if owned else None)]))
         row.first |= bool(flags_of(x) & FROM_INPUT) and not flags_of(x) & FROM_LAYER
@@ -147,7 +152,7 @@ class Recorder(TorchDispatchMode):
             row.activations += numel(out.shape)
             mark(out, flags_of(out), frozenset([ATTENTION]))
         if torch.is_grad_enabled():
-            row.grad_inputs = max(row.grad_inputs, sum(flags_of(t) & NEEDS_GRAD for t in (a, b)))
+            row.grad_inputs += macs * Poly.const(sum(flags_of(t) & NEEDS_GRAD for t in (a, b)))
         row.causal = causal
         for maker in makers_of(a) | makers_of(b):
             if maker in self.rows:
