@@ -1,3 +1,39 @@
 """Sparse Iso-FLOP Transformations for PyTorch: transform, audit to the MAC, train, report."""
 
-__version__ = "0.1.0"
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .api import audit, flops, inspect, load, masks, save, transform
+    from .spec import TrainingSpec, TransformSpec
+    from .transforms.transformation import Options
+
+__all__ = [
+    "Options",
+    "TrainingSpec",
+    "TransformSpec",
+    "__version__",
+    "audit",
+    "flops",
+    "inspect",
+    "load",
+    "masks",
+    "save",
+    "transform",
+]
+
+_HOMES = {"Options": "transforms.transformation", "TrainingSpec": "spec", "TransformSpec": "spec"}
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported when they are asked for: `import sparseift_cli` itself costs nothing."""
+    from importlib import import_module
+
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'api')}"), name)
+    globals()[name] = value  # `sparseift_cli.audit` is the function, though a submodule has that name too
+    return value

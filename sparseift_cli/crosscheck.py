@@ -38,7 +38,7 @@ class Crosscheck:
         return {"agree": self.agree, "rows": self.rows, "unseen_by_fvcore": self.unseen}
 
 
-def crosscheck(build: Callable[[], tuple[Any, tuple[Any, ...], str]], table: LayerTable) -> Crosscheck:
+def crosscheck(build: Callable[[], tuple[Any, tuple[Any, ...]]], table: LayerTable) -> Crosscheck:
     """Build the model on real tensors and count it with fvcore.
 
     Raises:
@@ -53,7 +53,7 @@ def crosscheck(build: Callable[[], tuple[Any, tuple[Any, ...], str]], table: Lay
         warnings.simplefilter("ignore")  # it uses torch.jit, which is deprecated, and is what fvcore has
         from fvcore.nn import FlopCountAnalysis
 
-    model, inputs, _ = build()
+    model, inputs = build()
     logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

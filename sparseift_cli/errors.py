@@ -35,6 +35,12 @@ class CheckpointError(SparseiftError):
     """A file given as input that cannot be read as a checkpoint (exit 2, as any wrong input)."""
 
 
+class ArtifactError(SparseiftError):
+    """A directory of ours that cannot be read or written (exit 4)."""
+
+    exit_code = 4
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
     """`did you mean 'resnet18'?` for the closest of `known`, or None when nothing is close."""
     close = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal
 
 from .errors import UsageError
 from .growth import Grown, Growth, grow, selected
@@ -93,7 +93,7 @@ def _plan_layer(
             layer, dense_macs, sizes, _WHY_LEFT_ALONE[layer.role] if layer.role != "body" else layer.note or ""
         )
     if layer.tied_to:
-        return _left_alone(layer, dense_macs, sizes, f"weight tied to {layer.tied_to}")
+        return _left_alone(layer, dense_macs, sizes, f"weight shared with {layer.tied_to}")
     if layer.note:
         return _left_alone(layer, dense_macs, sizes, layer.note)
     if not selected(layer, spec):
@@ -130,19 +130,41 @@ def _plan_wide(layer: Layer, table: LayerTable, spec: TransformSpec, growth: Gro
     return LayerPlan(layer, "transformed", "", dense_macs, macs, params, activations, (part,))
 
 
+def norm_inside(layer: Layer, table: LayerTable, spec: TransformSpec) -> Literal["batch_norm", "layer_norm"] | None:
+    """The norm of 2 parameters a channel that stands inside a member: the model's own kind, after convolutions."""
+    inside = spec.branch_activation == "each" if spec.member == "sparse_parallel" else spec.inner != "linear"
+    if spec.member == "sparse_doped" or layer.projection or not inside or spec.norm == "none":
+        return None
+    if layer.kernel:
+        follows = spec.norm == "batch_norm" or any(row.kind == "batch_norm" for row in table.layers)
+        return "batch_norm" if follows else None
+    return "layer_norm" if spec.member == "sparse_factorized" and spec.inner == "norm" else None
+
+
+def activation_inside(layer: Layer, spec: TransformSpec) -> bool:
+    """Does a non-linearity stand inside a member? Never in an attention projection, nor in Doped: it follows the sum."""
+    if layer.projection or spec.activation == "none":
+        return False
+    if spec.member == "sparse_parallel":
+        return spec.branch_activation == "each"
+    return spec.member == "sparse_factorized" and spec.inner == "activation"
+
+
 def _plan_local(layer: Layer, table: LayerTable, spec: TransformSpec, dense_macs: int) -> LayerPlan:
     sizes, shape = table.sizes, layer.shape(table.sizes)
-    if layer.projection:
+    if layer.projection and spec.projections == "untouched":
         return _left_alone(
             layer, dense_macs, sizes, "attention projection: without a non-linearity its parts fold into one matrix"
         )
     if layer.kind == "conv_transpose":
         return _left_alone(layer, dense_macs, sizes, "transposed convolution: only Sparse Wide reaches it")
+    if layer.host:
+        return _left_alone(layer, dense_macs, sizes, f"its weight is used by {layer.host}: only Sparse Wide reaches it")
     if spec.density == 1:
         return _left_alone(layer, dense_macs, sizes, "sparsity 0 changes nothing")
     activations, params = layer.activations.evaluate(sizes), layer.params.evaluate(sizes)
     bias = max(0, params - shape.weights)
-    norm = 2 if layer.kernel else 0
+    norm = 2 if norm_inside(layer, table, spec) else 0
     if spec.member == "sparse_parallel":
         count = branches(spec.density)
         parts = tuple(Part(f"branch {i}", shape, False, shape.weights) for i in range(count))
@@ -154,7 +176,7 @@ def _plan_local(layer: Layer, table: LayerTable, spec: TransformSpec, dense_macs
         rank = factorized_rank(shape, spec.density)
         u, v = factors(shape, rank)
         parts = (Part("U", u, False, u.weights), Part("V", v, False, v.weights))
-        extra = bias + (0 if spec.inner == "linear" else norm * u.outputs)
+        extra = bias + norm * u.outputs
         detail = f"rank {rank}"
         activations += activations * u.outputs // shape.outputs
     else:
@@ -166,7 +188,7 @@ def _plan_local(layer: Layer, table: LayerTable, spec: TransformSpec, dense_macs
         parts = (Part("U", u, True, u.weights), Part("V", v, True, v.weights), copy)
         extra = bias
         detail = f"rank {rank}"
-        activations += activations * u.outputs // shape.outputs
+        activations += activations + activations * u.outputs // shape.outputs
     weights = sum(p.shape.weights for p in parts)
     macs = dense_macs // shape.weights * weights
     return LayerPlan(layer, "transformed", "", dense_macs, macs, weights + extra, activations, parts, detail)

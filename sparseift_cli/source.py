@@ -1,4 +1,4 @@
-"""SOURCE on the command line, to a LayerTable: a zoo name, a recipe, or `pkg.module:callable`.
+"""SOURCE on the command line, to a LayerTable: a zoo name, a recipe, `library:name` or `pkg.module:callable`.
 
 A zoo model at its default input comes from its shipped table without importing torch; everything else is built on the
 meta device and traced.
@@ -9,53 +9,22 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .adapters import Made, maker
 from .errors import UsageError
 from .recipe import load as recipes
+from .request import Request, parse_input
 from .table import LayerTable
 from .zoo import registry
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 TABLES = Path(__file__).resolve().parent / "zoo" / "tables"
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A model at an input: None means the model's own default. `image` is channels, height, width (or any dims) of one sample."""
-
-    source: str
-    num_classes: int | None = None
-    image: tuple[int, ...] | None = None
-    seq: int | None = None
-    batch: int = 1
-
-    @property
-    def default(self) -> bool:
-        return self.num_classes is None and self.image is None and self.seq is None and self.batch == 1
-
-
-def parse_input(text: str | None) -> tuple[int, ...] | None:
-    """`3x224x224` -> (3, 224, 224).
-
-    Raises:
-        UsageError: it is not positive numbers joined by x.
-    """
-    if text is None:
-        return None
-    try:
-        dims = tuple(int(part) for part in text.lower().split("x"))
-    except ValueError:
-        dims = ()
-    if not dims or min(dims) < 1:
-        raise UsageError(
-            f"input {text!r} is not a shape", hint="write one sample's dims joined by x: --input 3x224x224"
-        )
-    return dims
 
 
 def resolve(request: Request) -> tuple[Request, recipes.Recipe | None]:
@@ -89,14 +58,34 @@ def load_table(request: Request, *, fresh: bool = False) -> LayerTable:
         shipped = TABLES / f"{name}.json"
         if shipped.is_file():
             return LayerTable.from_json(json.loads(shipped.read_text(encoding="utf-8"))["table"])
-    model, inputs, name = build(request)
-    from .trace.build import layer_table
+    built = build(request)
+    from .trace.build import trace
 
-    return layer_table(model, inputs, name=name, input_shape=tuple(inputs[0].shape))
+    return trace(built.model, built.args, built.kwargs, name=built.name, input_shape=built.input_shape).table
 
 
-def build(request: Request, *, device: str = "meta") -> tuple[nn.Module, tuple[Tensor, ...], str]:
-    """The model (in eval mode), example inputs on `device`, and the name to print.
+@dataclass(frozen=True)
+class Built:
+    """A model in eval mode, the arguments of one forward, and the name to print."""
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    name: str
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of the first tensor that the model is given."""
+        return shape_of(self.args, self.kwargs)
+
+
+def shape_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape of the first tensor among the arguments; () without any."""
+    return next((tuple(t.shape) for t in (*args, *kwargs.values()) if hasattr(t, "shape")), ())
+
+
+def build(request: Request, *, device: str = "meta") -> Built:
+    """Build a source on `device`, freshly initialised (or with the weights that a Hugging Face folder holds).
 
     Raises:
         UsageError: the source cannot be found or built.
@@ -104,7 +93,9 @@ def build(request: Request, *, device: str = "meta") -> tuple[nn.Module, tuple[T
     import torch
 
     if ":" in request.source:
-        return _foreign(request, device)
+        make = maker(request.source)
+        made = make(request, device) if make else _foreign(request, device)
+        return Built(made.model.eval(), made.args, made.kwargs, request.source)
     info = registry.lookup(request.source)
     if request.image is not None and len(request.image) != 3:
         raise UsageError(f"{info.name} takes channels x height x width", hint="--input 3x224x224")
@@ -114,11 +105,14 @@ def build(request: Request, *, device: str = "meta") -> tuple[nn.Module, tuple[T
     with torch.device(device), no_init(device):
         model = registry.build(info.name, num_classes=request.num_classes, seq=request.seq, image=image)
     inputs = registry.example_input(info, batch=request.batch, seq=request.seq, image=image, device=device)
-    return model.eval(), (inputs,), info.name
+    return Built(model.eval(), (inputs,), {}, info.name)
 
 
-def _foreign(request: Request, device: str) -> tuple[nn.Module, tuple[Tensor, ...], str]:
-    """`pkg.module:callable`, called without arguments; the callable may also return (model, example inputs)."""
+def _foreign(request: Request, device: str) -> Made:
+    """`pkg.module:callable`, called without arguments; the callable may also return (model, example inputs).
+
+    Example inputs are a tensor, a tuple of positional arguments or a mapping of keyword arguments.
+    """
     import torch
     from torch import nn
 
@@ -140,8 +134,15 @@ def _foreign(request: Request, device: str) -> tuple[nn.Module, tuple[Tensor, ..
     if inputs is None:
         raise UsageError(f"the input of {request.source} is not known",
                          hint="give one sample's shape: --input 3x224x224, or --seq 128 for token ids")  # fmt: skip
-    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
-    return made.eval(), inputs, request.source
+    args, kwargs = as_call(inputs)
+    return Made(made, args, kwargs)
+
+
+def as_call(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A tensor, a tuple of positional or a mapping of keyword arguments, as (args, kwargs)."""
+    if isinstance(example_input, Mapping):
+        return (), dict(example_input)
+    return (tuple(example_input) if isinstance(example_input, (tuple, list)) else (example_input,)), {}
 
 
 def _call(source: str, device: str) -> Any:

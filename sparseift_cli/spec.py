@@ -17,6 +17,9 @@ MEMBERS: tuple[Member, ...] = get_args(Member)
 Match = Literal["off", "layer", "model", "train"]
 MATCHES: tuple[Match, ...] = get_args(Match)
 
+ACTIVATIONS = ("relu", "relu6", "gelu", "silu", "hardswish", "mish", "elu", "selu", "leaky_relu")
+"""Functions of torch.nn.functional that may stand inside a member."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransformSpec:
@@ -40,6 +43,11 @@ class TransformSpec:
         "each"  # Sparse Parallel: norm and activation per branch, or after the sum
     )
     inner: Literal["activation", "norm", "linear"] = "activation"  # Sparse Factorized: what stands between U and V
+    norm: Literal["model", "batch_norm", "none"] = "model"  # inside Parallel and Factorized convolutions
+    activation: str = (
+        "model"  # there too: the one that follows in the model, a function of torch.nn.functional, or none
+    )
+    projections: Literal["untouched", "transformed"] = "untouched"  # of attention, under the local members
     pattern: str = "unstructured"  # or N:M, or RxC blocks
     distribution: Literal["uniform", "er", "erk"] = "uniform"
 
@@ -59,6 +67,9 @@ class TransformSpec:
         _one_of("branch_activation", self.branch_activation, ("each", "sum"))
         _one_of("inner", self.inner, ("activation", "norm", "linear"))
         _one_of("distribution", self.distribution, ("uniform", "er", "erk"))
+        _one_of("norm", self.norm, ("model", "batch_norm", "none"))
+        _one_of("activation", self.activation.partition(":")[0], ("model", "none", *ACTIVATIONS))
+        _one_of("projections", self.projections, ("untouched", "transformed"))
         if self.width_multiple < 1:
             raise UsageError(f"width multiple {self.width_multiple} is not a positive number")
         if self.distribution != "uniform" and self.match not in ("model", "train"):
@@ -141,6 +152,12 @@ class TrainingSpec:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"stop": float(Fraction(self.stop))}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> TrainingSpec:
+        known: dict[str, Any] = dict(data)
+        known["stop"] = str(known["stop"])
+        return TrainingSpec(**known)
 
 
 def member_named(word: str) -> Member:

@@ -59,6 +59,7 @@ class Layer:
     kernel: tuple[int, ...] = ()
     groups: Poly = field(default_factory=lambda: Poly.const(1))
     tied_to: str | None = None
+    host: str | None = None  # the class that holds the weight, where no other layer can stand in for it
     projection: bool = False  # makes an attention product's query, key or value, or reads its result
     causal: tuple[int, int] | None = None  # (queries, keys) of an attention product under a causal mask
     note: str | None = None
@@ -85,7 +86,7 @@ class Layer:
             data["groups"] = self.groups.to_json()
         if self.calls != 1:
             data["calls"] = self.calls
-        for key in ("grad_inputs", "grad_weight", "weight", "tied_to", "projection", "note"):
+        for key in ("grad_inputs", "grad_weight", "weight", "tied_to", "host", "projection", "note"):
             if value := getattr(self, key):
                 data[key] = str(value) if isinstance(value, Fraction) else value
         if self.kernel:

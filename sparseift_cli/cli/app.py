@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from .. import __version__
 from ..errors import SparseiftError
+from ..version import __version__
 from . import flops, inspect
 
 app = typer.Typer(

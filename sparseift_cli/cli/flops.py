@@ -10,7 +10,7 @@ from . import options
 from .formats import Format
 
 if TYPE_CHECKING:
-    from ..audit import Audit
+    from ..flop_audit import Audit
     from ..source import Request
     from ..spec import TrainingSpec, TransformSpec
     from ..table import LayerTable
@@ -107,7 +107,7 @@ def flops(
     if len(specs) > 1:
         _compare(table, specs, training, causal, fmt, output, max_flops_ratio, max_layer_ratio)
         return
-    from ..audit import audit
+    from ..flop_audit import audit
     from . import flops_view, gates
 
     result = audit(table, specs[0] if specs else None, training, causal=causal)
@@ -137,8 +137,8 @@ def _training(recipe: dict[str, Any], given: dict[str, Any]) -> TrainingSpec:
 def _compare(table: LayerTable, specs: list[TransformSpec], training: TrainingSpec, causal: str, fmt: Format, output: Any,
              max_flops_ratio: float | None, max_layer_ratio: float | None) -> None:  # fmt: skip
     """One line per sparsity; a sparsity that cannot be matched says so in its line, and the command exits 1."""
-    from ..audit import audit
     from ..errors import CheckFailed
+    from ..flop_audit import audit
     from . import flops_view, gates
 
     results: list[tuple[str, Audit | CheckFailed]] = []
@@ -162,4 +162,8 @@ def _verify(request: Request, table: LayerTable) -> Any:
     from ..crosscheck import crosscheck
     from ..source import build
 
-    return crosscheck(lambda: build(request, device="cpu"), table)
+    def on_cpu() -> tuple[Any, tuple[Any, ...]]:
+        built = build(request, device="cpu")
+        return built.model, (*built.args, *built.kwargs.values())
+
+    return crosscheck(on_cpu, table)

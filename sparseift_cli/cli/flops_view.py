@@ -7,8 +7,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from ..audit import Audit, row_json, rows, to_json
 from ..errors import CheckFailed, UsageError, did_you_mean
+from ..flop_audit import Audit, row_json, rows, to_json
 from ..isoflop import Shape
 from ..layer_plan import LayerPlan
 from ..spec import TrainingSpec

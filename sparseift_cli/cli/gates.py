@@ -9,8 +9,8 @@ from typing import Any
 
 import typer
 
-from ..audit import Audit
 from ..errors import CheckFailed
+from ..flop_audit import Audit
 
 
 @dataclass(frozen=True, slots=True)

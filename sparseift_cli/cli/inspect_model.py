@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..audit import audit, row_json, rows
 from ..errors import SparseiftError, UsageError
+from ..flop_audit import audit, row_json, rows
 from ..layer_plan import LayerPlan
 from ..plan import make_plan
 from ..source import Request, load_table, parse_input, resolve

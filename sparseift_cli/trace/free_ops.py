@@ -17,7 +17,8 @@ _NAMES = """
     ones_like rand randn rand_like randn_like randint randperm
     bernoulli_ scalar_tensor tril triu tril_indices triu_indices zeros
     zeros_like eye bernoulli lift_fresh lift_fresh_copy
-    _to_copy clone copy copy_ contiguous fill fill_ zero_ set_ resize_ detach_copy transpose_ squeeze_ unsqueeze_ t_
+    _to_copy clone copy copy_ contiguous as_strided_ hardswish_
+    fill fill_ zero_ set_ resize_ detach_copy transpose_ squeeze_ unsqueeze_ t_
     cat stack repeat roll flip gather index index_put index_put_ index_add index_select scatter scatter_ scatter_add
     masked_fill masked_fill_ masked_select select_scatter slice_scatter take nonzero constant_pad_nd reflection_pad1d
     reflection_pad2d replication_pad1d replication_pad2d _unsafe_view _reshape_copy im2col col2im pixel_shuffle

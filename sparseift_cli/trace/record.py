@@ -23,7 +23,8 @@ from .symint import poly_of
 aten = torch.ops.aten
 
 NEEDS_GRAD, FROM_INPUT, FROM_LAYER = 1, 2, 4  # what a tensor descends from
-ATTENTION = "attention"  # the maker of an attention product's result
+Maker = tuple[Any, int | None]  # a row, and which part of its output along the dim that was taken apart
+ATTENTION: Maker = ("attention", None)  # the maker of an attention product's result
 
 
 def flags_of(tensor: Tensor) -> int:
@@ -31,12 +32,12 @@ def flags_of(tensor: Tensor) -> int:
     return getattr(tensor, "_sparseift_flags", 0)
 
 
-def makers_of(tensor: Tensor) -> frozenset[Any]:
+def makers_of(tensor: Tensor) -> frozenset[Maker]:
     """The rows whose product a tensor is, seen through everything that costs no MACs except additions of two streams."""
     return getattr(tensor, "_sparseift_makers", frozenset())
 
 
-def mark(tensor: Tensor, flags: int, makers: frozenset[Any] = frozenset()) -> Tensor:
+def mark(tensor: Tensor, flags: int, makers: frozenset[Maker] = frozenset()) -> Tensor:
     """Note on a tensor what it descends from and which rows made it; returns it."""
     tensor._sparseift_flags = flags  # type: ignore[attr-defined]
     tensor._sparseift_makers = makers  # type: ignore[attr-defined]
@@ -95,6 +96,15 @@ class Recorder(TorchDispatchMode):
         self.attention: set[int] = set()
         self.softmaxed: set[str] = set()
         self.uncounted: dict[str, None] = {}
+        self.activations: list[tuple[int, str]] = []  # (time, function name or module:path)
+        self.contracted: dict[str, list[Poly]] = {}  # module -> dims that its attention products sum over
+        self.queries: dict[str, int | None] = {}  # weight key -> which part of its output is the query
+
+    def beside(self) -> Recorder:
+        """A recorder for a second pass over the same parameters, whose rows do not count."""
+        other = Recorder()
+        other.parameters, other.keys = self.parameters, self.keys
+        return other
 
     # --- modules and parameters ---
 
@@ -102,6 +112,12 @@ class Recorder(TorchDispatchMode):
         self.clock += 1
         self.first_seen.setdefault(module, self.clock)
         self.stack.append(module)
+
+    def activated(self, name: str) -> None:
+        """An activation function ran: its name, or `module:` and the path of the module that is one."""
+        self.clock += 1
+        if not (self.activations and name[:7] != "module:" and self.activations[-1][1] == f"module:{self.stack[-1]}"):
+            self.activations.append((self.clock, name))
 
     def leave(self) -> None:
         self.stack.pop()
@@ -139,7 +155,7 @@ class Recorder(TorchDispatchMode):
         if owned and numel(weight.shape) != (whole := numel(owned[1].shape)):
             row.partial, row.outputs = True, whole.divided_by(inputs) or outputs
         row.projection |= ATTENTION in makers_of(x)
-        mark(out, flags_of(out), frozenset([(owner, kind, owned[0] if owned else None)]))
+        mark(out, flags_of(out), frozenset([((owner, kind, owned[0] if owned else None), None)]))
         row.first |= bool(flags_of(x) & FROM_INPUT) and not flags_of(x) & FROM_LAYER
 
     def product(
@@ -154,12 +170,22 @@ class Recorder(TorchDispatchMode):
         if torch.is_grad_enabled():
             row.grad_inputs += macs * Poly.const(sum(flags_of(t) & NEEDS_GRAD for t in (a, b)))
         row.causal = causal
-        for maker in makers_of(a) | makers_of(b):
+        for maker, _ in makers_of(a) | makers_of(b):
             if maker in self.rows:
                 self.rows[maker].projection = True
+        if part == "qk":
+            self.contracted.setdefault(self.stack[-1], []).append(poly_of(a.shape[-1]))
+            self._note_query(makers_of(a), makers_of(b))
         for tensor in (a, b):
             for dim in tensor.shape:
                 self.attention |= poly_of(dim).variables
+
+    def _note_query(self, q: frozenset[Maker], k: frozenset[Maker]) -> None:
+        """Which weight makes the query, and which part of its output where it makes the key too."""
+        keys = {maker for maker, _ in k}
+        for maker, part in q:
+            if maker in self.rows and maker[2] is not None and (maker not in keys or part is not None):
+                self.queries[maker[2]] = part if maker in keys else None
 
     def _row(self, owner: str, kind: str, weight: str | None, inputs: Poly, outputs: Poly,
              kernel: tuple[int, ...], groups: Poly | None) -> Row:  # fmt: skip
@@ -185,7 +211,7 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        flags, makers = 0, frozenset()
+        flags, makers = 0, frozenset[Maker]()
         for tensor in tensors:
             flags |= flags_of(tensor)
             makers |= makers_of(tensor)
@@ -201,7 +227,7 @@ class Recorder(TorchDispatchMode):
             makers = makers_of(first)
         elif packet in (aten.add, aten.add_):
             if self._is_residual(args, out):
-                makers = frozenset()
+                makers = frozenset[Maker]()
         elif packet in (aten._softmax, aten._safe_softmax):
             self.softmaxed.add(self.stack[-1])
         elif not costs_no_macs(func):
@@ -211,7 +237,7 @@ class Recorder(TorchDispatchMode):
                 self._descend(tensor, flags, makers)
         return out
 
-    def _descend(self, tensor: Tensor, flags: int, makers: frozenset[Any]) -> None:
+    def _descend(self, tensor: Tensor, flags: int, makers: frozenset[Maker]) -> None:
         """Note what a result descends from, and the tensor it was written into; a parameter keeps its own flags."""
         owned = self.parameter_of(tensor)
         if owned:
@@ -225,7 +251,8 @@ class Recorder(TorchDispatchMode):
     def _is_residual(self, args: Sequence[Any], out: Tensor) -> bool:
         """An addition of two layers' outputs; its dims are noted as a residual stream's."""
         both = [t for t in args[:2] if isinstance(t, Tensor) and flags_of(t) & FROM_LAYER]
-        if len(both) == 2 and both[0].dim() == both[1].dim():
+        one_stream = len({frozenset(m for m, _ in makers_of(t)) for t in both}) == 1 and makers_of(both[0])
+        if len(both) == 2 and both[0].dim() == both[1].dim() and not one_stream:  # a rotation adds a row to itself
             for dim in out.shape:
                 self.residual |= poly_of(dim).variables
             return True

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .layouts import WATCHED, note_index
 from .record import ATTENTION, FROM_LAYER, NEEDS_GRAD, Recorder, conv, flags_of, makers_of, mark, matmul, numel
 from .symint import Facts, poly_of
 
@@ -35,6 +36,9 @@ class ShapeRules(TorchFunctionMode):
             answer = rule(self, *args, **(kwargs or {}))
             if answer is not NotImplemented:
                 return answer
+        watch = WATCHED.get(func)
+        if watch is not None:
+            return watch(self.facts, func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
     def tie(self, a: Any, b: Any) -> None:
@@ -169,10 +173,16 @@ def _embedding(rules: ShapeRules, input: Tensor, weight: Tensor, *_: Any, **__: 
     return rules.made(weight, (*input.shape, weight.shape[1]), counted=True)
 
 
-def _activation(rules: ShapeRules, input: Tensor, *_: Any, **__: Any) -> Any:
+def _activation(name: str) -> Rule:
     """Behind a non-linearity, what reads an attention product no longer folds into it."""
-    out = rules.made(input, input.shape)
-    return mark(out, flags_of(out), makers_of(out) - {ATTENTION})
+
+    def rule(rules: ShapeRules, input: Tensor, *_: Any, **options: Any) -> Any:
+        given = ",".join(f"{k}={v}" for k, v in options.items() if k != "inplace")
+        rules.recorder.activated(f"{name}:{given}" if given else name)
+        out = rules.made(input, input.shape)
+        return mark(out, flags_of(out), makers_of(out) - {ATTENTION})
+
+    return rule
 
 
 def _dropout(rules: ShapeRules, input: Tensor, *_: Any, **__: Any) -> Any:
@@ -204,13 +214,18 @@ def _getitem(rules: ShapeRules, input: Tensor, index: Any) -> Any:
             break
         if isinstance(item, Tensor) and item.dtype != torch.bool and isinstance(input.shape[dim], torch.SymInt):
             rules.facts.freeze(poly_of(input.shape[dim]), "rows looked up by index")
-    return NotImplemented
+    out = input[index]
+    if isinstance(out, Tensor):
+        note_index(rules.facts, input, index, out)
+    return out
 
 
 def _detach(rules: ShapeRules, input: Tensor) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
         return mark(input.view(input.shape), flags_of(input) & ~NEEDS_GRAD, makers_of(input))
 
+
+_ACTIVATIONS = ("relu", "relu6", "gelu", "silu", "hardswish", "mish", "elu", "selu", "leaky_relu")
 
 _RULES: dict[Any, Rule] = {
     F.linear: _linear,
@@ -228,10 +243,9 @@ _RULES: dict[Any, Rule] = {
     F.dropout: _dropout,
     torch.baddbmm: _baddbmm,
     Tensor.baddbmm: _baddbmm,
-    F.gelu: _activation,
-    F.silu: _activation,
-    F.relu: _activation,
-    F.relu6: _activation,
+    **{getattr(F, name): _activation(name) for name in _ACTIVATIONS},
+    torch.relu: _activation("relu"),
+    Tensor.relu: _activation("relu"),
     F.pad: _pad,
     Tensor.__getitem__: _getitem,
     Tensor.detach: _detach,

@@ -7,8 +7,8 @@ width (kernel, stride, window, ...) stay plain numbers.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from .shape_rules import ShapeRules
 from .symint import Facts
 
 # Attributes that are no widths, or only repeat a parameter's shape (forward never reads the latter).
-_NOT_WIDTHS = frozenset(
+NOT_WIDTHS = frozenset(
     [
         "training",
         "padding_idx",
@@ -67,6 +67,9 @@ _NOT_WIDTHS = frozenset(
 )
 
 
+_ACTIVATIONS = ("relu", "gelu", "silu", "swish", "mish", "elu", "activation")
+
+
 @dataclass(slots=True)
 class Place:
     """Where a variable stands: a dim of a parameter or buffer, or an int attribute (`index` into a tuple, if it is one)."""
@@ -79,68 +82,118 @@ class Place:
 
 @dataclass
 class Trace:
-    """One run: the facts, the rows, where every variable stands, and the shapes that came out."""
+    """One run: the facts, the rows, where every variable stands, and the outputs (of the second pass too, if there was one)."""
 
     facts: Facts
     recorder: Recorder
     places: dict[int, list[Place]] = field(default_factory=dict)
     shapes: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # parameter or buffer key -> symbolic shape
-    output: Any = None
+    outputs: list[Any] = field(default_factory=list)
 
 
-def run(model: nn.Module, inputs: tuple[Any, ...], *, symbolic: bool = True) -> Trace:
-    """Run `model(*inputs)` on fake tensors; `inputs` may be meta tensors, only their shapes and dtypes are used.
+def run(model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, *,
+        symbolic: bool = True) -> Trace:  # fmt: skip
+    """Run `model(*inputs, **kwargs)` on fake tensors; real or meta ones, only their shapes and dtypes are used.
 
     Without `symbolic` all sizes stay plain numbers: the count is the same, the widths stay unknown.
     """
     facts = Facts()
-    recorder = Recorder()
-    trace = Trace(facts, recorder)
-    with fake_mode(facts), _in_place_of_parameters(model, trace, symbolic), _following_modules(model, recorder):
-        fakes = tree_map_only(
-            Tensor, lambda t: mark(torch.empty(t.shape, dtype=t.dtype, device="cpu"), FROM_INPUT), inputs
-        )
-        with warnings.catch_warnings(), recorder, ShapeRules(facts, recorder):
-            warnings.simplefilter("ignore")  # about performance of a run that computes nothing
-            trace.output = model(*fakes)
+    trace = Trace(facts, Recorder())
+    training = [m for m in model.modules() if m.training]
+    try:
+        with fake_mode(facts), _in_place_of_parameters(model, trace, symbolic):
+            _forward(model.eval(), inputs, kwargs or {}, trace, trace.recorder)
+            if _unseen(model, trace.recorder):
+                with suppress(Exception):  # a train mode that needs targets: what only it reaches stays as it is
+                    _forward(model.train(), inputs, kwargs or {}, trace, trace.recorder.beside())
+    finally:
+        model.eval()
+        for module in training:
+            module.training = True
     return trace
+
+
+def _forward(
+    model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], trace: Trace, recorder: Recorder
+) -> None:
+    args, named = tree_map_only(
+        Tensor, lambda t: mark(torch.empty(t.shape, dtype=t.dtype, device="cpu"), FROM_INPUT), (inputs, dict(kwargs))
+    )
+    with _following_modules(model, recorder), warnings.catch_warnings(), recorder, ShapeRules(trace.facts, recorder):
+        warnings.simplefilter("ignore")  # about performance of a run that computes nothing
+        trace.outputs.append(model(*args, **named))
+
+
+def _unseen(model: nn.Module, recorder: Recorder) -> bool:
+    """Does a module have weights that this forward did not reach?"""
+    return any(path not in recorder.first_seen for path, m in model.named_modules() if m._parameters and path)
 
 
 @contextmanager
 def _in_place_of_parameters(model: nn.Module, trace: Trace, symbolic: bool) -> Iterator[None]:
-    undo: list[tuple[dict[str, Any], str, Any]] = []
-    made: dict[int, Tensor] = {}
-
-    def replace(store: dict[str, Any], key: str, value: Any) -> None:
-        undo.append((store, key, store[key]))
-        store[key] = value
-
+    stand_ins = _StandIns(trace, symbolic)
     try:
         for path, module in model.named_modules():
-            prefix = f"{path}." if path else ""
-            for kind, store in (("parameter", module._parameters), ("buffer", module._buffers)):
-                for key, tensor in list(store.items()):
-                    if tensor is not None:
-                        if id(tensor) not in made:
-                            made[id(tensor)] = _fake(tensor, kind, prefix + key, module, trace, symbolic)
-                        if kind == "parameter":
-                            trace.recorder.own(prefix + key, made[id(tensor)], tensor.requires_grad)
-                        trace.shapes[prefix + key] = tuple(made[id(tensor)].shape)
-                        replace(store, key, made[id(tensor)])
-            for key, indices in _int_attributes(module) if symbolic else ():
-                value = module.__dict__[key]
-                if not indices:
-                    replace(module.__dict__, key, _variable(trace, Place("attribute", prefix + key, None, value)))
-                else:
-                    items = [
-                        _variable(trace, Place("attribute", prefix + key, i, v)) if i in indices else v
-                        for i, v in enumerate(cast(Any, value))
-                    ]
-                    replace(module.__dict__, key, items if isinstance(value, list) else tuple(items))
+            stand_ins.for_tensors(module, f"{path}." if path else "")
+            if symbolic:
+                stand_ins.for_numbers(module, f"{path}." if path else "")
         yield
     finally:
-        for store, key, value in reversed(undo):
+        stand_ins.take_back()
+
+
+class _StandIns:
+    """Fake tensors for parameters and buffers, symbolic ints for numbers; all of it is taken back at the end."""
+
+    def __init__(self, trace: Trace, symbolic: bool) -> None:
+        self.trace = trace
+        self.symbolic = symbolic
+        self.undo: list[tuple[dict[str, Any], str, Any]] = []
+        self.made: dict[int, Tensor] = {}
+        self.configs: set[int] = set()
+
+    def take_back(self) -> None:
+        for store, key, value in reversed(self.undo):
             store[key] = value
+
+    def for_tensors(self, module: nn.Module, prefix: str) -> None:
+        for kind, store in (("parameter", module._parameters), ("buffer", module._buffers)):
+            for key, tensor in list(store.items()):
+                if tensor is None:
+                    continue
+                if key == "original_inv_freq" and "inv_freq" in store:  # a copy, resized with it
+                    self.made[id(tensor)] = cast(Tensor, store["inv_freq"])
+                if id(tensor) not in self.made:
+                    self.made[id(tensor)] = _fake(tensor, kind, prefix + key, module, self.trace, self.symbolic)
+                fake = self.made[id(tensor)]
+                if kind == "parameter":
+                    self.trace.recorder.own(prefix + key, fake, tensor.requires_grad)
+                self.trace.shapes[prefix + key] = tuple(fake.shape)
+                self._replace(store, key, fake)
+
+    def for_numbers(self, module: nn.Module, prefix: str) -> None:
+        """Ints of the module, and of a configuration that it holds (once, however many modules hold it)."""
+        self._numbers(prefix, module.__dict__)
+        for key, config in list(module.__dict__.items()):
+            if is_config(config) and id(config) not in self.configs:
+                self.configs.add(id(config))
+                self._numbers(f"{prefix}{key}.", config.__dict__)
+
+    def _numbers(self, prefix: str, store: dict[str, Any]) -> None:
+        for key, indices in _int_attributes(store):
+            value = store[key]
+            if not indices:
+                self._replace(store, key, _variable(self.trace, Place("attribute", prefix + key, None, value)))
+            else:
+                items = [
+                    _variable(self.trace, Place("attribute", prefix + key, i, v)) if i in indices else v
+                    for i, v in enumerate(cast(Any, value))
+                ]
+                self._replace(store, key, items if isinstance(value, list) else tuple(items))
+
+    def _replace(self, store: dict[str, Any], key: str, value: Any) -> None:
+        self.undo.append((store, key, store[key]))
+        store[key] = value
 
 
 def _variable(trace: Trace, place: Place) -> Any:
@@ -158,11 +211,15 @@ def _fake(tensor: Tensor, kind: str, path: str, module: nn.Module, trace: Trace,
     return torch.empty(shape, dtype=tensor.dtype, device="cpu")
 
 
-def _int_attributes(module: nn.Module) -> Iterator[tuple[str, set[int]]]:
+def is_config(value: Any) -> bool:
+    """A configuration object that modules read sizes from while they run, as Hugging Face's do."""
+    return any(base.__name__ in ("PretrainedConfig", "PreTrainedConfig") for base in type(value).__mro__)
+
+
+def _int_attributes(attributes: Mapping[str, Any]) -> Iterator[tuple[str, set[int]]]:
     """Attributes that are an int above 1, or a tuple of ints with the positions of those above 1."""
-    attributes: dict[str, Any] = module.__dict__
     for key, value in list(attributes.items()):
-        if key in _NOT_WIDTHS:
+        if key in NOT_WIDTHS:
             continue
         if type(value) is int:
             if value > 1:
@@ -173,16 +230,25 @@ def _int_attributes(module: nn.Module) -> Iterator[tuple[str, set[int]]]:
                 yield key, positions
 
 
+def is_activation(module: nn.Module) -> bool:
+    """A non-linearity as a module of its own; gates (sigmoid, tanh) are not what a layer ends with."""
+    name = type(module).__name__.lower()
+    return not (module._parameters or module._modules) and any(word in name for word in _ACTIVATIONS)
+
+
 @contextmanager
 def _following_modules(model: nn.Module, recorder: Recorder) -> Iterator[None]:
     """Tell the recorder which module runs."""
     names = {id(m): path for path, m in model.named_modules()}
+    activations = {id(m) for m in model.modules() if is_activation(m)}
     depth: list[bool] = []
 
     def before(module: nn.Module, args: Any) -> None:
         depth.append(id(module) in names)
         if depth[-1]:
             recorder.enter(names[id(module)])
+            if id(module) in activations:
+                recorder.activated(f"module:{names[id(module)]}")
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         if depth.pop():

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.fx.experimental.sym_node import SymNode
@@ -35,6 +35,8 @@ class Facts:
         self.equations: dict[Poly, None] = {}  # each is == 0; a dict keeps the order
         self.frozen: dict[int, str] = {}  # variables whose value the forward used as a plain number
         self.quotients: dict[tuple[Poly, Poly], Poly] = {}
+        self.divisors: dict[int, Poly] = {}  # variable of a quotient -> what was divided by
+        self.layouts: dict[Poly, tuple[Literal["product", "sum"], tuple[Poly, ...]]] = {}  # how a dim is made of others
         self.fake_tensor_cache = {}
 
     def new_variable(self, size: int) -> Poly:
@@ -67,6 +69,7 @@ class Facts:
         if quotient is None:
             quotient = self.new_variable(a.evaluate(self.sizes) // b.evaluate(self.sizes))
             self.quotients[a, b] = quotient
+            self.divisors[next(iter(quotient.variables))] = b
             self.equal(a, b * quotient)
         return quotient
 

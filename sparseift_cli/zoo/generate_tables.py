@@ -16,9 +16,9 @@ from . import registry
 
 def document(name: str) -> str:
     """The generated file of one zoo model, as text."""
-    model, inputs, _ = build(Request(name))
-    table = layer_table(model, inputs, name=name, input_shape=tuple(inputs[0].shape))
-    shapes = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
+    built = build(Request(name))
+    table = layer_table(built.model, built.args, name=name, input_shape=built.input_shape)
+    shapes = {key: list(tensor.shape) for key, tensor in built.model.state_dict().items()}
     data = {"table": table.to_json(), "state_dict": shapes}
     return json.dumps(data, separators=(",", ":")).replace('{"name"', '\n{"name"') + "\n"
 

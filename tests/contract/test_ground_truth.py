@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparseift_cli import source
-from sparseift_cli.audit import audit
+from sparseift_cli.flop_audit import audit
 from sparseift_cli.source import TABLES, Request, build, load_table
 from sparseift_cli.zoo import generate_tables, registry
 
@@ -108,7 +108,8 @@ def test_reference_file(shared: Path) -> None:
 def test_shipped_table_is_current_and_equals_pytorchs_counter(name: str) -> None:
     """The generated file, a fresh trace and FlopCounterMode agree; parameters are the model's own."""
     assert (TABLES / f"{name}.json").read_text() == generate_tables.document(name), "run: make tables"
-    model, inputs, _ = build(Request(name))
+    built = build(Request(name))
+    model, inputs = built.model, built.args
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(*inputs)
     table = load_table(Request(name))

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from sparseift_cli.audit import Audit, audit
 from sparseift_cli.errors import CheckFailed, UsageError
+from sparseift_cli.flop_audit import Audit, audit
 from sparseift_cli.isoflop import Schedule, StepCost, erdos_renyi, mean_step
 from sparseift_cli.source import Request, load_table
 from sparseift_cli.spec import TrainingSpec, TransformSpec

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparseift_cli.audit import audit
 from sparseift_cli.errors import UsageError
+from sparseift_cli.flop_audit import audit
 from sparseift_cli.plan import make_plan
 from sparseift_cli.spec import TransformSpec
 from sparseift_cli.table import LayerTable

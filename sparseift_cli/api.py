@@ -1,0 +1,223 @@
+"""What `import sparseift_cli` offers: every command as one function that returns the dataclass it prints.
+
+model, plan = transform(model, example_input, member="wide", sparsity=0.9)
+print(flops(model).forward_ratio)
+save(model, "out")
+model = load("out")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .artifact import MASKS, WEIGHTS, is_artifact, open_artifact, provenance, write
+from .checkpoint import Checkpoint
+from .errors import CheckFailed, UsageError
+from .flop_audit import Audit, to_json
+from .flop_audit import audit as count
+from .plan import Plan
+from .source import Request, as_call, build, load_table, resolve, shape_of
+from .spec import TrainingSpec, TransformSpec, member_named
+from .table import LayerTable
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .transforms.transformation import Options, Transformation
+
+
+def transform(model: nn.Module, example_input: Any, *, member: str = "wide", sparsity: float | str,
+              training: TrainingSpec | None = None, options: Options | None = None, name: str | None = None,
+              **spec: Any) -> tuple[nn.Module, Plan]:  # fmt: skip
+    """A Sparse-IFT copy of `model`, and the plan it was made by; `model` itself is not changed.
+
+    Args:
+        model: any module that runs on `example_input`, on any device. On `meta` only shapes are made.
+        example_input: a tensor, a tuple of positional or a mapping of keyword arguments. Only shapes and dtypes matter.
+        member: wide, parallel, factorized or doped.
+        sparsity: in [0, 1); 0.9 makes layers 10 times larger and 90 % sparse.
+        training: how training FLOPs are counted and, with `match="train"`, matched.
+        options: how weights and masks start; see `Options`.
+        spec: any other field of TransformSpec: match="model", scope="inner", exclude=("head",), pattern="2:4", ...
+
+    The masks are boolean buffers beside the weights: `sparseift_cli.masks(model)`. After every optimiser step the weights
+    that a mask leaves out must be zero again: multiply their gradients by the mask before the step.
+
+    Raises:
+        UsageError: nothing can be transformed as asked, or the model does not run on the input.
+        CheckFailed: no density fits the budget, or what came out does not cost what was planned.
+    """
+    from .transforms.transformation import transform_module
+
+    args, kwargs = as_call(example_input)
+    wanted = TransformSpec.of({"member": member_named(member), "sparsity": str(sparsity), **spec})
+    new, done = transform_module(model, args, kwargs, wanted, name=name or type(model).__name__,
+                                 input_shape=shape_of(args, kwargs), training=training, options=options)  # fmt: skip
+    return new, done.plan
+
+
+def flops(model: nn.Module | str, example_input: Any = None, *, sparsity: float | str | None = None, member: str = "wide",
+          training: TrainingSpec | None = None, causal: str = "full", **spec: Any) -> Audit:  # fmt: skip
+    """The FLOP audit of a model: dense, what a transform would make of it, or (of a transformed model) what it was made.
+
+    `model` is a module with an `example_input`, a module that `transform` made, or any SOURCE of the command line:
+    "resnet18", "torchvision:resnet50", a recipe, a folder that `save` wrote.
+
+    Raises:
+        UsageError: no such source, or nothing can be transformed as asked.
+        CheckFailed: no density fits the budget.
+    """
+    wanted = None
+    if sparsity is not None:
+        wanted = TransformSpec.of({"member": member_named(member), "sparsity": str(sparsity), **spec})
+    if isinstance(model, str):
+        if is_artifact(model):
+            return open_artifact(model).audit(training, causal)
+        request, recipe = resolve(Request(model))
+        if wanted is None and recipe and recipe.transform:
+            wanted, training = TransformSpec.of(recipe.transform), training or TrainingSpec(**recipe.training)
+        return count(load_table(request), wanted, training, causal=causal)
+    from .transforms.transformation import transformation_of
+
+    done = transformation_of(model)
+    if done is not None and wanted is None:
+        return count(done.plan.table, done.plan.spec, training or done.plan.training, causal=causal)
+    return count(_table(model, example_input), wanted, training, causal=causal)
+
+
+def audit(model: nn.Module, example_input: Any) -> Audit:
+    """The audit of a transformed model, after counting the module itself again: masks, shapes and operations.
+
+    Raises:
+        UsageError: `model` was not made by `transform` or read by `load`.
+        CheckFailed: it does not cost what its plan says (its masks or layers were changed).
+    """
+    from .sparsity.attached import masks_of
+    from .transforms.check import measure, require_as_planned
+    from .transforms.transformation import transformation_of
+
+    done = transformation_of(model)
+    if done is None:
+        raise UsageError(
+            f"this {type(model).__name__} was not transformed", hint="flops(model, example_input) counts any model"
+        )
+    args, kwargs = as_call(example_input)
+    masks = None if any(p.is_meta for p in model.parameters()) else masks_of(model)
+    measured, after = measure(model, args, kwargs, done.plan, done.surgery, masks)
+    require_as_planned(measured, done.plan, after, after)
+    return count(done.plan.table, done.plan.spec, done.plan.training)
+
+
+def inspect(source: nn.Module | str, example_input: Any = None) -> LayerTable | Checkpoint:
+    """What is in a model (its LayerTable) or in a checkpoint file (its Checkpoint: formats, tensors, sizes).
+
+    Raises:
+        UsageError, CheckpointError: no such source, or it cannot be read.
+    """
+    if not isinstance(source, str):
+        return _table(source, example_input)
+    if is_artifact(source):
+        return open_artifact(source).table
+    if Path(source).is_file() and not source.endswith((".yaml", ".yml")):
+        from .checkpoint import open_checkpoint
+
+        return open_checkpoint(source)
+    request, _ = resolve(Request(source))
+    return load_table(request)
+
+
+def save(model: nn.Module, path: str | Path, *, force: bool = False) -> Path:
+    """Write a transformed model as a folder of safetensors and JSON, in one step; see `artifact` for what is in it.
+
+    Raises:
+        UsageError: `model` was not made by `transform` or read by `load`.
+        ArtifactError: `path` exists (use `force` to replace a transformed model), or cannot be written.
+    """
+    from .sparsity.attached import masks_of
+    from .transforms.transformation import transformation_of
+
+    done = transformation_of(model)
+    if done is None:
+        raise UsageError(
+            f"this {type(model).__name__} was not transformed", hint="torch.save writes any module's state_dict"
+        )
+    tensors: dict[str, Mapping[str, Any]] = {}
+    if not any(p.is_meta for p in model.parameters()):
+        tensors = {WEIGHTS: untied(model), MASKS: masks_of(model)}
+    return write(path, _documents(done), tensors, force=force)
+
+
+def load(path: str | Path, *, into: nn.Module | None = None) -> nn.Module:
+    """The module that `save` wrote, with its weights and masks, in eval mode on the CPU.
+
+    `into` is the dense model it was made from (any weights, or on meta): needed where no source names it.
+
+    Raises:
+        ArtifactError: the folder is damaged or incomplete.
+        UsageError: nothing says how to build the dense model, or `into` is another one.
+    """
+    from .restore import restore
+
+    return restore(open_artifact(path), into)
+
+
+def masks(model: nn.Module) -> dict[str, Any]:
+    """Weight name -> boolean mask, for every sparse weight of a transformed model."""
+    from .sparsity.attached import masks_of
+
+    return masks_of(model)
+
+
+def untied(model: nn.Module) -> dict[str, Any]:
+    """The state dict with every tensor once, under its first name: what safetensors can hold."""
+    seen: set[int] = set()
+    kept = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            kept[name] = tensor.detach()
+    return kept
+
+
+def _documents(done: Transformation) -> dict[str, dict[str, Any]]:
+    plan = done.plan
+    return {
+        "table": plan.table.to_json(),
+        "plan": plan.to_json(),
+        "surgery": done.surgery.to_json(),
+        "audit": to_json(count(plan.table, plan.spec, plan.training)),
+        "provenance": provenance(
+            source=done.source, training=plan.training.to_json(), causal="full", options=done.options.to_json(),
+            dead=list(done.dead), deviation=done.deviation, notes=list(done.notes),
+        ),
+    }  # fmt: skip
+
+
+def _table(model: nn.Module, example_input: Any) -> LayerTable:
+    if example_input is None:
+        raise UsageError("a module is counted at an input", hint="give example_input: a tensor, a tuple or a mapping")
+    from .trace.build import trace
+
+    args, kwargs = as_call(example_input)
+    return trace(model, args, kwargs, name=type(model).__name__, input_shape=shape_of(args, kwargs)).table
+
+
+__all__ = [
+    "Audit",
+    "CheckFailed",
+    "Checkpoint",
+    "LayerTable",
+    "Plan",
+    "TrainingSpec",
+    "TransformSpec",
+    "audit",
+    "build",
+    "flops",
+    "inspect",
+    "load",
+    "masks",
+    "save",
+    "transform",
+]

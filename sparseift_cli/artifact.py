@@ -1,0 +1,174 @@
+"""A transformed model on disk: weights and masks as safetensors, everything else as JSON, written whole or not at all.
+
+    model.safetensors   every parameter and persistent buffer; zeros are stored
+    masks.safetensors   one boolean tensor for each sparse weight, under the weight's name
+    table.json          the dense model's layer table
+    plan.json           what was planned, to the non-zero
+    surgery.json        the edits that make the dense module the planned one
+    audit.json          the FLOP audit, as `sparseift flops --json` prints it
+    provenance.json     versions, source, seed and options
+
+Reading table, plan and audit needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import ArtifactError
+from .flop_audit import Audit, audit
+from .spec import TrainingSpec, TransformSpec
+from .table import LayerTable
+from .version import __version__
+
+SCHEMA = "sparseift.model/1"
+WEIGHTS, MASKS = "model.safetensors", "masks.safetensors"
+PARTS = ("table", "plan", "surgery", "audit", "provenance")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A directory that `sparseift transform` wrote, as far as its JSON goes."""
+
+    path: Path
+    table: LayerTable
+    spec: TransformSpec
+    training: TrainingSpec
+    causal: str
+    plan: Mapping[str, Any]
+    surgery: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+
+    @property
+    def weights(self) -> Path:
+        """The weights file; it may be absent where only the plan was written."""
+        return self.path / WEIGHTS
+
+    def audit(self, training: TrainingSpec | None = None, causal: str | None = None) -> Audit:
+        """Count it again from its table, and hold the result to the plan that was written.
+
+        Raises:
+            ArtifactError: this version plans other non-zeros than the folder holds.
+        """
+        result = audit(self.table, self.spec, training or self.training, causal=causal or self.causal)
+        again = audit(self.table, self.spec, self.training, causal=self.causal)
+        if again.plan is None or again.plan.to_json()["layers"] != self.plan["layers"]:
+            raise ArtifactError(f"{self.path} was planned by sparseift {self.provenance.get('sparseift')}, which counts "
+                                "otherwise than this version", hint="transform the model again")  # fmt: skip
+        return result
+
+
+def is_artifact(path: str | Path) -> bool:
+    """Is this a directory that `sparseift transform` wrote?"""
+    try:
+        return (Path(path) / "provenance.json").is_file() and (Path(path) / "plan.json").is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def open_artifact(path: str | Path) -> Artifact:
+    """Read the JSON of a transformed model.
+
+    Raises:
+        ArtifactError: a file is missing, damaged or of a version that this one does not read.
+    """
+    folder = Path(path)
+    parts = {name: _read(folder, name) for name in ("table", "plan", "surgery", "provenance")}
+    if parts["provenance"].get("schema") != SCHEMA:
+        raise ArtifactError(f"{folder}: written in the format {parts['provenance'].get('schema')!r}, not {SCHEMA!r}",
+                            hint="transform the model again with this version")  # fmt: skip
+    try:
+        return Artifact(
+            folder,
+            LayerTable.from_json(parts["table"]),
+            TransformSpec.from_json(parts["plan"]["spec"]),
+            TrainingSpec.from_json(parts["provenance"]["training"]),
+            parts["provenance"]["causal"],
+            parts["plan"],
+            parts["surgery"],
+            parts["provenance"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{folder}: its JSON does not say what it should: {error!r}",
+                            hint="transform the model again") from None  # fmt: skip
+
+
+def write(path: str | Path, documents: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Mapping[str, Any]],
+          *, force: bool = False) -> Path:  # fmt: skip
+    """Write `documents` (by name, as JSON) and `tensors` (by file name, as safetensors) as one directory, in one step.
+
+    Everything goes to a temporary directory beside `path`, which is then renamed: a reader sees the old state or the new
+    one. An existing artifact is replaced only with `force`; anything else that exists never is.
+
+    Raises:
+        ArtifactError: `path` exists, or cannot be written.
+    """
+    folder = Path(path)
+    if folder.exists() and not (is_artifact(folder) and force) and (not folder.is_dir() or any(folder.iterdir())):
+        what = "holds a transformed model already" if is_artifact(folder) else "exists and was not written by sparseift"
+        raise ArtifactError(
+            f"{folder} {what}", hint="--force replaces it" if is_artifact(folder) else "choose another -o"
+        )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            for name, document in documents.items():
+                (temporary / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            for name, held in tensors.items():
+                _save_tensors(temporary / name, held)
+            temporary.chmod(0o755)
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(temporary, folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot write {folder}: {error.strerror or error}", hint="give -o a writable place"
+        ) from None
+    return folder
+
+
+def provenance(**facts: Any) -> dict[str, Any]:
+    """Who wrote it: versions, and what the caller adds."""
+    import torch
+
+    return {
+        "schema": SCHEMA,
+        "sparseift": __version__,
+        "torch": torch.__version__,
+        "python": ".".join(map(str, sys.version_info[:3])),
+        **facts,
+    }
+
+
+def _save_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    save_file({k: t.contiguous() for k, t in tensors.items()}, path)
+    path.chmod(0o644)  # it comes readable for the owner alone
+
+
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / f"{name}.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArtifactError(
+            f"{path}: {error.strerror}", hint="the directory is incomplete; transform the model again"
+        ) from None
+    except ValueError as error:
+        raise ArtifactError(f"{path} is damaged: {error}", hint="transform the model again") from None
+    if not isinstance(data, dict):
+        raise ArtifactError(f"{path} holds {type(data).__name__}, not an object", hint="transform the model again")
+    return data

@@ -1,0 +1,45 @@
+"""Where masks live: a boolean buffer `weight_mask` beside each sparse `weight`, outside the state dict.
+
+A buffer follows its module through `.to`, `deepcopy` and replication; being no part of the state dict, it leaves checkpoints
+as any PyTorch code expects them. Zeros are stored in the weight itself, so a forward pays nothing for the mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+SUFFIX = "_mask"
+
+
+def attach(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Put each mask beside its weight, on the same device, and set the weights that it leaves out to zero.
+
+    Raises:
+        KeyError: `model` has no parameter of that name.
+        ValueError: a mask has not the shape of its weight.
+    """
+    for key, mask in masks.items():
+        path, _, name = key.rpartition(".")
+        module = model.get_submodule(path)
+        weight = module._parameters[name]
+        if weight is None or weight.shape != mask.shape:
+            raise ValueError(
+                f"mask of {key}: {tuple(mask.shape)}, weight {None if weight is None else tuple(weight.shape)}"
+            )
+        module.register_buffer(name + SUFFIX, mask.to(weight.device, torch.bool), persistent=False)
+        with torch.no_grad():
+            weight.masked_fill_(mask.to(weight.device).logical_not(), 0)
+
+
+def masks_of(model: nn.Module) -> dict[str, Tensor]:
+    """Weight key -> its boolean mask, of the same shape; in the order of the modules."""
+    found = {}
+    for path, module in model.named_modules():
+        for name, mask in module._buffers.items():
+            weight = module._parameters.get(name.removesuffix(SUFFIX)) if name.endswith(SUFFIX) else None
+            if mask is not None and weight is not None and mask.shape == weight.shape and mask.dtype == torch.bool:
+                found[f"{path}.{name}".removeprefix(".").removesuffix(SUFFIX)] = mask
+    return found

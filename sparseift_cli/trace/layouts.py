@@ -1,0 +1,125 @@
+"""How one dim is made of others: what views, concatenations and slices of a forward say about the order in memory.
+
+A size equation knows that a fused projection has 3 * heads * head_dim rows; only the view that takes it apart knows that
+the three come first. Whoever puts dense weights inside wider ones needs the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .record import flags_of, makers_of, mark
+from .symint import Facts, poly_of
+
+Dim = Any  # int or SymInt
+
+
+def value(dim: Dim) -> int:
+    """The size of this run, without asking for it as a plain number."""
+    return dim.node.value if isinstance(dim, torch.SymInt) else int(dim)
+
+
+def note_reshape(facts: Facts, before: Sequence[Dim], after: Sequence[Dim]) -> None:
+    """Pair the dims of a reshape off from the left; a dim that became several, or came of several, is their product."""
+    if not any(isinstance(d, torch.SymInt) for d in (*before, *after)):
+        return
+    left, right = list(before), list(after)
+    while left and right:
+        a, b = [left.pop(0)], [right.pop(0)]
+        x, y = value(a[0]), value(b[0])
+        while x != y:
+            if x < y and left:
+                a.append(left.pop(0))
+                x *= value(a[-1])
+            elif x > y and right:
+                b.append(right.pop(0))
+                y *= value(b[-1])
+            else:
+                return
+        for whole, parts in ((a, b), (b, a)):
+            if len(whole) == 1 and len(parts) > 1:
+                _note(facts, "product", whole[0], [p for p in parts if value(p) != 1])
+
+
+def note_sum(facts: Facts, whole: Dim, parts: Sequence[Dim]) -> None:
+    """`whole` is its parts, one after another."""
+    _note(facts, "sum", whole, parts)
+
+
+def _note(facts: Facts, kind: Any, whole: Dim, parts: Sequence[Dim]) -> None:
+    if isinstance(whole, torch.SymInt) and len(parts) > 1:
+        key = poly_of(whole)
+        known = facts.layouts.get(key)
+        if known is None or known[0] == "sum":  # a view says more than a slice
+            facts.layouts[key] = (kind, tuple(poly_of(p) for p in parts))
+
+
+def _dim(tensor: Tensor, kwargs: dict[str, Any], rest: tuple[Any, ...], at: int) -> int:
+    dim = kwargs.get("dim", rest[at] if len(rest) > at else 0)
+    return dim % tensor.dim() if isinstance(dim, int) else 0
+
+
+def _reshaped(facts: Facts, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    out = func(*args, **kwargs)
+    if isinstance(out, Tensor) and out.dim() != args[0].dim():
+        note_reshape(facts, args[0].shape, out.shape)
+    return out
+
+
+def _concatenated(facts: Facts, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    out = func(*args, **kwargs)
+    tensors = kwargs.get("tensors", args[0] if args else ())
+    if isinstance(tensors, (list, tuple)) and all(isinstance(t, Tensor) and t.dim() == out.dim() for t in tensors):
+        dim = _dim(out, kwargs, args[1:], 0)
+        note_sum(facts, out.shape[dim], [t.shape[dim] for t in tensors])
+    return out
+
+
+def _split(facts: Facts, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    parts = func(*args, **kwargs)
+    dim = _dim(args[0], kwargs, args[1:], 1)
+    note_sum(facts, args[0].shape[dim], [p.shape[dim] for p in parts])
+    for i, part in enumerate(parts):
+        note_part(part, i)
+    return parts
+
+
+def _unbound(facts: Facts, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    parts = func(*args, **kwargs)
+    for i, part in enumerate(parts):
+        note_part(part, i)
+    return parts
+
+
+def note_part(tensor: Tensor, part: int) -> Tensor:
+    """Of its makers' output, `tensor` is the part with this number."""
+    return mark(tensor, flags_of(tensor), frozenset((maker, part) for maker, _ in makers_of(tensor)))
+
+
+def note_index(facts: Facts, source: Tensor, index: Any, out: Tensor) -> None:
+    """`x[..., :n]` and `x[..., n:]` take a dim apart; `x[i]` takes part i of a leading dim."""
+    if isinstance(index, int) and out.dim() == source.dim() - 1:
+        note_part(out, index)
+    items = index if isinstance(index, tuple) else (index,)
+    if source.dim() != out.dim() or any(not (isinstance(i, slice) or i is Ellipsis) for i in items):
+        return
+    for dim in range(source.dim()):
+        whole, part = source.shape[dim], out.shape[dim]
+        if isinstance(whole, torch.SymInt) and value(part) < value(whole):
+            rest = whole - part
+            first = items[-1].start is None if isinstance(items[-1], slice) else True
+            note_sum(facts, whole, [part, rest] if first else [rest, part])
+
+
+Watch = Callable[[Facts, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+WATCHED: dict[Any, Watch] = {
+    **dict.fromkeys((Tensor.view, Tensor.reshape, torch.reshape, Tensor.unflatten, torch.unflatten), _reshaped),
+    **dict.fromkeys((Tensor.flatten, torch.flatten), _reshaped),
+    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _concatenated),
+    **dict.fromkeys((Tensor.chunk, torch.chunk, Tensor.split, torch.split, Tensor.tensor_split), _split),
+    **dict.fromkeys((Tensor.unbind, torch.unbind), _unbound),
+}

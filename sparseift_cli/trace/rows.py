@@ -1,0 +1,182 @@
+"""From recorded ops to the rows of a LayerTable: names, roles, who owns which parameter, and rows without MACs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from ..poly import Poly
+from ..table import Layer, Role
+from .record import Row, numel
+from .symbolise import Trace
+
+_NORMS = {
+    "BatchNorm1d": "batch_norm",
+    "BatchNorm2d": "batch_norm",
+    "BatchNorm3d": "batch_norm",
+    "SyncBatchNorm": "batch_norm",
+    "BatchNormAct2d": "batch_norm",
+    "LayerNorm": "layer_norm",
+    "LayerNorm2d": "layer_norm",
+    "GroupNorm": "group_norm",
+}
+
+
+class RowBuilder:
+    """Layers of one trace. `named` turns polynomials over variables into ones over width ids."""
+
+    def __init__(self, model: nn.Module, trace: Trace, named: Callable[[Poly], Poly], outputs: set[str]) -> None:
+        self.trace = trace
+        self.recorder = trace.recorder
+        self.named = named
+        self.output_weights = outputs
+        self.modules = dict(model.named_modules())
+        first: dict[int, str] = {}
+        self.tied = {k: first.setdefault(id(p), k) for k, p in model.named_parameters(remove_duplicate=False)}
+        self.by_module: dict[str, list[str]] = {}
+        for key in trace.shapes:
+            if key in self.tied:
+                self.by_module.setdefault(key.rpartition(".")[0], []).append(key)
+
+    def layers(self) -> list[Layer]:
+        """Every row in the order of execution."""
+        taken: set[str] = set()
+        placed: list[tuple[int, Layer]] = []
+        for row in sorted(self.recorder.rows.values(), key=lambda r: r.order):
+            keys = [k for k in self._belonging(row) if self.tied.get(k) == k and k not in taken]
+            taken.update(keys)
+            placed.append((row.order, self._layer(row, keys)))
+        placed += self._without_macs(taken)
+        return self._mark_tied([layer for _, layer in sorted(placed, key=lambda p: p[0])])
+
+    def _belonging(self, row: Row) -> Iterable[str]:
+        """The parameters a row may own: all of its module's, or a weight and its bias where the module has several weights."""
+        if row.weight is None:
+            return ()
+        if "weight" not in row.weight.rpartition(".")[2]:
+            return (row.weight,)
+        if row.owner + ".weight" != row.weight:
+            return dict.fromkeys((row.weight, row.weight.replace("weight", "bias")))
+        return self.by_module.get(row.owner, (row.weight,))
+
+    def _layer(self, row: Row, keys: list[str]) -> Layer:
+        kind = row.kind
+        groups, inputs = self.named(row.groups), self.named(row.inputs)
+        if kind == "conv" and groups != Poly.const(1):
+            kind = "depthwise" if groups == inputs else "grouped conv"
+        role = self._role(row)
+        return Layer(
+            name=row_name(row),
+            kind=kind,
+            role=role,
+            calls=row.calls,
+            macs=self.named(row.macs),
+            params=self.named(_total(self.trace.shapes[k] for k in keys)),
+            activations=self.named(row.activations),
+            grad_inputs=self._per_mac(row, row.grad_inputs),
+            grad_weight=self._per_mac(row, row.grad_weight),
+            weight=row.weight,
+            inputs=inputs,
+            outputs=self.named(row.outputs),
+            kernel=row.kernel,
+            groups=groups,
+            projection=row.projection,
+            causal=row.causal,
+            host=self._host(row) if role == "body" else None,
+            note=_note(row, role),
+        )
+
+    def _role(self, row: Row) -> Role:
+        if row.weight is None or row.kind == "matmul":
+            return "attention"
+        if row.weight in self.output_weights:
+            return "output"
+        return "input" if row.first else "body"
+
+    def _host(self, row: Row) -> str | None:
+        """The class that holds the weight, where nothing but itself can stand in its place."""
+        key = row.weight or ""
+        path, _, name = key.rpartition(".")
+        module = self.modules.get(path)
+        if isinstance(module, nn.MultiheadAttention):
+            whole = module._qkv_same_embed_dim and module.bias_k is None and not module.add_zero_attn
+            return None if whole and name == "in_proj_weight" else type(module).__name__
+        known = isinstance(module, (nn.Linear, _ConvNd)) and not isinstance(module, _ConvTransposeNd)
+        return None if name == "weight" and (known or type(module).__name__ == "Conv1D") else type(module).__name__
+
+    def _per_mac(self, row: Row, gradients: Poly) -> Fraction | int:
+        sizes = self.trace.facts.sizes
+        share = Fraction(gradients.evaluate(sizes), row.macs.evaluate(sizes) or 1)
+        return share if share.denominator > 1 else share.numerator
+
+    def _mark_tied(self, layers: list[Layer]) -> list[Layer]:
+        """A weighted row whose weight another row owns says so (GPT-2's head and its token embedding)."""
+        owner: dict[str, str] = {}
+        marked = []
+        for layer in layers:
+            first = self.tied.get(layer.weight or "", layer.weight)
+            if first and not layer.params.terms and first in owner:
+                layer = replace(layer, tied_to=owner[first])
+            if first and layer.params.terms:
+                owner.setdefault(first, layer.name)
+            marked.append(layer)
+        shared = {layer.tied_to: layer.name for layer in marked if layer.tied_to}
+        return [replace(x, tied_to=shared[x.name]) if x.weighted and x.name in shared else x for x in marked]
+
+    def _without_macs(self, taken: set[str]) -> list[tuple[int, Layer]]:
+        """Norms, embeddings and free parameters: rows with parameters and no MACs."""
+        layers = []
+        for path, keys in self.by_module.items():
+            keys = [k for k in keys if self.tied[k] == k and k not in taken]
+            if not keys:
+                continue
+            kind, role = _kind_without_macs(self.modules[path])
+            seen = self.recorder.first_seen.get(path)
+            parameter = kind == "parameter"
+            name = path or ", ".join(keys)
+            if parameter:
+                name = keys[0] if len(keys) == 1 else f"{path or 'model'} parameters"
+            layer = Layer(
+                name,
+                kind,
+                role,
+                params=self.named(_total(self.trace.shapes[k] for k in keys)),
+                weight=keys[0] if kind == "embedding" else None,
+                note="not used in this forward" if seen is None and not parameter else None,
+            )
+            layers.append((seen or (0 if parameter else 10**9), layer))
+        return layers
+
+
+def row_name(row: Row) -> str:
+    """The module of a weight; for a product of activations the module that runs it, and what it is."""
+    return f"{row.owner or 'model'}.{row.kind}" if row.weight is None else row.owner or row.weight
+
+
+def _note(row: Row, role: Role) -> str | None:
+    if row.weight is None and row.kind in ("linear", "conv", "matmul", "conv_transpose"):
+        return "the weight is computed in forward, not a parameter"
+    if row.partial and role == "body":
+        return "its calls use parts of the weight, so its non-zeros have no one price"
+    return None
+
+
+def _kind_without_macs(module: nn.Module) -> tuple[str, Role]:
+    kind = type(module).__name__
+    if isinstance(module, nn.Embedding):
+        return "embedding", "embedding"
+    if "norm" in kind.lower():
+        return _NORMS.get(kind, "rms_norm" if "rms" in kind.lower() else "norm"), "norm"
+    return "parameter", "embedding"
+
+
+def _total(shapes: Iterable[tuple[Any, ...]]) -> Poly:
+    total = Poly()
+    for shape in shapes:
+        total = total + numel(shape)
+    return total

@@ -1,0 +1,70 @@
+"""Masks for a transformed module: as many non-zeros as planned, where the spec's pattern, heads and branches put them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor, nn
+
+from ..errors import CheckFailed
+from ..plan import Plan
+from ..sparsity import disjoint_masks, empty_rows_and_columns, generator_for, make_mask
+from .edits import Masked, Surgery
+
+
+def draw_masks(model: nn.Module, plan: Plan, surgery: Surgery, *, seed: int = 0, connect: bool = True,
+               scores: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:  # fmt: skip
+    """A boolean mask for every sparse weight: random, or the planned number of highest `scores` (by weight key).
+
+    The branches of Sparse Parallel have independent masks, or disjoint ones where no non-linearity tells them apart
+    (`branch_activation: sum`).
+
+    Raises:
+        UsageError: the pattern cannot hold the planned counts.
+    """
+    pattern = plan.spec.pattern
+    masks: dict[str, Tensor] = {}
+    by_layer: dict[str, list[Masked]] = {}
+    for m in surgery.masked:
+        by_layer.setdefault(m.layer, []).append(m)
+    disjoint = plan.spec.member == "sparse_parallel" and plan.spec.branch_activation == "sum"
+    for layer, parts in by_layer.items():
+        if disjoint and scores is None:
+            (first, *_) = parts
+            generator = generator_for(seed, "mask", layer)
+            shape = tuple(model.get_parameter(first.key).shape)
+            drawn = disjoint_masks(shape, [m.nnz for m in parts], generator=generator, pattern=pattern, connect=connect,
+                                   groups=first.groups, transposed=first.transposed)  # fmt: skip
+            masks |= {m.key: mask for m, mask in zip(parts, drawn, strict=True)}
+            continue
+        for m in parts:
+            weight = model.get_parameter(m.key)
+            masks[m.key] = make_mask(
+                tuple(weight.shape), m.nnz, generator=generator_for(seed, "mask", m.layer, m.part), pattern=pattern,
+                scores=None if scores is None else scores[m.key], connect=connect, groups=m.groups,
+                transposed=m.transposed,
+                row_balance=None if m.heads == 1 or m.heads_on_inputs else m.heads,
+                column_balance=m.heads if m.heads > 1 and m.heads_on_inputs else None,
+            )  # fmt: skip
+    return masks
+
+
+def require_counts(masks: Mapping[str, Tensor], masked: Iterable[Masked]) -> None:
+    """Every mask holds the planned number of non-zeros.
+
+    Raises:
+        CheckFailed: one does not.
+    """
+    counts = ((m, int(masks[m.key].count_nonzero())) for m in masked)
+    wrong = [f"{m.key}: {n:,} instead of {m.nnz:,}" for m, n in counts if n != m.nnz]
+    if wrong:
+        raise CheckFailed(f"masks without the planned non-zeros: {'; '.join(wrong[:5])}")
+
+
+def dead_ends(masks: Mapping[str, Tensor], masked: Iterable[Masked]) -> tuple[int, int]:
+    """(outputs without a weight, inputs that nothing reads) over all sparse weights."""
+    rows = columns = 0
+    for m in masked:
+        r, c = empty_rows_and_columns(masks[m.key], m.groups, m.transposed)
+        rows, columns = rows + r, columns + c
+    return rows, columns
