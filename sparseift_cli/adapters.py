@@ -40,7 +40,7 @@ def maker(source: str) -> Callable[[Request, str], Made] | None:
 
 
 def _torchvision(request: Request, device: str) -> Made:
-    library = _import("torchvision", request.source)
+    library = optional("torchvision", request.source)
     models = importlib.import_module("torchvision.models")
     name = request.source.partition(":")[2]
     known = models.list_models(module=models)
@@ -54,7 +54,7 @@ def _torchvision(request: Request, device: str) -> Made:
 
 
 def _timm(request: Request, device: str) -> Made:
-    library = _import("timm", request.source)
+    library = optional("timm", request.source)
     name = request.source.partition(":")[2]
     if not library.is_model(name):
         raise UsageError(f"timm {library.__version__} has no model {name!r}",
@@ -72,7 +72,7 @@ def _hugging_face(request: Request, device: str) -> Made:
     if not file.is_file():
         raise UsageError(f"{request.source}: there is no file {file}",
                          hint="hf:FOLDER is a local Hugging Face folder (or its config.json); nothing is downloaded")  # fmt: skip
-    library = _import("transformers", request.source)
+    library = optional("transformers", request.source)
     if request.num_classes is not None:
         raise UsageError("--num-classes does not apply to hf: sources", hint="set num_labels in the config")
     config = _explained(request.source, lambda: library.AutoConfig.from_pretrained(str(file)))
@@ -140,7 +140,7 @@ def _explained(source: str, build: Callable[[], Any]) -> Any:
         raise UsageError(f"{source} cannot be built: {type(error).__name__}: {first_line}") from error
 
 
-def _import(name: str, source: str) -> Any:
+def optional(name: str, source: str) -> Any:
     """An optional library.
 
     Raises:

@@ -128,8 +128,10 @@ def inspect(source: nn.Module | str, example_input: Any = None) -> LayerTable | 
     return load_table(request)
 
 
-def save(model: nn.Module, path: str | Path, *, force: bool = False) -> Path:
+def save(model: nn.Module, path: str | Path, *, force: bool = False, state_dict: bool = False) -> Path:
     """Write a transformed model as a folder of safetensors and JSON, in one step; see `artifact` for what is in it.
+
+    With `state_dict` also a `state_dict.pt` as torch.save writes it, zeros stored, that any PyTorch code loads.
 
     Raises:
         UsageError: `model` was not made by `transform` or read by `load`.
@@ -146,7 +148,8 @@ def save(model: nn.Module, path: str | Path, *, force: bool = False) -> Path:
     tensors: dict[str, Mapping[str, Any]] = {}
     if not any(p.is_meta for p in model.parameters()):
         tensors = {WEIGHTS: untied(model), MASKS: masks_of(model)}
-    return write(path, _documents(done), tensors, force=force)
+    plain = dict(model.state_dict()) if state_dict and tensors else None
+    return write(path, _documents(done), tensors, state_dict=plain, force=force)
 
 
 def load(path: str | Path, *, into: nn.Module | None = None) -> nn.Module:

@@ -101,8 +101,22 @@ def open_artifact(path: str | Path) -> Artifact:
                             hint="transform the model again") from None  # fmt: skip
 
 
+def require_writable(path: str | Path, *, force: bool = False) -> Path:
+    """Refuse before the work, not after it: `path` must be free, an empty folder, or (with `force`) a transformed model.
+
+    Raises:
+        ArtifactError: something else is there.
+    """
+    folder = Path(path)
+    if folder.exists() and not (is_artifact(folder) and force) and (not folder.is_dir() or any(folder.iterdir())):
+        if is_artifact(folder):
+            raise ArtifactError(f"{folder} holds a transformed model already", hint="--force replaces it")
+        raise ArtifactError(f"{folder} exists and was not written by sparseift", hint="choose another -o")
+    return folder
+
+
 def write(path: str | Path, documents: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Mapping[str, Any]],
-          *, force: bool = False) -> Path:  # fmt: skip
+          *, state_dict: Mapping[str, Any] | None = None, force: bool = False) -> Path:  # fmt: skip
     """Write `documents` (by name, as JSON) and `tensors` (by file name, as safetensors) as one directory, in one step.
 
     Everything goes to a temporary directory beside `path`, which is then renamed: a reader sees the old state or the new
@@ -111,12 +125,7 @@ def write(path: str | Path, documents: Mapping[str, Mapping[str, Any]], tensors:
     Raises:
         ArtifactError: `path` exists, or cannot be written.
     """
-    folder = Path(path)
-    if folder.exists() and not (is_artifact(folder) and force) and (not folder.is_dir() or any(folder.iterdir())):
-        what = "holds a transformed model already" if is_artifact(folder) else "exists and was not written by sparseift"
-        raise ArtifactError(
-            f"{folder} {what}", hint="--force replaces it" if is_artifact(folder) else "choose another -o"
-        )
+    folder = require_writable(path, force=force)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
@@ -125,6 +134,10 @@ def write(path: str | Path, documents: Mapping[str, Mapping[str, Any]], tensors:
                 (temporary / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
             for name, held in tensors.items():
                 _save_tensors(temporary / name, held)
+            if state_dict is not None:
+                import torch
+
+                torch.save(state_dict, temporary / "state_dict.pt")
             temporary.chmod(0o755)
             if folder.exists():
                 shutil.rmtree(folder)

@@ -7,7 +7,7 @@ Exit codes (one home for them): 0 fine, 1 a gate or check said no, 2 usage, reci
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class SparseiftError(Exception):
@@ -45,3 +45,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str | None:
     """`did you mean 'resnet18'?` for the closest of `known`, or None when nothing is close."""
     close = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
     return f"did you mean '{close[0]}'?" if close else None
+
+
+def one_of(what: str, value: str, known: Sequence[str]) -> None:
+    """Raise UsageError unless `value` is one of `known`."""
+    if value not in known:
+        raise UsageError(f"unknown {what} {value!r}", hint=did_you_mean(value, known) or f"known: {', '.join(known)}")

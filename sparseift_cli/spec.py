@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any, Literal, get_args
 
-from .errors import UsageError, did_you_mean
+from .errors import UsageError, did_you_mean, one_of
 from .isoflop import ALGORITHMS, Algorithm, Schedule, density
 from .widths import HeadScaling
 
@@ -59,17 +59,17 @@ class TransformSpec:
                 f"sparsity {self.sparsity!r} is not a number in [0, 1)",
                 hint="0.9 means that 90 % of the weights are zero",
             ) from None
-        _one_of("transform", self.member, MEMBERS)
-        _one_of("match", self.match, MATCHES)
-        _one_of("scope", self.scope, ("all", "inner"))
-        _one_of("heads", self.heads, ("scale_dim", "scale_count"))
-        _one_of("depthwise", self.depthwise, ("dense", "sparse"))
-        _one_of("branch_activation", self.branch_activation, ("each", "sum"))
-        _one_of("inner", self.inner, ("activation", "norm", "linear"))
-        _one_of("distribution", self.distribution, ("uniform", "er", "erk"))
-        _one_of("norm", self.norm, ("model", "batch_norm", "none"))
-        _one_of("activation", self.activation.partition(":")[0], ("model", "none", *ACTIVATIONS))
-        _one_of("projections", self.projections, ("untouched", "transformed"))
+        one_of("transform", self.member, MEMBERS)
+        one_of("match", self.match, MATCHES)
+        one_of("scope", self.scope, ("all", "inner"))
+        one_of("heads", self.heads, ("scale_dim", "scale_count"))
+        one_of("depthwise", self.depthwise, ("dense", "sparse"))
+        one_of("branch_activation", self.branch_activation, ("each", "sum"))
+        one_of("inner", self.inner, ("activation", "norm", "linear"))
+        one_of("distribution", self.distribution, ("uniform", "er", "erk"))
+        one_of("norm", self.norm, ("model", "batch_norm", "none"))
+        one_of("activation", self.activation.partition(":")[0], ("model", "none", *ACTIVATIONS))
+        one_of("projections", self.projections, ("untouched", "transformed"))
         if self.width_multiple < 1:
             raise UsageError(f"width multiple {self.width_multiple} is not a positive number")
         if self.distribution != "uniform" and self.match not in ("model", "train"):
@@ -134,7 +134,7 @@ class TrainingSpec:
     recompute: bool = False  # activation checkpointing: one more forward a step
 
     def __post_init__(self) -> None:
-        _one_of("algorithm", self.algorithm, ALGORITHMS)
+        one_of("algorithm", self.algorithm, ALGORITHMS)
         if self.delta_t < 1 or (self.steps is not None and self.steps < 1):
             raise UsageError("the number of steps and the steps between mask updates must be positive")
         try:
@@ -172,8 +172,3 @@ def member_named(word: str) -> Member:
             return member
     short = [m.removeprefix("sparse_") for m in MEMBERS]
     raise UsageError(f"unknown transform {word!r}", hint=did_you_mean(name, short) or f"known: {', '.join(short)}")
-
-
-def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UsageError(f"unknown {what} {value!r}", hint=did_you_mean(value, known) or f"known: {', '.join(known)}")

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import SparseiftError
 from ..version import __version__
-from . import flops, inspect
+from . import flops, inspect, transform
 
 app = typer.Typer(
     name="sparseift",
@@ -22,6 +22,7 @@ app = typer.Typer(
     help="Sparse Iso-FLOP Transformations: larger, sparse layers at the FLOPs of the dense ones, audited to the MAC.",
 )
 app.command("flops", help=flops.HELP)(flops.flops)
+app.command("transform", help=transform.HELP)(transform.transform)
 app.command("inspect", help=inspect.HELP)(inspect.inspect)
 
 debugging = False

@@ -29,14 +29,11 @@ Examples:
 """
 
 
+@options.taking_spec
 def flops(
     source: options.Source,
     transform: options.Transform = None,
     sparsity: options.Sparsity = None,
-    match: Annotated[
-        str | None, typer.Option(help="Hold iso-FLOP: layer, model, train, or off.", show_default="layer")
-    ] = None,
-    scope: options.Scope = None,
     algorithm: Annotated[
         str | None,
         typer.Option(help="Training FLOPs of: dense, static, set, snfs, rigl, gmp, granet.", show_default="static"),
@@ -48,20 +45,6 @@ def flops(
     steps: Annotated[int | None, typer.Option(help="Steps of the run; without it its long-run mean.")] = None,
     recompute: Annotated[bool, typer.Option(help="Activation checkpointing: a second forward per step.")] = False,
     causal: Annotated[str, typer.Option(help="Causal attention counted full, half or exact.")] = "full",
-    include: options.Include = None,
-    exclude: options.Exclude = None,
-    width_multiple: Annotated[int | None, typer.Option(help="Round widths to this multiple.", show_default="1")] = None,
-    base_width: Annotated[
-        int | None, typer.Option(help="New width of the stem; all others keep their proportion.")
-    ] = None,
-    heads: Annotated[str | None, typer.Option(help="scale_dim or scale_count.", show_default="scale_dim")] = None,
-    depthwise: Annotated[
-        str | None, typer.Option(help="Depthwise convs stay dense, or sparse.", show_default="dense")
-    ] = None,
-    pattern: Annotated[
-        str | None, typer.Option(help="unstructured, N:M (2:4) or blocks (4x4).", show_default="unstructured")
-    ] = None,
-    distribution: Annotated[str | None, typer.Option(help="uniform, er or erk.", show_default="uniform")] = None,
     num_classes: options.NumClasses = None,
     input_shape: options.Input = None,
     batch: options.Batch = 1,
@@ -78,19 +61,22 @@ def flops(
     fmt: options.FormatOption = Format.table,
     json: options.Json = False,
     output: options.Output = None,
+    *,
+    spec: dict[str, Any],
 ) -> None:
+    from ..artifact import is_artifact
     from ..errors import UsageError
-    from ..source import Request, load_table, parse_input, resolve
+    from ..request import Request, parse_input
+    from ..source import load_table, resolve
 
     fmt = Format.json if json else fmt
+    if is_artifact(source):
+        _stored(source, spec, sparsity, causal, fmt, output, depth=depth, sort=sort, summary=summary)
+        return
     request, recipe = resolve(Request(source, num_classes, parse_input(input_shape), seq, batch))
-    given: dict[str, Any] = dict(recipe.transform) if recipe else {}
-    transform_options = {
-        "member": transform, "match": match, "scope": scope, "width_multiple": width_multiple, "base_width": base_width,
-        "heads": heads, "depthwise": depthwise, "pattern": pattern, "distribution": distribution,
-        "include": tuple(include) if include else None, "exclude": tuple(exclude) if exclude else None,
-    }  # fmt: skip
-    given |= {k: v for k, v in transform_options.items() if v is not None}
+    given: dict[str, Any] = (dict(recipe.transform) if recipe else {}) | spec
+    if transform:
+        given["member"] = transform
     sparsities = (
         [s.strip() for s in sparsity.split(",")] if sparsity else [given["sparsity"]] if "sparsity" in given else []
     )
@@ -120,6 +106,18 @@ def flops(
     else:
         flops_view.show(result, fmt, output, depth=depth, sort=sort, summary=summary, crosscheck=crosscheck)
     gates.stop_on(problems, told=fmt is Format.github)
+
+
+def _stored(source: str, spec: dict[str, Any], sparsity: str | None, causal: str, fmt: Format, output: Any,
+            **view: Any) -> None:  # fmt: skip
+    """What a folder of `sparseift transform` costs: its plan is made, so nothing can be asked of it but how to show it."""
+    from ..artifact import open_artifact
+    from ..errors import UsageError
+    from . import flops_view
+
+    if spec or sparsity:
+        raise UsageError(f"{source} is a transformed model; its plan is fixed", hint="transform its source again")
+    flops_view.show(open_artifact(source).audit(causal=causal), fmt, output, **view)
 
 
 def _spec(given: dict[str, Any]) -> TransformSpec:

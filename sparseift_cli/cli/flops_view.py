@@ -27,9 +27,10 @@ def show(
     depth: int | None,
     sort: str | None,
     summary: bool,
-    crosscheck: Any,
+    crosscheck: Any = None,
+    extra: dict[str, Any] | None = None,
 ) -> None:
-    """Print one audit."""
+    """Print one audit; `extra` joins the JSON document."""
     sheets = [] if summary else [_layers(result, depth, sort)]
     if fmt is not Format.csv or summary:
         sheets.append(_totals(result, _title(result) if summary else "Totals"))
@@ -37,7 +38,7 @@ def show(
         sheets.append(_owners(result))
     if fmt is not Format.csv and crosscheck is not None:
         sheets.append(crosscheck_sheet(crosscheck))
-    payload = to_json(result)
+    payload = to_json(result) | (extra or {})
     if crosscheck is not None:
         payload["verify"] = crosscheck.to_json()
     if not summary:

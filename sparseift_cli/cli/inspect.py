@@ -100,6 +100,10 @@ def inspect(
         "--why": why, "--transform": transform, "--sparsity": sparsity, "--scope": scope, "--include": include,
         "--exclude": exclude, "--input": input_, "--batch": batch, "--seq": seq, "--num-classes": num_classes,
     }  # fmt: skip
+    from ..artifact import WEIGHTS, is_artifact
+
+    if is_artifact(source):
+        source = str(Path(source) / WEIGHTS)
     if is_checkpoint(source):
         _refuse(of_model, f"{source} is a checkpoint", "for models")
         from .inspect_checkpoint import inspect_checkpoint

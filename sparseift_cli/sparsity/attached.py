@@ -29,9 +29,11 @@ def attach(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
             raise ValueError(
                 f"mask of {key}: {tuple(mask.shape)}, weight {None if weight is None else tuple(weight.shape)}"
             )
-        module.register_buffer(name + SUFFIX, mask.to(weight.device, torch.bool), persistent=False)
-        with torch.no_grad():
-            weight.masked_fill_(mask.to(weight.device).logical_not(), 0)
+        mask = mask.to(weight.device, torch.bool)
+        module.register_buffer(name + SUFFIX, mask, persistent=False)
+        with torch.no_grad():  # turned round and back in place: a copy of a large mask is memory for nothing
+            weight.masked_fill_(mask.logical_not_(), 0)
+            mask.logical_not_()
 
 
 def masks_of(model: nn.Module) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from ..errors import UsageError
 from .layout import Block, Layout, NofM, parse_pattern, room
 from .n_of_m import n_of_m_masks
 from .select import disjoint
+from .uniform import at_random
 
 
 def generator_for(seed: int, *names: str) -> torch.Generator:
@@ -67,6 +68,10 @@ def make_mask(
     else:
         balance = _balance(layout, kind, row_balance, column_balance)
         keys = None if matrix is None else _without_nan(layout.to_blocks(matrix, kind))
+        if keys is None and balance == (1, 1):
+            cells = at_random(layout.grid(kind), nnz // kind.size, generator)
+            if not connect or cells.view(torch.uint8).amax(1).all():
+                return layout.from_matrix(layout.from_blocks(cells, kind))
         (cells,) = disjoint(layout.grid(kind), [nnz // kind.size], generator, keys, connect=connect, balance=balance)
         mask = layout.from_blocks(cells, kind)
     return layout.from_matrix(mask)
@@ -110,10 +115,10 @@ def empty_rows_and_columns(mask: Tensor, groups: int = 1, transposed: bool = Fal
         UsageError: not the shape of a weight, or groups that do not divide it.
     """
     layout = Layout(tuple(mask.shape), groups, transposed)
-    live = layout.to_matrix(mask.bool()).reshape(groups, -1, layout.channels, layout.taps)
-    rows = live.flatten(2).any(2)
-    columns = live.any(3).any(1)
-    return int((~rows).count_nonzero()), int((~columns).count_nonzero())
+    live = layout.to_matrix(mask.bool()).reshape(groups, -1, layout.channels, layout.taps).view(torch.uint8)
+    rows = live.flatten(2).amax(2)  # of bytes: several times as fast as `any` of booleans
+    columns = live.amax(1).amax(2)
+    return rows.numel() - int(rows.count_nonzero()), columns.numel() - int(columns.count_nonzero())
 
 
 def _balance(layout: Layout, kind: Block, rows: int | None, columns: int | None) -> tuple[int, int]:

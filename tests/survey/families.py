@@ -1,0 +1,113 @@
+"""The models of a survey: torchvision's classifiers, Hugging Face families built small from a config, and the zoo.
+
+Needs the libraries themselves, in an environment of their own: none of it runs in the test suite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseift_cli.adapters import maker, optional
+from sparseift_cli.request import Request
+from sparseift_cli.zoo import registry
+
+SMALL = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT = {"vocab_size": 101, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+GQA = {"num_key_value_heads": 2}
+
+# class, config, options: the attention of each is as in the published models (GQA, MQA, fused QKV, partial rotary, ...)
+TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", TEXT | {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "opt": (
+        "OPTForCausalLM",
+        "OPTConfig",
+        TEXT | {"hidden_size": 48, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 48},
+    ),
+    "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", TEXT | SMALL),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", TEXT | SMALL | GQA),
+    "mistral": ("MistralForCausalLM", "MistralConfig", TEXT | SMALL | GQA),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", TEXT | SMALL | GQA),
+    "gemma": ("GemmaForCausalLM", "GemmaConfig", TEXT | SMALL | {"num_key_value_heads": 1, "head_dim": 16}),
+    "phi": ("PhiForCausalLM", "PhiConfig", TEXT | SMALL),
+    "bert": ("BertForMaskedLM", "BertConfig", TEXT | SMALL),
+    "roberta": ("RobertaForMaskedLM", "RobertaConfig", TEXT | SMALL),
+    "t5": ("T5ForConditionalGeneration", "T5Config", TEXT | {"d_model": 48, "d_kv": 12, "d_ff": 96, "num_layers": 2, "num_heads": 4}),
+    "vit": ("ViTForImageClassification", "ViTConfig", SMALL | {"image_size": 32, "patch_size": 8, "num_labels": 10}),
+}  # fmt: skip
+LLAMA_1B = TEXT | {
+    "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model of a survey: how to build it on a device, and the arguments of one forward there."""
+
+    name: str
+    build: Callable[[str], nn.Module]
+    args: Callable[[str], tuple[Any, ...]] = lambda device: ()
+    kwargs: Callable[[str], dict[str, Any]] = field(default=lambda device: {})
+
+
+def torchvision() -> Iterator[Subject]:
+    """Every model of `list_models(module=torchvision.models)`."""
+    make = maker("torchvision:")
+    assert make is not None
+    make(Request("torchvision:resnet18"), "meta")  # declares the ops that a torchvision without compiled code lacks
+    import torchvision.models as models
+
+    for name in models.list_models(module=models):
+        request = Request(f"torchvision:{name}")
+        yield Subject(name, lambda d, r=request: make(r, d).model, lambda d, r=request: make(r, d).args)
+
+
+def transformers() -> Iterator[Subject]:
+    """The twelve families."""
+    for name in TRANSFORMERS:
+        yield Subject(name, lambda d, n=name: hugging_face(n, d), kwargs=lambda d, n=name: hugging_face_input(n, d))
+
+
+def hugging_face(name: str, device: str) -> nn.Module:
+    """One family, small, with fresh weights."""
+    library = optional("transformers", name)
+
+    cls, config, options = TRANSFORMERS[name]
+    with torch.device(device):
+        return getattr(library, cls)(getattr(library, config)(**options)).eval()
+
+
+def hugging_face_input(name: str, device: str) -> dict[str, Tensor]:
+    """Keyword arguments of one forward: random tokens or pixels."""
+    if name == "vit":
+        return {"pixel_values": torch.randn(2, 3, 32, 32, device=device)}
+    ids = torch.zeros(2, 16, dtype=torch.int64, device=device)
+    if device != "meta":
+        ids = torch.randint(3, 101, (2, 16))
+    return {"input_ids": ids} | ({"decoder_input_ids": ids} if name == "t5" else {})
+
+
+def zoo() -> Iterator[Subject]:
+    """Every model of the zoo at its default input."""
+    for name in registry.names():
+        info = registry.lookup(name)
+        yield Subject(name, lambda d, n=name: _zoo(n, d), lambda d, i=info: (registry.example_input(i, device=d),))
+
+
+def _zoo(name: str, device: str) -> nn.Module:
+    from sparseift_cli.trace.no_init import no_init
+
+    with torch.device(device), no_init(device):
+        return registry.build(name).eval()
+
+
+SETS: dict[str, Callable[[], Iterator[Subject]]] = {
+    "torchvision": torchvision,
+    "transformers": transformers,
+    "zoo": zoo,
+}
