@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .artifact import MASKS, WEIGHTS, is_artifact, open_artifact, provenance, write
 from .checkpoint import Checkpoint
@@ -27,10 +27,12 @@ if TYPE_CHECKING:
 
     from .transforms.transformation import Options, Transformation
 
+M = TypeVar("M", bound="nn.Module")
 
-def transform(model: nn.Module, example_input: Any, *, member: str = "wide", sparsity: float | str,
+
+def transform(model: M, example_input: Any, *, member: str = "wide", sparsity: float | str,
               training: TrainingSpec | None = None, options: Options | None = None, name: str | None = None,
-              **spec: Any) -> tuple[nn.Module, Plan]:  # fmt: skip
+              **spec: Any) -> tuple[M, Plan]:  # fmt: skip
     """A Sparse-IFT copy of `model`, and the plan it was made by; `model` itself is not changed.
 
     Args:

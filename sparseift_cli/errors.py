@@ -41,6 +41,20 @@ class ArtifactError(SparseiftError):
     exit_code = 4
 
 
+class DivergedError(SparseiftError):
+    """A training run whose loss or gradients are no numbers any more (exit 3)."""
+
+    exit_code = 3
+
+
+class InterruptedRun(SparseiftError):
+    """A training run that a signal stopped, after it was saved (exit 128 + the signal)."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message, hint="go on with --resume latest")
+        self.exit_code = 128 + signal
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
     """`did you mean 'resnet18'?` for the closest of `known`, or None when nothing is close."""
     close = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)

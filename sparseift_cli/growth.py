@@ -122,7 +122,8 @@ def _eligible(table: LayerTable, spec: TransformSpec, solution: Solution) -> set
 
 def _touching_weights(table: LayerTable, spec: TransformSpec, solution: Solution) -> set[int]:
     """Free widths that some transformable layer has; the rest (a count nobody multiplies with) gain nothing by growing."""
-    touched: set[int] = set()
+    rotary = [i for i, w in enumerate(table.widths) if w.name.rpartition(".")[2].startswith("inv_freq")]
+    touched = _drivers(solution, rotary)  # a rotary part of a head keeps its proportion to the head
     for layer in table.layers:
         if layer.weighted and layer.role == "body" and selected(layer, spec):
             touched |= _drivers(solution, layer.inputs.variables | layer.outputs.variables)

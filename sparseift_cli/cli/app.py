@@ -10,7 +10,7 @@ import typer
 
 from ..errors import SparseiftError
 from ..version import __version__
-from . import flops, inspect, transform
+from . import flops, inspect, recipe, train, transform
 
 app = typer.Typer(
     name="sparseift",
@@ -24,6 +24,8 @@ app = typer.Typer(
 app.command("flops", help=flops.HELP)(flops.flops)
 app.command("transform", help=transform.HELP)(transform.transform)
 app.command("inspect", help=inspect.HELP)(inspect.inspect)
+app.command("train", help=train.HELP)(train.train)
+app.add_typer(recipe.app, name="recipe", help=recipe.HELP)
 
 debugging = False
 

@@ -1,129 +1,117 @@
-"""A recipe: a model, a transform and an algorithm in YAML. All problems of a file are told at once, each with its place.
+"""A recipe: model, data, transform and training in YAML. All problems of a file are told at once, each with its place.
 
-model: resnet18                    # or {name: resnet18, num_classes: 100, input: 3x32x32}
-transform: wide                    # or {member: wide, match: model, scope: all, ...}
-sparsity: 0.9
-algorithm: rigl                    # or {name: rigl, delta_t: 100, stop: 0.75, steps: 450000}
+    model: resnet18_cifar            # or {name: resnet18_cifar, num_classes: 100}
+    data: cifar100
+    transform: wide                  # or {member: wide, match: model, scope: all, ...}
+    sparsity: 0.9
+    algorithm: rigl                  # or {name: rigl, delta_t: 100, stop: 0.75}
+
+These five lines are a whole recipe; everything else has a default. `sparseift recipe show` prints all of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError, did_you_mean
 from ..locations import recipes_dir
-from ..spec import TrainingSpec, TransformSpec, member_named
-from .strict_yaml import Problems, Spot, Value, read
 
-MODEL_KEYS = ("name", "num_classes", "input", "seq", "batch")
-TRANSFORM_KEYS = tuple(f.name for f in fields(TransformSpec))
-ALGORITHM_KEYS = ("name", "delta_t", "stop", "steps", "recompute")
-KEYS = ("model", "transform", "sparsity", "algorithm")
+if TYPE_CHECKING:
+    from .schema import Spec
+
+# Nothing of pydantic or YAML is imported before a recipe is read: every command imports this module.
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What a recipe file says; options not given keep their defaults."""
+    """What a recipe file says. `spec` is all of it; the other fields are what counting FLOPs needs."""
 
     path: Path
     model: str
-    options: dict[str, Any]  # num_classes, input, seq, batch
+    options: dict[str, Any]  # num_classes, input, seq
     transform: dict[str, Any]  # fields of TransformSpec; empty for a dense run
     training: dict[str, Any]  # fields of TrainingSpec
+    spec: Spec
+    origins: Mapping[str, str]
+    """Where each value comes from, by dotted path: `recipe.yaml:5`, `--set optimizer.lr=1`, `default for cifar`."""
+
+    @property
+    def name(self) -> str:
+        """`resnet18_wide90_rigl`: the folder and the file, as run directories are called."""
+        folder = self.path.resolve().parent
+        own = folder.is_relative_to(recipes_dir().resolve())
+        return f"{folder.name}_{self.path.stem}" if own else self.path.stem
 
 
 def find(source: str) -> Path | None:
     """The recipe file a source names: a path, or the name of a shipped one with or without `.yaml`; None if it is none."""
     path = Path(source)
-    if path.suffix in (".yaml", ".yml"):
-        if path.is_file():
-            return path
-        shipped = recipes_dir() / source
-        if shipped.is_file():
+    named = path.suffix in (".yaml", ".yml")
+    if named and path.is_file():
+        return path
+    for name in (source, f"{source}.yaml"):
+        shipped = recipes_dir() / name
+        if name.endswith(".yaml") and "/" in source and shipped.is_file():
             return shipped
-        names = [str(p.relative_to(recipes_dir())) for p in sorted(recipes_dir().rglob("*.yaml"))]
-        raise UsageError(
-            f"no recipe {source}", hint=did_you_mean(source, names) or f"shipped: {', '.join(names) or 'none'}"
-        )
-    return None
+    if not named:
+        return None
+    names = [p.relative_to(recipes_dir()).as_posix() for p in sorted(recipes_dir().rglob("*.yaml"))]
+    raise UsageError(f"no recipe {source}", hint=did_you_mean(source, names) or "see: sparseift recipe ls")
 
 
-def load(path: Path) -> Recipe:
-    """Read and check a recipe.
+def load(path: Path, sets: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe; `sets` are `--set` options, `section.key=value`, which win over the file.
 
     Raises:
         UsageError: everything wrong with it, as `file:line:column: what`.
     """
+    from .resolve import resolve, transform_options
+    from .strict_yaml import read
+    from .tree import sections
+
     document, problems = read(path)
-    if not isinstance(document.data, dict):
-        problems.add(document.spot, "a recipe is a mapping of keys to values")
-        problems.stop()
-    _check_keys(document, KEYS, problems)
-    parts = document.data
-    if "model" not in parts:
-        problems.add(document.spot, "the recipe names no model: add `model: resnet18`")
-    model = _section(parts.get("model"), "name", MODEL_KEYS, problems)
-    transform = _section(parts.get("transform"), "member", TRANSFORM_KEYS, problems)
-    training = _section(parts.get("algorithm"), "name", ALGORITHM_KEYS, problems)
-    if "sparsity" in parts:
-        if "sparsity" in transform:
-            problems.add(parts["sparsity"].spot, "sparsity is given twice: here and under transform")
-        transform["sparsity"] = parts["sparsity"].plain()
-    if transform:
-        transform = _transform(transform, _spot(parts, "transform", "sparsity"), problems)
-    if "name" in training:
-        training["algorithm"] = training.pop("name")
-    if "stop" in training:
-        training["stop"] = str(training["stop"])
-    if training:
-        _attempt(lambda: TrainingSpec(**training), _spot(parts, "algorithm"), problems)
-    problems.stop()
-    return Recipe(path, str(model.pop("name")), model, transform, training)
+    spec, origins = resolve(sections(document, sets, problems), document.spot, problems)
+    options = {k: v for k, v in spec.model.model_dump().items() if k != "name" and v is not None}
+    return Recipe(path, spec.model.name, options, transform_options(spec), _training(spec, origins), spec, origins)
 
 
-def _transform(given: dict[str, Any], spot: Spot, problems: Problems) -> dict[str, Any]:
-    for key in ("include", "exclude"):
-        if key in given:
-            given[key] = tuple(given[key]) if isinstance(given[key], list) else (str(given[key]),)
-    if "sparsity" in given:
-        given["sparsity"] = str(given["sparsity"])
-    if "member" in given:
-        _attempt(lambda: given.update(member=member_named(str(given["member"]))), spot, problems)
-    if not problems.found:
-        _attempt(lambda: TransformSpec(**given), spot, problems)
-    return given
+def _training(spec: Spec, origins: Mapping[str, str]) -> dict[str, Any]:
+    """What TrainingSpec counts with. A dense recipe names no algorithm unless it says so: `--sparsity` may add a transform."""
+    algorithm = spec.algorithm
+    counted = {"delta_t": algorithm.delta_t, "stop": str(algorithm.stop), "recompute": spec.training.recompute,
+               "steps": run_steps(spec)}  # fmt: skip
+    if spec.transform is not None or not origins["algorithm.name"].startswith("default"):
+        counted["algorithm"] = algorithm.name
+    return {k: v for k, v in counted.items() if v is not None}
 
 
-def _attempt(check: Callable[[], Any], spot: Spot, problems: Problems) -> None:
-    try:
-        check()
-    except UsageError as error:
-        problems.add(spot, error.message + (f" ({error.hint})" if error.hint else ""))
-    except TypeError as error:
-        problems.add(spot, f"a value of the wrong type: {error}")
+def run_steps(spec: Spec, samples: int | None = None) -> int | None:
+    """Optimiser steps of the run over `samples` training samples; without them, of the official size of its data set.
+
+    None where the length depends on data that nobody has counted.
+    """
+    from .defaults import DATA
+    from .durations import in_steps, steps_per_epoch
+
+    if spec.training.steps is not None:
+        return spec.training.steps
+    if samples is None and spec.data is not None and (official := DATA[spec.data.name].samples):
+        samples = min(official, spec.data.limit or official)
+    if samples is None or spec.training.epochs is None:
+        return None
+    epoch = steps_per_epoch(samples, spec.training.batch_size)
+    return max(1, in_steps(spec.training.epochs, run_steps=0, epoch_steps=epoch, unit="epochs"))
 
 
-def _spot(parts: dict[str, Value], *keys: str) -> Spot:
-    return next((parts[k].spot for k in keys if k in parts), Spot(1, 1))
+def require_data(recipe: Recipe) -> None:
+    """Training needs a data set.
 
-
-def _section(value: Value | None, short: str, known: tuple[str, ...], problems: Problems) -> dict[str, Any]:
-    """A section given as a mapping, or as one word that stands for its `short` key."""
-    if value is None:
-        return {}
-    if isinstance(value.data, dict):
-        _check_keys(value, known, problems)
-        return {k: v for k, v in value.plain().items() if k in known}
-    if not isinstance(value.data, str):
-        problems.add(value.spot, f"expected a name or a mapping, not {value.plain()!r}")
-        return {}
-    return {short: value.data}
-
-
-def _check_keys(value: Value, known: tuple[str, ...], problems: Problems) -> None:
-    for key, _, spot in value.items():
-        if key not in known:
-            problems.add(spot, f"unknown key '{key}', {did_you_mean(key, known) or 'known: ' + ', '.join(known)}")
+    Raises:
+        UsageError: the recipe names none.
+    """
+    if recipe.spec.data is None:
+        raise UsageError(f"{recipe.path} names no data, so there is nothing to train on",
+                         hint="add `data: cifar100`, or --set data=cifar100")  # fmt: skip

@@ -1,10 +1,15 @@
-"""YAML read strictly: every value keeps its line and column, duplicate keys and aliases are errors, 1e-3 is a number."""
+"""YAML read strictly: every value keeps its line and column, duplicate keys and aliases are errors, 1e-3 is a number.
+
+Files of other programs (`sparseift recipe import`) may use aliases; the number of values is bounded, so that a few lines
+cannot unfold into gigabytes.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +20,38 @@ from ..errors import UsageError
 _FLOAT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 _MAX_BYTES = 1 << 20
 _MAX_DEPTH = 30
+_MAX_VALUES = 20_000
 
 
 @dataclass(frozen=True, slots=True)
 class Spot:
-    """Where a value stands, counted from 1."""
+    """Where a value stands in its file, counted from 1; or the `--set` option that it came from."""
 
     line: int
     column: int
+    option: str = ""
+
+    def within(self, path: Path) -> str:
+        """`recipe.yaml:5:3`, or `--set optimizer.lr=1`."""
+        return self.option or f"{path}:{self.line}:{self.column}"
 
 
 @dataclass(slots=True)
 class Problems:
-    """Everything wrong with one file, reported at once."""
+    """Everything wrong with one file (and the options that change it), reported at once, in the order of the file."""
 
     path: Path
-    found: list[str]
+    found: list[tuple[Spot, str]]
 
     def add(self, spot: Spot, message: str) -> None:
-        self.found.append(f"{self.path}:{spot.line}:{spot.column}: {message}")
+        self.found.append((spot, message))
 
-    def stop(self) -> None:
+    def stop(self, what: str = "the recipe has problems:") -> None:
         """Raise UsageError if there was any."""
         if self.found:
-            raise UsageError("\n  ".join(["the recipe has problems:", *self.found]))
+            ordered = sorted(self.found, key=lambda found: (found[0].option, found[0].line, found[0].column))
+            lines = dict.fromkeys(f"{spot.within(self.path)}: {message}" for spot, message in ordered)
+            raise UsageError("\n  ".join([what, *lines]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +75,8 @@ class Value:
         return self.data
 
 
-def read(path: Path) -> tuple[Value, Problems]:
-    """The document in `path` and a place to collect what is wrong with it.
+def read(path: Path, *, aliases: bool = False) -> tuple[Value, Problems]:
+    """The document in `path` and a place to collect what is wrong with it; `aliases` allows `*name`.
 
     Raises:
         UsageError: the file cannot be read or is not YAML.
@@ -88,22 +101,43 @@ def read(path: Path) -> tuple[Value, Problems]:
     problems = Problems(path, [])
     if node is None:
         raise UsageError(f"{path} is empty", hint="the shortest recipe names a model and a sparsity")
-    return _convert(node, problems, set(), 0), problems
+    return _convert(node, problems, set(), 0, aliases, count(1)), problems
 
 
-def _convert(node: Any, problems: Problems, seen: set[int], depth: int) -> Value:
+def read_option(text: str, spot: Spot, problems: Problems) -> Value:
+    """The value of a `--set` option: a scalar, or a list or mapping in brackets."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader) if len(text) < _MAX_BYTES else None
+    except (yaml.YAMLError, RecursionError):
+        node = None
+    if node is None:
+        return Value(text or None, spot, {})
+    return _at(_convert(node, problems, set(), 0, False, count(1)), spot)
+
+
+def _at(value: Value, spot: Spot) -> Value:
+    """The same value, standing at `spot` altogether."""
+    if isinstance(value.data, dict):
+        return Value({k: _at(v, spot) for k, v in value.data.items()}, spot, dict.fromkeys(value.data, spot))
+    return Value([_at(v, spot) for v in value.data] if isinstance(value.data, list) else value.data, spot, {})
+
+
+def _convert(node: Any, problems: Problems, seen: set[int], depth: int, aliases: bool, number: Iterator[int]) -> Value:
     spot = Spot(node.start_mark.line + 1, node.start_mark.column + 1)
     if depth > _MAX_DEPTH:
         problems.add(spot, "nested too deeply for a recipe")
         return Value(None, spot, {})
+    if next(number) > _MAX_VALUES:
+        raise UsageError(f"{problems.path}: more than {_MAX_VALUES:,} values: too many for a recipe")
     if isinstance(node, yaml.ScalarNode):
         return Value(_scalar(node), spot, {})
-    if id(node) in seen:
+    if id(node) in seen and not aliases:
         problems.add(spot, "aliases are not allowed: write the value out")
         return Value(None, spot, {})
     seen.add(id(node))
     if isinstance(node, yaml.SequenceNode):
-        return Value([_convert(item, problems, seen, depth + 1) for item in node.value], spot, {})
+        items = [_convert(item, problems, seen, depth + 1, aliases, number) for item in node.value]
+        return Value(items, spot, {})
     data: dict[str, Value] = {}
     spots: dict[str, Spot] = {}
     for key_node, value_node in node.value:
@@ -114,7 +148,7 @@ def _convert(node: Any, problems: Problems, seen: set[int], depth: int) -> Value
         elif key in data:
             problems.add(key_spot, f"key '{key}' appears twice, first on line {spots[key].line}")
         else:
-            data[key] = _convert(value_node, problems, seen, depth + 1)
+            data[key] = _convert(value_node, problems, seen, depth + 1, aliases, number)
             spots[key] = key_spot
     return Value(data, spot, spots)
 

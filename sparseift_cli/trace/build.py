@@ -16,7 +16,7 @@ from ..table import LayerTable, Width, WidthKind
 from . import symbolise
 from .record import Row
 from .rows import RowBuilder, row_name
-from .structure import Layout, Structure
+from .structure import Layout, Score, Structure
 from .symbolise import Place, Trace
 from .symint import poly_of
 from .unite import Finder, Unifier
@@ -219,6 +219,14 @@ class _Builder:
         for whole, (kind, parts) in self.trace.facts.layouts.items():
             if known(whole) and all(map(known, parts)):
                 layouts.setdefault(self._named(whole), Layout(kind, tuple(map(self._named, parts))))
+        orders: dict[Poly, dict[Layout, None]] = {}
+        for whole, seen in self.trace.facts.orders.items():
+            for kind, parts in seen:
+                if known(whole) and all(map(known, parts)):
+                    orders.setdefault(self._named(whole), {})[Layout(kind, tuple(map(self._named, parts)))] = None
+        floats = {self._named(p) for p in self.trace.facts.floats if known(p)}
+        flow = self.recorder.flow
+        flow.expose(tree_leaves(_plain(self.trace.outputs[0])))
         rows = list(self.recorder.rows.values())
         return Structure(
             shapes={k: tuple(self._named(poly_of(d)) for d in shape) for k, shape in self.trace.shapes.items()},
@@ -230,6 +238,22 @@ class _Builder:
                 for module, dims in self.recorder.contracted.items()
             },
             queries=dict(self.recorder.queries),
+            scores={
+                key: Score(module, self._named(dim), by_size or self._named(dim) in floats)
+                for key, (module, dim, by_size) in self.recorder.scores.items()
+                if known(dim)
+            },
+            orders={whole: tuple(seen) for whole, seen in orders.items()},
+            streams=dict(flow.streams),
+            reads=dict(flow.reads),
+            exposed=frozenset(flow.exposed),
+            formulas=frozenset(
+                (p.path.rpartition(".")[0], p.path.rpartition(".")[2])
+                for expr in self.trace.facts.floats
+                for v in expr.variables
+                for p in self.trace.places.get(v, ())
+                if p.kind == "attribute"
+            ),
             output=tree_map_only(Tensor, lambda t: tuple(int(d) for d in t.shape), _plain(self.trace.outputs[0])),
         )
 

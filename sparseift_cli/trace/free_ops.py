@@ -46,5 +46,10 @@ def costs_no_macs(op: Any) -> bool:
     """Whether an op overload (`aten.add.Tensor`) is known to cost no multiply-accumulates."""
     if torch.Tag.pointwise in op.tags or str(op.overloadpacket) in _FREE or op.namespace in ("prims", "prim"):
         return True
-    schema = op._schema
-    return op.is_view or any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+    return is_view(op)
+
+
+@cache
+def is_view(op: Any) -> bool:
+    """Whether an op overload only looks at its input differently."""
+    return op.is_view or any(r.alias_info is not None and not r.alias_info.is_write for r in op._schema.returns)

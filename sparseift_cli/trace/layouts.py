@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..poly import Poly
 from .record import flags_of, makers_of, mark
 from .symint import Facts, poly_of
 
@@ -27,7 +29,7 @@ def note_reshape(facts: Facts, before: Sequence[Dim], after: Sequence[Dim]) -> N
     """Pair the dims of a reshape off from the left; a dim that became several, or came of several, is their product."""
     if not any(isinstance(d, torch.SymInt) for d in (*before, *after)):
         return
-    left, right = list(before), list(after)
+    left, right = ([d for d in dims if not (isinstance(d, int) and d == 1)] for dims in (before, after))
     while left and right:
         a, b = [left.pop(0)], [right.pop(0)]
         x, y = value(a[0]), value(b[0])
@@ -43,6 +45,10 @@ def note_reshape(facts: Facts, before: Sequence[Dim], after: Sequence[Dim]) -> N
         for whole, parts in ((a, b), (b, a)):
             if len(whole) == 1 and len(parts) > 1:
                 _note(facts, "product", whole[0], [p for p in parts if value(p) != 1])
+            elif len(whole) == 2 == len(parts) and isinstance(whole[0], int) and value(parts[0]) % whole[0] == 0:
+                heads = poly_of(parts[0]).divided_by(Poly.const(whole[0]))  # [B, E] seen as [B * heads, head_dim]
+                if heads is not None:
+                    note_order(facts, "product", whole[1], [facts.symint(heads), parts[1]])
 
 
 def note_sum(facts: Facts, whole: Dim, parts: Sequence[Dim]) -> None:
@@ -50,8 +56,15 @@ def note_sum(facts: Facts, whole: Dim, parts: Sequence[Dim]) -> None:
     _note(facts, "sum", whole, parts)
 
 
+def note_order(facts: Facts, kind: Any, whole: Dim, parts: Sequence[Dim]) -> None:
+    """How `whole` lies in memory where no view says so: the groups of a convolution, the heads inside a fused function."""
+    if isinstance(whole, torch.SymInt) and len(parts) > 1:
+        facts.orders.setdefault(poly_of(whole), {}).setdefault((kind, tuple(poly_of(p) for p in parts)))
+
+
 def _note(facts: Facts, kind: Any, whole: Dim, parts: Sequence[Dim]) -> None:
     if isinstance(whole, torch.SymInt) and len(parts) > 1:
+        note_order(facts, kind, whole, parts)
         key = poly_of(whole)
         known = facts.layouts.get(key)
         if known is None or known[0] == "sum":  # a view says more than a slice
@@ -101,18 +114,43 @@ def note_part(tensor: Tensor, part: int) -> Tensor:
 
 
 def note_index(facts: Facts, source: Tensor, index: Any, out: Tensor) -> None:
-    """`x[..., :n]` and `x[..., n:]` take a dim apart; `x[i]` takes part i of a leading dim."""
-    if isinstance(index, int) and out.dim() == source.dim() - 1:
-        note_part(out, index)
-    items = index if isinstance(index, tuple) else (index,)
+    """`x[..., :n]` and `x[..., n:]` take a dim apart; `x[i]` and `x[..., i, :]` take part i of one."""
+    items: list[Any] = list(index) if isinstance(index, tuple) else [index]
+    plain = [i for i in items if isinstance(i, int)]
+    if len(plain) == 1 and out.dim() == source.dim() - 1:
+        note_part(out, plain[0])
     if source.dim() != out.dim() or any(not (isinstance(i, slice) or i is Ellipsis) for i in items):
         return
-    for dim in range(source.dim()):
+    if Ellipsis in items:
+        at = items.index(Ellipsis)
+        items[at : at + 1] = [slice(None)] * (source.dim() - len(items) + 1)
+    for dim, item in enumerate(items):
         whole, part = source.shape[dim], out.shape[dim]
-        if isinstance(whole, torch.SymInt) and value(part) < value(whole):
-            rest = whole - part
-            first = items[-1].start is None if isinstance(items[-1], slice) else True
-            note_sum(facts, whole, [part, rest] if first else [rest, part])
+        if not isinstance(whole, torch.SymInt) or value(part) >= value(whole):
+            continue
+        if item.step is not None and value(item.step) != 1:  # every second one: pairs side by side
+            if value(part) * value(item.step) == value(whole):
+                _note(facts, "product", whole, [part, item.step])
+            continue
+        start = 0 if item.start is None else item.start
+        before = start if value(start) >= 0 else whole + start
+        note_sum(facts, whole, [p for p in (before, part, whole - part - before) if value(p) > 0])
+
+
+def _shuffled(facts: Facts, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    out = func(*args, **kwargs)
+    x, *rest = args if args else (kwargs["input"],)
+    if func is F.pixel_shuffle:  # channel c * r * r + i * r + j goes to pixel (i, j) of channel c
+        side = rest[0] if rest else kwargs["upscale_factor"]
+        _note(facts, "product", x.shape[-3], [out.shape[-3], side, side])
+    elif func in (F.channel_shuffle, torch.channel_shuffle):
+        groups, channels = rest[0] if rest else kwargs["groups"], x.shape[1]
+        for parts in ([groups, channels // groups], [channels // groups, groups]):
+            note_order(facts, "product", channels, parts)
+    elif func is F.glu:
+        dim = _dim(x, kwargs, tuple(rest), 0) if rest or "dim" in kwargs else x.dim() - 1
+        note_sum(facts, x.shape[dim], [out.shape[dim]] * 2)
+    return out
 
 
 Watch = Callable[[Facts, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -122,4 +160,5 @@ WATCHED: dict[Any, Watch] = {
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _concatenated),
     **dict.fromkeys((Tensor.chunk, torch.chunk, Tensor.split, torch.split, Tensor.tensor_split), _split),
     **dict.fromkeys((Tensor.unbind, torch.unbind), _unbound),
+    **dict.fromkeys((F.pixel_shuffle, F.channel_shuffle, torch.channel_shuffle, F.glu), _shuffled),
 }

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..poly import Poly
+from .flow import OPAQUE, VALUE, Flow, write
 from .free_ops import costs_no_macs
 from .symint import poly_of
 
@@ -50,6 +51,13 @@ def numel(shape: Iterable[Any]) -> Poly:
     for dim in shape:
         total = total * poly_of(dim)
     return total
+
+
+def _stored(tensor: Tensor) -> Poly:
+    """Number of different elements of a tensor: a matrix expanded over a batch holds each of its own once."""
+    return numel(
+        d for d, step in zip(tensor.shape, tensor.stride(), strict=True) if not (type(step) is int and step == 0)
+    )
 
 
 @dataclass(slots=True)
@@ -99,6 +107,8 @@ class Recorder(TorchDispatchMode):
         self.activations: list[tuple[int, str]] = []  # (time, function name or module:path)
         self.contracted: dict[str, list[Poly]] = {}  # module -> dims that its attention products sum over
         self.queries: dict[str, int | None] = {}  # weight key -> which part of its output is the query
+        self.scores: dict[str, tuple[str, Poly, bool]] = {}  # the same key -> module, head dim, is it scaled by that
+        self.flow = Flow()
 
     def beside(self) -> Recorder:
         """A recorder for a second pass over the same parameters, whose rows do not count."""
@@ -124,6 +134,7 @@ class Recorder(TorchDispatchMode):
 
     def own(self, key: str, parameter: Tensor, requires_grad: bool) -> None:
         mark(parameter, NEEDS_GRAD if requires_grad else 0)
+        write(parameter, frozenset([VALUE + key]))
         storage = parameter.untyped_storage()._cdata
         self.parameters.setdefault(storage, (key, parameter))
         self.keys.setdefault(storage, {})[key.rpartition(".")[0]] = key
@@ -139,7 +150,7 @@ class Recorder(TorchDispatchMode):
     # --- rows ---
 
     def weighted(self, kind: str, x: Tensor, weight: Tensor, out: Tensor, macs: Poly, inputs: Poly, outputs: Poly,
-                 kernel: tuple[int, ...] = (), groups: Poly | None = None) -> None:  # fmt: skip
+                 kernel: tuple[int, ...] = (), groups: Poly | None = None) -> Row:  # fmt: skip
         """An op of activations `x` with a weight. A weight that is no parameter makes it a product of activations."""
         owned = self.parameter_of(weight)
         owner = owned[0].rpartition(".")[0] if owned else self.stack[-1]
@@ -152,14 +163,26 @@ class Recorder(TorchDispatchMode):
         if torch.is_grad_enabled():
             row.grad_inputs += macs * Poly.const(into_x + (0 if owned else into_weight))
             row.grad_weight += macs * Poly.const(into_weight if owned else 0)
-        if owned and numel(weight.shape) != (whole := numel(owned[1].shape)):
+        if owned and _stored(weight) != (whole := numel(owned[1].shape)):
             row.partial, row.outputs = True, whole.divided_by(inputs) or outputs
         row.projection |= ATTENTION in makers_of(x)
         mark(out, flags_of(out), frozenset([((owner, kind, owned[0] if owned else None), None)]))
+        write(out, frozenset([owned[0] if owned else OPAQUE]))
+        if owned:
+            self.flow.read(owned[0], x)
         row.first |= bool(flags_of(x) & FROM_INPUT) and not flags_of(x) & FROM_LAYER
+        return row
 
     def product(
-        self, part: str, a: Tensor, b: Tensor, out: Tensor | None, macs: Poly, causal: tuple[int, int] | None = None
+        self,
+        part: str,
+        a: Tensor,
+        b: Tensor,
+        out: Tensor | None,
+        macs: Poly,
+        causal: tuple[int, int] | None = None,
+        *,
+        by_size: bool = False,
     ) -> None:
         """A product of two activations: `part` is qk, av or matmul. The score matrix is no activation that must be kept."""
         row = self._row(self.stack[-1], part, None, Poly(), Poly(), (), None)
@@ -167,6 +190,7 @@ class Recorder(TorchDispatchMode):
         if out is not None:
             row.activations += numel(out.shape)
             mark(out, flags_of(out), frozenset([ATTENTION]))
+            write(out, frozenset([OPAQUE]))
         if torch.is_grad_enabled():
             row.grad_inputs += macs * Poly.const(sum(flags_of(t) & NEEDS_GRAD for t in (a, b)))
         row.causal = causal
@@ -175,17 +199,25 @@ class Recorder(TorchDispatchMode):
                 self.rows[maker].projection = True
         if part == "qk":
             self.contracted.setdefault(self.stack[-1], []).append(poly_of(a.shape[-1]))
-            self._note_query(makers_of(a), makers_of(b))
+            self._note_query(makers_of(a), makers_of(b), poly_of(a.shape[-1]), by_size)
         for tensor in (a, b):
             for dim in tensor.shape:
                 self.attention |= poly_of(dim).variables
 
-    def _note_query(self, q: frozenset[Maker], k: frozenset[Maker]) -> None:
+    def note_score(self, weight: Tensor, head_dim: Poly, part: int | None) -> None:
+        """`weight` makes the query of an attention that divides by the square root of its head dim."""
+        owned = self.parameter_of(weight)
+        if owned:
+            self.queries[owned[0]] = part
+            self.scores[owned[0]] = (self.stack[-1], head_dim, True)
+
+    def _note_query(self, q: frozenset[Maker], k: frozenset[Maker], head_dim: Poly, by_size: bool) -> None:
         """Which weight makes the query, and which part of its output where it makes the key too."""
         keys = {maker for maker, _ in k}
         for maker, part in q:
             if maker in self.rows and maker[2] is not None and (maker not in keys or part is not None):
                 self.queries[maker[2]] = part if maker in keys else None
+                self.scores[maker[2]] = (self.stack[-1], head_dim, by_size)
 
     def _row(self, owner: str, kind: str, weight: str | None, inputs: Poly, outputs: Poly,
              kernel: tuple[int, ...], groups: Poly | None) -> Row:  # fmt: skip
@@ -197,11 +229,11 @@ class Recorder(TorchDispatchMode):
         row.calls += 1
         return row
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, causal: bool) -> None:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, causal: bool, *, by_size: bool = False) -> None:
         """softmax(Q K^T) V: B x heads x T_q x T_k x d multiply-accumulates each way (q: [..., T_q, d], v: [..., T_k, d_v])."""
         pairs = numel(q.shape[:-1]) * poly_of(k.shape[-2])
         lengths = (int(q.shape[-2]), int(k.shape[-2])) if causal else None
-        self.product("qk", q, k, None, pairs * poly_of(q.shape[-1]), lengths)
+        self.product("qk", q, k, None, pairs * poly_of(q.shape[-1]), lengths, by_size=by_size)
         self.product("av", q, v, out, pairs * poly_of(v.shape[-1]), lengths)
 
     # --- primitive ops ---
@@ -225,6 +257,7 @@ class Recorder(TorchDispatchMode):
             flags |= FROM_LAYER
             first = next(t for t in tree_leaves(out) if isinstance(t, Tensor))
             makers = makers_of(first)
+            self.flow.expose(tensors)
         elif packet in (aten.add, aten.add_):
             if self._is_residual(args, out):
                 makers = frozenset[Maker]()
@@ -235,6 +268,8 @@ class Recorder(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._descend(tensor, flags, makers)
+        if count is None:
+            self.flow.through(func, tensors, out)
         return out
 
     def _descend(self, tensor: Tensor, flags: int, makers: frozenset[Maker]) -> None:
@@ -302,7 +337,7 @@ def _fused_attention(rec: Recorder, args: Sequence[Any], kwargs: dict[str, Any],
     q, k, v = args[:3]
     result = out[0] if isinstance(out, (tuple, list)) else out
     causal = bool(kwargs.get("is_causal", any(a is True for a in args[3:])))
-    rec.attend(q, k, v, result, causal)
+    rec.attend(q, k, v, result, causal, by_size=kwargs.get("scale") is None)
 
 
 _COUNTED: dict[Any, Any] = {

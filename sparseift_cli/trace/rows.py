@@ -120,10 +120,10 @@ class RowBuilder:
         marked = []
         for layer in layers:
             first = self.tied.get(layer.weight or "", layer.weight)
-            if first and not layer.params.terms and first in owner:
+            if first in owner:
                 layer = replace(layer, tied_to=owner[first])
-            if first and layer.params.terms:
-                owner.setdefault(first, layer.name)
+            elif first:
+                owner[first] = layer.name
             marked.append(layer)
         shared = {layer.tied_to: layer.name for layer in marked if layer.tied_to}
         return [replace(x, tied_to=shared[x.name]) if x.weighted and x.name in shared else x for x in marked]

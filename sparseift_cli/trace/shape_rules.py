@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .layouts import WATCHED, note_index
+from .flow import parts_of, write
+from .layouts import WATCHED, note_index, note_order
 from .record import ATTENTION, FROM_LAYER, NEEDS_GRAD, Recorder, conv, flags_of, makers_of, mark, matmul, numel
+from .recurrent import RECURRENT
 from .symint import Facts, poly_of
 
 Rule = Callable[..., Any]
@@ -46,8 +48,9 @@ class ShapeRules(TorchFunctionMode):
         if a != b:
             raise RuntimeError(f"sizes do not match: {a} and {b}")
 
-    def made(self, like: Tensor, shape: Sequence[Any], *sources: Tensor | None, counted: bool = False) -> Tensor:
-        """An output of `shape` that descends from `like` and `sources`."""
+    def made(self, like: Tensor, shape: Sequence[Any], *sources: Tensor | None, counted: bool = False,
+             linear: bool = False) -> Tensor:  # fmt: skip
+        """An output of `shape` that descends from `like` and `sources`; `linear`: it is `like`, seen differently."""
         flags, makers = flags_of(like) | (FROM_LAYER if counted else 0), makers_of(like)
         for source in sources:
             if source is not None:
@@ -55,7 +58,10 @@ class ShapeRules(TorchFunctionMode):
                 makers |= makers_of(source)
         if not torch.is_grad_enabled():
             flags &= ~NEEDS_GRAD
-        return mark(like.new_empty(tuple(shape)), flags, frozenset() if counted else makers)
+        if not linear:
+            self.recorder.flow.expose((like, *sources))
+        made = mark(like.new_empty(tuple(shape)), flags, frozenset() if counted else makers)
+        return write(made, parts_of(like)) if linear else made
 
 
 def _linear(rules: ShapeRules, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
@@ -94,6 +100,9 @@ def _conv(spatial: int) -> Rule:
         rules.tie(input.shape[channels], weight.shape[1] * groups)
         if isinstance(groups, torch.SymInt):
             rules.facts.exact_quotient(poly_of(weight.shape[0]), poly_of(groups))
+        if not isinstance(groups, int) or groups > 1:
+            note_order(rules.facts, "product", input.shape[channels], [groups, weight.shape[1]])
+            note_order(rules.facts, "product", weight.shape[0], [groups, weight.shape[0] // groups])
         if bias is not None:
             rules.tie(bias.shape[0], weight.shape[0])
         extent = [
@@ -155,6 +164,7 @@ def _attention(rules: ShapeRules, query: Tensor, key: Tensor, value: Tensor, att
     for i in range(query.dim() - 2):
         if enable_gqa and i == query.dim() - 3:
             rules.facts.exact_quotient(poly_of(query.shape[i]), poly_of(key.shape[i]))
+            note_order(rules.facts, "product", query.shape[i], [key.shape[i], query.shape[i] // key.shape[i]])
         else:
             rules.tie(query.shape[i], key.shape[i])
         rules.tie(key.shape[i], value.shape[i])
@@ -163,14 +173,28 @@ def _attention(rules: ShapeRules, query: Tensor, key: Tensor, value: Tensor, att
             if not (isinstance(have, int) and have == 1):
                 rules.tie(have, want)
     out = rules.made(query, (*query.shape[:-1], value.shape[-1]), key, value, counted=True)
-    rules.recorder.attend(query, key, value, out, is_causal)
+    rules.recorder.attend(query, key, value, out, is_causal, by_size=scale is None)
     return out
+
+
+def _multi_head_attention(rules: ShapeRules, query: Tensor, key: Tensor, value: Tensor, embed_dim: Any, num_heads: Any,
+                          in_proj_weight: Tensor | None, *_: Any, **options: Any) -> Any:  # fmt: skip
+    """What nn.MultiheadAttention does inside, where no function is seen: only notes, PyTorch answers."""
+    width, head_dim = query.shape[-1], query.shape[-1] // num_heads
+    note_order(rules.facts, "product", width, [num_heads, head_dim])
+    fused = in_proj_weight is not None
+    weight = in_proj_weight if fused else options.get("q_proj_weight")
+    if fused:
+        note_order(rules.facts, "product", in_proj_weight.shape[0], [3, num_heads, head_dim])
+    if weight is not None:
+        rules.recorder.note_score(weight, poly_of(head_dim), 0 if fused else None)
+    return NotImplemented
 
 
 def _embedding(rules: ShapeRules, input: Tensor, weight: Tensor, *_: Any, **__: Any) -> Any:
     if isinstance(weight.shape[0], torch.SymInt):
         rules.facts.freeze(poly_of(weight.shape[0]), "rows of an embedding")
-    return rules.made(weight, (*input.shape, weight.shape[1]), counted=True)
+    return write(rules.made(weight, (*input.shape, weight.shape[1]), counted=True), parts_of(weight))
 
 
 def _activation(name: str) -> Rule:
@@ -203,8 +227,23 @@ def _pad(rules: ShapeRules, input: Tensor, pad: Sequence[Any], mode: str = "cons
         return NotImplemented
     shape = list(input.shape)
     for i in range(len(pad) // 2):
-        shape[-1 - i] = shape[-1 - i] + pad[2 * i] + pad[2 * i + 1]
-    return rules.made(input, shape)
+        parts = [pad[2 * i], shape[-1 - i], pad[2 * i + 1]]
+        shape[-1 - i] = parts[1] + parts[0] + parts[2]
+        note_order(rules.facts, "sum", shape[-1 - i], parts)
+    return rules.made(input, shape, linear=True)
+
+
+def _interpolate(
+    rules: ShapeRules, input: Tensor, size: Any = None, scale_factor: Any = None, *_: Any, **__: Any
+) -> Any:
+    """Space changes, channels stay; PyTorch's own shape function reads the channels as plain numbers."""
+    spatial = input.dim() - 2
+    if size is None:
+        factors = scale_factor if isinstance(scale_factor, (tuple, list)) else [scale_factor] * spatial
+        size = [int(n * f) for n, f in zip(input.shape[2:], factors, strict=True)]
+    elif not isinstance(size, (tuple, list)):
+        size = [size] * spatial
+    return rules.made(input, (*input.shape[:2], *size), linear=True)
 
 
 def _getitem(rules: ShapeRules, input: Tensor, index: Any) -> Any:
@@ -228,6 +267,7 @@ def _detach(rules: ShapeRules, input: Tensor) -> Any:
 _ACTIVATIONS = ("relu", "relu6", "gelu", "silu", "hardswish", "mish", "elu", "selu", "leaky_relu")
 
 _RULES: dict[Any, Rule] = {
+    **RECURRENT,
     F.linear: _linear,
     torch.addmm: _addmm,
     F.conv1d: _conv(1),
@@ -239,6 +279,7 @@ _RULES: dict[Any, Rule] = {
     F.layer_norm: _layer_norm,
     F.rms_norm: _rms_norm,
     F.scaled_dot_product_attention: _attention,
+    F.multi_head_attention_forward: _multi_head_attention,
     F.embedding: _embedding,
     F.dropout: _dropout,
     torch.baddbmm: _baddbmm,
@@ -247,6 +288,7 @@ _RULES: dict[Any, Rule] = {
     torch.relu: _activation("relu"),
     Tensor.relu: _activation("relu"),
     F.pad: _pad,
+    F.interpolate: _interpolate,
     Tensor.__getitem__: _getitem,
     Tensor.detach: _detach,
 }

@@ -17,6 +17,17 @@ class Layout:
     parts: tuple[Poly, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Score:
+    """An attention's q . k: the module that computes it, the dim that it sums over, and whether the forward itself scales
+    it by that dim's size (SDPA's default, head_dim ** -0.5) rather than by a number that a module keeps.
+    """
+
+    module: str
+    dim: Poly
+    by_size: bool
+
+
 @dataclass(frozen=True)
 class Structure:
     """Every symbolic size of a module as a polynomial over the width ids of its table.
@@ -25,7 +36,13 @@ class Structure:
     tuple or None); an owner is a module or a configuration object, as in `config`. `layouts` say how a width is taken
     apart and put together by views, concatenations and slices. `activations` name what follows a row: a function of
     torch.nn.functional, or `module:` and the path of an activation module. `contracted` are the dims that attention
-    products sum over, by the module that runs them. `queries`: weight key -> index of the query in a fused projection.
+    products sum over, by the module that runs them. `queries`: weight key -> index of the query in a fused projection;
+    `scores`: the same keys -> the product that the query goes into.
+
+    `orders`: everything that was seen of how a dim lies in memory (`layouts` has one of them). `streams`: what each norm
+    over channels reads, by its path, and `reads` what each weight multiplies: the keys of weights whose products add
+    up to it, `value:key` of parameters, `norm:path`, and `?` for anything else. `exposed` are those that something else
+    than a norm reads directly.
     """
 
     shapes: Mapping[str, tuple[Poly, ...]]
@@ -34,5 +51,12 @@ class Structure:
     activations: Mapping[str, str] = field(default_factory=dict)
     contracted: Mapping[str, tuple[Poly, ...]] = field(default_factory=dict)
     queries: Mapping[str, int | None] = field(default_factory=dict)
+    scores: Mapping[str, Score] = field(default_factory=dict)
+    orders: Mapping[Poly, tuple[Layout, ...]] = field(default_factory=dict)
+    streams: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    reads: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    exposed: frozenset[str] = frozenset()
+    formulas: frozenset[tuple[str, str]] = frozenset()
+    """Ints, as (owner, name), that the forward computes with as floats: a scale that it makes of them."""
     output: Any = None
     """The output of the forward: shapes of its tensors, as plain sizes."""

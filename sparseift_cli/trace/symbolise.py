@@ -19,6 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map_only
 
 from .fake_mode import fake_mode
+from .flow import is_layer_norm
 from .record import FROM_INPUT, Recorder, mark
 from .shape_rules import ShapeRules
 from .symint import Facts
@@ -170,6 +171,9 @@ class _StandIns:
                     self.trace.recorder.own(prefix + key, fake, tensor.requires_grad)
                 self.trace.shapes[prefix + key] = tuple(fake.shape)
                 self._replace(store, key, fake)
+        if isinstance(module, nn.RNNBase):  # it keeps a second list of its weights
+            names: list[str] = module._flat_weights_names
+            self._replace(module.__dict__, "_flat_weights", [module._parameters[n] for n in names])
 
     def for_numbers(self, module: nn.Module, prefix: str) -> None:
         """Ints of the module, and of a configuration that it holds (once, however many modules hold it)."""
@@ -241,6 +245,7 @@ def _following_modules(model: nn.Module, recorder: Recorder) -> Iterator[None]:
     """Tell the recorder which module runs."""
     names = {id(m): path for path, m in model.named_modules()}
     activations = {id(m) for m in model.modules() if is_activation(m)}
+    norms = {id(m) for m in model.modules() if is_layer_norm(m)}
     depth: list[bool] = []
 
     def before(module: nn.Module, args: Any) -> None:
@@ -249,9 +254,13 @@ def _following_modules(model: nn.Module, recorder: Recorder) -> Iterator[None]:
             recorder.enter(names[id(module)])
             if id(module) in activations:
                 recorder.activated(f"module:{names[id(module)]}")
+            if id(module) in norms:
+                recorder.flow.enter_norm(names[id(module)], args)
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         if depth.pop():
+            if id(module) in norms:
+                recorder.flow.leave_norm(names[id(module)], output)
             recorder.leave()
 
     handles: list[Callable[[], None]] = [

@@ -37,6 +37,10 @@ class Facts:
         self.quotients: dict[tuple[Poly, Poly], Poly] = {}
         self.divisors: dict[int, Poly] = {}  # variable of a quotient -> what was divided by
         self.layouts: dict[Poly, tuple[Literal["product", "sum"], tuple[Poly, ...]]] = {}  # how a dim is made of others
+        self.orders: dict[
+            Poly, dict[tuple[Literal["product", "sum"], tuple[Poly, ...]], None]
+        ] = {}  # all that was seen
+        self.floats: dict[Poly, None] = {}  # what the forward computed with as a float, as head_dim ** -0.5
         self.fake_tensor_cache = {}
 
     def new_variable(self, size: int) -> Poly:
@@ -203,6 +207,11 @@ class WidthNode(SymNode):
         return self.guard_int()
 
     def guard_float(self, file: Any = "", line: int = 0) -> float:
+        return self._as_float()
+
+    def _as_float(self) -> float:
+        if self.pytype is int and self.constant is None:
+            self.facts.floats.setdefault(self._expr)
         return float(self.value)
 
     # --- arithmetic ---
@@ -247,12 +256,12 @@ class WidthNode(SymNode):
         return self._expr - Poly.const(1) if rest == self.value - 1 else Poly.const(rest)
 
     def int_truediv(self, other: Any) -> WidthNode:
-        return self.wrap_float(self.value / other.value)
+        return self.wrap_float(self._as_float() / other._as_float())
 
     float_truediv = int_truediv
 
     def float_pow(self, other: Any) -> WidthNode:
-        return self.wrap_float(float(self.value) ** other.value)
+        return self.wrap_float(self._as_float() ** other.value)
 
     def pow_by_natural(self, other: Any) -> WidthNode:
         power = self.wrap_int(1)
@@ -261,7 +270,7 @@ class WidthNode(SymNode):
         return power
 
     def sym_float(self) -> WidthNode:
-        return self.wrap_float(float(self.value))
+        return self.wrap_float(self._as_float())
 
     def sym_int(self) -> WidthNode:
         return self if self.pytype is int else self.wrap_int(int(self.value))

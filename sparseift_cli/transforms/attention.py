@@ -30,7 +30,9 @@ class MemberAttention(nn.Module):
         self.in_proj, self.out_proj = in_proj, out_proj
         self.embed_dim, self.num_heads, self.head_dim = old.embed_dim, old.num_heads, old.head_dim
         self.dropout, self.batch_first = old.dropout, old.batch_first
-        self._qkv_same_embed_dim = False  # what PyTorch's encoder layer asks before it takes the fast path
+        # what PyTorch's encoder layer asks before it takes the fast path
+        self.in_proj_bias = None
+        self._qkv_same_embed_dim = False
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
                 need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True,

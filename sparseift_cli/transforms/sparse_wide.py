@@ -8,7 +8,7 @@ kept as a float, the frequencies of a rotary embedding, the sizes in a Hugging F
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -20,6 +20,8 @@ from ..trace.symbolise import NOT_WIDTHS, is_config
 from .edits import Resize, SetAttribute
 
 _SCALES = ("scal", "norm_factor", "temperature", "inv_")
+_STREAM = ("hidden_size", "n_embd", "d_model", "model_dim", "embed_dim", "hidden_dim", "word_embed_proj_dim")
+_HEAD_DIM = ("head_dim", "d_kv", "kv_channels", "attention_head_size", "head_size")
 _COUNTS = (
     "num",
     "layer",
@@ -51,24 +53,31 @@ def attributes(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[S
         if new != width.evaluate(plan.table.sizes):
             yield SetAttribute(owner, name, new, index)
     yield from _scales(plan, structure, model)
-    yield from _configurations(plan, structure, model)
+    yield from _untied(plan, structure, model)
 
 
 def _scales(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[SetAttribute]:
     """Floats that are a width to the power of 1/2 or -1/2, as attention scales are: no shape shows them."""
     for path, module in model.named_modules():
-        floats = {
-            k: v for k, v in module.__dict__.items() if type(v) is float and any(part in k.lower() for part in _SCALES)
-        }
+        floats = {k: v for k, v in _floats(module).items() if any(part in k.lower() for part in _SCALES)}
         if not floats:
             continue
         for old, new in _sizes_around(path, plan, structure):
             for name, value in list(floats.items()):
                 for power in (-0.5, 0.5):
-                    if old != new and math.isclose(value, old**power, rel_tol=1e-6):
+                    if old != new and math.isclose(value, old**power, rel_tol=1e-5):
                         yield SetAttribute(path, name, new**power)
                         floats.pop(name)
                         break
+
+
+def _floats(module: nn.Module) -> dict[str, float]:
+    """Floats that a module keeps, as attributes or as buffers of one element (Gemma's embedding scale)."""
+    found = {k: v for k, v in module.__dict__.items() if type(v) is float}
+    for key, buffer in module._buffers.items():
+        if buffer is not None and buffer.numel() == 1 and buffer.is_floating_point() and not buffer.is_meta:
+            found[key] = float(buffer)
+    return found
 
 
 def _sizes_around(path: str, plan: Plan, structure: Structure) -> Iterator[tuple[int, int]]:
@@ -86,55 +95,81 @@ def _sizes_around(path: str, plan: Plan, structure: Structure) -> Iterator[tuple
         yield d.evaluate(plan.table.sizes), d.evaluate(plan.sizes)
 
 
-def _configurations(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[SetAttribute]:
-    """Sizes in a Hugging Face configuration: those that the forward did not read are known by their value alone.
+def _untied(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[SetAttribute]:
+    """Sizes that the forward never compared with a shape: in a Hugging Face configuration, or used in a formula alone.
 
-    A size is written only where every width of that dense size has the same new one.
+    They are known by what they are called and by their value. A name of the residual stream takes the width of the token
+    embedding, a name of the head dim that of attention; in configurations any other size is written where every width of
+    that dense size has the same new one.
     """
-    becomes: dict[int, set[int]] = {}
-    for dims in structure.shapes.values():
-        for d in dims:
-            becomes.setdefault(d.evaluate(plan.table.sizes), set()).add(d.evaluate(plan.sizes))
-    heads = {
-        d.evaluate(plan.table.sizes): d.evaluate(plan.sizes) for dims in structure.contracted.values() for d in dims
-    }
+    sizes = _Becomes(plan, structure)
     seen: set[int] = set()
     for path, module in model.named_modules():
+        yield from sizes.of(path, module.__dict__, by_value=False)
         for key, config in module.__dict__.items():
             if is_config(config) and id(config) not in seen:
                 seen.add(id(config))
-                owner = f"{path}.{key}" if path else key
-                known = {n for (o, n, _) in structure.attributes if o == owner}
-                yield from _one_configuration(owner, config.__dict__, known, becomes, heads)
+                yield from sizes.of(f"{path}.{key}" if path else key, config.__dict__, by_value=True)
 
 
-def _one_configuration(owner: str, numbers: Mapping[str, Any], known: set[str], becomes: Mapping[int, set[int]],
-                       heads: Mapping[int, int]) -> Iterator[SetAttribute]:  # fmt: skip
-    for name, value in numbers.items():
-        if type(value) is not int or name in known or name in NOT_WIDTHS:
-            continue
-        if name in ("head_dim", "d_kv", "kv_channels"):
-            if heads.get(value, value) != value:
-                yield SetAttribute(owner, name, heads[value])
-        elif not any(word in name for word in _COUNTS):
-            new = becomes.get(value, set()) - {value}
-            if len(new) == 1:
-                yield SetAttribute(owner, name, new.pop())
+class _Becomes:
+    """What a dense size becomes, by the name it has."""
+
+    def __init__(self, plan: Plan, structure: Structure) -> None:
+        self.tied = {(owner, name) for owner, name, _ in structure.attributes}
+        self.by_value: dict[int, set[int]] = {}
+        for dims in structure.shapes.values():
+            for d in dims:
+                self.by_value.setdefault(d.evaluate(plan.table.sizes), set()).add(d.evaluate(plan.sizes))
+        embeddings = (structure.shapes[r.layer.weight or ""] for r in plan.layers if r.layer.kind == "embedding")
+        residual = (Poly.var(i) for i, w in enumerate(plan.table.widths) if w.residual)
+        self.stream = _pairs(residual, plan) | _pairs((dims[1] for dims in embeddings if len(dims) == 2), plan)
+        self.head_dim = _pairs((d for dims in structure.contracted.values() for d in dims), plan)
+
+    def of(self, owner: str, numbers: Mapping[str, Any], *, by_value: bool) -> Iterator[SetAttribute]:
+        for name, value in numbers.items():
+            if type(value) is not int or (owner, name) in self.tied or name in NOT_WIDTHS:
+                continue
+            if name in _STREAM:
+                new = self.stream.get(value)
+            elif name in _HEAD_DIM:
+                new = self.head_dim.get(value)
+            elif by_value and not any(word in name for word in _COUNTS):
+                grown = self.by_value.get(value, set()) - {value}
+                new = next(iter(grown)) if len(grown) == 1 else None
+            else:
+                continue
+            if new is not None and new != value:
+                yield SetAttribute(owner, name, new)
+        heads = set(self.head_dim.values())
+        if by_value and numbers.get("head_dim") is None and "num_attention_heads" in numbers and len(heads) == 1:
+            yield SetAttribute(owner, "head_dim", heads.pop())  # or it would be hidden_size // num_attention_heads
 
 
-def head_blocks(width: Poly, plan: Plan, structure: Structure) -> int:
+def _pairs(dims: Iterable[Poly], plan: Plan) -> dict[int, int]:
+    """Dense size -> new size."""
+    return {d.evaluate(plan.table.sizes): d.evaluate(plan.sizes) for d in dims}
+
+
+class HeadBlocks:
     """How many heads (times the parts of a fused projection) lie side by side along a dim of an attention projection.
 
-    1 where no view took the dim apart, and where the order in memory is another.
+    Views know it: (3, heads, head_dim) of a fused QKV, (heads, head_dim) of what an output projection reads. Equations may
+    name a dim otherwise than the view did, so dims are told apart by their value at a probe.
     """
-    layout = structure.layouts.get(width)
-    if layout is None:
-        return 1
-    if layout.kind == "sum":
-        parts = [head_blocks(p, plan, structure) for p in layout.parts]
-        equal = len({p.evaluate(plan.sizes) for p in layout.parts}) == 1
-        return sum(parts) if equal and len(set(parts)) == 1 else 1
-    blocks = 1
-    for part in layout.parts[:-1]:
-        blocks *= part.evaluate(plan.sizes)
-    return blocks
+
+    def __init__(self, plan: Plan, structure: Structure) -> None:
+        assert plan.growth is not None
+        self.sizes = plan.sizes
+        self.probe = plan.growth.solution.probe()
+        self.layouts = {whole.evaluate(self.probe): layout for whole, layout in structure.layouts.items()}
+
+    def along(self, width: Poly) -> int:
+        """1 where no view took the dim apart, or one that has another order."""
+        layout = self.layouts.get(width.evaluate(self.probe))
+        if layout is None:
+            return 1
+        if layout.kind == "sum":
+            parts = {(self.along(p), p.evaluate(self.sizes)) for p in layout.parts}
+            return len(layout.parts) * parts.pop()[0] if len(parts) == 1 else 1
+        return math.prod(p.evaluate(self.sizes) for p in layout.parts[:-1])

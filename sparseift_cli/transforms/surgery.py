@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,13 @@ from ..isoflop import branches, doped_rank, factorized_rank
 from ..layer_plan import LayerPlan
 from ..plan import Plan, activation_inside, norm_inside
 from ..trace.structure import Structure
+from ..trace.symbolise import is_config
 from . import attention, sparse_doped, sparse_factorized, sparse_parallel, sparse_wide
 from .edits import Masked, Replace, Resize, SetAttribute, Surgery
 from .layers import is_transposed, sync_sizes, take_over
 from .members import Member
 
+M = TypeVar("M", bound=nn.Module)
 BUILDERS = {
     "sparse_parallel": sparse_parallel.build,
     "sparse_factorized": sparse_factorized.build,
@@ -53,6 +55,7 @@ def surgery_for(plan: Plan, structure: Structure, model: nn.Module) -> Surgery:
 
 
 def _masked_wide(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[Masked]:
+    blocks = sparse_wide.HeadBlocks(plan, structure)
     for row in plan.layers:
         if row.status != "transformed":
             continue
@@ -65,9 +68,9 @@ def _masked_wide(plan: Plan, structure: Structure, model: nn.Module) -> Iterator
             rows, columns = columns, rows
         heads, on_inputs = 1, False
         if row.layer.projection:
-            heads = sparse_wide.head_blocks(rows, plan, structure)
+            heads = blocks.along(rows)
             if heads == 1:
-                heads = sparse_wide.head_blocks(columns, plan, structure)
+                heads = blocks.along(columns)
                 on_inputs = heads > 1
         (part,) = row.parts
         yield Masked(row.layer.name, part.name, key, part.nnz, part.shape.groups, transposed, heads, on_inputs)
@@ -103,7 +106,7 @@ def _masked_parts(row: LayerPlan, edit: Replace) -> Iterator[Masked]:
 # --- from edits to a module ---
 
 
-def operate(model: nn.Module, surgery: Surgery) -> nn.Module:
+def operate(model: M, surgery: Surgery) -> M:
     """A new module with the edits made. Weights of changed layers are not set; everything else is a clone.
 
     Raises:
@@ -117,6 +120,7 @@ def operate(model: nn.Module, surgery: Surgery) -> nn.Module:
             _resize(twin, resize, fresh)
         for edit in surgery.attributes:
             _set(twin, edit)
+        _fill_rotary(twin, surgery, fresh, dict(model.named_buffers(remove_duplicate=False)))
         _replace_members(twin, surgery)
     except (AttributeError, KeyError, IndexError) as error:
         raise UsageError(f"the surgery does not fit this {type(model).__name__}: {error}",
@@ -124,6 +128,8 @@ def operate(model: nn.Module, surgery: Surgery) -> nn.Module:
     _put_in_place(twin, model, fresh)
     for module in twin.modules():
         sync_sizes(module)
+        if isinstance(module, nn.RNNBase):  # it keeps a second list of its weights
+            module._init_flat_weights()
     return twin
 
 
@@ -133,17 +139,35 @@ def _resize(twin: nn.Module, edit: Resize, fresh: dict[int, Tensor]) -> None:
     old = (module._parameters if name in module._parameters else module._buffers)[name]
     assert old is not None
     if id(old) not in fresh:
-        new = _rotary(old, edit) if edit.rotary else old.new_empty(edit.shape)
+        new = old.new_empty(edit.shape)
         if name in ("running_mean", "running_var"):
             new.fill_(float(name == "running_var"))
         fresh[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
 
 
-def _rotary(old: Tensor, edit: Resize) -> Tensor:
+def _fill_rotary(twin: nn.Module, surgery: Surgery, fresh: dict[int, Tensor], old: dict[str, Tensor]) -> None:
+    """Frequencies of resized rotary embeddings: as their own class makes them, or as the old ones say.
+
+    Run once the numbers are set: a Hugging Face module computes its frequencies from the configuration.
+    """
+    for edit in surgery.resizes:
+        if edit.rotary and not old[edit.key].is_meta:
+            new = fresh[id(old[edit.key])]
+            made = _made_by_its_class(twin.get_submodule(edit.key.rpartition(".")[0]), edit)
+            new.copy_(made if made is not None else _geometric(old[edit.key], edit))
+
+
+def _made_by_its_class(module: nn.Module, edit: Resize) -> Tensor | None:
+    config = module.__dict__.get("config")
+    if config is None or not is_config(config):
+        return None
+    with torch.device("cpu"):
+        made = type(module)(config)._buffers.get(edit.key.rpartition(".")[2])
+    return made if made is not None and tuple(made.shape) == edit.shape else None
+
+
+def _geometric(old: Tensor, edit: Resize) -> Tensor:
     """The frequencies base ** (-i / n), i < n, of a rotary embedding with n pairs, for another n and the same base."""
-    new = old.new_empty(edit.shape)
-    if old.is_meta:
-        return new
     n = old.shape[0]
     base = float(old[-1].double()) ** (-n / (n - 1)) if n > 1 else 1.0
     steps = torch.arange(n, dtype=torch.float64)
@@ -152,7 +176,7 @@ def _rotary(old: Tensor, edit: Resize) -> Tensor:
             f"{edit.key} holds scaled rotary frequencies, which cannot be made anew for another head_dim",
             hint="--heads scale_count keeps the head_dim",
         )
-    return new.copy_(base ** (-torch.arange(edit.shape[0], dtype=torch.float64) / edit.shape[0]))
+    return base ** (-torch.arange(edit.shape[0], dtype=torch.float64) / edit.shape[0])
 
 
 def _set(twin: nn.Module, edit: SetAttribute) -> None:
@@ -160,7 +184,11 @@ def _set(twin: nn.Module, edit: SetAttribute) -> None:
     for part in edit.owner.split(".") if edit.owner else ():
         owner = getattr(owner, part)
     held = owner.__dict__
-    if edit.index is None:
+    if isinstance(owner, nn.Module) and edit.name in owner._buffers:
+        buffer = owner._buffers[edit.name]
+        assert buffer is not None
+        owner._buffers[edit.name] = torch.full_like(buffer, edit.value)
+    elif edit.index is None:
         held[edit.name] = edit.value
     else:
         items = list(held[edit.name])

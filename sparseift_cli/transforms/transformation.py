@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
@@ -17,9 +17,11 @@ from .check import Measured, measure, require_as_planned
 from .edits import Surgery
 from .initialise import Init, initialise
 from .masking import dead_ends, draw_masks
+from .preserve import deviation, preserve
 from .surgery import operate, surgery_for
 
 Start = Literal["fresh", "preserve"]
+M = TypeVar("M", bound=nn.Module)
 REMEMBERED = "_sparseift"  # the attribute of a transformed module that holds its Transformation
 
 
@@ -28,14 +30,14 @@ class Options:
     """How the transformed module starts: its weights, its masks, its seed.
 
     `scores` ranks the weights to keep: None draws masks at random, `magnitude` keeps the largest weights, and a function
-    of (module, keys of the sparse weights) gives scores by key.
+    of (module, {key of a sparse weight: its non-zeros}) gives scores by key.
     """
 
     start: Start = "fresh"
     init: Init = "dense"
     seed: int = 0
     connect: bool = True
-    scores: Literal["magnitude"] | Callable[[nn.Module, list[str]], Mapping[str, Tensor]] | None = None
+    scores: Literal["magnitude"] | Callable[[nn.Module, dict[str, int]], Mapping[str, Tensor]] | None = None
     preserve_slack: float = 0.1
 
     def to_json(self) -> dict[str, Any]:
@@ -66,9 +68,9 @@ class Transformation:
     """How to build the dense model again, where a source names it."""
 
 
-def transform_module(model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], spec: TransformSpec, *,
+def transform_module(model: M, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], spec: TransformSpec, *,
                      name: str, input_shape: tuple[int, ...], training: TrainingSpec | None = None,
-                     options: Options | None = None) -> tuple[nn.Module, Transformation]:  # fmt: skip
+                     options: Options | None = None) -> tuple[M, Transformation]:  # fmt: skip
     """A transformed copy of `model`, and what was done. `model` itself is left as it is.
 
     A module on the meta device is transformed on it: planned, operated and counted, without weights or masks.
@@ -78,24 +80,32 @@ def transform_module(model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[
         CheckFailed: no density fits the budget, or what came out is not what was planned.
     """
     options = options or Options()
+    on_meta = any(p.is_meta for p in model.parameters())
+    if options.start == "preserve" and on_meta:
+        raise UsageError("a model on the meta device has no function to preserve", hint="give it weights first")
     before = trace(model, inputs, kwargs, name=name, input_shape=input_shape)
     plan = make_plan(before.table, spec, training)
     surgery = surgery_for(plan, before.structure, model)
-    new = operate(model, surgery).train(model.training)
-    on_meta = any(p.is_meta for p in model.parameters())
+    new = operate(model, surgery)
     masks: dict[str, Tensor] | None = None
-    deviation, notes = None, ()
-    if options.start == "preserve" and on_meta:
-        raise UsageError("a model on the meta device has no function to preserve", hint="give it weights first")
+    notes: tuple[str, ...] = ()
     if not on_meta:
         initialise(new, model, surgery, seed=options.seed, init=options.init)
-        masks = draw_masks(new, plan, surgery, seed=options.seed, connect=options.connect,
-                           scores=_scores(new, surgery, options))  # fmt: skip
+        if options.start == "preserve":
+            kept = preserve(
+                new, model, plan, surgery, before.structure, seed=options.seed, slack=options.preserve_slack
+            )
+            masks, notes = kept.masks, kept.notes
+            surgery = replace(surgery, attributes=(*surgery.attributes, *kept.attributes))
+        else:
+            masks = draw_masks(new, plan, surgery, seed=options.seed, connect=options.connect,
+                               scores=_scores(new, surgery, options))  # fmt: skip
         attach(new, masks)
     measured, after = measure(new, inputs, kwargs, plan, surgery, masks)
     require_as_planned(measured, plan, before, after)
     dead = dead_ends(masks, surgery.masked) if masks is not None else (0, 0)
-    done = Transformation(plan, surgery, measured, options, dead, deviation, notes)
+    apart = deviation(new, model, inputs, kwargs) if options.start == "preserve" else None
+    done = Transformation(plan, surgery, measured, options, dead, apart, notes)
     new.__dict__[REMEMBERED] = done
     return new, done
 
@@ -111,4 +121,4 @@ def _scores(model: nn.Module, surgery: Surgery, options: Options) -> Mapping[str
         return None
     if options.scores == "magnitude":
         return {key: model.get_parameter(key).detach().abs() for key in keys}
-    return options.scores(model, keys)
+    return options.scores(model, {m.key: m.nnz for m in surgery.masked})

@@ -65,3 +65,20 @@ def test_links_inside_the_readme_lead_somewhere(readme: str, root: Path) -> None
     targets = re.findall(r"\]\((?!https?:)([^)]+)\)", readme)
     assert [t for t in targets if t.startswith("#") and t[1:] not in anchors] == []
     assert [t for t in targets if not t.startswith("#") and not (root / t.partition("#")[0]).exists()] == []
+
+
+def python_blocks(text: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def test_python_examples_run(
+    readme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    raw, *others = python_blocks(readme)
+    exec(compile(raw, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert re.fullmatch(r"\d+(/\d+)?\n", printed)
+    for block in others:
+        assert "transformers" in block  # run by hand where that is installed: it is no dependency of the tests
+        compile(block, "README.md", "exec")

@@ -108,7 +108,7 @@ def run_for_real(subject: Subject) -> tuple[int, list[str]]:
             outputs = [
                 t for t in tree_leaves(_values(new(*args, **kwargs))) if isinstance(t, Tensor) and t.is_floating_point()
             ]
-            sum(t.float().square().mean() for t in outputs).backward()  # type: ignore[union-attr]
+            sum(t.float().square().mean() for t in outputs).backward()
             finite = all(t.isfinite().all() for t in outputs)
             gradients = all(p.grad.isfinite().all() for p in new.parameters() if p.grad is not None)
             if not finite or not gradients:

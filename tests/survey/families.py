@@ -5,6 +5,7 @@ Needs the libraries themselves, in an environment of their own: none of it runs 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from sparseift_cli.adapters import maker, optional
 from sparseift_cli.request import Request
 from sparseift_cli.zoo import registry
 
-SMALL = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = {"vocab_size": 101, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 GQA = {"num_key_value_heads": 2}
 
@@ -60,7 +61,7 @@ def torchvision() -> Iterator[Subject]:
     make = maker("torchvision:")
     assert make is not None
     make(Request("torchvision:resnet18"), "meta")  # declares the ops that a torchvision without compiled code lacks
-    import torchvision.models as models
+    models = importlib.import_module("torchvision.models")
 
     for name in models.list_models(module=models):
         request = Request(f"torchvision:{name}")
@@ -106,8 +107,21 @@ def _zoo(name: str, device: str) -> nn.Module:
         return registry.build(name).eval()
 
 
+def large() -> Iterator[Subject]:
+    """A real size: the shape of Llama 3.2 1B, on meta."""
+
+    def build(device: str) -> nn.Module:
+        library = optional("transformers", "llama_1b")
+        with torch.device(device):
+            return library.LlamaForCausalLM(library.LlamaConfig(**LLAMA_1B)).eval()
+
+    ids = {"input_ids": torch.zeros(1, 2048, dtype=torch.int64, device="meta")}
+    yield Subject("llama_1b", build, kwargs=lambda device: ids)
+
+
 SETS: dict[str, Callable[[], Iterator[Subject]]] = {
     "torchvision": torchvision,
     "transformers": transformers,
     "zoo": zoo,
+    "large": large,
 }

@@ -1,0 +1,161 @@
+"""What a data set is: its shapes, its splits, where it came from and the hash of what is in it."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError, one_of
+from .augment import Augment
+
+Kind = Literal["image", "tokens"]
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What an evaluation over a whole split predicts, for perplexity per token or word and bits per byte.
+
+    None where the split does not know. Images: `tokens` is their number.
+    """
+
+    tokens: int
+    words: int | None = None  # as WikiText counts: words between spaces, and one for every end of line
+    bytes: int | None = None  # of the text
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What `Batches` was asked for, checked."""
+
+    split: str
+    batch_size: int
+    seed: int
+    train: bool
+    augment: Augment | None
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+    seq: int | None = None
+    workers: int = 0
+    limit: int | None = None
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = False
+
+
+class Loader(Protocol):
+    """Makes the batches of one split."""
+
+    @property
+    def steps(self) -> int:
+        """Batches an epoch."""
+        ...
+
+    @property
+    def targets(self) -> Targets:
+        """What one epoch predicts, over all ranks."""
+        ...
+
+    def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        """The batch (x, y) of this rank, on the device."""
+        ...
+
+    def close(self) -> None:
+        """Let go of worker processes."""
+        ...
+
+
+class DataSet(ABC):
+    """A data set on disk or made up. Opening it finds its files; a split is read when it is first asked for, and kept."""
+
+    name: str
+    kind: Kind
+    source: str  # the file or folder, or how it was made
+    shape: tuple[int, ...]  # of one sample: (channels, height, width), or () for tokens
+    classes: int  # labels of images, or the size of the vocabulary
+    mean: tuple[float, ...] = ()  # of each channel of images, in units of the full range
+    std: tuple[float, ...] = ()
+    augment: Augment | None = None  # what training does to its images where nothing else is said
+    split_names: tuple[str, ...]
+
+    @cached_property
+    def splits(self) -> Mapping[str, int]:
+        """Images, or tokens, in every split. Reads them."""
+        return {name: self._size(name) for name in self.split_names}
+
+    @property
+    def held_out(self) -> str:
+        """The split to watch during training: valid where there is one, else test, else the only one."""
+        return next((name for name in ("valid", "test") if name in self.split_names), self.split_names[-1])
+
+    @property
+    def hashed(self) -> str:
+        """What `sha256` is a hash of."""
+        return "content"
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of what `hashed` names, independent of the container that it came in. Reads every split."""
+        return self._sha256()
+
+    @abstractmethod
+    def _sha256(self) -> str: ...
+
+    @abstractmethod
+    def _size(self, split: str) -> int: ...
+
+    @abstractmethod
+    def loader(self, request: Request) -> Loader:
+        """What makes the batches that `request` describes."""
+
+    def describe(self) -> dict[str, object]:
+        """Plain data for provenance.json. Reads every split, for the hash."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "source": self.source,
+            "shape": list(self.shape),
+            "classes": self.classes,
+            "splits": dict(self.splits),
+            "sha256": self.sha256,
+            "hashed": self.hashed,
+        }
+
+    def check_split(self, split: str) -> None:
+        """Raise UsageError unless there is such a split."""
+        one_of(f"split of {self.name}", split, self.split_names)
+
+
+def hash_tensors(parts: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 over names, shapes, element types and bytes, of tensors that may be memory-mapped: nothing is copied."""
+    digest = hashlib.sha256()
+    for name, tensor in parts:
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(raw_bytes(tensor))
+    return digest.hexdigest()
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    array: Any = tensor.numpy()
+    return memoryview(array).cast("B")
+
+
+def fits_on(device: torch.device, nbytes: int) -> bool:
+    """May a set of `nbytes` lie on `device` for good? It may take a quarter of what a GPU has free."""
+    if device.type != "cuda":
+        return device.type == "cpu"
+    return nbytes <= torch.cuda.mem_get_info(device)[0] // 4
+
+
+def whole(name: str, value: object, low: int, high: int) -> int:
+    """`value` as an integer of low..high, or UsageError."""
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise UsageError(f"{name} is {value!r}; it is a whole number from {low:,} to {high:,}")
+    return value

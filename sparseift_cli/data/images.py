@@ -1,0 +1,101 @@
+"""Image sets that fit in memory: uint8 on the device for good, augmented and normalised there, a whole batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+from .augment import Augment, Normalise, crop_and_flip, cut_out
+from .dataset import DataSet, Request, Targets, fits_on, hash_tensors
+from .order import Order
+
+Read = Callable[[str], tuple[Tensor, Tensor]]
+
+
+class ImageSet(DataSet):
+    """Images that `read(split)` gives as uint8 [N, C, H, W] with integer labels [N]."""
+
+    kind = "image"
+
+    def __init__(
+        self, name: str, read: Read, *, split_names: Sequence[str], shape: tuple[int, int, int], classes: int, source: str,
+        mean: tuple[float, ...], std: tuple[float, ...], augment: Augment | None = None,
+    ) -> None:  # fmt: skip
+        self.name, self.source, self.shape, self.classes = name, source, shape, classes
+        self.mean, self.std, self.augment = mean, std, augment
+        self.split_names, self._read = tuple(split_names), read
+        self._held: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def images(self, split: str) -> tuple[Tensor, Tensor]:
+        """The split: uint8 images [N, C, H, W] and int64 labels [N], in main memory. Read once.
+
+        Raises:
+            UsageError: files that are damaged, of another shape, or with labels beyond `classes`.
+        """
+        if split not in self._held:
+            images, labels = self._read(split)
+            labels = labels.to(torch.int64)
+            if len(images) != len(labels) or len(labels) == 0:
+                raise UsageError(f"{self.source}: {len(images)} images and {len(labels)} labels in the split {split}")
+            if tuple(images.shape[1:]) != self.shape:
+                raise UsageError(f"{self.source}: images of {tuple(images.shape[1:])}, not of {self.shape}")
+            low, high = (int(v) for v in labels.aminmax())
+            if low < 0 or high >= self.classes:
+                raise UsageError(
+                    f"{self.source}: a label {high if high >= self.classes else low} in {split}; "
+                    f"{self.name} has the classes 0 to {self.classes - 1}"
+                )
+            self._held[split] = (images.contiguous(), labels)
+        return self._held[split]
+
+    def _sha256(self) -> str:
+        return hash_tensors(
+            (f"{name}/{part}", tensor)
+            for name in self.split_names
+            for part, tensor in zip(("images", "labels"), self.images(name), strict=True)
+        )
+
+    def _size(self, split: str) -> int:
+        return len(self.images(split)[1])
+
+    def loader(self, request: Request) -> ImageLoader:
+        return ImageLoader(self, request)
+
+
+class ImageLoader:
+    """Batches x [b, C, H, W] of floats and y [b] of int64."""
+
+    def __init__(self, dataset: ImageSet, request: Request) -> None:
+        images, labels = (part[: request.limit] for part in dataset.images(request.split))
+        self._request = request
+        self._resident = fits_on(request.device, images.numel())
+        home = request.device if self._resident else torch.device("cpu")
+        self._images, self._labels = images.to(home), labels.to(home)
+        self._order = Order(
+            len(labels), request.batch_size, request.seed,
+            train=request.train, rank=request.rank, world=request.world, device=home,
+        )  # fmt: skip
+        self._normalise = Normalise(dataset.mean, dataset.std, device=request.device, dtype=request.dtype)
+        self.steps = self._order.steps
+        self.targets = Targets(len(labels) if not request.train else self.steps * request.batch_size)
+
+    def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        ids, random = self._order.at(epoch, step)
+        parts = [self._images.index_select(0, ids), self._labels.index_select(0, ids), random]
+        if not self._resident:
+            pin = self._request.device.type == "cuda"
+            parts = [(p.pin_memory() if pin else p).to(self._request.device, non_blocking=True) for p in parts]
+        images, labels, random = parts
+        augment = self._request.augment
+        if augment is not None and (augment.crop or augment.flip):
+            images = crop_and_flip(images, random, augment)
+        floats = self._normalise(images, channels_last=self._request.channels_last)
+        if augment is not None and augment.cutout:
+            floats = cut_out(floats, random, augment.cutout)
+        return floats, labels
+
+    def close(self) -> None:
+        """Nothing is held that needs closing."""

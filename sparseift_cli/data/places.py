@@ -1,0 +1,117 @@
+"""Where data sets lie, how they get there, and what to say when they are not there."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from ..errors import UsageError
+
+Found = TypeVar("Found")
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """A file that may be fetched, and nothing but that file: its checksum is known."""
+
+    url: str
+    md5: str  # what the publishers of these sets give
+    nbytes: int  # at most: a server that sends more is cut off
+
+    @property
+    def file_name(self) -> str:
+        return self.url.rpartition("/")[2]
+
+
+def data_home() -> Path:
+    """The folder of data sets: $SPARSEIFT_DATA, else ~/.cache/sparseift. It need not exist."""
+    named = os.environ.get("SPARSEIFT_DATA")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "sparseift"
+
+
+def search(
+    name: str,
+    root: str | Path | None,
+    layouts: Sequence[str],
+    recognise: Callable[[Path], Found | None],
+    *,
+    remotes: Sequence[Remote] = (),
+    download: bool = False,
+) -> Found:
+    """What `recognise` makes of the first place that holds the data set `name`.
+
+    The places are `root` itself (None: `data_home()`) and every `layout` inside it. With `download` what is not there
+    is fetched into it.
+
+    Raises:
+        UsageError: nothing is there, with every path that was tried; or it cannot be fetched.
+    """
+    base = data_home() if root is None else Path(root).expanduser()
+    places = [base, *(base / layout for layout in layouts)]
+    for place in places:
+        if place.exists() and (found := recognise(place)) is not None:
+            return found
+    if download and remotes:
+        for remote in remotes:
+            fetch(remote, base)
+        for place in places:
+            if place.exists() and (found := recognise(place)) is not None:
+                return found
+    tried = ", ".join(str(place) for place in places)
+    ways = ["put it into one of these places", "name another root"]
+    if remotes:
+        ways.append("let download=True fetch it")
+    raise UsageError(f"the data set {name} is not there; tried {tried}", hint=", or ".join(ways))
+
+
+def fetch(remote: Remote, folder: Path) -> Path:
+    """The file in `folder`, downloaded unless it is there: it appears under its name once it is whole and its md5 right.
+
+    Raises:
+        UsageError: no network, a server that says no, another checksum, or a folder that cannot be written.
+    """
+    target = folder / remote.file_name
+    if target.exists():
+        return target
+    by_hand = f"fetch it by other means and put it at {target}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(prefix=f".{remote.file_name}.", suffix=".part", dir=folder)
+    except OSError as error:
+        raise UsageError(f"cannot write into {folder}: {error.strerror}", hint="name another root") from None
+    try:
+        with os.fdopen(handle, "wb") as file:
+            _receive(remote, file.write)
+        os.replace(partial, target)
+    except (OSError, urllib.error.URLError) as error:
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot download {remote.url}: {reason}", hint=by_hand) from None
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(partial)
+    return target
+
+
+def _receive(remote: Remote, write: Callable[[bytes], object]) -> None:
+    digest, received = hashlib.md5(usedforsecurity=False), 0
+    with urllib.request.urlopen(remote.url, timeout=30) as answer:
+        while block := answer.read(_BLOCK):
+            received += len(block)
+            if received > remote.nbytes:
+                raise UsageError(f"{remote.url} sent more than the {remote.nbytes:,} bytes of the file")
+            digest.update(block)
+            write(block)
+    if digest.hexdigest() != remote.md5:
+        raise UsageError(
+            f"{remote.url} sent a file with md5 {digest.hexdigest()}, not {remote.md5}",
+            hint="the transfer was cut short or altered: try again",
+        )

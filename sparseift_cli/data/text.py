@@ -1,0 +1,180 @@
+"""Plain text, by bytes or by words: files of one's own, and WikiText as its authors tokenised it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+
+import torch
+
+from ..errors import UsageError, one_of
+from .archives import read_file
+from .dataset import whole
+from .places import search
+from .tokens import Stream, TokenSet
+
+UNKNOWN, END = "<unk>", "<eos>"
+_LIMIT = 1 << 34
+_NAMES = {"train": ("train",), "valid": ("valid", "val", "validation"), "test": ("test",)}
+_SUFFIXES = (".txt", ".txt.gz", ".tokens", ".tokens.gz", ".raw", ".raw.gz")
+
+
+def open_text(
+    root: str | Path | None = None, *, level: str = "bytes", max_vocab: int | None = None, valid_percent: int = 10
+) -> TokenSet:
+    """Text files as tokens: bytes (vocabulary 256), or words as `open_wikitext` makes them.
+
+    `root` is a folder with train, valid and test files (.txt or .tokens, plain or .gz; not all need be there), or one
+    file whose last `valid_percent` are held out: whole lines.
+
+    Raises:
+        UsageError: no such files, or text that is not UTF-8 where words are asked for.
+    """
+    one_of("level", level, ("bytes", "words"))
+    whole("valid_percent", valid_percent, 1, 99)
+    if root is None:
+        raise UsageError(
+            "the data set text needs a root", hint="name a text file, or a folder with train and valid files"
+        )
+    path = Path(root).expanduser()
+    texts = _halves(path, valid_percent) if path.is_file() else search("text", root, [], _files)
+    return _by_bytes("text", path, texts) if level == "bytes" else _by_words("text", path, texts, max_vocab)
+
+
+def open_wikitext2(root: str | Path | None = None, *, level: str = "words", max_vocab: int | None = None) -> TokenSet:
+    """WikiText-2 (Merity et al. 2016): 33,278 words, 2,088,628 of them to train on.
+
+    Options and Raises as in `open_wikitext`.
+    """
+    return open_wikitext("wikitext-2", root, level, max_vocab)
+
+
+def open_wikitext103(root: str | Path | None = None, *, level: str = "words", max_vocab: int | None = None) -> TokenSet:
+    """WikiText-103 (Merity et al. 2016): 267,735 words, 103,227,021 of them to train on.
+
+    Options and Raises as in `open_wikitext`.
+    """
+    return open_wikitext("wikitext-103", root, level, max_vocab)
+
+
+def open_wikitext(name: str, root: str | Path | None, level: str, max_vocab: int | None) -> TokenSet:
+    """A tokenised WikiText: words between spaces, and <eos> for the end of every line, also of an empty one.
+
+    The vocabulary is that of the training split, most frequent first, and <unk> for the rest; `max_vocab` cuts it.
+    So that split is read when the set is opened: 1 s for WikiText-2, 50 times that for 103; `write_tokens` keeps the result.
+    Perplexity is a word's, as published: exp(loss). `level="bytes"` gives the same text as bytes.
+
+    Raises:
+        UsageError: its files are not there, or damaged.
+    """
+    one_of("level", level, ("bytes", "words"))
+    texts = search(name, root, [name, f"text/{name}"], _files)
+    folder = next(iter(texts.values())).parent
+    return _by_bytes(name, folder, texts) if level == "bytes" else _by_words(name, folder, texts, max_vocab)
+
+
+_Text = bytes | Path
+
+
+def _files(folder: Path) -> dict[str, Path] | None:
+    """The files of the splits; None unless there is something to train on."""
+    found: dict[str, Path] = {}
+    for split, names in _NAMES.items():
+        for name in chain(names, (f"wiki.{n}" for n in names)):
+            for suffix in _SUFFIXES:
+                if split not in found and (folder / (name + suffix)).is_file():
+                    found[split] = folder / (name + suffix)
+    return found if "train" in found else None
+
+
+def _halves(path: Path, valid_percent: int) -> dict[str, bytes]:
+    text = bytes(read_file(path, _LIMIT))
+    cut = text.find(b"\n", len(text) * (100 - valid_percent) // 100) + 1
+    if not 0 < cut < len(text):
+        raise UsageError(
+            f"{path}: too little text to hold {valid_percent} % out", hint="give a folder with both splits"
+        )
+    return {"train": text[:cut], "valid": text[cut:]}
+
+
+def _load(text: _Text) -> bytes | bytearray:
+    return read_file(text, _LIMIT) if isinstance(text, Path) else text
+
+
+def byte_stream(data: bytes | bytearray) -> Stream:
+    """The bytes of a text as tokens.
+
+    Raises:
+        UsageError: an empty text.
+    """
+    if not data:
+        raise UsageError("an empty text holds no tokens")
+    tokens = torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=torch.uint8)
+    return Stream(tokens, words=lambda: len(data.split()) + data.count(b"\n"), bytes=lambda: len(data) - 1)
+
+
+def _by_bytes(name: str, source: Path, texts: dict[str, Path] | dict[str, bytes]) -> TokenSet:
+    def read(split: str) -> Stream:
+        data = _load(texts[split])
+        if not data:
+            raise UsageError(f"{source}: the split {split} is empty")
+        return byte_stream(data)
+
+    return TokenSet(name, read, split_names=tuple(texts), vocab=256, source=str(source))
+
+
+def _by_words(name: str, source: Path, texts: dict[str, Path] | dict[str, bytes], max_vocab: int | None) -> TokenSet:
+    if max_vocab is not None:
+        whole("max_vocab", max_vocab, 3, 1 << 31)
+    train = _lines(texts["train"], f"{source} (train)")
+    counts = Counter(chain.from_iterable(map(str.split, train)))
+    counts[END] += len(train)
+    counts[UNKNOWN] += 0
+    ranked = sorted(counts, key=lambda word: (-counts[word], word))
+    if max_vocab is not None and len(ranked) > max_vocab:
+        kept = [word for word in ranked if word not in (UNKNOWN, END)][: max_vocab - 2]
+        ranked = [*kept, UNKNOWN, END]
+    ids = {word: index for index, word in enumerate(ranked)}
+
+    first = _word_stream(train, ids)  # now, so that the lines, far larger than the tokens, need not be kept
+
+    def read(split: str) -> Stream:
+        return first if split == "train" else _word_stream(_lines(texts[split], f"{source} ({split})"), ids)
+
+    return TokenSet(name, read, split_names=tuple(texts), vocab=len(ranked), source=str(source), vocabulary=ranked)
+
+
+def _lines(text: _Text, where: str) -> list[str]:
+    """The lines of a text without their ends, which is not what str.splitlines calls lines."""
+    try:
+        lines = _load(text).decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{where}: no UTF-8 at byte {error.start:,}", hint="read it with level=bytes") from None
+    if not lines[-1]:
+        lines.pop()
+    if not lines:
+        raise UsageError(f"{where}: is empty")
+    return lines
+
+
+def _word_stream(lines: list[str], ids: dict[str, int]) -> Stream:
+    unknown, end = ids[UNKNOWN], ids[END]
+    tokens = torch.empty(sum(len(line.split()) for line in lines) + len(lines), dtype=torch.int32)
+    at, pending = 0, []
+    for index, line in enumerate(lines, 1):
+        pending += [ids.get(word, unknown) for word in line.split()]
+        pending.append(end)
+        if len(pending) >= 1 << 20 or index == len(lines):  # lists of Python integers are large: a stretch at a time
+            tokens[at : at + len(pending)] = torch.tensor(pending, dtype=torch.int32)
+            at += len(pending)
+            pending = []
+    nbytes = _target_bytes(lines)
+    return Stream(tokens, words=lambda: len(tokens) - 1, bytes=lambda: nbytes)
+
+
+def _target_bytes(lines: list[str]) -> int:
+    """Bytes of the text without its first token."""
+    first = lines[0].split()
+    skipped = len(first[0].encode()) if first else len(lines[0].encode()) + 1
+    return sum(len(line.encode()) + 1 for line in lines) - skipped

@@ -1,0 +1,131 @@
+"""Streams of tokens, in memory or memory-mapped: windows at random places for training, every token once for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+from .dataset import DataSet, Request, Targets, fits_on, hash_tensors
+from .order import Order
+from .randomness import below, counters
+
+IGNORE = -100  # the target of what is no token: cross_entropy leaves it out by default
+# Unsigned 16- and 32-bit files are held as the signed type of the same size: torch indexes those everywhere.
+BITS = {torch.uint8: 0xFF, torch.int16: 0xFFFF, torch.int32: 0xFFFFFFFF, torch.int64: (1 << 63) - 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """The tokens of a split, one after the other: uint8, or int16 and int32 whose bits are read as unsigned, [N].
+
+    `words` and `bytes` count the text that all tokens but the first stand for: the first is never predicted. They are
+    asked for when an evaluation starts.
+    """
+
+    tokens: Tensor
+    words: Callable[[], int | None] = lambda: None
+    bytes: Callable[[], int | None] = lambda: None
+
+
+class TokenSet(DataSet):
+    """Token streams that `read(split)` gives. `vocabulary` lists the words where the set has them."""
+
+    kind = "tokens"
+    shape = ()
+
+    def __init__(
+        self, name: str, read: Callable[[str], Stream], *, split_names: Sequence[str], vocab: int, source: str,
+        vocabulary: Sequence[str] | None = None,
+    ) -> None:  # fmt: skip
+        self.name, self.source, self.classes, self.vocabulary = name, source, vocab, vocabulary
+        self.split_names, self._read = tuple(split_names), read
+        self._held: dict[str, Stream] = {}
+
+    @property
+    def vocab(self) -> int:
+        """Size of the vocabulary: ids are 0 to vocab - 1."""
+        return self.classes
+
+    def stream(self, split: str) -> Stream:
+        """The tokens of a split, read or mapped once."""
+        if split not in self._held:
+            self._held[split] = self._read(split)
+        return self._held[split]
+
+    def _sha256(self) -> str:
+        """The hash reads every token anyway: so this is where ids beyond the vocabulary are found."""
+        for name in self.split_names:
+            for part in self.stream(name).tokens.split(1 << 24):
+                if (largest := int((part.to(torch.int64) & BITS[part.dtype]).max())) >= self.vocab:
+                    raise UsageError(f"{self.source}: a token {largest} in {name}; the vocabulary has {self.vocab}")
+        return hash_tensors((name, self.stream(name).tokens) for name in self.split_names)
+
+    def _size(self, split: str) -> int:
+        return len(self.stream(split).tokens)
+
+    def loader(self, request: Request) -> TokenLoader:
+        return TokenLoader(self, request)
+
+
+class TokenLoader:
+    """Batches x, y [b, seq] of int64: y is x one token later, and IGNORE past the end of the stream.
+
+    Training: windows of seq + 1 tokens at offsets f(seed, epoch, place in the epoch), any offset equally likely; an
+    epoch has as many windows as the stream has whole ones side by side. Evaluation: window after window from the start;
+    each token but the first is predicted exactly once, and the last window is filled up with IGNORE.
+    """
+
+    def __init__(self, dataset: TokenSet, request: Request) -> None:
+        assert request.seq is not None
+        self.seq = request.seq
+        stream = dataset.stream(request.split)
+        every = len(stream.tokens)
+        tokens = stream.tokens if request.limit is None else stream.tokens[: request.limit * self.seq + 1]
+        self._length = len(tokens)
+        needed = self.seq + 1 if request.train else 2
+        if self._length < needed:
+            raise UsageError(
+                f"{dataset.name}: the split {request.split} has {self._length} tokens; "
+                f"a sequence length of {self.seq} needs {needed}"
+            )
+        self._device, self._train = request.device, request.train
+        self._resident = fits_on(request.device, tokens.nbytes)
+        home = request.device if self._resident else torch.device("cpu")
+        self._tokens = tokens.to(home)
+        windows = self._length - 1
+        windows = windows // self.seq if request.train else -(-windows // self.seq)
+        self._order = Order(
+            windows, request.batch_size, request.seed, train=request.train, shuffle=False,
+            rank=request.rank, world=request.world, device=home,
+        )  # fmt: skip
+        self._window = counters(0, self.seq + 1, home)
+        self.steps = self._order.steps
+        if request.train:
+            self.targets = Targets(self.steps * request.batch_size * self.seq)
+        else:
+            whole = self._length == every
+            self.targets = Targets(
+                self._length - 1, stream.words() if whole else None, stream.bytes() if whole else None
+            )
+
+    def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        ids, random = self._order.at(epoch, step)
+        starts = below(random, self._length - self.seq) if self._train else ids * self.seq
+        places = starts[:, None] + self._window  # [b, seq + 1]
+        last = self._length - 1
+        found = self._tokens[places if self._train else places.clamp(max=last)].to(torch.int64)
+        found &= BITS[self._tokens.dtype]
+        x, y = found[:, :-1], found[:, 1:]
+        if not self._train:
+            y = y.masked_fill(places[:, 1:] > last, IGNORE)
+        if not self._resident:
+            pin = self._device.type == "cuda"
+            x, y = ((p.contiguous().pin_memory() if pin else p).to(self._device, non_blocking=True) for p in (x, y))
+        return x.contiguous(), y.contiguous()
+
+    def close(self) -> None:
+        """Nothing is held that needs closing."""

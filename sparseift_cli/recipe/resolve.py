@@ -1,0 +1,184 @@
+"""From the sections of a file to a whole recipe: gaps filled, values checked, the origin of each one remembered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from ..errors import SparseiftError, UsageError, did_you_mean
+from ..spec import TransformSpec, member_named
+from ..zoo import registry
+from . import schema
+from .defaults import defaults
+from .strict_yaml import Problems, Spot, Value
+
+MESSAGES = {
+    "int_type": "expected a whole number, not {value}",
+    "int_from_float": "expected a whole number, not {value}",
+    "float_type": "expected a number, not {value}",
+    "bool_type": "expected true or false, not {value}",
+    "string_type": "expected text, not {value}; put it in quotes if it is meant",
+    "tuple_type": "expected a list, not {value}",
+    "finite_number": "expected a finite number, not {value}",
+    "greater_than": "must be above {gt:g}, not {value}",
+    "greater_than_equal": "must be at least {ge:g}, not {value}",
+    "less_than": "must be below {lt:g}, not {value}",
+    "less_than_equal": "must be at most {le:g}, not {value}",
+    "too_short": "expected {min_length} values, not {actual_length}",
+    "too_long": "expected {max_length} values, not {actual_length}",
+}
+
+
+def resolve(tree: Mapping[str, Value], start: Spot, problems: Problems) -> tuple[schema.Spec, dict[str, str]]:
+    """The whole recipe, and the origin of each of its values by dotted path.
+
+    Raises:
+        UsageError: everything that is wrong, found here or before.
+    """
+    if "model" not in tree and not any("model" in message for _, message in problems.found):
+        problems.add(start, "the recipe names no model: add `model: resnet18`")
+    given = {section: value.plain() for section, value in tree.items()}
+    filled, label = defaults(given)
+    known = {s: {k: v for k, v in values.items() if k in schema.fields(s, values)} for s, values in given.items()}
+    merged = {
+        s: {**filled.get(s, {}), **known.get(s, {})} for s in (*known, *filled) if s in known or s not in ("model",)
+    }
+    _check_model(merged.get("model", {}), tree, start, problems)
+    spec = _validate(merged, tree, start, problems)
+    if spec is not None:
+        _check(spec, tree, start, problems)
+    problems.stop()
+    assert spec is not None
+    return spec, _origins(spec, tree, filled, label, problems)
+
+
+def _validate(merged: Any, tree: Mapping[str, Value], start: Spot, problems: Problems) -> schema.Spec | None:
+    try:
+        return schema.Spec.model_validate_json(json.dumps(merged))
+    except ValidationError as caught:
+        for error in caught.errors(include_url=False):
+            path = [part for part in error["loc"] if isinstance(part, int) or _exists(part, error["loc"])]
+            if path == ["model"] and error["type"] == "missing":
+                continue  # told already
+            problems.add(_spot(tree, path, start), f"{_dotted(path)}: {_sentence(error, path)}")
+        return None
+
+
+def _exists(part: str, loc: tuple[int | str, ...]) -> bool:
+    """Pydantic puts the chosen variant into the path (`optimizer.sgd.lr`); it is no key of the file."""
+    return part == loc[0] or part in schema.fields(str(loc[0]))
+
+
+def _sentence(error: Any, path: list[int | str]) -> str:
+    """A sentence for people: the value, what was expected, what it is for."""
+    kind, value, details = error["type"], error["input"], error.get("ctx", {})
+    if kind in ("literal_error", "union_tag_invalid"):
+        section = str(path[0])
+        known = schema.names(section) if kind == "union_tag_invalid" else ()
+        if not known and len(path) > 1:
+            known = schema.choices(schema.fields(section)[str(path[1])].annotation)
+        word = value.get("name") if isinstance(value, dict) else value
+        near = did_you_mean(str(word), known)
+        return f"{word!r} is not one of {', '.join(known)}" + (f", {near}" if near else "")
+    if kind == "extra_forbidden":  # of the variant that a default chose
+        tag = error["loc"][1]
+        return f"no option of {tag}, known: {', '.join(schema.fields(str(path[0]), {'name': tag}))}"
+    if kind == "missing":
+        key = path[-1]
+        if isinstance(key, int):
+            return "expected more values than these"
+        return f"needs a value. {schema.fields(str(path[0]))[key].description}"
+    if kind == "string_pattern_mismatch":
+        return f"{value!r} is not of the form it should have: {schema.fields(str(path[0]))[str(path[1])].description}"
+    if kind == "value_error":
+        return str(details["error"])
+    if kind in MESSAGES:
+        return MESSAGES[kind].format(value=json.dumps(value), **details)
+    return str(error["msg"])
+
+
+def _check(spec: schema.Spec, tree: Mapping[str, Value], start: Spot, problems: Problems) -> None:
+    """What no single field shows: the transform does not contradict itself, and sections agree."""
+    if spec.transform is not None:
+        try:
+            TransformSpec.of(transform_options(spec))
+        except SparseiftError as error:
+            problems.add(_spot(tree, ["transform"], start), _told("transform", error))
+    if spec.transform is None and spec.algorithm.name != "dense":
+        reason = "needs a transform and its sparsity; a dense model has no masks"
+        problems.add(_spot(tree, ["algorithm", "name"], start), f"algorithm: {spec.algorithm.name} {reason}")
+    if spec.data is not None and spec.data.validation is not None and spec.data.name != "text":
+        reason = "has a held-out part of its own; this is for text in a single file"
+        problems.add(_spot(tree, ["data", "validation"], start), f"data.validation: {spec.data.name} {reason}")
+    if spec.init.start == "preserve" and spec.init.checkpoint is None:
+        problems.add(
+            _spot(tree, ["init", "start"], start), "init: preserve needs the dense checkpoint: init.checkpoint"
+        )
+    if spec.checkpoint.best is not None and spec.checkpoint.best not in spec.evaluation.metrics:
+        problems.add(_spot(tree, ["checkpoint", "best"], start),
+                     f"checkpoint.best: {spec.checkpoint.best} is not among evaluation.metrics")  # fmt: skip
+
+
+def _check_model(given: Mapping[str, Any], tree: Mapping[str, Value], start: Spot, problems: Problems) -> None:
+    """A zoo model exists and takes this input. What pydantic refuses anyway is left to it."""
+    name, sides = given.get("name"), str(given.get("input") or "").split("x")
+    if not isinstance(name, str) or ":" in name:
+        return
+    try:
+        info = registry.lookup(name)
+        image: Any = tuple(map(int, sides)) if all(side.isdecimal() for side in sides) else None
+        if image is not None and len(image) != 3:
+            raise UsageError(f"{info.name} takes channels x height x width", hint="input: 3x224x224")
+        counts = {k: given.get(k) if isinstance(given.get(k), int) else None for k in ("num_classes", "seq")}
+        info.with_input(num_classes=counts["num_classes"], seq=counts["seq"], image=image)
+    except SparseiftError as error:
+        problems.add(_spot(tree, ["model", "name"], start), _told("model", error))
+
+
+def transform_options(spec: schema.Spec) -> dict[str, Any]:
+    """The fields of TransformSpec; empty for a dense recipe."""
+    if spec.transform is None:
+        return {}
+    options = spec.transform.model_dump()
+    return options | {"member": member_named(spec.transform.member), "sparsity": str(spec.transform.sparsity)}
+
+
+def _told(section: str, error: SparseiftError) -> str:
+    near, question, _ = (error.hint or "").partition("? ")  # what follows a suggestion lists the whole zoo
+    return f"{section}: {error.message}" + (f" ({near}{question.strip()})" if error.hint else "")
+
+
+def _dotted(path: list[int | str]) -> str:
+    return ".".join(map(str, path))
+
+
+def _spot(tree: Mapping[str, Value], path: list[int | str], start: Spot) -> Spot:
+    """Where the value at `path` stands, or the nearest one around it that is written down."""
+    value = tree.get(str(path[0])) if path else None
+    if value is None:
+        return start
+    for part in path[1:]:
+        items: dict[int | str, Value] = value.data if isinstance(value.data, dict) else {}
+        if isinstance(value.data, list):
+            items = dict(enumerate(value.data))
+        if part not in items:
+            break
+        value = items[part]
+    return value.spot
+
+
+def _origins(spec: schema.Spec, tree: Mapping[str, Value], filled: Mapping[str, Mapping[str, Any]], label: str,
+             problems: Problems) -> dict[str, str]:  # fmt: skip
+    found: dict[str, str] = {}
+    for section in schema.SECTIONS:
+        content = getattr(spec, section)
+        for key in type(content).model_fields if content is not None else ():
+            written = tree[section].data.get(key) if section in tree else None
+            if written is not None:
+                found[f"{section}.{key}"] = written.spot.option or f"{problems.path.name}:{written.spot.line}"
+            else:
+                found[f"{section}.{key}"] = f"default {label}" if key in filled.get(section, {}) else "default"
+    return found

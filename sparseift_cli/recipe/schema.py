@@ -1,0 +1,135 @@
+"""The whole recipe as one frozen model, its fields by dotted path, and the JSON schema that editors use.
+
+Everything that a recipe can say is in `model_sections` and `training_sections`; checking, `--set`, the JSON schema and
+`sparseift recipe show` all read it from there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import Field
+from pydantic.fields import FieldInfo
+
+from . import model_sections as what
+from . import training_sections as how
+from .section import Section
+
+Optimizer = Annotated[how.SGD | how.AdamW, Field(discriminator="name")]
+Schedule = Annotated[how.Constant | how.MultiStep | how.Cosine | how.Linear, Field(discriminator="name")]
+
+
+class Spec(Section):
+    """A recipe with every value filled in. What the training loop reads."""
+
+    model: what.Model = Field(description="The dense model: a name, or name and input.")
+    data: what.Data | None = Field(None, description="The data set: a name, or name and options. Training needs it.")
+    transform: what.Transform | None = Field(
+        None, description="The member of Sparse-IFT; without it the model is dense."
+    )
+    algorithm: what.MaskAlgorithm = Field(description="How masks change: a name, or name and options.")
+    init: what.Init = Field(what.Init(), description="Weights and masks at step 0.")  # pyright: ignore[reportCallIssue]
+    optimizer: Optimizer = Field(description="The optimiser: sgd or adamw, or its name and options.")
+    schedule: Schedule = Field(description="The learning rate: constant, multistep, cosine or linear.")
+    training: how.Training = Field(description="Length, batches, precision, seeds.")
+    evaluation: how.Evaluation = Field(description="What is measured, and when.")
+    checkpoint: how.Checkpoint = Field(description="What is kept to resume from.")
+
+
+SECTIONS = tuple(Spec.model_fields)
+SPARSITY = "sparsity"
+"""The one field with a second name: `sparsity` at the top level is `transform.sparsity`."""
+
+
+@cache
+def variants(section: str) -> tuple[type[Section], ...]:
+    """The models that a section may be: two for `optimizer`, four for `schedule`, one for the others."""
+    return tuple(_models(Spec.model_fields[section].annotation))
+
+
+def _models(annotation: Any) -> Iterator[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    elif get_origin(annotation) is not Literal:
+        for part in get_args(annotation):
+            yield from _models(part)
+
+
+def variant(section: str, given: Mapping[str, Any]) -> type[Section] | None:
+    """The model that `given` chooses by its name; None where the name is unknown or does not say."""
+    models = variants(section)
+    if len(models) == 1:
+        return models[0]
+    return next((m for m in models if get_args(m.model_fields["name"].annotation)[0] == given.get("name")), None)
+
+
+def short(section: str) -> str | None:
+    """The field that a single word stands for in this section."""
+    return variants(section)[0].SHORT
+
+
+def fields(section: str, given: Mapping[str, Any] | None = None) -> dict[str, FieldInfo]:
+    """Fields of a section by name: those of the variant that `given` chooses, or of all variants."""
+    chosen = variant(section, given or {})
+    models = (chosen,) if chosen else variants(section)
+    return {name: info for model in reversed(models) for name, info in model.model_fields.items()}
+
+
+def choices(annotation: Any) -> tuple[str, ...]:
+    """The words that a field, or an item of it, may be; empty where it is free."""
+    if get_origin(annotation) is Literal:
+        return tuple(str(value) for value in get_args(annotation))
+    return tuple(word for part in get_args(annotation) for word in choices(part))
+
+
+def names(section: str) -> tuple[str, ...]:
+    """What the short word of a section may be, over all its variants."""
+    key = short(section)
+    return tuple(
+        word
+        for model in variants(section)
+        if key
+        for word in model.WORDS or choices(model.model_fields[key].annotation)
+    )
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of a recipe file, generated from the models."""
+    schema = Spec.model_json_schema()
+    properties = schema["properties"]
+    for section in SECTIONS:
+        _let_omit(schema, section)
+        if short(section):
+            words = names(section)
+            word = {"enum": list(words)} if words else {"type": "string"}
+            about = properties[section].get("description")
+            properties[section] = {"anyOf": [word, _without(properties[section], "description", "default")]}
+            properties[section]["description"] = about
+        else:
+            properties[section].pop("default", None)
+    transform = schema["$defs"]["Transform"]
+    properties[SPARSITY] = dict(transform["properties"][SPARSITY])
+    transform["required"] = []
+    schema["required"] = ["model"]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "sparseift recipe"}
+
+
+def _without(schema: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {k: v for k, v in schema.items() if k not in keys}
+
+
+def _let_omit(schema: dict[str, Any], section: str) -> None:
+    """Values that a default fills in need not be written, but for the one that names the section."""
+    for model in variants(section):
+        definition = schema["$defs"][model.__name__]
+        key = model.SHORT
+        needed = key and key in definition.get("required", []) and section in ("model", "data")
+        definition["required"] = [key] if needed else []
+
+
+def json_schema_text() -> str:
+    """The file recipes/schema.json."""
+    return json.dumps(json_schema(), indent=1, ensure_ascii=False) + "\n"

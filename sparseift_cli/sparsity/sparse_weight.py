@@ -1,0 +1,129 @@
+"""One weight with a mask: the tensors that belong to it, and the only place where they change together.
+
+The boolean buffer beside the weight is the mask that everybody sees; `factor` is the same in the weight's dtype, because a
+gradient times a boolean mask is several times as slow. Both are changed in place, so whoever holds them stays right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from .attached import SUFFIX
+from .guard import multiply_
+from .layout import Block, Layout, NofM, parse_pattern
+from .mask import generator_for
+from .saliency import MaskLayout
+
+Fill = str | Callable[[str, Tensor], Tensor]
+
+
+class SparseWeight:
+    """A parameter, its mask, and what is counted about it. Cells are what moves as one: single weights, or whole blocks.
+
+    Raises:
+        UsageError: an N:M pattern although `moves`, or a mask that is not made of whole blocks.
+    """
+
+    def __init__(self, name: str, module: nn.Module, attribute: str, form: MaskLayout, *, moves: bool) -> None:
+        self.name = name
+        self._module, self._buffer = module, attribute + SUFFIX
+        self.parameter: nn.Parameter = module._parameters[attribute]  # pyright: ignore[reportAttributeAccessIssue]
+        kind = parse_pattern(form.get("pattern", "unstructured"))
+        if isinstance(kind, NofM):
+            if moves:
+                raise UsageError(
+                    f"the mask of {name} is {kind.n}:{kind.m}, which only static sparsity keeps",
+                    hint="use algorithm static, or an unstructured or block pattern",
+                )
+            kind = Block(1, 1)
+        self.block = kind
+        self._layout = Layout(tuple(self.parameter.shape), form.get("groups", 1), form.get("transposed", False))
+        self.size = kind.size
+        self.moves = moves and self.parameter.requires_grad
+        self.ever = self.mask.clone()
+        """Which places have ever been active, for the ITOP rate."""
+        self.factor = torch.empty_like(self.parameter, requires_grad=False).copy_(self.mask)
+        self.nnz = int(self.mask.count_nonzero())
+        self.churned = 0
+        """Weights that the last update made active."""
+        down, across = self._layout.grid(kind)
+        self.places = down * across
+        if self.size > 1 and moves and int(self.cells_of_mask().count_nonzero()) * self.size != self.nnz:
+            raise UsageError(f"the mask of {name} is not made of whole {kind.rows}x{kind.columns} blocks")
+
+    @property
+    def mask(self) -> Tensor:
+        """The boolean buffer, as it is now: `module.to` may have replaced it."""
+        mask = self._module._buffers[self._buffer]
+        assert mask is not None
+        return mask
+
+    @property
+    def active(self) -> int:
+        """Active cells."""
+        return self.nnz // self.size
+
+    def cells(self, scores: Tensor) -> Tensor:
+        """Scores [*shape] summed over each cell: [*shape] for single weights, else [block rows, block columns]."""
+        return scores if self.size == 1 else self._layout.to_blocks(self._layout.to_matrix(scores), self.block)
+
+    def cells_of_mask(self) -> Tensor:
+        """Which cells are active."""
+        return self.mask if self.size == 1 else self.cells(self.mask.float()) == self.size
+
+    def mask_of_cells(self, cells: Tensor) -> Tensor:
+        """The mask [*shape] with these active cells."""
+        return cells if self.size == 1 else self._layout.from_matrix(self._layout.from_blocks(cells, self.block))
+
+    @torch.no_grad()
+    def become(self, cells: Tensor, state: Iterable[Tensor] = ()) -> None:
+        """Give the weight the mask with these active cells. What it loses becomes zero, in the optimiser's `state` too.
+
+        What it gains is zero already, everywhere: inactive weights and their state always are.
+        """
+        new = self.mask_of_cells(cells)
+        self.churned = int((new & ~self.mask).count_nonzero())
+        self._take(new)
+        self.clear(state)
+
+    @torch.no_grad()
+    def clear(self, state: Iterable[Tensor] = ()) -> None:
+        """Zero at every inactive place: after a change of the mask, or an optimiser that does not leave it so."""
+        tensors = [self.parameter, *state]
+        multiply_(tensors, [self.factor] * len(tensors))
+
+    @torch.no_grad()
+    def restore(self, mask: Tensor, ever: Tensor, churned: int) -> None:
+        """The masks of a saved state, into the tensors that everybody holds; weights outside the mask become zero."""
+        self._take(mask.to(self.mask.device))
+        self.ever.copy_(ever)
+        self.churned = churned
+        self.parameter.masked_fill_(~self.mask, 0)
+
+    @torch.no_grad()
+    def open(self, cells: Tensor, fill: Fill, seed: int) -> None:
+        """Take a mask that has all active cells and more; the weights that this adds, all zero, get their first values.
+
+        `fill`: `normal`, of the root mean square of the weights that are active; `zeros`; or a function of (name, weight)
+        that gives values [*shape], of which those are taken. A weight that is not zero keeps its value.
+        """
+        new = self.mask_of_cells(cells)
+        added = new & ~self.mask & (self.parameter == 0)
+        if callable(fill):
+            values = fill(self.name, self.parameter.detach()).to(self.parameter)
+            self.parameter.copy_(torch.where(added, values, self.parameter))
+        elif fill == "normal" and self.nnz:
+            scale = float(self.parameter.double().square().sum() / self.nnz) ** 0.5
+            draw = torch.randn(self.parameter.shape, generator=generator_for(seed, self.name, "fill"))
+            self.parameter.copy_(torch.where(added, draw.mul_(scale).to(self.parameter), self.parameter))
+        self._take(new)
+
+    def _take(self, new: Tensor) -> None:
+        self.mask.copy_(new)
+        self.factor.copy_(new.view(torch.uint8))  # several times as fast as from booleans
+        self.ever |= new
+        self.nnz = int(new.count_nonzero())

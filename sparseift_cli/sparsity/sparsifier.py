@@ -1,0 +1,299 @@
+"""Sparse training in anyone's loop: one object beside the optimiser, one line between `backward` and the optimiser's step.
+
+    sparsifier = Sparsifier(model, optimizer, algorithm="rigl", total_steps=N)
+    for x, y in loader:
+        loss(model(x), y).backward()  # with accumulation: all of it
+        sparsifier.step()             # after all-reduce, unscaling and the non-finite check; before clipping
+        optimizer.step()
+        optimizer.zero_grad()
+
+Zeros are stored in the weights, so the forward pass knows nothing of masks. `step` multiplies gradients by their masks; then
+weights and optimiser state of inactive places stay exactly zero under SGD, Adam and AdamW. At a mask update `step` keeps
+the dense gradient, and a hook on the optimiser exchanges weights as soon as it has made its step.
+
+A grown weight starts at zero with zero state, so Adam's first step on it is large: with betas .9, .999 and many steps behind
+it (1 - .9) / sqrt(1 - .999) = 3.16 times the learning rate, whatever the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..errors import UsageError, one_of
+from .exchange import Regrow, exchange, extend, prune
+from .find import find_weights, unwrapped
+from .guard import all_finite, clear_unwritten, keeps_zeros, multiply_, require_finite, skipped_inside, state_of
+from .mask import generator_for
+from .ranks import check_ranks
+from .saliency import MaskLayout
+from .schedule import Decay
+from .settings import Settings
+from .sparse_weight import Fill, SparseWeight
+from .statistics import WeightStatistics, statistics_of
+
+if TYPE_CHECKING:
+    from ..plan import Plan
+
+SCHEMA = "sparseift.sparsifier/1"
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What a step computed with, for adding up the FLOPs that were spent."""
+
+    step: int
+    nnz: Mapping[str, int]
+    """Non-zeros of every sparse weight during this step's forward and backward pass."""
+    dense_gradients: bool
+    """Whether the weight gradients of this step were needed at every place: a mask update by gradient."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A mask update that waits for the optimiser's step."""
+
+    step: int
+    gradients: dict[str, Tensor]
+
+
+class Sparsifier:
+    """Keeps the weights that a model's masks leave out at zero, and moves the masks as an algorithm says.
+
+    Args:
+        model: with masks beside its weights (`sparseift_cli.transform`, `sparsity.attached.attach`), on its final device and
+            in its final dtype; DistributedDataParallel and torch.compile wrappers are looked through.
+        plan: may stand before the optimiser or be left out; it gives the pattern of the masks.
+        optimizer: holds every trained sparse weight.
+        algorithm: dense, static, set, rigl, gmp or granet.
+        total_steps: optimiser steps of the whole run; needed by every algorithm that moves masks.
+        delta_t, stop: masks change at steps t with 0 < t < stop * total_steps, delta_t | t (`isoflop.Schedule`).
+        drop_fraction, schedule: share of a layer's weights exchanged at an update, and how it falls: cosine, linear,
+            inverse_power, constant.
+        regrow: may what was just dropped return at once (`allow`, as RigL; it then keeps value and state), or `forbid`.
+        seed: of random growth and of ties. Random choices are functions of (seed, weight name, step).
+        layouts: pattern, groups and transposition of single weights where plan and module do not tell (`MaskLayout`).
+        fill: first values of the weights that gmp, granet and dense add to the attached masks: `normal`, with the root mean
+            square of the active ones, `zeros`, or a function of (name, weight [*shape]). Only zeros are filled.
+        check_finite: let `step` look for NaN and infinity in every gradient (one pass, one wait for the device).
+        state: a `state_dict()` to go on from; nothing is filled then.
+
+    Raises:
+        UsageError: no masks; an algorithm, schedule or option that does not exist; an N:M pattern with masks that move.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan | Optimizer | None, optimizer: Optimizer | None = None, *,
+                 algorithm: str = "rigl", total_steps: int | None = None, delta_t: int = 100,
+                 stop: float | str | Fraction = "0.75", drop_fraction: float = 0.3, schedule: Decay = "cosine",
+                 regrow: Regrow = "allow", seed: int = 0, layouts: Mapping[str, MaskLayout] | None = None,
+                 fill: Fill = "normal", check_finite: bool = False,
+                 state: Mapping[str, Any] | None = None) -> None:  # fmt: skip
+        if isinstance(plan, Optimizer):
+            plan, optimizer = None, plan
+        if optimizer is None:
+            raise UsageError("a Sparsifier needs the optimiser of the model", hint="Sparsifier(model, optimizer)")
+        if isinstance(fill, str):
+            one_of("fill", fill, ("normal", "zeros"))
+        self.settings = Settings(algorithm, total_steps, delta_t, stop, drop_fraction, schedule, regrow, seed)
+        self.optimizer, self.check_finite = optimizer, check_finite
+        pattern = plan.spec.pattern if plan else "unstructured"
+        self.weights = find_weights(unwrapped(model), optimizer, pattern, layouts or {}, moves=self.settings.moves)
+        if not self.weights and algorithm != "dense":
+            raise UsageError("the model has no sparse weights", hint="transform it first, or use algorithm dense")
+        self._remask = bool(self.weights) and not keeps_zeros(optimizer)
+        self.steps = 0
+        """Steps begun so far: the index of the next one."""
+        self.last: StepRecord | None = None
+        self._pending: _Pending | None = None
+        self._first_step = False
+        self._final = {w.name: w.active for w in self.weights}
+        self._start = {w.name: self._first(w) for w in self.weights}
+        if state is not None:
+            self.load_state_dict(state)
+        else:
+            self._open(fill)
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    # --- the loop ---
+
+    @torch.no_grad()
+    def step(self, found_inf: bool = False) -> bool:
+        """Mask the gradients; call it once a step, on all gradients, before clipping and before the optimiser's step.
+
+        Returns whether the optimiser may make its step: False where `found_inf` is true, or where `check_finite` is set and
+        a gradient is NaN or infinite. Then gradients are left as they are (inf * 0 would be NaN) and a mask update of this
+        step is lost; the step counts all the same. Under a GradScaler no check is needed: it skips such a step by itself,
+        and the update is lost likewise. The pruning of gmp and granet needs no gradient and is never lost: it happens here,
+        by the weights before the optimiser's step, so that the next step computes with the scheduled number of non-zeros.
+
+        Raises:
+            NonFiniteError: a weight that is to be pruned is NaN or infinite; no weight or mask has changed then. At a mask
+                update by gradient the optimiser's step raises it, before it changes a weight.
+        """
+        t, self._pending = self.steps, None
+        self.steps += 1
+        exchanging = self.settings.exchanges_at(t)
+        by_gradient = exchanging and self.settings.algorithm.uses_gradient
+        self.last = StepRecord(t, self._nnz, by_gradient)
+        finite = not found_inf and not (self.check_finite and not all_finite(self._gradients()))
+        if finite and exchanging:
+            self._pending = _Pending(t, self._dense_gradients() if by_gradient else {})
+        self._prune(t + 1)
+        if finite:
+            live = [(w.parameter.grad, w.factor) for w in self.weights if w.nnz < w.factor.numel()]
+            pairs = [(g, factor) for g, factor in live if g is not None]
+            multiply_([g for g, _ in pairs], [factor for _, factor in pairs])
+        return finite
+
+    def close(self) -> None:
+        """Take the hooks off the optimiser; masks stay as they are."""
+        for hook in self._hooks:
+            hook.remove()
+
+    # --- what it knows ---
+
+    @property
+    def nnz(self) -> Mapping[str, int]:
+        """Non-zeros of every sparse weight, as the next step will compute with them."""
+        return self._nnz
+
+    def masks(self) -> dict[str, Tensor]:
+        """Weight name -> the boolean buffer [*shape]."""
+        return {w.name: w.mask for w in self.weights}
+
+    def statistics(self) -> dict[str, WeightStatistics]:
+        """Density, ITOP rate and churn of every sparse weight; waits for the device. `statistics.total` adds them up."""
+        return {w.name: statistics_of(w) for w in self.weights}
+
+    def check_ranks(self) -> None:
+        """Raise CheckFailed where masks are not equal on every rank of torch.distributed; every rank must call it."""
+        check_ranks(self.masks())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a bit-exact resume needs beside weights and optimiser, between two steps: JSON values and copies of tensors.
+
+        An update waits only between `step` and the optimiser's step, so none is in here.
+        """
+        return {
+            "schema": SCHEMA,
+            "settings": self.settings.to_json(),
+            "step": self.steps,
+            "final": dict(self._final),
+            "start": dict(self._start),
+            "churned": {w.name: w.churned for w in self.weights},
+            "masks": {w.name: w.mask.clone() for w in self.weights},
+            "ever": {w.name: w.ever.clone() for w in self.weights},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict()`, in the tensors that model and hooks hold already; weights outside masks become zero.
+
+        Load the model's and the optimiser's state after the Sparsifier was made, or give it `state` when it is made: the
+        weights that gmp and granet add would else be filled over.
+
+        Raises:
+            UsageError: a state of another kind, other settings, or other weights.
+        """
+        if state.get("schema") != SCHEMA:
+            raise UsageError(f"no state of a Sparsifier: schema {state.get('schema')!r}, not {SCHEMA!r}")
+        mine, theirs = self.settings.to_json(), state["settings"]
+        changed = [f"{key} {theirs.get(key)!r} -> {mine[key]!r}" for key in mine if mine[key] != theirs.get(key)]
+        if changed:
+            raise UsageError(
+                f"the saved run was another one: {', '.join(changed)}", hint="resume with the same settings"
+            )
+        shapes = {w.name: tuple(w.mask.shape) for w in self.weights}
+        if shapes != {name: tuple(mask.shape) for name, mask in state["masks"].items()}:
+            raise UsageError("the saved masks are of other weights", hint="build the model as the saved run did")
+        self.steps, self._pending, self.last = int(state["step"]), None, None
+        self._final, self._start = dict(state["final"]), dict(state["start"])
+        for w in self.weights:
+            w.restore(state["masks"][w.name], state["ever"][w.name], int(state["churned"][w.name]))
+        self._count()
+
+    # --- updates ---
+
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """Before the optimiser touches a weight: a gradient that is not finite ends the run at a mask update."""
+        self._first_step = not optimizer.state
+        if self._pending is not None and not skipped_inside(optimizer):
+            require_finite(self._pending.gradients, "the gradient", self._pending.step)
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        pending, self._pending = self._pending, None
+        if self._first_step and optimizer.state and skipped_inside(optimizer):
+            clear_unwritten(optimizer)
+        if self._remask:
+            for w in self.weights:
+                w.clear(state_of(optimizer, w.parameter))
+        if pending is not None and not skipped_inside(optimizer):
+            moving = [w for w in self.weights if w.moves]
+            require_finite({w.name: w.parameter for w in moving}, "the weight", pending.step)
+            for w in moving:
+                self._exchange(w, pending)
+
+    def _exchange(self, w: SparseWeight, pending: _Pending) -> None:
+        algorithm, t = self.settings.algorithm, pending.step
+        gradient = pending.gradients.pop(w.name, None)
+        n = self.settings.drops(w.active, t)
+        if not n or w.active == w.places or (algorithm.uses_gradient and gradient is None):
+            return  # nothing to choose, or the layer had no part in this step
+        drop = w.cells(algorithm.drop_scores(w.parameter))
+        grow = w.cells(
+            algorithm.grow_scores(w.parameter, gradient, generator_for(self.settings.seed, w.name, "grow", str(t)))
+        )
+        ties = generator_for(self.settings.seed, w.name, "ties", str(t))
+        cells = exchange(w.cells_of_mask(), w.active, drop, grow, n, ties, self.settings.regrow)
+        w.become(cells, state_of(self.optimizer, w.parameter))
+
+    def _prune(self, t: int) -> None:
+        """Bring every weight down to the non-zeros that step `t` computes with."""
+        wanted = {
+            w: self.settings.nonzeros(t, self._start[w.name], self._final[w.name]) for w in self.weights if w.moves
+        }
+        down = {w: n for w, n in wanted.items() if n < w.active}
+        if not down:
+            return
+        require_finite({w.name: w.parameter for w in down}, "the weight", t)
+        for w, n in down.items():
+            scores = w.cells(self.settings.algorithm.drop_scores(w.parameter))
+            ties = generator_for(self.settings.seed, w.name, "prune", str(t))
+            w.become(prune(w.cells_of_mask(), w.active, scores, n, ties), state_of(self.optimizer, w.parameter))
+        self._count()
+
+    def _dense_gradients(self) -> dict[str, Tensor]:
+        return {w.name: w.parameter.grad.clone() for w in self.weights if w.moves and w.parameter.grad is not None}
+
+    def _gradients(self) -> list[Tensor]:
+        held = (p.grad for group in self.optimizer.param_groups for p in group["params"])
+        return [g for g in held if g is not None]
+
+    # --- the start ---
+
+    def _first(self, w: SparseWeight) -> int:
+        """The cells that are active at step 0: of the algorithm's start density rounded down, and all that are attached."""
+        density = self.settings.algorithm.start
+        if density is None or not w.moves:
+            return w.active
+        return max(w.active, min(w.places, int(density * w.factor.numel() / w.size)))
+
+    def _open(self, fill: Fill) -> None:
+        for w in self.weights:
+            n = self.settings.nonzeros(0, self._start[w.name], self._final[w.name])
+            if n > w.active:
+                cells = extend(w.cells_of_mask(), w.active, n, generator_for(self.settings.seed, w.name, "start"))
+                w.open(cells, fill, self.settings.seed)
+        self._count()
+
+    def _count(self) -> None:
+        self._nnz: Mapping[str, int] = {w.name: w.nnz for w in self.weights}

@@ -1,0 +1,228 @@
+"""The loop. One optimiser step a turn; everything random is a function of (seed, step), so a run can stop and go on anywhere.
+
+for step in range(start, steps):
+    backward of every micro-batch          gradients averaged over all processes
+    a loss or gradient that is no number   ends the run before a weight is touched
+    sparsifier.step()                      masks the gradients, keeps dense ones at a mask update
+    clip, optimizer.step()                 a hook exchanges weights at a mask update
+    now and then: evaluate, write a line of metrics, write a checkpoint
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+
+from ..errors import DivergedError, InterruptedRun
+from ..runs.directory import RunDirectory
+from ..runs.metrics import Metrics
+from ..sparsity.guard import all_finite
+from ..sparsity.statistics import total
+from .evaluate import LOWER_IS_BETTER, evaluate, logits_of, loss_of
+from .prepare import Prepared
+from .processes import Processes
+from .signals import stop_requested
+from .state import pack, unpack
+
+Report = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass
+class Progress:
+    """What a run carries along beside its tensors."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best: float | None = None
+    losses: list[Tensor] = field(default_factory=list)  # of the steps since the last line of metrics
+    last: dict[str, Any] = field(default_factory=dict)
+
+
+def train(run: Prepared, folder: RunDirectory, processes: Processes, report: Report) -> dict[str, Any]:
+    """Train from the newest checkpoint of `folder` (or from step 0) to the end; the summary of the run.
+
+    `report` hears of every line of metrics. Rank 0 alone writes.
+
+    Raises:
+        DivergedError: a loss or gradient is no number. Weights and checkpoints are those before that step.
+        InterruptedRun: SIGTERM or SIGINT; a checkpoint was written first.
+        ArtifactError: the run directory cannot be read or written.
+    """
+    loaded, metrics = folder.resume() if processes.first else (folder.checkpoints.newest(), None)
+    progress = Progress()
+    model, settings = run.model, run.spec.training
+    scaler = GradScaler(processes.device.type, enabled=settings.precision == "fp16")
+    if loaded is not None:
+        unpack(loaded, model, run.optimizer, run.sparsifier)
+        _restore(progress, run, scaler, loaded.state)
+    forward = processes.wrap(torch.compile(model) if settings.compile else model)  # pyright: ignore[reportArgumentType]
+    evaluate_every = run.every(run.spec.evaluation.every)
+    save_every = run.every(run.spec.checkpoint.every)
+    began = time.perf_counter() - progress.seconds
+    while progress.step < run.steps:
+        step = progress.step
+        torch.manual_seed(_stream(run.seed, step, processes.rank))
+        for group in run.optimizer.param_groups:
+            group["lr"] = run.rate(step)
+        loss = _backward(run, forward, step, scaler, processes)
+        _update(run, loss, scaler, step, processes)
+        run.spent.add(run.sparsifier.last if run.sparsifier else None)
+        progress.step = step + 1
+        progress.losses.append(loss)
+        progress.seconds = time.perf_counter() - began
+        at_end = progress.step == run.steps
+        if at_end or progress.step % evaluate_every == 0:
+            _measure(run, progress, metrics, processes, report)
+        stopping = stop_requested(processes)
+        if at_end or stopping or progress.step % save_every == 0:
+            _save(run, progress, folder, metrics, scaler, processes)
+        if stopping and not at_end:
+            raise InterruptedRun(f"stopped after step {progress.step} of {run.steps}; the checkpoint is in {folder.path}",
+                                 stopping)  # fmt: skip
+    return _summary(run, progress)
+
+
+def _backward(run: Prepared, forward: nn.Module, step: int, scaler: GradScaler, processes: Processes) -> Tensor:
+    """Gradients of the global batch of `step`, and its mean loss on this rank."""
+    settings = run.spec.training
+    x, y = run.train.at(step)
+    micro = settings.accumulate
+    mean = torch.zeros((), device=x.device)
+    for i, (part, target) in enumerate(zip(x.chunk(micro), y.chunk(micro), strict=True)):
+        with processes.without_averaging(forward, last=i == micro - 1):
+            with run.autocast():
+                logits = logits_of(forward(part))
+                loss = loss_of(logits, target, smoothing=settings.label_smoothing) / micro
+            scaler.scale(loss).backward()
+        mean += loss.detach()
+    return mean
+
+
+def _update(run: Prepared, loss: Tensor, scaler: GradScaler, step: int, processes: Processes) -> None:
+    """The optimiser's step, or none: a NaN never reaches a weight."""
+    gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
+    scaler.unscale_(run.optimizer)
+    scaled = scaler.is_enabled()  # fp16: an overflow is expected now and then, and the scaler skips its step
+    bad = not bool(loss.isfinite()) or (not scaled and not all_finite(gradients))
+    if processes.agree(bad):
+        raise DivergedError(f"step {step}: the loss is {float(loss):g} and its gradients are not finite",
+                            hint="lower optimizer.lr, lengthen schedule.warmup, or set training.clip; "
+                                 "weights and checkpoints are those before this step")  # fmt: skip
+    if run.sparsifier is not None:
+        run.sparsifier.step(found_inf=scaled and not all_finite(gradients))
+    if run.spec.training.clip is not None:
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.spec.training.clip)
+    scaler.step(run.optimizer)
+    scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+
+
+def _measure(run: Prepared, progress: Progress, metrics: Metrics | None, processes: Processes, report: Report) -> None:
+    """Evaluate, and write one line."""
+    found = evaluate(run.model, run.held_out, run.spec.evaluation.metrics, processes, run.autocast)
+    train_loss = processes.sum(torch.stack(progress.losses).mean()) / processes.world
+    progress.losses.clear()
+    row: dict[str, Any] = {
+        "step": progress.step,
+        "epoch": progress.step / run.train.steps_per_epoch,
+        "lr": run.rate(progress.step - 1),
+        "train_loss": float(train_loss),
+        **found,
+        "flops": run.spent.total,
+        "seconds": round(progress.seconds, 3),
+        **_memory(run, processes.device),
+    }
+    if run.sparsifier is not None:
+        masks = total(run.sparsifier.statistics().values())
+        row |= {"density": masks.density, "itop_rate": masks.itop_rate, "churn": masks.churn}
+    progress.last = row
+    score = _score(run, row)
+    if score is not None and (progress.best is None or _better(run, score, progress.best)):
+        progress.best = score
+    if metrics is not None:
+        metrics.append(row)
+        report(row)
+
+
+def _score(run: Prepared, row: Mapping[str, Any]) -> float | None:
+    metric = run.spec.checkpoint.best or run.spec.evaluation.metrics[0]
+    return row.get(metric)
+
+
+def _better(run: Prepared, score: float, than: float) -> bool:
+    metric = run.spec.checkpoint.best or run.spec.evaluation.metrics[0]
+    return score < than if metric in LOWER_IS_BETTER else score > than
+
+
+def _save(run: Prepared, progress: Progress, folder: RunDirectory, metrics: Metrics | None, scaler: GradScaler,
+          processes: Processes) -> None:  # fmt: skip
+    if metrics is None:
+        return
+    tensors, state = pack(run.model, run.optimizer, run.sparsifier)
+    state |= {
+        "step": progress.step,
+        "spent": run.spent.state(),
+        "seconds": progress.seconds,
+        "best": progress.best,
+        "losses": [float(loss) for loss in progress.losses],
+        "last": progress.last,
+        "scaler": scaler.state_dict(),
+    }
+    fresh = progress.last.get("step") == progress.step
+    folder.save(progress.step, tensors, state, metrics, score=_score(run, progress.last) if fresh else None)
+
+
+def _restore(progress: Progress, run: Prepared, scaler: GradScaler, state: Mapping[str, Any]) -> None:
+    progress.step, progress.seconds, progress.best = int(state["step"]), float(state["seconds"]), state["best"]
+    device = next(run.model.parameters()).device
+    progress.losses = [torch.tensor(loss, device=device) for loss in state["losses"]]
+    progress.last = dict(state["last"])
+    run.spent.restore(state["spent"])
+    if scaler.is_enabled():
+        scaler.load_state_dict(dict(state["scaler"]))
+
+
+def _summary(run: Prepared, progress: Progress) -> dict[str, Any]:
+    audited = run.audit.transformed or run.audit.dense
+    return {
+        "schema": "sparseift.summary/1",
+        "recipe": run.recipe.name,
+        "seed": run.seed,
+        "steps": run.steps,
+        "metrics": progress.last,
+        "best": progress.best,
+        "flops": {
+            "spent": run.spent.total,
+            "audited": round(2 * audited.training_macs * run.steps * run.spec.training.batch_size),
+            "dense": round(2 * run.audit.dense.training_macs * run.steps * run.spec.training.batch_size),
+        },
+        "params": audited.params,
+        "nonzero_params": audited.nonzero_params,
+        "seconds": round(progress.seconds, 3),
+    }
+
+
+def _memory(run: Prepared, device: torch.device) -> dict[str, int]:
+    """Bytes: the largest that was held so far (of the process, or of the GPU), and what the optimiser keeps."""
+    import resource
+
+    state = run.optimizer.state_dict()["state"].values()
+    held = sum(t.nbytes for values in state for t in values.values() if isinstance(t, Tensor))
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"peak_bytes": peak, "optimizer_bytes": held}
+
+
+def _stream(seed: int, step: int, rank: int) -> int:
+    """The seed of what is random inside a forward pass (dropout) at a step."""
+    from ..sparsity.mask import generator_for
+
+    return generator_for(seed, "forward", str(step), str(rank)).initial_seed()

@@ -1,0 +1,202 @@
+"""Everything that a run needs before its first step, made from a recipe: data, model, masks, optimiser, schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..conversion import convert
+from ..data import Batches, DataSet, open_data
+from ..errors import UsageError
+from ..flop_audit import Audit, audit
+from ..recipe.durations import in_steps
+from ..recipe.load import Recipe, require_data, run_steps
+from ..recipe.opening import opening
+from ..request import Request, parse_input
+from ..source import build
+from ..sparsity import force_masks, scores
+from ..sparsity.sparsifier import Sparsifier
+from ..spec import TrainingSpec, TransformSpec
+from ..trace.build import trace
+from ..transforms.edits import Masked
+from ..transforms.transformation import Options, Transformation
+from .evaluate import logits_of, loss_of
+from .optimizers import learning_rate, make_optimizer
+from .processes import Processes
+from .spent import Spent
+
+if TYPE_CHECKING:
+    from ..recipe.schema import Spec
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Prepared:
+    """A run that is ready to begin (or to be resumed)."""
+
+    recipe: Recipe
+    spec: Spec
+    seed: int
+    steps: int
+    dataset: DataSet
+    train: Batches
+    held_out: Batches
+    model: nn.Module
+    optimizer: Optimizer
+    sparsifier: Sparsifier | None
+    rate: Callable[[int], float]
+    audit: Audit
+    spent: Spent
+    transformation: Transformation | None
+
+    def every(self, duration: float | str) -> int:
+        """A duration of the recipe in steps, at least one."""
+        return max(1, in_steps(duration, run_steps=self.steps, epoch_steps=self.train.steps_per_epoch,
+                               unit=self.spec.training.unit))  # fmt: skip
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Mixed precision, where the recipe asks for it."""
+        dtype = _DTYPES.get(self.spec.training.precision)
+        device = next(self.model.parameters()).device
+        return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def prepare(recipe: Recipe, seed: int, processes: Processes) -> Prepared:
+    """Open the data, build and transform the model, and put both on the device.
+
+    Raises:
+        UsageError: data that is not there, a model that does not fit it, numbers that contradict each other.
+        CheckFailed: no density fits the FLOP budget.
+    """
+    require_data(recipe)
+    spec = recipe.spec
+    name, root, options = opening(spec)
+    dataset = open_data(name, root, **options)
+    train, held_out = _batches(spec, dataset, seed, processes)
+    steps = run_steps(spec, train.steps_per_epoch * spec.training.batch_size)
+    assert steps is not None
+    training = _counting(recipe, steps)
+    model, done, counted = _model(recipe, dataset, train, seed, training)
+    if spec.training.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    model = model.to(processes.device).train()
+    optimizer = make_optimizer(model, spec, processes.device)
+    algorithm = spec.algorithm
+    sparsifier = None
+    if done is not None:
+        sparsifier = Sparsifier(
+            model, done.plan, optimizer, algorithm=algorithm.name, total_steps=steps, delta_t=algorithm.delta_t,
+            stop=str(algorithm.stop), drop_fraction=algorithm.drop_fraction, schedule=algorithm.decay,
+            regrow=algorithm.regrow, seed=seed,
+        )  # fmt: skip
+    masked: tuple[Masked, ...] = done.surgery.masked if done else ()
+    layers = counted.plan.layers if counted.plan else _dense_rows(counted)
+    spent = Spent(layers, masked, spec.training.batch_size, recompute=training.recompute)
+    rate = learning_rate(spec, steps, train.steps_per_epoch)
+    return Prepared(
+        recipe, spec, seed, steps, dataset, train, held_out, model, optimizer, sparsifier, rate, counted, spent, done
+    )
+
+
+def _batches(spec: Spec, dataset: DataSet, seed: int, processes: Processes) -> tuple[Batches, Batches]:
+    training, data = spec.training, spec.data
+    assert data is not None
+    if training.batch_size % (processes.world * training.accumulate):
+        raise UsageError(f"batch_size {training.batch_size} does not divide over {processes.world} processes and "
+                         f"{training.accumulate} micro-batches")  # fmt: skip
+    seq = _seq(spec, dataset)
+    shared: dict[str, Any] = {
+        "device": processes.device, "rank": processes.rank, "world": processes.world, "seq": seq,
+        "workers": data.workers, "channels_last": training.channels_last,
+    }  # fmt: skip
+    augment: Any = None if data.augment == "none" else "default"
+    train = Batches(dataset, "train", training.batch_size, seed, augment=augment, limit=data.limit, **shared)
+    size = spec.evaluation.batch_size or training.batch_size
+    return train, Batches(dataset, dataset.held_out, size, seed, train=False, limit=spec.evaluation.limit, **shared)
+
+
+def _seq(spec: Spec, dataset: DataSet) -> int | None:
+    if dataset.kind != "tokens":
+        return None
+    if spec.model.seq is not None:
+        return spec.model.seq
+    built = build(Request(spec.model.name))
+    return built.input_shape[1]
+
+
+def _counting(recipe: Recipe, steps: int) -> TrainingSpec:
+    spec = recipe.spec
+    known = {k: v for k, v in recipe.training.items() if k != "steps"}
+    if spec.transform is None:
+        known["algorithm"] = "dense"
+    return TrainingSpec(**known, steps=steps)
+
+
+def request_of(spec: Spec, dataset: DataSet | None) -> Request:
+    """The dense model that a recipe means: classes and input follow the data where the recipe does not say."""
+    classes, image = spec.model.num_classes, parse_input(spec.model.input)
+    if dataset is not None and dataset.kind == "image" and ":" not in spec.model.name:
+        classes, image = classes or dataset.classes, image or tuple(dataset.shape)
+    return Request(spec.model.name, classes, image, spec.model.seq)
+
+
+def _model(recipe: Recipe, dataset: DataSet, train: Batches, seed: int,
+           training: TrainingSpec) -> tuple[nn.Module, Transformation | None, Audit]:  # fmt: skip
+    spec = recipe.spec
+    request = request_of(spec, dataset)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if spec.transform is None:
+            built = build(request, device="cpu")
+            table = trace(built.model, built.args, built.kwargs, name=built.name, input_shape=built.input_shape).table
+            return built.model, None, audit(table, None, training)
+        options = Options(
+            start=spec.init.start, init=spec.init.weights, seed=seed, connect=spec.init.connect,
+            preserve_slack=spec.init.slack, scores=_ranking(spec, train, seed),
+        )  # fmt: skip
+        wanted = TransformSpec.of(recipe.transform)
+        checkpoint = spec.init.checkpoint if spec.init.start == "preserve" else None
+        model, done = convert(
+            request, wanted, checkpoint=checkpoint, key=spec.init.key, training=training, options=options
+        )
+        return model, done, audit(done.plan.table, done.plan.spec, training)
+
+
+def _ranking(spec: Spec, train: Batches, seed: int) -> Any:
+    """What Options.scores wants: None, `magnitude`, or a saliency on the first training batch."""
+    method = spec.init.masks
+    if method in ("random", "magnitude"):
+        return None if method == "random" else "magnitude"
+
+    def rank(model: nn.Module, counts: Mapping[str, int]) -> Mapping[str, Tensor]:
+        x, y = train.batch(0, 0)
+        batches = [(x.cpu(), y.cpu())]
+
+        def loss(output: Any, target: Tensor) -> Tensor:
+            return loss_of(logits_of(output), target)
+
+        if method == "force":
+            masks = force_masks(model, counts, batches, loss, seed=seed)
+            return {key: mask.float() for key, mask in masks.items()}
+        return scores(model, list(counts), batches, loss, method=method, seed=seed)
+
+    return rank
+
+
+def _dense_rows(counted: Audit) -> Any:
+    from ..flop_audit import rows
+
+    return rows(counted)
+
+
+def with_seed(recipe: Recipe, seed: int) -> Recipe:
+    """The recipe of one run: its seed, and no list of them."""
+    training = recipe.spec.training.model_copy(update={"seed": seed, "seeds": ()})
+    return replace(recipe, spec=recipe.spec.model_copy(update={"training": training}))

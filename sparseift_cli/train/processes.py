@@ -1,0 +1,97 @@
+"""One process or several: what torchrun's environment says, and the few things that have to be said between them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """This process among `world` of them; rank 0 is the one that writes."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """`values` added up over all processes."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def agree(self, flag: bool) -> bool:
+        """Whether any process says yes, told to all of them."""
+        if self.world == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+
+    def from_first(self, text: str) -> str:
+        """What rank 0 says."""
+        if self.world == 1:
+            return text
+        held = [text]
+        dist.broadcast_object_list(held, src=0)
+        return held[0]
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The module whose backward averages gradients over all processes."""
+        if self.world == 1:
+            return model
+        return DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def without_averaging(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+        """For every micro-batch of an accumulated step but the last one."""
+        return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
+
+
+@contextmanager
+def processes(wanted: str) -> Iterator[Processes]:
+    """Join the other processes, where torchrun started several; `wanted` is the recipe's device.
+
+    Raises:
+        UsageError: no such device.
+    """
+    world, rank, local = (
+        int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
+    )
+    device = pick_device(wanted, local)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world == 1:
+        yield Processes(device)
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Processes(device, rank, world)
+    finally:
+        dist.destroy_process_group()
+
+
+def pick_device(wanted: str, local: int = 0) -> torch.device:
+    """`auto`: the GPU of this local rank, where there is one, else the CPU."""
+    if wanted == "auto":
+        return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise UsageError(f"no device is called {wanted!r}", hint="auto, cpu, cuda, cuda:1 or mps") from None
+    missing = (device.type == "cuda" and not torch.cuda.is_available()) or (
+        device.type == "mps" and not torch.backends.mps.is_available()
+    )
+    if missing or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        raise UsageError(f"this machine has no device {wanted}", hint="--set training.device=auto takes what there is")
+    return torch.device("cuda", local) if device.type == "cuda" and "index" not in repr(device) else device

@@ -1,0 +1,69 @@
+"""A run between two steps, as tensors and JSON, and back: model, optimiser, masks, counters. No random state: all randomness is
+a function of (seed, stream, step).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..errors import ArtifactError
+from ..runs.checkpoint import Loaded
+from ..sparsity.sparsifier import Sparsifier
+
+
+def pack(
+    model: nn.Module, optimizer: Optimizer, sparsifier: Sparsifier | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by name and what is no tensor; `unpack` is its inverse."""
+    tensors = {f"model/{name}": t.detach() for name, t in model.state_dict(keep_vars=True).items()}
+    numbers: dict[str, dict[str, Any]] = {}
+    for index, held in optimizer.state_dict()["state"].items():
+        for name, value in held.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{index}/{name}"] = value
+            elif value is not None:
+                numbers.setdefault(str(index), {})[name] = value
+    masks: dict[str, Any] | None = None
+    if sparsifier is not None:
+        masks = dict(sparsifier.state_dict())
+        for kind in ("masks", "ever"):
+            tensors |= {f"{kind}/{name}": t for name, t in masks.pop(kind).items()}
+    return tensors, {"optimizer": numbers, "sparsifier": masks}
+
+
+def unpack(loaded: Loaded, model: nn.Module, optimizer: Optimizer, sparsifier: Sparsifier | None) -> None:
+    """Put a checkpoint back into the very tensors that are in use.
+
+    Raises:
+        ArtifactError: it is of another model.
+    """
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "masks": {}, "ever": {}}
+    for name, tensor in loaded.tensors.items():
+        kind, _, rest = name.partition("/")
+        parts[kind][rest] = tensor
+    own = dict(model.state_dict(keep_vars=True))
+    wrong = list(own.keys() ^ parts["model"].keys())
+    wrong += [n for n in own.keys() & parts["model"].keys() if own[n].shape != parts["model"][n].shape]
+    if wrong:
+        raise ArtifactError(f"{loaded.path} is of another model: {', '.join(sorted(wrong)[:4])}",
+                            hint="resume with the code and the recipe that began the run")  # fmt: skip
+    if sparsifier is not None:
+        state: dict[str, Any] = dict(loaded.state["sparsifier"])
+        sparsifier.load_state_dict(state | {"masks": parts["masks"], "ever": parts["ever"]})
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(parts["model"][name])
+    optimizer.load_state_dict(_optimizer_state(optimizer, parts["optimizer"], loaded.state["optimizer"]))
+
+
+def _optimizer_state(optimizer: Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> dict[str, Any]:
+    held: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in numbers.items()}
+    for key, tensor in tensors.items():
+        index, _, name = key.partition("/")
+        held.setdefault(int(index), {})[name] = tensor
+    return {"state": held, "param_groups": optimizer.state_dict()["param_groups"]}

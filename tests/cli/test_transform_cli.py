@@ -1,0 +1,99 @@
+"""`sparseift transform` as a user types it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sparseift_cli
+from sparseift_cli.cli.app import main
+
+
+@pytest.fixture
+def sparseift(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sparseift", *words])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return run
+
+
+def test_from_the_zoo_to_a_folder_and_back(sparseift, tmp_path: Path) -> None:
+    out = tmp_path / "wide"
+    code, stdout, stderr = sparseift("transform", "resnet20", "-s", "0.75", "-o", str(out), "--export", "dense")
+    assert code == 0
+    assert "layer1.0.conv1" in stdout and "Written to" in stderr and "Counted again" in stderr
+    again = sparseift("flops", str(out), "--json")[1]
+    asked = sparseift("flops", "resnet20", "-s", "0.75", "--json")[1]
+    assert json.loads(again)["totals"] == json.loads(asked)["totals"]
+    code, stdout, _ = sparseift("inspect", str(out), "--values")
+    assert code == 0 and "layer1.0.conv1.weight" in stdout
+    model = sparseift_cli.load(out)
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    code, _, stderr = sparseift("transform", "resnet20", "-s", "0.75", "-o", str(out))
+    assert code == 4 and "--force" in stderr
+    assert sparseift("transform", "resnet20", "-s", "0.5", "-o", str(out), "--force")[0] == 0
+    assert sparseift("flops", str(out), "-s", "0.9")[0] == 2
+
+
+def test_json_is_the_audit_and_what_was_measured(sparseift, tmp_path: Path) -> None:
+    code, stdout, _ = sparseift(
+        "transform", "resnet20", "-s", "0.5", "-t", "doped", "-o", str(tmp_path / "o"), "--json"
+    )
+    data = json.loads(stdout)
+    assert code == 0
+    assert data["schema"] == "sparseift.flops/1"
+    assert data["measured"]["forward_macs"] == data["totals"]["transformed"]["forward_macs"]
+    assert data["measured"]["nonzero_params"] == data["totals"]["transformed"]["nonzero_params"]
+
+
+def test_plan_only_writes_no_weights(sparseift, tmp_path: Path) -> None:
+    out = tmp_path / "plan"
+    assert sparseift("transform", "gpt3_13b", "-s", "0.5", "--plan-only", "--summary", "-o", str(out))[0] == 0
+    assert sorted(p.name for p in out.iterdir()) == [
+        "audit.json", "plan.json", "provenance.json", "surgery.json", "table.json"]  # fmt: skip
+
+
+def test_a_foreign_checkpoint(sparseift, tmp_path: Path, shared: Path) -> None:
+    source = shared / "data" / "checkpoints" / "resnet20-12fca82f.th"
+    out = tmp_path / "out"
+    code, _, stderr = sparseift("transform", str(source), "-s", "0.75", "-o", str(out))
+    assert code == 0, stderr
+    assert json.loads((out / "provenance.json").read_text())["source"]["source"] == "resnet20"
+    assert sparseift_cli.load(out)(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (("resnet20", "-s", "0.5"), 2, "-o FOLDER"),
+        (("resnet20", "-o", "x"), 2, "--sparsity"),
+        (("resnet20", "-s", "0.5", "-o", "x", "--init", "preserved"), 2, "did you mean 'preserve'"),
+        (("resnet20", "-s", "0.5", "--plan-only", "--init", "preserve"), 2, "no weights to preserve"),
+        (("resnet21", "-s", "0.5", "--plan-only"), 2, "did you mean"),
+        (("resnet20", "-s", "0.5", "--plan-only", "--model", "resnet20"), 2, "for checkpoint files"),
+        (("torchvision:resnet19", "-s", "0.5", "--plan-only"), 2, "torchvision"),
+        (("hf:nowhere", "-s", "0.5", "--plan-only"), 2, "nothing is downloaded"),
+        (("nowhere.pth", "-s", "0.5", "-o", "x"), 2, "nowhere.pth"),
+        (("resnet20", "-s", "0.5", "-o", "x", "-f", "github"), 2, "no gates"),
+        (("resnet20", "-s", "1.5", "-o", "x"), 2, "not a number in [0, 1)"),
+    ],
+)
+def test_mistakes_are_explained(
+    sparseift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], code: int, told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    got, stdout, stderr = sparseift("transform", *words)
+    assert (got, stdout) == (code, "")
+    assert told in stderr and "Traceback" not in stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,142 @@
+"""Folders that `sparseift transform` wrote: read back bit for bit, refused when they are damaged, never half written."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import sparseift_cli as sparseift
+from sparseift_cli.errors import ArtifactError, UsageError
+from sparseift_cli.sparsity.attached import masks_of
+from sparseift_cli.zoo import registry
+
+X = torch.randn(2, 3, 8, 8)
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.Flatten(), nn.Linear(192, 5)
+    )
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> tuple[nn.Module, Path]:
+    new, _ = sparseift.transform(net(), X, sparsity=0.75)
+    return new, sparseift.save(new, tmp_path / "out")
+
+
+@pytest.mark.parametrize("member", ["wide", "parallel", "factorized", "doped"])
+def test_a_round_trip_is_exact(member: str, tmp_path: Path) -> None:
+    new, _ = sparseift.transform(net(), X, member=member, sparsity=0.75)
+    path = sparseift.save(new, tmp_path / "out", state_dict=True)
+    with torch.device("meta"):
+        dense = net()
+    back = sparseift.load(path, into=dense)
+    assert torch.equal(back(X), new.eval()(X))
+    assert all(torch.equal(m, masks_of(new)[k]) for k, m in masks_of(back).items())
+    assert list(masks_of(back)) == list(masks_of(new))
+    assert sparseift.audit(back, X).forward_ratio == sparseift.flops(str(path)).forward_ratio
+    assert sparseift.flops(str(path)).plan.to_json() == json.loads((path / "plan.json").read_text())
+    plain = torch.load(path / "state_dict.pt", weights_only=True)
+    assert plain.keys() == new.state_dict().keys()
+    assert sparseift.save(back, tmp_path / "again").is_dir()
+
+
+def test_ties_survive(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = registry.build("llama_tiny")
+    ids = torch.randint(0, 100, (1, 8))
+    new, _ = sparseift.transform(model, ids, sparsity=0.5)
+    back = sparseift.load(sparseift.save(new, tmp_path / "out"), into=model)
+    assert back.get_parameter("lm_head.weight") is back.get_parameter("model.embed_tokens.weight")
+    assert torch.equal(back(ids), new.eval()(ids))
+
+
+def test_the_dense_model_must_be_given_where_no_source_names_it(written) -> None:
+    with pytest.raises(UsageError, match="does not say how"):
+        sparseift.load(written[1])
+    with pytest.raises(UsageError, match="does not fit this Linear"):
+        sparseift.load(written[1], into=nn.Linear(3, 3))
+
+
+def damage(path: Path, kind: str) -> None:
+    if kind == "missing":
+        path.unlink()
+    elif kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-20])
+    elif kind == "garbage":
+        path.write_bytes(b"\x00" + os.urandom(64))
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "masks.safetensors", "plan.json", "table.json", "surgery.json", "provenance.json"]
+)
+@pytest.mark.parametrize("kind", ["missing", "truncated", "garbage"])
+def test_damage_is_one_sentence(written, name: str, kind: str) -> None:
+    _, path = written
+    damage(path / name, kind)
+    if name == "model.safetensors" and kind == "missing":
+        assert all(p.is_meta or p.numel() for p in sparseift.load(path, into=net()).parameters())
+        return
+    with pytest.raises(ArtifactError) as error:
+        sparseift.load(path, into=net())
+    assert "\n" not in error.value.message and error.value.hint
+
+
+def test_a_changed_mask_or_plan_is_noticed(written) -> None:
+    from safetensors.torch import load_file, save_file
+
+    _, path = written
+    masks = load_file(path / "masks.safetensors")
+    (key,) = masks
+    masks[key].view(-1)[masks[key].view(-1).nonzero()[0]] = False
+    save_file(masks, path / "masks.safetensors")
+    with pytest.raises(ArtifactError, match="is not the planned one"):
+        sparseift.load(path, into=net())
+    plan = json.loads((path / "plan.json").read_text())
+    plan["layers"][2]["macs"] += 1
+    (path / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(ArtifactError, match="counts otherwise"):
+        sparseift.flops(str(path))
+
+
+def test_nothing_is_overwritten_and_nothing_is_left_half(
+    written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new, path = written
+    before = {f.name: f.read_bytes() for f in path.iterdir()}
+    with pytest.raises(ArtifactError, match="holds a transformed model already"):
+        sparseift.save(new, path)
+    foreign = tmp_path / "photos"
+    foreign.mkdir()
+    (foreign / "cat.jpg").write_bytes(b"cat")
+    for force in (False, True):
+        with pytest.raises(ArtifactError, match="was not written by sparseift"):
+            sparseift.save(new, foreign, force=force)
+    assert (foreign / "cat.jpg").read_bytes() == b"cat"
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(ArtifactError, match="No space left"):
+            sparseift.save(new, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "photos"]
+    assert {f.name: f.read_bytes() for f in path.iterdir()} == before
+
+
+def test_a_model_changed_behind_its_plan_is_noticed() -> None:
+    from sparseift_cli.errors import CheckFailed
+
+    new, _ = sparseift.transform(net(), X, sparsity=0.75)
+    mask = sparseift.masks(new)["3.weight"]
+    mask.view(-1)[(~mask).view(-1).nonzero()[0]] = True
+    with pytest.raises(CheckFailed, match=r"3: planned .* measured"):
+        sparseift.audit(new, X)
