@@ -146,6 +146,11 @@ class TrainingSpec:
                 f"stop {self.stop!r} is not a fraction of the run", hint="0.75 ends mask updates at 75 % of the steps"
             )
 
+    @staticmethod
+    def of(options: Mapping[str, Any]) -> TrainingSpec:
+        """From loose options (a recipe); checked as always."""
+        return TrainingSpec(**options)
+
     @property
     def schedule(self) -> Schedule:
         return Schedule(self.delta_t, Fraction(self.stop), self.steps)

@@ -48,7 +48,8 @@ def _row(result: Mapping[str, Any]) -> dict[str, Any]:
 
 def _mean(rows: Sequence[Mapping[str, Any]], metric: str) -> str:
     values = [row[metric] for row in rows]
-    return f"{metric}: {statistics.fmean(values):.4f} +- {statistics.stdev(values):.4f} (mean, sample deviation, n = {len(values)})"
+    mean, spread = statistics.fmean(values), statistics.stdev(values)
+    return f"{metric}: {mean:.4f} +- {spread:.4f} (mean, sample deviation, n = {len(values)})"
 
 
 def show_plan(recipe: Recipe, fmt: Format) -> None:
@@ -63,7 +64,7 @@ def show_plan(recipe: Recipe, fmt: Format) -> None:
     request = Request(spec.model.name, spec.model.num_classes, parse_input(spec.model.input), spec.model.seq)
     training = {**recipe.training, **({} if spec.transform else {"algorithm": "dense"})}
     wanted = TransformSpec.of(recipe.transform) if recipe.transform else None
-    result = audit(load_table(request), wanted, TrainingSpec(**training))
+    result = audit(load_table(request), wanted, TrainingSpec.of(training))
     made = result.transformed or result.dense
     batch = spec.training.batch_size
     states = {"sgd": 1 if getattr(spec.optimizer, "momentum", 0) else 0, "adamw": 2}[spec.optimizer.name]
