@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .artifact import MASKS, WEIGHTS, is_artifact, open_artifact, provenance, write
+from .artifact import BUFFERS, MASKS, WEIGHTS, is_artifact, open_artifact, provenance, write
 from .checkpoint import Checkpoint
 from .errors import CheckFailed, UsageError
 from .flop_audit import Audit, to_json
@@ -150,6 +150,8 @@ def save(model: nn.Module, path: str | Path, *, force: bool = False, state_dict:
     tensors: dict[str, Mapping[str, Any]] = {}
     if not any(p.is_meta for p in model.parameters()):
         tensors = {WEIGHTS: untied(model), MASKS: masks_of(model)}
+        if done.buffers:
+            tensors[BUFFERS] = done.buffers
     plain = dict(model.state_dict()) if state_dict and tensors else None
     return write(path, _documents(done), tensors, state_dict=plain, force=force)
 

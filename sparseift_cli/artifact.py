@@ -2,6 +2,7 @@
 
     model.safetensors   every parameter and persistent buffer; zeros are stored
     masks.safetensors   one boolean tensor for each sparse weight, under the weight's name
+    buffers.safetensors only where needed: buffers that no state dict holds
     table.json          the dense model's layer table
     plan.json           what was planned, to the non-zero
     surgery.json        the edits that make the dense module the planned one
@@ -30,7 +31,7 @@ from .table import LayerTable
 from .version import __version__
 
 SCHEMA = "sparseift.model/1"
-WEIGHTS, MASKS = "model.safetensors", "masks.safetensors"
+WEIGHTS, MASKS, BUFFERS = "model.safetensors", "masks.safetensors", "buffers.safetensors"
 PARTS = ("table", "plan", "surgery", "audit", "provenance")
 
 

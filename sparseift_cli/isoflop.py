@@ -238,11 +238,11 @@ class Schedule:
         return Fraction(held, self.end**3 * self.steps) if self.end else Fraction(0)
 
     def remaining_at_updates(self) -> Fraction:
-        """Sum over the mask updates, per training step, of (1 - progress)^3 just before each."""
+        """Sum over the mask updates, per training step, of (1 - progress)^3 at each: their steps compute with what is left."""
         if self.steps is None:
             return self.update_rate / 4
-        before = range(0, (self.updates or 0) * self.delta_t, self.delta_t)
-        return Fraction(sum((self.end - t) ** 3 for t in before), self.end**3 * self.steps) if self.end else Fraction(0)
+        at = range(self.delta_t, ((self.updates or 0) + 1) * self.delta_t, self.delta_t)
+        return Fraction(sum((self.end - t) ** 3 for t in at), self.end**3 * self.steps) if self.end else Fraction(0)
 
 
 START_DENSITY: dict[Algorithm, Fraction] = {"gmp": Fraction(1), "granet": Fraction(1, 2)}

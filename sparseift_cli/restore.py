@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .artifact import MASKS, WEIGHTS, Artifact
+from .artifact import BUFFERS, MASKS, WEIGHTS, Artifact
 from .errors import ArtifactError, UsageError
 from .plan import make_plan
 from .source import Request, build
@@ -23,6 +23,10 @@ def restore(stored: Artifact, into: nn.Module | None) -> nn.Module:
     new = operate(dense, surgery)
     if stored.weights.is_file():
         new = _filled(new, stored, surgery)
+    buffers = _read(stored, BUFFERS) if (stored.path / BUFFERS).is_file() else {}
+    for name, tensor in buffers.items():
+        path, _, leaf = name.rpartition(".")
+        new.get_submodule(path)._buffers[leaf] = tensor
     plan = make_plan(stored.table, stored.spec, stored.training)
     facts = stored.provenance
     counts = {m.key: m.nnz for m in surgery.masked}
@@ -31,7 +35,8 @@ def restore(stored: Artifact, into: nn.Module | None) -> nn.Module:
     macs = sum(p.macs for p in plan.layers)
     new.__dict__[REMEMBERED] = Transformation(
         plan, surgery, Measured({}, macs, params, params - zeros, 0), Options.from_json(facts["options"]),
-        tuple(facts["dead"]), facts["deviation"], tuple(facts["notes"]), facts["source"],
+        tuple(facts["dead"]), facts["deviation"], tuple(facts["notes"]), buffers,
+        facts["source"],
     )  # fmt: skip
     return new.eval()
 

@@ -33,12 +33,12 @@ def _layer(gates: int) -> Callable[..., Any]:
             for direction in range(directions):
                 at = (layer * directions + direction) * per_layer
                 out, hidden = _direction(rules, x, params[at : at + per_layer], has_biases, gates, steps)
+                rules.tie(states[0].shape[-1], out.shape[-1])
+                rules.tie(states[-1].shape[-1], hidden if len(states) == 2 else out.shape[-1])
                 outputs.append(out)
             width = sum(o.shape[-1] for o in outputs)
             note_sum(rules.facts, width, [o.shape[-1] for o in outputs])
             x = rules.made(outputs[0], (*x.shape[:-1], width), *outputs, counted=True)
-        rules.tie(states[0].shape[-1] * directions, x.shape[-1])
-        rules.tie(states[-1].shape[-1], hidden if len(states) == 2 else states[0].shape[-1])
         finals = tuple(mark(s.new_empty(s.shape), flags_of(x)) for s in states)
         return (x, *finals)
 

@@ -64,6 +64,8 @@ class Transformation:
     deviation: float | None = None
     """preserve: largest difference to the dense model's output, relative to its largest value."""
     notes: tuple[str, ...] = ()
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    """Resized buffers that a state dict leaves out and that surgery alone would make otherwise (preserve: old frequencies)."""
     source: Mapping[str, Any] | None = field(default=None)
     """How to build the dense model again, where a source names it."""
 
@@ -89,13 +91,14 @@ def transform_module(model: M, inputs: tuple[Any, ...], kwargs: Mapping[str, Any
     new = operate(model, surgery)
     masks: dict[str, Tensor] | None = None
     notes: tuple[str, ...] = ()
+    buffers: Mapping[str, Tensor] = {}
     if not on_meta:
         initialise(new, model, surgery, seed=options.seed, init=options.init)
         if options.start == "preserve":
             kept = preserve(
                 new, model, plan, surgery, before.structure, seed=options.seed, slack=options.preserve_slack
             )
-            masks, notes = kept.masks, kept.notes
+            masks, notes, buffers = kept.masks, kept.notes, kept.buffers
             surgery = replace(surgery, attributes=(*surgery.attributes, *kept.attributes))
         else:
             masks = draw_masks(new, plan, surgery, seed=options.seed, connect=options.connect,
@@ -105,7 +108,7 @@ def transform_module(model: M, inputs: tuple[Any, ...], kwargs: Mapping[str, Any
     require_as_planned(measured, plan, before, after)
     dead = dead_ends(masks, surgery.masked) if masks is not None else (0, 0)
     apart = deviation(new, model, inputs, kwargs) if options.start == "preserve" else None
-    done = Transformation(plan, surgery, measured, options, dead, apart, notes)
+    done = Transformation(plan, surgery, measured, options, dead, apart, notes, buffers)
     new.__dict__[REMEMBERED] = done
     return new, done
 

@@ -151,12 +151,14 @@ def test_what_cannot_widen_is_refused_by_name(name: str) -> None:
         nn.RNN(12, 10, batch_first=True),
         nn.LSTM(12, 10, num_layers=2, bidirectional=True, batch_first=True),
         nn.LSTM(12, 10, proj_size=4),
+        nn.GRU(12, 10, bidirectional=True, batch_first=True),
+        nn.LSTM(12, 10, proj_size=4, bidirectional=True),
     ],
-    ids=["lstm", "gru", "rnn", "bidirectional", "projected"],
+    ids=["lstm", "gru", "rnn", "bidirectional", "projected", "gru-both", "projected-both"],
 )
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
 def test_recurrent_layers_widen(rnn: nn.RNNBase) -> None:
-    reads = rnn.proj_size or rnn.hidden_size * (1 + rnn.bidirectional)
+    reads = (rnn.proj_size or rnn.hidden_size) * (1 + rnn.bidirectional)
     model = Net(
         lambda n, x: n.out(F.relu(n.h(n.rnn(n.inp(x))[0]))),
         inp=nn.Linear(16, 12), rnn=rnn, h=nn.Linear(reads, 20), out=nn.Linear(20, 3),

@@ -1,0 +1,33 @@
+"""Small models for tests of the training loop, as SOURCEs: `tests.nets:mlp`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+Made = tuple[nn.Module, Tensor]
+
+
+def mlp() -> Made:
+    """[B, 3, 8, 8] -> 10, without batch norm: the same on one process or two."""
+    model = nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(192, 16),
+        nn.ReLU(),
+        nn.Linear(16, 24),
+        nn.ReLU(),
+        nn.Linear(24, 16),
+        nn.ReLU(),
+        nn.Linear(16, 10),
+    )
+    return model, torch.zeros(1, 3, 8, 8)
+
+
+def cnn() -> Made:
+    """[B, 3, 8, 8] -> 10, with batch norm and dropout."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU(),
+        nn.Conv2d(12, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.1), nn.Linear(8, 10),
+    )  # fmt: skip
+    return model, torch.zeros(1, 3, 8, 8)

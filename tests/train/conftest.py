@@ -1,0 +1,52 @@
+"""Recipes of a few seconds: made-up images, a small net, every algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+RECIPE = """
+model: {{name: "tests.nets:{net}"}}
+data: synthetic-images
+{transform}
+optimizer: {optimizer}
+schedule: {{name: cosine, warmup: 2}}
+training: {{steps: {steps}, batch_size: 16, clip: 1.0, device: cpu}}
+evaluation: {{every: 5, metrics: [top1, loss], limit: 32}}
+checkpoint: {{every: {save}, keep: 100}}
+"""
+OPTIMIZERS = {
+    "sgd": "{name: sgd, lr: 0.05, momentum: 0.9, nesterov: true, weight_decay: 5.0e-4}",
+    "adamw": "{name: adamw, lr: 3.0e-3, weight_decay: 0.1}",
+}
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """`write_recipe("rigl", "sgd", steps=12)`: a recipe file; dense where the algorithm is None."""
+    monkeypatch.chdir(Path(__file__).resolve().parent.parent.parent)  # `tests.nets` is found from here
+
+    def write(
+        algorithm: str | None,
+        optimizer: str = "sgd",
+        *,
+        steps: int = 12,
+        save: int = 100,
+        net: str = "cnn",
+        more: str = "",
+    ) -> Path:
+        transform = ""
+        if algorithm:
+            transform = (
+                "transform: {member: wide, match: model}\nsparsity: 0.75\n"
+                f"algorithm: {{name: {algorithm}, delta_t: 2, stop: 0.75}}"
+            )
+        path = tmp_path / f"{algorithm}_{optimizer}.yaml"
+        path.write_text(
+            RECIPE.format(net=net, transform=transform, optimizer=OPTIMIZERS[optimizer], steps=steps, save=save) + more
+        )
+        return path
+
+    return write

@@ -1,0 +1,167 @@
+"""The training loop: resuming to the bit, FLOPs that add up, a run that diverges, one that is stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparseift_cli.errors import ArtifactError, DivergedError, InterruptedRun
+from sparseift_cli.recipe.load import load
+from sparseift_cli.runs.directory import RunDirectory
+from sparseift_cli.runs.metrics import read_metrics
+from sparseift_cli.sparsity.attached import masks_of
+from sparseift_cli.train import loop
+from sparseift_cli.train.prepare import prepare
+from sparseift_cli.train.processes import Processes
+from sparseift_cli.train.run import run_seeds
+
+Write = Callable[..., Path]
+
+
+def quiet(*_: Any) -> None:
+    """A report to nobody."""
+
+
+def run(
+    recipe: Path, root: Path, resume: str | None = None, seeds: tuple[int, ...] = (0,), **sets: Any
+) -> list[dict[str, Any]]:
+    loaded = load(recipe, [f"{k.replace('__', '.')}={v}" for k, v in sets.items()])
+    return run_seeds(loaded, list(seeds), root, resume, quiet, quiet)
+
+
+def final_state(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    newest = RunDirectory.open(Path(path)).checkpoints.newest()
+    assert newest is not None
+    state = {k: v for k, v in newest.state.items() if k != "seconds"}
+    state["last"] = {k: v for k, v in state["last"].items() if k not in ("seconds", "peak_bytes")}
+    return dict(newest.tensors), state
+
+
+ALL = [*((a, o) for a in ("static", "set", "rigl", "gmp", "granet") for o in ("sgd", "adamw")), (None, "sgd")]
+
+
+@pytest.mark.parametrize(("algorithm", "optimizer"), ALL)
+def test_resuming_anywhere_gives_the_same_bytes(
+    write_recipe: Write, tmp_path: Path, algorithm: str | None, optimizer: str
+) -> None:
+    every = range(1, 40) if (algorithm, optimizer) == ("rigl", "sgd") else (1, 2, 5, 11, 23, 24, 39)
+    recipe = write_recipe(algorithm, optimizer, steps=40, save=1)
+    (whole,) = run(recipe, tmp_path / "runs")
+    want, want_state = final_state(whole["path"])
+    for k in every:
+        copy = tmp_path / "copy" / Path(whole["path"]).name
+        shutil.copytree(whole["path"], copy)
+        (copy / "summary.json").unlink()
+        for checkpoint in (copy / "checkpoints").glob("step-*"):
+            if int(checkpoint.name[5:13]) > k:
+                shutil.rmtree(checkpoint)
+        (again,) = run(recipe, tmp_path / "runs", resume=str(copy))
+        have, have_state = final_state(again["path"])
+        assert have.keys() == want.keys()
+        assert [n for n in want if not torch.equal(have[n], want[n])] == []
+        assert have_state == want_state
+        rows = [[{k: v for k, v in r.items() if k not in ("seconds", "peak_bytes")} for r in read_metrics(Path(p) / "metrics.jsonl")]
+                for p in (whole["path"], again["path"])]  # fmt: skip
+        assert rows[0] == rows[1]
+        shutil.rmtree(copy.parent)
+
+
+@pytest.mark.parametrize("algorithm", [None, "static", "set", "rigl", "gmp", "granet"])
+def test_flops_spent_are_the_flops_audited(write_recipe: Write, tmp_path: Path, algorithm: str | None) -> None:
+    (summary,) = run(write_recipe(algorithm, steps=21), tmp_path / "runs")
+    flops = summary["flops"]
+    if algorithm in ("gmp", "granet"):  # their cubic schedule is rounded to whole non-zeros at every step
+        assert flops["spent"] == pytest.approx(flops["audited"], rel=2e-3)
+    else:
+        assert flops["spent"] == flops["audited"]
+    rows = list(read_metrics(Path(summary["path"]) / "metrics.jsonl"))
+    assert [r["step"] for r in rows] == [5, 10, 15, 20, 21]
+    assert rows[-1]["flops"] == flops["spent"]
+    assert json.loads((Path(summary["path"]) / "summary.json").read_text())["flops"] == flops
+
+
+@pytest.mark.parametrize("algorithm", ["static", "rigl", "set"])
+def test_masks_hold_after_every_step(write_recipe: Write, monkeypatch: pytest.MonkeyPatch, algorithm: str) -> None:
+    ready = prepare(load(write_recipe(algorithm, "adamw")), 0, Processes(torch.device("cpu")))
+    assert ready.transformation is not None
+    planned = {m.key: m.nnz for m in ready.transformation.surgery.masked}
+    scaler: Any = torch.amp.grad_scaler.GradScaler("cpu", enabled=False)
+    first = {k: m.clone() for k, m in masks_of(ready.model).items()}
+    for step in range(12):
+        loss = loop._backward(ready, ready.model, step, scaler, Processes(torch.device("cpu")))
+        loop._update(ready, loss, scaler, step, Processes(torch.device("cpu")))
+        for key, mask in masks_of(ready.model).items():
+            weight = ready.model.get_parameter(key)
+            assert int(mask.count_nonzero()) == planned[key]
+            assert not weight.detach()[~mask].any()
+            for name in ("exp_avg", "exp_avg_sq"):
+                assert not ready.optimizer.state[weight][name][~mask].any()
+    moved = any(not torch.equal(m, first[k]) for k, m in masks_of(ready.model).items())
+    assert moved == (algorithm != "static")
+
+
+def test_a_run_that_diverges_stops_before_the_weights_are_harmed(write_recipe: Write, tmp_path: Path) -> None:
+    recipe = write_recipe("rigl", save=1)
+    with pytest.raises(DivergedError) as error:
+        run(recipe, tmp_path / "runs", optimizer__lr=1e30, training__clip="null")
+    assert error.value.exit_code == 3 and "optimizer.lr" in (error.value.hint or "")
+    (path,) = (tmp_path / "runs" / "rigl_sgd").iterdir()
+    tensors, _ = final_state(str(path))
+    assert all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
+
+
+def test_a_signal_saves_and_the_run_goes_on(
+    write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe("rigl")
+    (whole,) = run(recipe, tmp_path / "whole")
+    turns = iter([0] * 6 + [15] + [0] * 100)
+    monkeypatch.setattr(loop, "stop_requested", lambda _: next(turns))
+    with pytest.raises(InterruptedRun) as stopped:
+        run(recipe, tmp_path / "runs")
+    assert stopped.value.exit_code == 143 and "step 7 of 12" in stopped.value.message
+    (again,) = run(recipe, tmp_path / "runs", resume="latest")
+    have, want = final_state(again["path"]), final_state(whole["path"])
+    assert all(torch.equal(have[0][n], t) for n, t in want[0].items())
+    assert run(recipe, tmp_path / "runs", resume="latest") == [again]  # done: read, not repeated
+
+
+def test_resuming_another_recipe_is_refused_with_the_difference(write_recipe: Write, tmp_path: Path) -> None:
+    recipe = write_recipe("rigl")
+    (done,) = run(recipe, tmp_path / "runs")
+    with pytest.raises(ArtifactError, match="begun with another recipe") as error:
+        run(recipe, tmp_path / "runs", resume=done["path"], optimizer__lr=0.01)
+    assert "-  lr: 0.05" in error.value.message and "+  lr: 0.01" in error.value.message
+
+
+def test_seeds_are_runs_of_their_own_and_resumable(write_recipe: Write, tmp_path: Path) -> None:
+    recipe = write_recipe("static", steps=6)
+    results = run(recipe, tmp_path / "runs", seeds=(0, 1))
+    assert [r["seed"] for r in results] == [0, 1]
+    assert results[0]["metrics"]["loss"] != results[1]["metrics"]["loss"]
+    assert run(recipe, tmp_path / "runs", resume="latest", seeds=(0, 1)) == results
+    assert len(list((tmp_path / "runs" / "static_sgd").iterdir())) == 2
+
+
+def test_accumulation_gives_the_gradients_of_the_whole_batch(write_recipe: Write, tmp_path: Path) -> None:
+    plain = run(write_recipe("rigl", net="mlp"), tmp_path / "a")[0]
+    parts = run(write_recipe("rigl", net="mlp"), tmp_path / "b", training__accumulate=4)[0]
+    one, four = final_state(plain["path"])[0], final_state(parts["path"])[0]
+    for name in one:
+        if name.startswith("model/"):
+            torch.testing.assert_close(four[name], one[name], rtol=1e-4, atol=1e-6)
+        if name.startswith("masks/"):
+            assert torch.equal(four[name], one[name])
+
+
+@pytest.mark.parametrize("precision", ["bf16"])
+def test_mixed_precision_runs(write_recipe: Write, tmp_path: Path, precision: str) -> None:
+    (summary,) = run(write_recipe("rigl"), tmp_path / "runs", training__precision=precision)
+    assert summary["metrics"]["loss"] < 5
