@@ -8,11 +8,13 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .api import audit, flops, inspect, load, masks, save, transform
+    from .sparsity.sparsifier import Sparsifier
     from .spec import TrainingSpec, TransformSpec
     from .transforms.transformation import Options
 
 __all__ = [
     "Options",
+    "Sparsifier",
     "TrainingSpec",
     "TransformSpec",
     "__version__",
@@ -25,7 +27,12 @@ __all__ = [
     "transform",
 ]
 
-_HOMES = {"Options": "transforms.transformation", "TrainingSpec": "spec", "TransformSpec": "spec"}
+_HOMES = {
+    "Options": "transforms.transformation",
+    "Sparsifier": "sparsity.sparsifier",
+    "TrainingSpec": "spec",
+    "TransformSpec": "spec",
+}
 
 
 def __getattr__(name: str) -> Any:

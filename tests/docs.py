@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md",)
+PAGES = ("README.md", "recipes/README.md")
 BLOCK = re.compile(r"(?P<marker><!-- output: sparseift (?P<args>.*?) -->\n)```text\n.*?^```$", re.DOTALL | re.MULTILINE)
 SCRIPT = "import sys; from sparseift_cli.cli.app import main; sys.argv[0] = 'sparseift'; main()"
 PLAIN = {

@@ -82,3 +82,11 @@ def test_python_examples_run(
     for block in others:
         assert "transformers" in block  # run by hand where that is installed: it is no dependency of the tests
         compile(block, "README.md", "exec")
+
+
+def test_the_surveys_say_what_the_readme_quotes(readme: str, root: Path) -> None:
+    for name in ("torchvision", "transformers"):
+        (totals,) = re.findall(
+            r"^M(odels that pass .*)$", (root / "tests" / "survey" / f"{name}.md").read_text("utf-8"), re.M
+        )
+        assert f"m{totals}" in readme

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 RECIPE = """
-model: {{name: "tests.nets:{net}"}}
+model: {{name: "tests.nets:{net}", input: 3x8x8}}
 data: synthetic-images
 {transform}
 optimizer: {optimizer}
@@ -40,7 +40,7 @@ def write_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
         transform = ""
         if algorithm:
             transform = (
-                "transform: {member: wide, match: model}\nsparsity: 0.75\n"
+                f"transform: {{member: wide, match: {'layer' if net == 'mlp' else 'model'}}}\nsparsity: 0.75\n"
                 f"algorithm: {{name: {algorithm}, delta_t: 2, stop: 0.75}}"
             )
         path = tmp_path / f"{algorithm}_{optimizer}.yaml"
