@@ -25,7 +25,7 @@ Note = Callable[..., None]
 
 def run_seeds(recipe: Recipe, seeds: Sequence[int], root: Path, resume: str | None, report: Report,
               note: Note) -> list[dict[str, Any]]:  # fmt: skip
-    """Train every seed, one after the other; their summaries. Runs that are done already are read, not repeated.
+    """Train every seed, one after the other; their summaries (empty on all ranks but the first). Runs that are done already are read, not repeated.
 
     `resume`: None begins new runs; `latest` goes on with the newest run of each seed where there is one; a folder names
     one run. `report` hears of every line of metrics, `note` of what begins and what was skipped.
@@ -64,7 +64,8 @@ def _one(recipe: Recipe, seed: int, root: Path, resume: str | None, report: Repo
     path = Path(ours.from_first(str(found.path) if found else ""))
     folder = RunDirectory.open(path, **_keeping(run))
     if not ours.first:
-        return train(run, folder, ours, report)
+        train(run, folder, ours, report)
+        return {}  # rank 0 speaks for all
     with folder.lock():
         newest = folder.checkpoints.newest()
         begins = newest.step if newest else 0

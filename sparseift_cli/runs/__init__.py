@@ -1,0 +1,1 @@
+"""What a run leaves on disk: a directory, checkpoints that survive a crash, metrics, and where it all came from."""

@@ -1,0 +1,91 @@
+"""Files that are there whole or not at all, also after a power cut: written beside, flushed to disk, renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ..errors import ArtifactError
+
+
+@contextmanager
+def told(what: str, path: Path) -> Iterator[None]:
+    """Turn what the file system refuses into an error for people: `cannot write runs/x: No space left on device`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ArtifactError(
+            f"cannot {what} {path}: {reason}", hint="is there space, and may you write there?"
+        ) from error
+
+
+def sync_file(path: Path) -> None:
+    """Wait until the content of a file is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on disk: a rename is not, before that."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Put `content` at `path`; a reader, or the next start after a crash, sees the old file or the new one.
+
+    Raises:
+        ArtifactError: it cannot be written.
+    """
+    with told("write", path):
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(temporary, 0o666 & ~mask)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+        sync_folder(path.parent)
+
+
+def write_json(path: Path, payload: Mapping[str, Any]) -> None:
+    """`write_file` of JSON. A float comes back from it as the same float, bit by bit."""
+    write_file(path, as_json(payload))
+
+
+def as_json(payload: Mapping[str, Any]) -> bytes:
+    """The bytes of a JSON file of ours."""
+    return (json.dumps(payload, indent=1) + "\n").encode()
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        ArtifactError: it is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing", hint="the run directory is not complete") from None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}", hint="the run directory is damaged") from None

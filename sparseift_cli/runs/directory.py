@@ -1,0 +1,214 @@
+"""Run directories: `runs/<recipe>/<utc>-<hash8>/`, one for each recipe and seed.
+
+    recipe.yaml       the whole recipe, every value written out; its hash is in the name
+    plan.json         what the transform did, to the non-zero
+    audit.json        the FLOP audit, as `sparseift flops --json` prints it
+    provenance.json   versions, commit, command, device, threads, seed, data hashes; one entry a session
+    metrics.jsonl     one line an evaluation
+    checkpoints/      see checkpoint.py
+    summary.json      there when the run is done
+    lock, lock.json   held by the process that writes, and who that is
+
+The loop: `RunDirectory.create` (or `latest`, then `require_recipe`), `with run.lock():`, `run.resume()`, then `save` now and
+then, `finish` at the end.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import ArtifactError
+from . import atomic, provenance
+from .checkpoint import Checkpoints, Loaded
+from .metrics import Metrics
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RECIPE, PLAN, AUDIT, PROVENANCE = "recipe.yaml", "plan.json", "audit.json", "provenance.json"
+METRICS, CHECKPOINTS, SUMMARY, LOCK = "metrics.jsonl", "checkpoints", "summary.json", "lock"
+_RUN = re.compile(r"(\d{8}T\d{6}Z)-([0-9a-f]{8})(?:\.(\d+))?")
+_SHOWN = 40  # lines of a recipe's difference
+
+
+def recipe_hash(text: str) -> str:
+    """Eight hexadecimal digits of the whole recipe's text (`recipe.write.resolved_yaml`)."""
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """One run on disk."""
+
+    path: Path
+    keep: int = 2
+    better: Literal["highest", "lowest"] = "highest"
+
+    @staticmethod
+    def create(root: Path, name: str, recipe: str, *, plan: Mapping[str, Any] | None = None,
+               audit: Mapping[str, Any] | None = None, now: datetime | None = None, keep: int = 2,
+               better: Literal["highest", "lowest"] = "highest") -> RunDirectory:  # fmt: skip
+        """Make `root/name/<utc>-<hash8>/` with the recipe (its whole text), the plan and the audit.
+
+        Raises:
+            ArtifactError: it cannot be written.
+        """
+        stamp = f"{(now or datetime.now(UTC)):%Y%m%dT%H%M%SZ}-{recipe_hash(recipe)}"
+        with atomic.told("make", root / name / stamp):
+            (root / name).mkdir(parents=True, exist_ok=True)
+            path = _make_free(root / name, stamp)
+        run = RunDirectory(path, keep, better)
+        for file, content in ((PLAN, plan), (AUDIT, audit)):
+            if content is not None:
+                atomic.write_json(path / file, content)
+        atomic.write_file(path / RECIPE, recipe.encode())  # the last one: with it the directory is a run
+        with atomic.told("make", path):
+            atomic.sync_folder(path.parent)
+        return run
+
+    @staticmethod
+    def open(path: Path, *, keep: int = 2, better: Literal["highest", "lowest"] = "highest") -> RunDirectory:
+        """A run that is there.
+
+        Raises:
+            ArtifactError: it is no run directory.
+        """
+        if not (path / RECIPE).is_file():
+            raise ArtifactError(f"{path} is no run directory: it has no {RECIPE}",
+                                hint="give a folder of runs/<recipe>/, or --resume latest")  # fmt: skip
+        return RunDirectory(path, keep, better)
+
+    @staticmethod
+    def latest(root: Path, name: str, *, recipe: str | None = None, keep: int = 2,
+               better: Literal["highest", "lowest"] = "highest") -> RunDirectory | None:  # fmt: skip
+        """The newest run of `name`: of this very recipe where `recipe` is given and has one; None where there is none."""
+        every = RunDirectory.all(root, name, keep=keep, better=better)
+        wanted = None if recipe is None else f"-{recipe_hash(recipe)}"
+        same = [run for run in every if wanted and wanted in run.path.name]
+        return next(reversed(same or every), None)
+
+    @staticmethod
+    def all(
+        root: Path, name: str, *, keep: int = 2, better: Literal["highest", "lowest"] = "highest"
+    ) -> list[RunDirectory]:
+        """Every run of `name`, the oldest first; a directory without its recipe was never begun and is left out."""
+        folder = root / name
+        paths = sorted((p for p in folder.iterdir() if _RUN.fullmatch(p.name)), key=_age) if folder.is_dir() else []
+        return [RunDirectory(path, keep, better) for path in paths if (path / RECIPE).is_file()]
+
+    @property
+    def recipe(self) -> str:
+        """The whole recipe's text."""
+        with atomic.told("read", self.path / RECIPE):
+            return (self.path / RECIPE).read_text(encoding="utf-8")
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.path / CHECKPOINTS, keep=self.keep, better=self.better)
+
+    @property
+    def summary(self) -> Mapping[str, Any] | None:
+        """What `finish` wrote; None while the run is not done."""
+        return atomic.read_json(self.path / SUMMARY) if (self.path / SUMMARY).exists() else None
+
+    def require_recipe(self, recipe: str) -> None:
+        """Refuse to continue with another recipe than the run began with.
+
+        Raises:
+            ArtifactError: they differ; it shows how.
+        """
+        began = self.recipe
+        if began == recipe:
+            return
+        began_lines, now_lines = began.splitlines(), recipe.splitlines()
+        lines = list(difflib.unified_diff(began_lines, now_lines, "the run's recipe", "this recipe", n=1, lineterm=""))
+        more = [f"... and {len(lines) - _SHOWN} lines more"] if len(lines) > _SHOWN else []
+        raise ArtifactError("\n  ".join([f"{self.path} was begun with another recipe:", *lines[:_SHOWN], *more]),
+                            hint="resume it with its own recipe.yaml, or start a new run without --resume")  # fmt: skip
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for writing. The operating system frees it when the process ends, however it ends.
+
+        Raises:
+            ArtifactError: another process holds it.
+        """
+        from filelock import FileLock, Timeout
+
+        held = FileLock(self.path / LOCK, timeout=0)
+        with atomic.told("lock", self.path):
+            try:
+                held.acquire()
+            except Timeout:  # an OSError too, so it is told apart here
+                raise ArtifactError(f"{self.path} is in use{self._holder()}",
+                                    hint="wait for it, or stop it; nothing was changed") from None  # fmt: skip
+        try:
+            since = datetime.now(UTC).isoformat(timespec="seconds")
+            atomic.write_json(self.path / f"{LOCK}.json", {"pid": os.getpid(), "since": since})
+            yield
+        finally:
+            held.release()
+
+    def begin(self, session: Mapping[str, Any]) -> list[str]:
+        """Add a session (`provenance.session`) to provenance.json; what differs from the one before, in words."""
+        file = self.path / PROVENANCE
+        before = atomic.read_json(file)["sessions"] if file.exists() else []
+        atomic.write_json(file, {"schema": provenance.SCHEMA, "sessions": [*before, session]})
+        return provenance.differences(before[-1], session) if before else []
+
+    def resume(self) -> tuple[Loaded | None, Metrics]:
+        """The newest checkpoint that verifies (None: start at step 0), and the metrics cut back to it, open to append.
+
+        Raises:
+            ArtifactError: no checkpoint of those that are there verifies, or the metrics are not the ones it knew.
+        """
+        found = self.checkpoints.newest()
+        position = 0 if found is None else found.metrics_bytes
+        return found, Metrics(self.path / METRICS, position=position)
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], metrics: Metrics, *,
+             score: float | None = None) -> Path:  # fmt: skip
+        """A checkpoint. The lines of `metrics` so far reach the disk first, so none that it knows of is ever lost.
+
+        Raises:
+            ArtifactError: it cannot be written; the checkpoints before are untouched.
+        """
+        return self.checkpoints.save(step, tensors, state, score=score, metrics_bytes=metrics.sync())
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json: the run is done, and resuming it does nothing."""
+        atomic.write_json(self.path / SUMMARY, summary)
+
+    def _holder(self) -> str:
+        try:
+            holder = atomic.read_json(self.path / f"{LOCK}.json")
+            return f" by process {holder['pid']} since {holder['since']}"
+        except (ArtifactError, KeyError, TypeError):
+            return " by another process"
+
+
+def _make_free(parent: Path, stamp: str) -> Path:
+    """A new folder called `stamp`; `stamp.1` where two runs begin in the same second."""
+    for again in range(1000):
+        path = parent / (f"{stamp}.{again}" if again else stamp)
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        return path
+    raise ArtifactError(f"{parent / stamp} is taken a thousand times", hint="wait a second")
+
+
+def _age(path: Path) -> tuple[str, int, str]:
+    found = _RUN.fullmatch(path.name)
+    assert found is not None
+    return found[1], int(found[3] or 0), found[2]

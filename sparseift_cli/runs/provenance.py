@@ -1,0 +1,103 @@
+"""Where a run's numbers come from: versions, commit, command, device, threads, seeds and the hashes of the data.
+
+`provenance.json` has one entry a session: a run that is resumed elsewhere says so. Bits depend on the thread count, the
+device and the capabilities of the CPU, so what differs from the session before is told when a run is resumed.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ..version import __version__
+
+SCHEMA = "sparseift.provenance/1"
+PACKAGES = ("torch", "numpy", "safetensors", "pydantic", "triton")
+BITS = {"device": "device", "threads": "CPU threads", "cpu_capability": "CPU capability", "versions.torch": "torch",
+        "processes": "processes"}  # fmt: skip
+"""What the bits of a result depend on, by dotted key, and what people call it."""
+
+
+def session(*, device: str, seed: int, data: Mapping[str, str] | None = None, command: Sequence[str] | None = None,
+            step: int = 0, processes: int = 1) -> dict[str, Any]:  # fmt: skip
+    """An entry of provenance.json: this process, now, about to run from `step` on.
+
+    `data` maps what was read to its SHA-256 (or whatever identifies it); `device` is PyTorch's name for it.
+    """
+    import torch
+
+    named = torch.cuda.get_device_name(device) if device.startswith("cuda") and torch.cuda.is_available() else None
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "from_step": step,
+        "command": list(command if command is not None else sys.argv),
+        "versions": {"sparseift": __version__, "python": platform.python_version(), **_versions()},
+        "git": git_commit(Path(__file__).resolve().parent),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": device,
+        "device_name": named,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "processes": processes,
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k in _TELLING},
+        "seed": seed,
+        "data": dict(data or {}),
+    }
+
+
+_TELLING = (
+    "CUBLAS_WORKSPACE_CONFIG",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "CUDA_VISIBLE_DEVICES",
+)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What may change the bits of a resumed run, and data that is not the same, in words."""
+    said = [f"{name}: {_at(before, key)} before, {_at(now, key)} now" for key, name in BITS.items()
+            if _at(before, key) != _at(now, key)]  # fmt: skip
+    old, new = before.get("data") or {}, now.get("data") or {}
+    said += [f"data {name} has changed" for name in sorted(old.keys() & new.keys()) if old[name] != new[name]]
+    return said
+
+
+def git_commit(folder: Path) -> dict[str, Any] | None:
+    """Commit of the checkout that holds `folder`, and whether it has changes that are not committed; None outside one."""
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(folder), *args]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        top = Path(git("rev-parse", "--show-toplevel"))
+        if not folder.is_relative_to(top) or "site-packages" in folder.relative_to(top).parts:
+            return None
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", str(folder)))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _versions() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _at(entry: Mapping[str, Any], key: str) -> Any:
+    value: Any = entry
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
