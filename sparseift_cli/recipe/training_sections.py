@@ -102,6 +102,9 @@ class Training(Section):
     channels_last: bool = Field(False, description="Images in channels-last memory.")
     compile: bool = Field(False, description="torch.compile the model.")
     recompute: bool = Field(False, description="Activation checkpointing: less memory, a second forward a step.")
+    deterministic: bool = Field(
+        False, description="Deterministic kernels: on a GPU, resuming is exact to the bit only with these; slower."
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
     threads: Count | None = Field(None, description="CPU threads; bits depend on it. Default: PyTorch's choice.")
     seed: Seed = Field(0, description="Of weights, masks, data order and augmentation.")

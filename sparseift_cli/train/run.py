@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ Note = Callable[..., None]
 
 def run_seeds(recipe: Recipe, seeds: Sequence[int], root: Path, resume: str | None, report: Report,
               note: Note) -> list[dict[str, Any]]:  # fmt: skip
-    """Train every seed, one after the other; their summaries (empty on all ranks but the first). Runs that are done already are read, not repeated.
+    """Train every seed, one after the other; their summaries (empty on all ranks but the first).
+
+    Runs that are done already are read, not repeated.
 
     `resume`: None begins new runs; `latest` goes on with the newest run of each seed where there is one; a folder names
     one run. `report` hears of every line of metrics, `note` of what begins and what was skipped.
@@ -39,6 +42,9 @@ def run_seeds(recipe: Recipe, seeds: Sequence[int], root: Path, resume: str | No
         raise UsageError("--resume RUN goes on with one run", hint="--resume latest finds the run of every seed")
     if recipe.spec.training.threads is not None:
         torch.set_num_threads(recipe.spec.training.threads)
+    if recipe.spec.training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product on a GPU
+        torch.use_deterministic_algorithms(True)
     results = []
     with processes(recipe.spec.training.device) as ours, listening():
         for seed in seeds:

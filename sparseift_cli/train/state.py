@@ -63,7 +63,13 @@ def unpack(loaded: Loaded, model: nn.Module, optimizer: Optimizer, sparsifier: S
 
 def _optimizer_state(optimizer: Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> dict[str, Any]:
     held: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in numbers.items()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for key, tensor in tensors.items():
         index, _, name = key.partition("/")
+        p = parameters[int(index)]
+        if (
+            tensor.shape == p.shape
+        ):  # laid out as the parameter is: fused optimisers refuse channels_last beside contiguous
+            tensor = torch.empty_like(p, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
         held.setdefault(int(index), {})[name] = tensor
     return {"state": held, "param_groups": optimizer.state_dict()["param_groups"]}

@@ -166,6 +166,20 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(write_recipe: Write
 
 
 @pytest.mark.parametrize("precision", ["bf16"])
+def test_channels_last_goes_on_too(write_recipe: Write, tmp_path: Path) -> None:
+    """Fused optimisers refuse state that is laid out otherwise than the weights."""
+    recipe = write_recipe("rigl", save=6)
+    sets = {"training__channels_last": "true"}
+    (whole,) = run(recipe, tmp_path / "runs", **sets)
+    copy = tmp_path / "copy" / Path(whole["path"]).name
+    shutil.copytree(whole["path"], copy)
+    (copy / "summary.json").unlink()
+    shutil.rmtree(copy / "checkpoints" / "step-00000012")
+    (again,) = run(recipe, tmp_path / "runs", resume=str(copy), **sets)
+    want, have = final_state(whole["path"])[0], final_state(again["path"])[0]
+    assert [n for n in want if not torch.equal(have[n], want[n])] == []
+
+
 def test_mixed_precision_runs(write_recipe: Write, tmp_path: Path, precision: str) -> None:
     (summary,) = run(write_recipe("rigl"), tmp_path / "runs", training__precision=precision)
     assert summary["metrics"]["loss"] < 5
