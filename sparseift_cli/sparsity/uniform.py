@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 18  # places drawn at a time, into one buffer
+_CHUNK = 1 << 15  # places drawn at a time, into one buffer: few enough that no thread has to wait for another
 
 
 def at_random(grid: tuple[int, int], n: int, generator: torch.Generator) -> Tensor:

@@ -33,7 +33,7 @@ _DEVIATIONS: dict[str, Callable[[int, int], float]] = {
     "torch default": lambda i, o: math.sqrt(1 / (3 * i)),
     "inverse fan_out": lambda i, o: math.sqrt(1 / (3 * o)),
 }
-_SAMPLE = 1 << 16  # elements that are looked at
+_SAMPLE = 1 << 14  # elements that are looked at
 _TELLING = 64  # a tensor of fewer elements says too little about its distribution
 
 

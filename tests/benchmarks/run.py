@@ -48,6 +48,11 @@ CASES = [
         [*SCRIPT, "flops", "tests.benchmarks.model:make", "--input", "3x224x224", "--sparsity", "0.9"],
         "<= 1.5 x import torch + 1 s",
     ),
+    Case(
+        "transform gpt3_13b",
+        [*SCRIPT, "transform", "gpt3_13b", "--sparsity", "0.5", "--plan-only", "--summary"],
+        "<= 10 s, <= 500 MB",
+    ),
     Case("trace gpt3-175b afresh", [PYTHON, "-c", FRESH], "trace <= 3 s, <= 400 MB"),
 ]
 
