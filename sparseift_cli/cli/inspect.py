@@ -100,15 +100,26 @@ def inspect(
         "--why": why, "--transform": transform, "--sparsity": sparsity, "--scope": scope, "--include": include,
         "--exclude": exclude, "--input": input_, "--batch": batch, "--seq": seq, "--num-classes": num_classes,
     }  # fmt: skip
-    from ..artifact import WEIGHTS, is_artifact
+    from ..artifact import is_artifact, open_artifact
 
-    if is_artifact(source):
-        source = str(Path(source) / WEIGHTS)
+    transformed = open_artifact(source) if is_artifact(source) else None
+    if transformed is not None:
+        source = str(transformed.weights)
     if is_checkpoint(source):
         _refuse(of_model, f"{source} is a checkpoint", "for models")
         from .inspect_checkpoint import inspect_checkpoint
 
-        inspect_checkpoint(source, values=values, key=key, model=model, depth=depth, sort=sort, fmt=fmt, output=output)
+        inspect_checkpoint(
+            source,
+            values=values,
+            key=key,
+            model=model,
+            depth=depth,
+            sort=sort,
+            fmt=fmt,
+            output=output,
+            transformed=transformed,
+        )
         return
     _refuse({"--values": values, "--key": key, "--model": model}, f"{source} is a model", "for checkpoint files")
     from .inspect_model import inspect_model

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.facts import Checkpoint, Entry, TensorInfo, printable
 from ..checkpoint.opening import open_checkpoint
@@ -16,6 +16,9 @@ from ..checkpoint.values import TensorValues, scan
 from ..errors import UsageError, did_you_mean
 from .formats import Format
 from .output import Column, Sheet, integer, ratio, render
+
+if TYPE_CHECKING:
+    from ..artifact import Artifact
 
 SCHEMA = "sparseift.inspect/1"
 SORTS = {"name": False, "parameters": True, "bytes": True, "zeros": True, "density": False}  # True: largest first
@@ -32,8 +35,9 @@ def inspect_checkpoint(
     sort: str | None,
     fmt: Format,
     output: Path | None,
+    transformed: Artifact | None = None,
 ) -> None:
-    """Print the checkpoint at `source`.
+    """Print the checkpoint at `source`; of a `transformed` model, what it was made of instead of what it may fit.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -51,7 +55,7 @@ def inspect_checkpoint(
         catalogue = {wanted: catalogue[wanted]}
     checkpoint = open_checkpoint(source, key=key)
     shapes = {t.name: t.shape for t in checkpoint.tensors}
-    matches = recognise(shapes, catalogue)
+    matches = [] if transformed and model is None else recognise(shapes, catalogue)
     near = None if matches else closest(shapes, catalogue)
     scanned = _scan(checkpoint) if values else None
     rows = _sorted(_folded(_rows(checkpoint, scanned), depth), sort)
@@ -64,10 +68,17 @@ def inspect_checkpoint(
         [
             *_notes(checkpoint, totals),
             *_value_notes(totals, scanned),
-            *_match_notes(matches, near, model, bool(catalogue)),
+            *(_origin(transformed) if transformed else _match_notes(matches, near, model, bool(catalogue))),
         ],
     )
     render([sheet], _payload(checkpoint, totals, scanned, matches, near), fmt, output)
+
+
+def _origin(transformed: Artifact) -> Iterable[str]:
+    spec = transformed.spec
+    member = spec.member.replace("_", " ")
+    yield f"{member} of {printable(transformed.table.model)} at sparsity {spec.sparsity}, match {spec.match}"
+    yield f"`sparseift flops {transformed.path}` shows what every layer costs"
 
 
 def _scan(checkpoint: Checkpoint) -> list[TensorValues]:
