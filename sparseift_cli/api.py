@@ -98,6 +98,7 @@ def audit(model: nn.Module, example_input: Any) -> Audit:
     """
     from .sparsity.attached import masks_of
     from .transforms.check import measure, require_as_planned
+    from .transforms.masking import require_masked
     from .transforms.transformation import transformation_of
 
     done = transformation_of(model)
@@ -107,6 +108,8 @@ def audit(model: nn.Module, example_input: Any) -> Audit:
         )
     args, kwargs = as_call(example_input)
     masks = None if any(p.is_meta for p in model.parameters()) else masks_of(model)
+    if masks is not None:
+        require_masked(model, masks, done.surgery.masked)
     measured, after = measure(model, args, kwargs, done.plan, done.surgery, masks)
     require_as_planned(measured, done.plan, after, after)
     return count(done.plan.table, done.plan.spec, done.plan.training)
@@ -150,8 +153,9 @@ def save(model: nn.Module, path: str | Path, *, force: bool = False, state_dict:
     tensors: dict[str, Mapping[str, Any]] = {}
     if not any(p.is_meta for p in model.parameters()):
         tensors = {WEIGHTS: untied(model), MASKS: masks_of(model)}
-        if done.buffers:
-            tensors[BUFFERS] = done.buffers
+        passing = unsaved_buffers(model)
+        if passing:
+            tensors[BUFFERS] = passing
     plain = dict(model.state_dict()) if state_dict and tensors else None
     return write(path, _documents(done), tensors, state_dict=plain, force=force)
 
@@ -179,13 +183,33 @@ def masks(model: nn.Module) -> dict[str, Any]:
 
 def untied(model: nn.Module) -> dict[str, Any]:
     """The state dict with every tensor once, under its first name: what safetensors can hold."""
+    from torch import Tensor
+
     seen: set[int] = set()
     kept = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            raise UsageError(f"{name} is {type(tensor).__name__}, and a folder holds tensors",
+                             hint="a module's get_extra_state must give a tensor")  # fmt: skip
         if id(tensor) not in seen:
             seen.add(id(tensor))
             kept[name] = tensor.detach()
     return kept
+
+
+def unsaved_buffers(model: nn.Module) -> dict[str, Any]:
+    """The buffers that no state dict holds (position tables, causal masks), masks of weights apart, every tensor once."""
+    from .sparsity.attached import masks_of
+
+    skipped = {id(t) for t in masks_of(model).values()}
+    found: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        for name in sorted(module._non_persistent_buffers_set):
+            tensor = module._buffers.get(name)
+            if tensor is not None and id(tensor) not in skipped:
+                skipped.add(id(tensor))
+                found[f"{path}.{name}".removeprefix(".")] = tensor
+    return found
 
 
 def _documents(done: Transformation) -> dict[str, dict[str, Any]]:

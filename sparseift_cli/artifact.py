@@ -140,9 +140,7 @@ def write(path: str | Path, documents: Mapping[str, Mapping[str, Any]], tensors:
 
                 torch.save(state_dict, temporary / "state_dict.pt")
             temporary.chmod(0o755)
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(temporary, folder)
+            _replace(folder, temporary)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -151,6 +149,21 @@ def write(path: str | Path, documents: Mapping[str, Mapping[str, Any]], tensors:
             f"cannot write {folder}: {error.strerror or error}", hint="give -o a writable place"
         ) from None
     return folder
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """Put `new` in the place of `folder`; what stood there is moved aside first, and back if that fails."""
+    if not folder.exists():
+        os.replace(new, folder)
+        return
+    aside = new.with_name(f"{new.name}.old")
+    os.replace(folder, aside)
+    try:
+        os.replace(new, folder)
+    except BaseException:
+        os.replace(aside, folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def provenance(**facts: Any) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def spend(layers: list[LayerPlan], table: LayerTable, spec: TransformSpec, train
         if spec.match in ("model", "train"):
             raise UsageError(f"pattern {spec.pattern} fixes every density, so the model's FLOPs cannot be matched by it",
                              hint="use --match layer, or a block or unstructured pattern")  # fmt: skip
-        return _with(layers, which, [_n_of_m(plan, *spec.n_of_m) for plan in chosen]), None
+        return _n_of_m(layers, *spec.n_of_m), None
     scale = None
     if spec.match == "off":
         counts = [_unmatched(plan, spec) for plan in chosen]
@@ -118,14 +118,17 @@ def _unmatched(plan: LayerPlan, spec: TransformSpec) -> int:
     return _at_least_one(plan, dense + floor(spec.density * (plan.weights - dense)), spec)
 
 
-def _n_of_m(plan: LayerPlan, n: int, m: int) -> int:
-    """N of every M inputs; a last group shorter than M keeps its share, rounded down."""
-    total = _dense_part(plan)
+def _n_of_m(layers: Sequence[LayerPlan], n: int, m: int) -> list[LayerPlan]:
+    """N of every M inputs of every sparse part; a last group shorter than M keeps its share, rounded down."""
+    return [_n_of_m_layer(plan, n, m) if plan.status == "transformed" else plan for plan in layers]
+
+
+def _n_of_m_layer(plan: LayerPlan, n: int, m: int) -> LayerPlan:
+    parts = []
     for part in plan.parts:
-        if not part.dense:
-            whole, rest = divmod(part.shape.taps * part.shape.inputs // part.shape.groups, m)
-            total += part.shape.outputs * (whole * n + rest * n // m)
-    return total
+        whole, rest = divmod(part.shape.taps * part.shape.inputs // part.shape.groups, m)
+        parts.append(part if part.dense else replace(part, nnz=part.shape.outputs * (whole * n + rest * n // m)))
+    return replace(plan, macs=plan.uses * sum(p.nnz for p in parts), parts=tuple(parts))
 
 
 # --- the whole model ---

@@ -24,9 +24,7 @@ def restore(stored: Artifact, into: nn.Module | None) -> nn.Module:
     if stored.weights.is_file():
         new = _filled(new, stored, surgery)
     buffers = _read(stored, BUFFERS) if (stored.path / BUFFERS).is_file() else {}
-    for name, tensor in buffers.items():
-        path, _, leaf = name.rpartition(".")
-        new.get_submodule(path)._buffers[leaf] = tensor
+    _put_buffers(new, buffers, stored)
     plan = make_plan(stored.table, stored.spec, stored.training)
     facts = stored.provenance
     counts = {m.key: m.nnz for m in surgery.masked}
@@ -81,13 +79,32 @@ def _filled(model: nn.Module, stored: Artifact, surgery: Surgery) -> nn.Module:
     return model
 
 
+def _put_buffers(model: nn.Module, buffers: dict[str, torch.Tensor], stored: Artifact) -> None:
+    """Buffers that no state dict holds, in every place that shares them."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for leaf, held in module._buffers.items():
+            places.setdefault(id(held), []).append((module, leaf))
+    for name, tensor in buffers.items():
+        path, _, leaf = name.rpartition(".")
+        try:
+            old = model.get_submodule(path)._buffers[leaf]
+        except (AttributeError, KeyError):
+            raise ArtifactError(f"{stored.path / BUFFERS} does not fit the model: {name}",
+                                hint="it was changed, or belongs to another plan") from None  # fmt: skip
+        for module, leaf in places[id(old)]:
+            module._buffers[leaf] = tensor
+
+
 def _tie(model: nn.Module, names: list[str], stored_as: str) -> None:
     """Make all `names` the tensor that was read under one of them: `assign` put a new one in its place."""
     path, _, leaf = stored_as.rpartition(".")
-    tensor = model.get_submodule(path)._parameters.get(leaf)
+    module = model.get_submodule(path)
+    kind = "_parameters" if leaf in module._parameters else "_buffers"
+    tensor = getattr(module, kind).get(leaf)
     for name in names if tensor is not None else ():
         path, _, leaf = name.rpartition(".")
-        model.get_submodule(path)._parameters[leaf] = tensor
+        getattr(model.get_submodule(path), kind)[leaf] = tensor
 
 
 def _read(stored: Artifact, name: str) -> dict[str, torch.Tensor]:

@@ -52,6 +52,9 @@ class TransformSpec:
     distribution: Literal["uniform", "er", "erk"] = "uniform"
 
     def __post_init__(self) -> None:
+        for name in ("include", "exclude"):
+            if isinstance(getattr(self, name), str):  # one glob, or its letters would each be one
+                object.__setattr__(self, name, (getattr(self, name),))
         try:
             density(self.sparsity)
         except (ValueError, ZeroDivisionError):
@@ -70,8 +73,9 @@ class TransformSpec:
         one_of("norm", self.norm, ("model", "batch_norm", "none"))
         one_of("activation", self.activation.partition(":")[0], ("model", "none", *ACTIVATIONS))
         one_of("projections", self.projections, ("untouched", "transformed"))
-        if self.width_multiple < 1:
-            raise UsageError(f"width multiple {self.width_multiple} is not a positive number")
+        for what, size in (("width multiple", self.width_multiple), ("base width", self.base_width)):
+            if size is not None and (type(size) is not int or size < 1):
+                raise UsageError(f"{what} {size!r} is not a positive whole number")
         if self.distribution != "uniform" and self.match not in ("model", "train"):
             raise UsageError(
                 f"distribution {self.distribution} gives layers different FLOPs, so it cannot match each layer",

@@ -45,6 +45,7 @@ def train(
     print_recipe: Annotated[
         bool, typer.Option("--print-recipe", help="Print the whole recipe with the origin of each value, and stop.")
     ] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write metrics for TensorBoard.")] = False,
     fmt: options.FormatOption = Format.table,
     json: options.Json = False,
 ) -> None:
@@ -65,7 +66,7 @@ def train(
     from ..train.run import run_seeds
 
     lines = _Progress()
-    results = run_seeds(loaded, chosen, runs, resume, lines.row, lines.note)
+    results = run_seeds(loaded, chosen, runs, resume, lines.row, lines.note, tensorboard=tensorboard)
     show_runs(results, fmt)
 
 

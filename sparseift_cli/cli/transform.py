@@ -105,6 +105,8 @@ def transform(
         raise UsageError("where should it go?", hint="-o FOLDER, or --plan-only to see the plan and write nothing")
     if out is not None:
         require_writable(out, force=force)
+    if export and plan_only:
+        raise UsageError("--plan-only has no weights to export", hint="leave out one of the two")
     if init == "preserve" and plan_only:
         raise UsageError("--plan-only has no weights to preserve", hint="leave out one of the two")
     checkpoint = source if _is_checkpoint_file(source) else None

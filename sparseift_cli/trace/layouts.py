@@ -126,6 +126,8 @@ def note_index(facts: Facts, source: Tensor, index: Any, out: Tensor) -> None:
         items[at : at + 1] = [slice(None)] * (source.dim() - len(items) + 1)
     for dim, item in enumerate(items):
         whole, part = source.shape[dim], out.shape[dim]
+        if isinstance(item.stop, torch.SymInt) and value(item.stop) == value(whole):
+            facts.equal(poly_of(item.stop), poly_of(whole))  # `x[:, :self.channels]` keeps all of them (GhostNet)
         if not isinstance(whole, torch.SymInt) or value(part) >= value(whole):
             continue
         if item.step is not None and value(item.step) != 1:  # every second one: pairs side by side

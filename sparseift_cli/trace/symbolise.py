@@ -102,7 +102,7 @@ def run(model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any] | N
     trace = Trace(facts, Recorder())
     training = [m for m in model.modules() if m.training]
     try:
-        with fake_mode(facts), _in_place_of_parameters(model, trace, symbolic):
+        with _as_it_was(model), fake_mode(facts), _in_place_of_parameters(model, trace, symbolic):
             _forward(model.eval(), inputs, kwargs or {}, trace, trace.recorder)
             if _unseen(model, trace.recorder):
                 with suppress(Exception):  # a train mode that needs targets: what only it reaches stays as it is
@@ -141,6 +141,20 @@ def _in_place_of_parameters(model: nn.Module, trace: Trace, symbolic: bool) -> I
         yield
     finally:
         stand_ins.take_back()
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Whatever a forward keeps in its modules (its last activations, a step count, a lazy buffer) is taken back at the end."""
+    stores = [module.__dict__ for module in model.modules()]
+    inner = [value for store in stores for value in store.values() if type(value) in (dict, list)]
+    before = [(held, held.copy()) for held in (*stores, *inner)]
+    try:
+        yield
+    finally:
+        for held, kept in before:
+            held.clear()
+            held.extend(kept) if isinstance(held, list) else held.update(kept)
 
 
 class _StandIns:
@@ -243,7 +257,8 @@ def is_activation(module: nn.Module) -> bool:
 @contextmanager
 def _following_modules(model: nn.Module, recorder: Recorder) -> Iterator[None]:
     """Tell the recorder which module runs."""
-    names = {id(m): path for path, m in model.named_modules()}
+    # nn.Softmax is passed over: the attention that calls one has taken the softmax itself
+    names = {id(m): path for path, m in model.named_modules() if not isinstance(m, nn.Softmax)}
     activations = {id(m) for m in model.modules() if is_activation(m)}
     norms = {id(m) for m in model.modules() if is_layer_norm(m)}
     depth: list[bool] = []

@@ -139,8 +139,12 @@ def _measure(run: Prepared, progress: Progress, metrics: Metrics | None, process
         **_memory(run, processes.device),
     }
     if run.sparsifier is not None:
-        masks = total(run.sparsifier.statistics().values())
+        by_weight = run.sparsifier.statistics()
+        masks = total(by_weight.values())
         row |= {"density": masks.density, "itop_rate": masks.itop_rate, "churn": masks.churn}
+        row["masks"] = {
+            name: {"density": w.density, "itop_rate": w.itop_rate, "churn": w.churn} for name, w in by_weight.items()
+        }
     progress.last = row
     score = _score(run, row)
     if score is not None and (progress.best is None or _better(run, score, progress.best)):

@@ -20,12 +20,13 @@ from .loop import Report, train
 from .prepare import Prepared, prepare, with_seed
 from .processes import Processes, processes
 from .signals import listening
+from .tensorboard import TensorBoard
 
 Note = Callable[..., None]
 
 
 def run_seeds(recipe: Recipe, seeds: Sequence[int], root: Path, resume: str | None, report: Report,
-              note: Note) -> list[dict[str, Any]]:  # fmt: skip
+              note: Note, *, tensorboard: bool = False) -> list[dict[str, Any]]:  # fmt: skip
     """Train every seed, one after the other; their summaries (empty on all ranks but the first).
 
     Runs that are done already are read, not repeated.
@@ -48,12 +49,12 @@ def run_seeds(recipe: Recipe, seeds: Sequence[int], root: Path, resume: str | No
     results = []
     with processes(recipe.spec.training.device) as ours, listening():
         for seed in seeds:
-            results.append(_one(with_seed(recipe, seed), seed, root, resume, report, note, ours))
+            results.append(_one(with_seed(recipe, seed), seed, root, resume, report, note, ours, tensorboard))
     return results
 
 
 def _one(recipe: Recipe, seed: int, root: Path, resume: str | None, report: Report, note: Note,
-         ours: Processes) -> dict[str, Any]:  # fmt: skip
+         ours: Processes, tensorboard: bool) -> dict[str, Any]:  # fmt: skip
     text = resolved_yaml(recipe.spec)
     found = _existing(recipe, text, root, resume) if ours.first else None
     if found is not None:
@@ -83,7 +84,14 @@ def _one(recipe: Recipe, seed: int, root: Path, resume: str | None, report: Repo
             note(f"not as before, so bits may differ: {difference}")
         where = f"from step {begins:,}" if begins else "from the start"
         note(f"{path} (seed {seed}, {run.steps:,} steps, {ours.device}): {where}", run.steps)
-        summary = train(run, folder, ours, report)
+        board = TensorBoard(path) if tensorboard else None
+
+        def tell(row: Mapping[str, Any]) -> None:
+            report(row)
+            if board is not None:
+                board(row)
+
+        summary = train(run, folder, ours, tell)
         summary["path"] = str(path)
         folder.finish(summary)
     return summary

@@ -61,6 +61,24 @@ def require_counts(masks: Mapping[str, Tensor], masked: Iterable[Masked]) -> Non
         raise CheckFailed(f"masks without the planned non-zeros: {'; '.join(wrong[:5])}")
 
 
+def require_masked(model: nn.Module, masks: Mapping[str, Tensor], masked: Iterable[Masked]) -> None:
+    """Every planned mask is there, and every weight that it leaves out is zero.
+
+    Raises:
+        CheckFailed: a mask is gone (`.type()` turns masks into numbers), or a weight has come back.
+    """
+    keys = [m.key for m in masked]
+    gone = [key for key in keys if key not in masks]
+    if gone:
+        raise CheckFailed(f"masks are gone: {', '.join(gone[:5])}",
+                          hint="module.type() makes numbers of them; module.to() does not")  # fmt: skip
+    counts = ((key, int((model.get_parameter(key).detach() * ~masks[key]).count_nonzero())) for key in keys)
+    back = [f"{key}: {n:,}" for key, n in counts if n]
+    if back:
+        raise CheckFailed(f"weights that masks leave out are not zero: {'; '.join(back[:5])}",
+                          hint="a Sparsifier keeps them zero; module.weight.mul_(mask) sets them so")  # fmt: skip
+
+
 def dead_ends(masks: Mapping[str, Tensor], masked: Iterable[Masked]) -> tuple[int, int]:
     """(outputs without a weight, inputs that nothing reads) over all sparse weights."""
     rows = columns = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from abc import ABC, abstractmethod
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -24,12 +25,23 @@ MODULES: dict[str, type[nn.Module]] = {
 }
 
 
+_FROM_FIRST = ("in_features", "in_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+_FROM_LAST = ("out_features", "out_channels")
+
+
 class Member(nn.Module, ABC):
     """A module in the place of a linear or convolution: same input, same output shape, the same FLOPs once masked."""
 
     @abstractmethod
     def parts(self) -> dict[str, nn.Module]:
         """The layers whose weights the plan counts, by the plan's names for them."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Sizes that the replaced layer reports are reported still: some models read them (DaViT its kernel size)."""
+        if name in _FROM_FIRST or name in _FROM_LAST:
+            parts = list(self.parts().values())
+            return getattr(parts[0] if name in _FROM_FIRST else parts[-1], name)
+        return super().__getattr__(name)
 
     @property
     def weight(self) -> Tensor:

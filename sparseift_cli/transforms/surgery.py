@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
 from ..errors import CheckFailed, UsageError
 from ..isoflop import branches, doped_rank, factorized_rank
@@ -113,6 +114,10 @@ def operate(model: M, surgery: Surgery) -> M:
         UsageError: an edit does not fit the module (a plan of another model).
     """
     memory: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    for module in model.modules():  # activations of the last forward: deepcopy takes no tensor that has a history
+        for t in tree_leaves(module.__dict__):
+            if isinstance(t, Tensor) and not t.is_leaf:
+                memory.setdefault(id(t), t.detach().clone())
     twin = copy.deepcopy(model, memory)
     fresh: dict[int, Tensor] = {}  # id of an old parameter or buffer -> what takes its place
     try:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from torch import Tensor, nn
 
-from ..errors import UsageError
+from ..errors import CheckFailed, UsageError, one_of
 from ..plan import Plan, make_plan
 from ..sparsity.attached import attach
 from ..spec import TrainingSpec, TransformSpec
@@ -39,6 +39,12 @@ class Options:
     connect: bool = True
     scores: Literal["magnitude"] | Callable[[nn.Module, dict[str, int]], Mapping[str, Tensor]] | None = None
     preserve_slack: float = 0.1
+
+    def __post_init__(self) -> None:
+        one_of("start", self.start, get_args(Start))
+        one_of("init", self.init, get_args(Init))
+        if not callable(self.scores):
+            one_of("scores", self.scores or "magnitude", ("magnitude",))
 
     def to_json(self) -> dict[str, Any]:
         scores = self.scores if self.scores is None or isinstance(self.scores, str) else "a function"
@@ -104,7 +110,11 @@ def transform_module(model: M, inputs: tuple[Any, ...], kwargs: Mapping[str, Any
             masks = draw_masks(new, plan, surgery, seed=options.seed, connect=options.connect,
                                scores=_scores(new, surgery, options))  # fmt: skip
         attach(new, masks)
-    measured, after = measure(new, inputs, kwargs, plan, surgery, masks)
+    try:
+        measured, after = measure(new, inputs, kwargs, plan, surgery, masks)
+    except UsageError as error:  # the dense model ran on these inputs: it is not they that are wrong
+        raise CheckFailed(f"what was made of it does not run: {error}",
+                          hint="--exclude the layers that it names, or try another member") from error  # fmt: skip
     require_as_planned(measured, plan, before, after)
     dead = dead_ends(masks, surgery.masked) if masks is not None else (0, 0)
     apart = deviation(new, model, inputs, kwargs) if options.start == "preserve" else None

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparseift_cli.errors import ArtifactError, DivergedError, InterruptedRun
+from sparseift_cli.errors import ArtifactError, DivergedError, InterruptedRun, UsageError
 from sparseift_cli.recipe.load import load
 from sparseift_cli.runs.directory import RunDirectory
 from sparseift_cli.runs.metrics import read_metrics
@@ -183,6 +183,38 @@ def test_channels_last_goes_on_too(write_recipe: Write, tmp_path: Path) -> None:
 def test_mixed_precision_runs(write_recipe: Write, tmp_path: Path, precision: str) -> None:
     (summary,) = run(write_recipe("rigl"), tmp_path / "runs", training__precision=precision)
     assert summary["metrics"]["loss"] < 5
+
+
+def test_every_line_has_the_masks_of_every_weight(write_recipe: Write, tmp_path: Path) -> None:
+    (summary,) = run(write_recipe("rigl"), tmp_path / "runs")
+    rows = list(read_metrics(Path(summary["path"]) / "metrics.jsonl"))
+    assert all(set(row["masks"]) == {"3.weight", "6.weight"} for row in rows)
+    rates = [row["masks"]["3.weight"]["itop_rate"] for row in rows]
+    assert rates == sorted(rates) and rates[-1] > rows[-1]["masks"]["3.weight"]["density"]
+
+
+def test_tensorboard_gets_every_number(write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the writer; and without the package one sentence says what to do."""
+    told: list[tuple[str, float, int]] = []
+
+    class Writer:
+        def __init__(self, folder: str) -> None:
+            self.folder = folder
+
+        def add_scalar(self, *of: Any) -> None:
+            told.append(of)
+
+        def flush(self) -> None:
+            """Nothing is buffered."""
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type("module", (), {"SummaryWriter": Writer}))
+    loaded = load(write_recipe("rigl"))
+    run_seeds(loaded, [0], tmp_path / "runs", None, quiet, quiet, tensorboard=True)
+    assert {"loss", "flops", "churn/3.weight"} <= {name for name, _, _ in told}
+    assert {step for _, _, step in told} == {5, 10, 12}
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UsageError, match="needs the package tensorboard"):
+        run_seeds(loaded, [0], tmp_path / "runs", None, quiet, quiet, tensorboard=True)
 
 
 def test_two_processes_compute_what_one_does(write_recipe: Write, tmp_path: Path) -> None:
