@@ -208,7 +208,7 @@ def test_a_softmax_module_belongs_to_the_attention_that_calls_it() -> None:
     torch.manual_seed(0)
     model, x = SoftmaxAttention(), torch.randn(2, 6, 8)
     table = sparseift.inspect(model, x)
-    assert [row.kind for row in table.layers if row.kind in ("qk", "av")] == ["qk", "av"]  # pyright: ignore[reportAttributeAccessIssue]
+    assert [row.kind for row in table.layers if row.kind in ("qk", "av")] == ["qk", "av"]
     new, _ = sparseift.transform(model, x, sparsity=0.75, options=Options(start="preserve", preserve_slack=0))
     assert torch.allclose(new.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-5)
 
