@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from .errors import UsageError
-from .growth import Grown, Growth, grow, selected
+from .growth import Grown, Growth, grow, require_matches, selected
 from .isoflop import branches, doped_rank, factorized_rank, factors
 from .layer_plan import LayerPlan, Part, Status
 from .matching import spend
@@ -67,6 +67,7 @@ def make_plan(table: LayerTable, spec: TransformSpec, training: TrainingSpec | N
         CheckFailed: no density can match the model's budget.
     """
     training = training or TrainingSpec()
+    require_matches(table, spec)
     growth = grow(table, spec) if spec.member == "sparse_wide" else None
     sizes = growth.sizes if growth else list(table.sizes)
     layers = [_plan_layer(layer, table, spec, growth, sizes) for layer in table.layers]

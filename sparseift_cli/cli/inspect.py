@@ -104,6 +104,9 @@ def inspect(
 
     transformed = open_artifact(source) if is_artifact(source) else None
     if transformed is not None:
+        if not transformed.weights.is_file():
+            raise UsageError(f"{source} holds a plan without weights (--plan-only)",
+                             hint=f"sparseift flops {source} shows what every layer costs")  # fmt: skip
         source = str(transformed.weights)
     if is_checkpoint(source):
         _refuse(of_model, f"{source} is a checkpoint", "for models")

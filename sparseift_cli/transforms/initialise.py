@@ -21,6 +21,7 @@ from ..sparsity.mask import generator_for
 from .edits import Surgery
 from .layers import is_transposed
 from .members import Member
+from .sparse_doped import SparseDoped
 
 Init = Literal["dense", "density_scaled"]
 Rule = tuple[str, str]  # distribution (normal or uniform), and where the deviation comes from
@@ -53,8 +54,10 @@ def initialise(model: nn.Module, dense: nn.Module, surgery: Surgery, *, seed: in
     """Draw every weight of `model` that is not a clone of one of `dense`; nothing on meta.
 
     `density_scaled` multiplies the deviation of a sparse weight by density ** -1/2, so that a sum over its non-zeros has
-    the variance that a dense one had. The draw of a tensor depends on the seed and its name alone.
+    the variance that a dense one had; the parts of Parallel and Doped are summed, so theirs together have it as they are.
+    The draw of a tensor depends on the seed and its name alone.
     """
+    summed = any(edit.member in ("sparse_parallel", "sparse_doped") for edit in surgery.members)
     sources = [s for s in _sources(model, dense, surgery) if not s.new.is_meta]
     fitting: dict[int, list[Rule]] = {}  # by dense tensor: the branches of Parallel all descend from one
     for s in sources:
@@ -64,8 +67,28 @@ def initialise(model: nn.Module, dense: nn.Module, surgery: Surgery, *, seed: in
     with torch.no_grad():
         for s in sources:
             rule = max(fitting[id(s.old)], key=lambda r: votes[r], default=None)
-            scale = s.density**-0.5 if init == "density_scaled" else 1.0
+            scale = s.density**-0.5 if init == "density_scaled" and not summed else 1.0
             _draw(s, rule, scale, generator_for(seed, "init", s.key))
+        for edit in surgery.members:
+            member = model.get_submodule(edit.path)
+            if isinstance(member, SparseDoped) and not member.weight.is_meta:
+                (copy,) = (m for m in surgery.masked if m.layer == edit.path)
+                _share_variance(member, copy.nnz)
+
+
+def _share_variance(member: SparseDoped, nnz: int) -> None:
+    """Scale U and V so that V U x and the masked copy together have the variance of the dense layer's output.
+
+    With n inputs an output and deviation sigma the dense layer multiplies the variance of x by n sigma^2; the copy keeps
+    the part `density` of that. U keeps the variance as it is (deviation n ** -1/2), V of rank r makes the rest of it.
+    """
+    u, v, sparse = (part.get_parameter("weight") for part in member.parts().values())
+    inputs, rank = sparse[0].numel(), v[0].numel()
+    left = inputs * float(sparse.std(correction=0)) ** 2 * (1 - nnz / sparse.numel())
+    for weight, deviation in ((u, inputs**-0.5), (v, (left / rank) ** 0.5)):
+        held = float(weight.std(correction=0))
+        if held:
+            weight.mul_(deviation / held)
 
 
 def _sources(model: nn.Module, dense: nn.Module, surgery: Surgery) -> Iterable[_Source]:

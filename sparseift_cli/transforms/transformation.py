@@ -125,7 +125,8 @@ def transform_module(model: M, inputs: tuple[Any, ...], kwargs: Mapping[str, Any
 
 def transformation_of(model: nn.Module) -> Transformation | None:
     """What was done to a module that `transform` made or `load` read; None for any other."""
-    return model.__dict__.get(REMEMBERED)
+    inner = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    return inner.__dict__.get(REMEMBERED)
 
 
 def _scores(model: nn.Module, surgery: Surgery, options: Options) -> Mapping[str, Tensor] | None:

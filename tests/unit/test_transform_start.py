@@ -181,3 +181,36 @@ def test_a_model_on_meta_is_planned_without_memory() -> None:
     assert sparseift.flops(new).plan == plan
     with pytest.raises(UsageError, match="no function to preserve"):
         sparseift.transform(model, X.to("meta"), sparsity=0.9, options=Options(start="preserve"))
+
+
+@pytest.mark.parametrize("init", ["dense", "density_scaled"])
+@pytest.mark.parametrize("member", ["wide", "doped", "parallel"])
+def test_a_deep_net_keeps_its_variance(member: str, init: str) -> None:
+    """Twelve ReLU layers without a norm: a gain of 1.4 a layer would be 60 at the end."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(128, 128, bias=False) for _ in range(12)]
+    for layer in layers:
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    model = nn.Sequential(
+        nn.Linear(32, 128, bias=False),
+        *(m for layer in layers for m in (layer, nn.ReLU())),
+        nn.Linear(128, 10, bias=False),
+    )
+    x = torch.randn(256, 32)
+    new, _ = sparseift.transform(
+        model, x, member=member, sparsity=0.75, options=Options(init=init),
+        **({"branch_activation": "sum"} if member == "parallel" else {}),
+    )  # fmt: skip
+    with torch.no_grad():
+        gain = (float(new(x).std()) / float(model(x).std())) ** (1 / 12)
+    if (member, init) == ("wide", "dense"):
+        assert gain == pytest.approx(
+            0.25**0.5, rel=0.15
+        )  # the dense fan with a quarter of the weights, as the paper has it
+    else:
+        assert gain == pytest.approx(1.0, rel=0.15)
+
+
+def test_a_glob_that_names_no_layer_is_told() -> None:
+    with pytest.raises(UsageError, match="matches no layer"):
+        sparseift.transform(net(), X, sparsity=0.75, exclude=("layer9*",))
