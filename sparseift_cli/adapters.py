@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from .request import Request
 
-PREFIXES = ("torchvision", "timm", "hf")
 DEFAULT_SEQ = 128
 
 

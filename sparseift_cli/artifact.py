@@ -32,7 +32,6 @@ from .version import __version__
 
 SCHEMA = "sparseift.model/1"
 WEIGHTS, MASKS, BUFFERS = "model.safetensors", "masks.safetensors", "buffers.safetensors"
-PARTS = ("table", "plan", "surgery", "audit", "provenance")
 
 
 @dataclass(frozen=True)

@@ -49,18 +49,6 @@ def draw_masks(model: nn.Module, plan: Plan, surgery: Surgery, *, seed: int = 0,
     return masks
 
 
-def require_counts(masks: Mapping[str, Tensor], masked: Iterable[Masked]) -> None:
-    """Every mask holds the planned number of non-zeros.
-
-    Raises:
-        CheckFailed: one does not.
-    """
-    counts = ((m, int(masks[m.key].count_nonzero())) for m in masked)
-    wrong = [f"{m.key}: {n:,} instead of {m.nnz:,}" for m, n in counts if n != m.nnz]
-    if wrong:
-        raise CheckFailed(f"masks without the planned non-zeros: {'; '.join(wrong[:5])}")
-
-
 def require_masked(model: nn.Module, masks: Mapping[str, Tensor], masked: Iterable[Masked]) -> None:
     """Every planned mask is there, and every weight that it leaves out is zero.
 
