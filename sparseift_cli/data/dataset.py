@@ -66,6 +66,19 @@ class Loader(Protocol):
         """The batch (x, y) of this rank, on the device."""
         ...
 
+    @property
+    def resident(self) -> bool:
+        """Does the whole split lie on the device? Then `picks` and `assemble` make the batch there, and nothing is copied."""
+        ...
+
+    def picks(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        """Sample ids and random words, int64 [b]: what `assemble` needs to know of a batch. Of resident splits only."""
+        ...
+
+    def assemble(self, ids: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch (x, y) of these picks: tensor arithmetic alone, fit for torch.compile and for a CUDA graph."""
+        ...
+
     def close(self) -> None:
         """Let go of worker processes."""
         ...

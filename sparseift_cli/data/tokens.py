@@ -93,8 +93,8 @@ class TokenLoader:
                 f"a sequence length of {self.seq} needs {needed}"
             )
         self._device, self._train = request.device, request.train
-        self._resident = fits_on(request.device, tokens.nbytes)
-        home = request.device if self._resident else torch.device("cpu")
+        self.resident = fits_on(request.device, tokens.nbytes)
+        home = request.device if self.resident else torch.device("cpu")
         self._tokens = tokens.to(home)
         windows = self._length - 1
         windows = windows // self.seq if request.train else -(-windows // self.seq)
@@ -112,8 +112,13 @@ class TokenLoader:
                 self._length - 1, stream.words() if whole else None, stream.bytes() if whole else None
             )
 
+    def picks(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        return self._order.at(epoch, step)
+
     def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        ids, random = self._order.at(epoch, step)
+        return self.assemble(*self.picks(epoch, step))
+
+    def assemble(self, ids: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
         starts = below(random, self._length - self.seq) if self._train else ids * self.seq
         places = starts[:, None] + self._window  # [b, seq + 1]
         last = self._length - 1
@@ -122,7 +127,7 @@ class TokenLoader:
         x, y = found[:, :-1], found[:, 1:]
         if not self._train:
             y = y.masked_fill(places[:, 1:] > last, IGNORE)
-        if not self._resident:
+        if not self.resident:
             pin = self._device.type == "cuda"
             x, y = ((p.contiguous().pin_memory() if pin else p).to(self._device, non_blocking=True) for p in (x, y))
         return x.contiguous(), y.contiguous()

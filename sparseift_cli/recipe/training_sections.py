@@ -100,7 +100,12 @@ class Training(Section):
         "fp32", description="Autocast forward and backward to this type."
     )
     channels_last: bool = Field(False, description="Images in channels-last memory.")
-    compile: bool = Field(False, description="torch.compile the model.")
+    compile: bool | Literal["auto"] = Field(
+        False, description="torch.compile the model and the augmentation; auto: on a GPU only."
+    )
+    cuda_graph: bool = Field(
+        True, description="On a GPU, replay the whole step as a CUDA graph, where that can be (not fp16, one process)."
+    )
     recompute: bool = Field(False, description="Activation checkpointing: less memory, a second forward a step.")
     deterministic: bool = Field(
         False, description="Deterministic kernels: on a GPU, resuming is exact to the bit only with these; slower."

@@ -149,10 +149,29 @@ class Sparsifier:
             self._pending = _Pending(t, self._dense_gradients() if by_gradient else {})
         self._prune(t + 1)
         if finite:
-            live = [(w.parameter.grad, w.factor) for w in self.weights if w.nnz < w.factor.numel()]
-            pairs = [(g, factor) for g, factor in live if g is not None]
-            multiply_([g for g, _ in pairs], [factor for _, factor in pairs])
+            self.mask_gradients()
         return finite
+
+    # A loop whose step is a CUDA graph calls these two instead of `step`, where no mask moves: one inside the graph, the
+    # other beside every replay.
+
+    @property
+    def still(self) -> bool:
+        """Will the step that comes leave every mask as it is, and need no dense gradient?"""
+        t = self.steps
+        return not self.settings.exchanges_at(t) and not self._down(t + 1)
+
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Multiply every gradient by its mask, in place."""
+        live = [(w.parameter.grad, w.factor) for w in self.weights if w.nnz < w.factor.numel() or w.moves]
+        pairs = [(g, factor) for g, factor in live if g is not None]
+        multiply_([g for g, _ in pairs], [factor for _, factor in pairs])
+
+    def count_still_step(self) -> None:
+        """A step whose gradients were masked without this object: all that `step` does for a `still` one besides."""
+        self.last = StepRecord(self.steps, self._nnz, dense_gradients=False)
+        self.steps += 1
 
     def close(self) -> None:
         """Take the hooks off the optimiser; masks stay as they are."""
@@ -258,10 +277,7 @@ class Sparsifier:
 
     def _prune(self, t: int) -> None:
         """Bring every weight down to the non-zeros that step `t` computes with."""
-        wanted = {
-            w: self.settings.nonzeros(t, self._start[w.name], self._final[w.name]) for w in self.weights if w.moves
-        }
-        down = {w: n for w, n in wanted.items() if n < w.active}
+        down = self._down(t)
         if not down:
             return
         require_finite({w.name: w.parameter for w in down}, "the weight", t)
@@ -270,6 +286,15 @@ class Sparsifier:
             ties = generator_for(self.settings.seed, w.name, "prune", str(t))
             w.become(prune(w.cells_of_mask(), w.active, scores, n, ties), state_of(self.optimizer, w.parameter))
         self._count()
+
+    def _down(self, t: int) -> dict[SparseWeight, int]:
+        """The weights that step `t` computes with fewer non-zeros of, and how many."""
+        if self.settings.algorithm.start is None:  # only pruning algorithms have a density to come down from
+            return {}
+        wanted = {
+            w: self.settings.nonzeros(t, self._start[w.name], self._final[w.name]) for w in self.weights if w.moves
+        }
+        return {w: n for w, n in wanted.items() if n < w.active}
 
     def _dense_gradients(self) -> dict[str, Tensor]:
         return {w.name: w.parameter.grad.clone() for w in self.weights if w.moves and w.parameter.grad is not None}

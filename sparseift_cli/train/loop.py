@@ -16,19 +16,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
-from ..errors import DivergedError, InterruptedRun
+from ..errors import InterruptedRun
 from ..runs.directory import RunDirectory
 from ..runs.metrics import Metrics
-from ..sparsity.guard import all_finite
 from ..sparsity.statistics import total
-from .evaluate import LOWER_IS_BETTER, evaluate, logits_of, loss_of
+from .evaluate import LOWER_IS_BETTER, evaluate
+from .graphed import GraphedStep, can_be_graphed
 from .prepare import Prepared
 from .processes import Processes
 from .signals import stop_requested
 from .state import pack, unpack
+from .step import EagerStep
 
 Report = Callable[[Mapping[str, Any]], None]
 
@@ -61,66 +62,32 @@ def train(run: Prepared, folder: RunDirectory, processes: Processes, report: Rep
     if loaded is not None:
         unpack(loaded, model, run.optimizer, run.sparsifier)
         _restore(progress, run, scaler, loaded.state)
-    forward = processes.wrap(torch.compile(model) if settings.compile else model)  # pyright: ignore[reportArgumentType]
+    make_step = GraphedStep(run) if can_be_graphed(run, processes) else EagerStep(run, scaler, processes)
     evaluate_every = run.every(run.spec.evaluation.every)
     save_every = run.every(run.spec.checkpoint.every)
     began = time.perf_counter() - progress.seconds
     while progress.step < run.steps:
         step = progress.step
         torch.manual_seed(_stream(run.seed, step, processes.rank))
-        for group in run.optimizer.param_groups:
-            group["lr"] = run.rate(step)
-        loss = _backward(run, forward, step, scaler, processes)
-        _update(run, loss, scaler, step, processes)
+        loss = make_step(step)
         run.spent.add(run.sparsifier.last if run.sparsifier else None)
         progress.step = step + 1
         progress.losses.append(loss)
-        progress.seconds = time.perf_counter() - began
         at_end = progress.step == run.steps
-        if at_end or progress.step % evaluate_every == 0:
-            _measure(run, progress, metrics, processes, report)
         stopping = stop_requested(processes)
-        if at_end or stopping or progress.step % save_every == 0:
+        measuring = at_end or progress.step % evaluate_every == 0
+        saving = at_end or stopping or progress.step % save_every == 0
+        if measuring or saving:
+            make_step.check()
+            progress.seconds = time.perf_counter() - began
+        if measuring:
+            _measure(run, progress, metrics, processes, report)
+        if saving:
             _save(run, progress, folder, metrics, scaler, processes)
         if stopping and not at_end:
             raise InterruptedRun(f"stopped after step {progress.step} of {run.steps}; the checkpoint is in {folder.path}",
                                  stopping)  # fmt: skip
     return _summary(run, progress)
-
-
-def _backward(run: Prepared, forward: nn.Module, step: int, scaler: GradScaler, processes: Processes) -> Tensor:
-    """Gradients of the global batch of `step`, and its mean loss on this rank."""
-    settings = run.spec.training
-    x, y = run.train.at(step)
-    micro = settings.accumulate
-    mean = torch.zeros((), device=x.device)
-    for i, (part, target) in enumerate(zip(x.chunk(micro), y.chunk(micro), strict=True)):
-        with processes.without_averaging(forward, last=i == micro - 1):
-            with run.autocast():
-                logits = logits_of(forward(part))
-                loss = loss_of(logits, target, smoothing=settings.label_smoothing) / micro
-            scaler.scale(loss).backward()
-        mean += loss.detach()
-    return mean
-
-
-def _update(run: Prepared, loss: Tensor, scaler: GradScaler, step: int, processes: Processes) -> None:
-    """The optimiser's step, or none: a NaN never reaches a weight."""
-    gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
-    scaler.unscale_(run.optimizer)
-    scaled = scaler.is_enabled()  # fp16: an overflow is expected now and then, and the scaler skips its step
-    bad = not bool(loss.isfinite()) or (not scaled and not all_finite(gradients))
-    if processes.agree(bad):
-        raise DivergedError(f"step {step}: the loss is {float(loss):g} and its gradients are not finite",
-                            hint="lower optimizer.lr, lengthen schedule.warmup, or set training.clip; "
-                                 "weights and checkpoints are those before this step")  # fmt: skip
-    if run.sparsifier is not None:
-        run.sparsifier.step(found_inf=scaled and not all_finite(gradients))
-    if run.spec.training.clip is not None:
-        torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.spec.training.clip)
-    scaler.step(run.optimizer)
-    scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
 
 
 def _measure(run: Prepared, progress: Progress, metrics: Metrics | None, processes: Processes, report: Report) -> None:

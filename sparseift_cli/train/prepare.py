@@ -61,11 +61,15 @@ class Prepared:
         return max(1, in_steps(duration, run_steps=self.steps, epoch_steps=self.train.steps_per_epoch,
                                unit=self.spec.training.unit))  # fmt: skip
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
     def autocast(self) -> AbstractContextManager[Any]:
         """Mixed precision, where the recipe asks for it."""
         dtype = _DTYPES.get(self.spec.training.precision)
-        device = next(self.model.parameters()).device
-        return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
 
 def prepare(recipe: Recipe, seed: int, processes: Processes) -> Prepared:

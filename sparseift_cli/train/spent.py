@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 from ..layer_plan import LayerPlan
 from ..sparsity.sparsifier import StepRecord
@@ -35,6 +36,7 @@ class Spent:
         self.macs = Fraction(0)
         self._prices: dict[str, _Price] = {}
         self._fixed = Fraction(0)
+        self._known: tuple[Any, bool, Fraction] | None = None  # the last step's: most are like the one before
         by_part = {(m.layer, m.part): m.key for m in masked}
         for row in layers:
             cost = step_cost(row, row.macs, recompute=recompute)
@@ -54,7 +56,10 @@ class Spent:
 
     def add(self, record: StepRecord | None) -> None:
         """One optimiser step; without a record (a dense model) all of it is fixed."""
-        self.macs += self.batch_size * self._of(record)
+        nnz, dense_gradients = (record.nnz, record.dense_gradients) if record is not None else (None, False)
+        if self._known is None or self._known[0] is not nnz or self._known[1] != dense_gradients:
+            self._known = nnz, dense_gradients, self.batch_size * self._of(record)
+        self.macs += self._known[2]
 
     def _of(self, record: StepRecord | None) -> Fraction:
         total = self._fixed

@@ -25,6 +25,7 @@ from sparseift_cli.train import loop
 from sparseift_cli.train.prepare import prepare
 from sparseift_cli.train.processes import Processes
 from sparseift_cli.train.run import run_seeds
+from sparseift_cli.train.step import EagerStep
 
 Write = Callable[..., Path]
 
@@ -97,10 +98,10 @@ def test_masks_hold_after_every_step(write_recipe: Write, monkeypatch: pytest.Mo
     assert ready.transformation is not None
     planned = {m.key: m.nnz for m in ready.transformation.surgery.masked}
     scaler: Any = torch.amp.grad_scaler.GradScaler("cpu", enabled=False)
+    make_step = EagerStep(ready, scaler, Processes(torch.device("cpu")))
     first = {k: m.clone() for k, m in masks_of(ready.model).items()}
     for step in range(12):
-        loss = loop._backward(ready, ready.model, step, scaler, Processes(torch.device("cpu")))
-        loop._update(ready, loss, scaler, step, Processes(torch.device("cpu")))
+        make_step(step)
         for key, mask in masks_of(ready.model).items():
             weight = ready.model.get_parameter(key)
             assert int(mask.count_nonzero()) == planned[key]

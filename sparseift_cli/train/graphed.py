@@ -1,0 +1,172 @@
+"""The step as two CUDA graphs: no kernel of a small network waits for Python, and Python never for the device.
+
+The first steps of a run are made operation by operation: they compile the model and give every tensor its place. Then
+the step is recorded once, without being executed, and replayed from there on:
+
+    first graph     batch out of the resident data, augmentation, forward, backward, look for NaN
+    second graph    mask the gradients, clip, optimiser
+
+What changes from step to step lies in tensors that the graphs read: the picks of the batch, the learning rate. At a
+mask update the first graph is replayed and the rest happens operation by operation: masks are changed in place.
+
+A loss or gradient that is no number sets a flag on the device, and the fused optimisers leave every weight alone from that
+step on. The host looks at the flag later, so weights and checkpoints are those before that step all the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .evaluate import logits_of, loss_of
+from .prepare import Prepared
+from .processes import Processes
+from .step import clip, compiled, diverged, set_rate
+
+WARM_UP = 3  # steps before recording: the first compiles and makes the optimiser's state, and cuDNN settles on kernels
+LOOK = 100  # steps after which the host asks the device for the flag, and reads the answer to the last question
+
+
+def can_be_graphed(run: Prepared, processes: Processes) -> bool:
+    """One process on a GPU, a fused optimiser, and no fp16, whose loss scale is decided on the host."""
+    spec = run.spec
+    return (
+        spec.training.cuda_graph and processes.device.type == "cuda" and processes.world == 1
+        and spec.optimizer.fused and spec.training.precision != "fp16"
+    )  # fmt: skip
+
+
+class GraphedStep:
+    """`Step` for one process and one GPU; the numbers are those of `EagerStep`, but for what torch.compile fuses."""
+
+    def __init__(self, run: Prepared) -> None:
+        self._run, self._device = run, run.device
+        self._rate = torch.zeros((), device=self._device)
+        self._bad = torch.zeros((), device=self._device)  # the fused optimisers' `found_inf`: 1 stops every update
+        self._first_bad = torch.full((), -1, dtype=torch.int64, device=self._device)
+        self._number = torch.zeros((), dtype=torch.int64, device=self._device)  # of the step being made
+        self._answer = torch.full((), -1, dtype=torch.int64).pin_memory()
+        self._asked: Any = None
+        run.optimizer.found_inf = self._bad  # pyright: ignore[reportAttributeAccessIssue]
+        self._inputs: tuple[Tensor, Tensor] | None = None
+        self._loss = torch.zeros((), device=self._device)
+        self._graphs: tuple[Any, Any] | None = None
+        self._made = 0
+        whole = compiled(run)
+        self._assemble = torch.compile(run.train.assemble) if whole and run.train.resident else run.train.assemble
+        self._lose = torch.compile(self._loss_of) if whole else self._loss_of
+
+    def __call__(self, step: int) -> Tensor:
+        self._feed(step)
+        if self._graphs is None:
+            self._aside(step)
+        else:
+            first, second = self._graphs
+            first.replay()
+            sparsifier = self._run.sparsifier
+            if sparsifier is None or sparsifier.still:
+                second.replay()
+                if sparsifier is not None:
+                    sparsifier.count_still_step()
+            else:
+                self._update()
+        self._look(step)
+        return self._loss.clone()
+
+    def check(self) -> None:
+        bad = int(self._first_bad)
+        if bad >= 0:
+            raise diverged(bad)
+
+    # --- what a step reads ---
+
+    def _feed(self, step: int) -> None:
+        """Put what is particular to `step` where the graphs read it."""
+        run = self._run
+        made = run.train.picks_at(step) if run.train.resident else run.train.at(step)
+        if self._inputs is None:
+            self._inputs = made[0].clone(memory_format=torch.preserve_format), made[1].clone()
+        else:
+            for place, value in zip(self._inputs, made, strict=True):
+                place.copy_(value, non_blocking=True)
+        self._rate.fill_(run.rate(step))
+        self._number.fill_(step)
+        set_rate(run, self._rate)
+
+    # --- the two halves ---
+
+    def _loss_of(self, x: Tensor, y: Tensor) -> Tensor:
+        run = self._run
+        with run.autocast():
+            return loss_of(logits_of(run.model(x)), y, smoothing=run.spec.training.label_smoothing)
+
+    def _backward(self) -> None:
+        run = self._run
+        assert self._inputs is not None
+        x, y = self._assemble(*self._inputs) if run.train.resident else self._inputs
+        micro = run.spec.training.accumulate
+        self._loss.zero_()
+        for part, target in zip(x.chunk(micro), y.chunk(micro), strict=True):
+            loss = self._lose(part, target) / micro
+            loss.backward()
+            self._loss += loss.detach()
+        self._flag()
+
+    @torch.no_grad()
+    def _flag(self) -> None:
+        gradients = [p.grad for p in self._run.model.parameters() if p.grad is not None]
+        largest = torch._foreach_norm(gradients, torch.inf)  # pyright: ignore[reportPrivateImportUsage]
+        finite = torch.stack([n.float() for n in largest]).isfinite().all() & self._loss.isfinite()
+        self._first_bad.copy_(torch.where(finite | (self._first_bad >= 0), self._first_bad, self._number))
+        self._bad.copy_(self._first_bad >= 0)
+
+    def _update(self) -> None:
+        if self._run.sparsifier is not None:
+            self._run.sparsifier.step()
+        clip(self._run)
+        self._run.optimizer.step()
+
+    # --- recording ---
+
+    def _aside(self, step: int) -> None:
+        """A step on another stream, as graphs are recorded on one; after the last of them the graphs are."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._backward()
+            self._update()
+            self._run.optimizer.zero_grad(
+                set_to_none=True
+            )  # recording gives gradients their places in the graph's memory
+        torch.cuda.current_stream().wait_stream(stream)
+        self._made += 1
+        if self._made >= WARM_UP:
+            self._record()
+
+    def _record(self) -> None:
+        run = self._run
+        first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(first):
+            self._backward()
+        with torch.cuda.graph(second, pool=first.pool()):
+            if run.sparsifier is not None:
+                run.sparsifier.mask_gradients()
+            clip(run)
+            run.optimizer.step()
+        self._graphs = first, second
+
+    # --- the flag ---
+
+    def _look(self, step: int) -> None:
+        """Ask the device for the flag now and then; the answer is read at the next question, when it is long there."""
+        if step % LOOK:
+            return
+        if self._asked is not None:
+            self._asked.synchronize()
+            if (bad := int(self._answer)) >= 0:
+                raise diverged(bad)
+        self._answer.copy_(self._first_bad, non_blocking=True)
+        self._asked = torch.cuda.Event()
+        self._asked.record()

@@ -1,0 +1,109 @@
+"""One optimiser step: backward of every micro-batch, masks, clipping, the update. `graphed` replays the same as a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+
+from ..errors import DivergedError
+from ..sparsity.guard import all_finite
+from .evaluate import logits_of, loss_of
+from .prepare import Prepared
+from .processes import Processes
+
+Assemble = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Step(Protocol):
+    """Makes the steps of a run, one call each, in order."""
+
+    def __call__(self, step: int) -> Tensor:
+        """Make a step; its mean loss on this rank, a scalar on the device that nothing else writes to."""
+        ...
+
+    def check(self) -> None:
+        """Raise DivergedError where a step so far met a loss or gradient that is no number; may wait for the device."""
+        ...
+
+
+def diverged(step: int, loss: float | None = None) -> DivergedError:
+    """What a run ends with: the step, and its loss where that is known."""
+    what = (
+        "the loss or a gradient is not finite"
+        if loss is None
+        else f"the loss is {loss:g} and its gradients are not finite"
+    )
+    return DivergedError(f"step {step}: {what}",
+                         hint="lower optimizer.lr, lengthen schedule.warmup, or set training.clip; "
+                              "weights and checkpoints are those before this step")  # fmt: skip
+
+
+def compiled(run: Prepared) -> bool:
+    """Does the recipe want torch.compile on the device that the run has?"""
+    wanted = run.spec.training.compile
+    return run.device.type == "cuda" if wanted == "auto" else wanted
+
+
+class EagerStep:
+    """Operation after operation, on any device and any number of processes."""
+
+    def __init__(self, run: Prepared, scaler: GradScaler, processes: Processes) -> None:
+        self._run, self._scaler, self._processes = run, scaler, processes
+        model = torch.compile(run.model) if compiled(run) else run.model
+        self._forward: nn.Module = processes.wrap(model)  # pyright: ignore[reportArgumentType]
+
+    def __call__(self, step: int) -> Tensor:
+        set_rate(self._run, self._run.rate(step))
+        loss = self._backward(step)
+        self._update(loss, step)
+        return loss
+
+    def check(self) -> None:
+        """Every step has looked for itself."""
+
+    def _backward(self, step: int) -> Tensor:
+        """Gradients of the global batch of `step`, and its mean loss on this rank."""
+        run, processes = self._run, self._processes
+        x, y = run.train.at(step)
+        micro = run.spec.training.accumulate
+        mean = torch.zeros((), device=x.device)
+        for i, (part, target) in enumerate(zip(x.chunk(micro), y.chunk(micro), strict=True)):
+            with processes.without_averaging(self._forward, last=i == micro - 1):
+                with run.autocast():
+                    logits = logits_of(self._forward(part))
+                    loss = loss_of(logits, target, smoothing=run.spec.training.label_smoothing) / micro
+                self._scaler.scale(loss).backward()
+            mean += loss.detach()
+        return mean
+
+    def _update(self, loss: Tensor, step: int) -> None:
+        """The optimiser's step, or none: a NaN never reaches a weight."""
+        run, scaler = self._run, self._scaler
+        gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
+        scaler.unscale_(run.optimizer)
+        scaled = scaler.is_enabled()  # fp16: an overflow is expected now and then, and the scaler skips its step
+        bad = not bool(loss.isfinite()) or (not scaled and not all_finite(gradients))
+        if self._processes.agree(bad):
+            raise diverged(step, float(loss))
+        if run.sparsifier is not None:
+            run.sparsifier.step(found_inf=scaled and not all_finite(gradients))
+        clip(run)
+        scaler.step(run.optimizer)
+        scaler.update()
+        run.optimizer.zero_grad(set_to_none=True)
+
+
+def set_rate(run: Prepared, rate: float | Tensor) -> None:
+    """The learning rate of the step that comes."""
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+
+
+def clip(run: Prepared) -> None:
+    """Scale the gradient down to the largest norm that the recipe allows."""
+    if run.spec.training.clip is not None:
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.spec.training.clip)

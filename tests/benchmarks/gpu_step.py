@@ -1,0 +1,203 @@
+"""What a whole training step costs on a GPU, ours against plainer ways, on the ResNet-18 of the CIFAR-100 recipes.
+
+`python -m tests.benchmarks.gpu_step [dense wide50 ...]`; needs CUDA, and torchvision for the first way. A step is everything: the
+batch, its augmentation, forward, backward, masks, optimiser. Images are made up (50,000 of 32x32): their values do not
+matter to the time. The ways are timed in turns, so that a change of the GPU's clock meets all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+
+from sparseift_cli.recipe.load import load
+from sparseift_cli.train.graphed import GraphedStep
+from sparseift_cli.train.prepare import Prepared, prepare
+from sparseift_cli.train.processes import Processes
+from sparseift_cli.train.step import EagerStep
+
+FOLDER = Path(__file__).parents[2] / "recipes" / "resnet18_cifar100"
+DATA = ["data=synthetic-images", "data.limit=50000", "training.epochs=200"]
+FAST = ["training.precision=bf16", "training.channels_last=true"]
+WAYS: dict[str, list[str] | None] = {
+    "torchvision workers, fp32": None,
+    "eager fp32": ["training.compile=false", "training.cuda_graph=false"],
+    "eager bf16": [*FAST, "training.compile=false", "training.cuda_graph=false"],
+    "graph bf16": [*FAST, "training.compile=false"],
+    "compile bf16": [*FAST, "training.compile=true", "training.cuda_graph=false"],
+    "compile + graph bf16": [*FAST, "training.compile=true"],
+}
+
+
+@dataclass
+class Way:
+    name: str
+    make: Callable[[int], Any]
+    run: Prepared | None
+    next: int = 0
+
+    def time(self, steps: int) -> float:
+        """Milliseconds a step."""
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for step in range(self.next, self.next + steps):
+            self.make(step)
+        torch.cuda.synchronize()
+        self.next += steps
+        return 1e3 * (time.perf_counter() - began) / steps
+
+
+def ours(recipe: Path, sets: list[str]) -> tuple[Prepared, Callable[[int], Any]]:
+    run = prepare(load(recipe, [*DATA, *sets]), 0, Processes(torch.device("cuda")))
+    graphed = "training.cuda_graph=false" not in sets
+    scaler: Any = GradScaler("cuda", enabled=False)
+    return run, GraphedStep(run) if graphed else EagerStep(run, scaler, Processes(torch.device("cuda")))
+
+
+def official_style(recipe: Path, sets: list[str], workers: int) -> tuple[Prepared, Callable[[int], Any]]:
+    """The loop of the authors' scripts as they describe it: worker-loaded torchvision data, fp32, one operation at a time."""
+    from PIL import Image
+    from torch.utils.data import DataLoader, Dataset
+    from torchvision import transforms
+
+    run = prepare(load(recipe, [*DATA, *sets]), 0, Processes(torch.device("cuda")))
+    images, labels = run.dataset.images("train")  # pyright: ignore[reportAttributeAccessIssue]
+    arrays = images.permute(0, 2, 3, 1).contiguous().numpy()
+    change = transforms.Compose([
+        transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+        transforms.Normalize((0.5,) * 3, (0.2,) * 3),
+    ])  # fmt: skip
+
+    class Images(Dataset[Any]):
+        def __len__(self) -> int:
+            return len(labels)
+
+        def __getitem__(self, index: int) -> tuple[Any, int]:
+            return change(Image.fromarray(arrays[index])), int(labels[index])
+
+    def batches() -> Iterator[Any]:
+        while True:
+            yield from DataLoader(Images(), 128, shuffle=True, num_workers=workers, pin_memory=True, drop_last=True)
+
+    stream = batches()
+
+    def step(_: int) -> None:
+        x, y = (part.cuda(non_blocking=True) for part in next(stream))
+        loss = nn.functional.cross_entropy(run.model(x), y)
+        run.optimizer.zero_grad()
+        loss.backward()
+        if run.sparsifier is not None:
+            run.sparsifier.step()
+        run.optimizer.step()
+        loss.item()  # as they print it
+
+    return run, step
+
+
+def update_seconds(run: Prepared) -> float:
+    """Milliseconds that a mask update adds to a step: the exchange alone, five times, median."""
+    sparsifier = run.sparsifier
+    if sparsifier is None or not sparsifier.settings.algorithm.exchanges:
+        return 0.0
+    found = []
+    for again in range(6):
+        run.model.train()
+        for w in sparsifier.weights:
+            w.parameter.grad = torch.randn_like(w.parameter)
+        sparsifier.steps = 100 * (1 + again)
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        sparsifier.step()
+        torch.cuda.synchronize()
+        middle = time.perf_counter()
+        run.optimizer.step()
+        torch.cuda.synchronize()
+        found.append((middle - began, time.perf_counter() - middle))
+        sparsifier.steps = 1  # the same again without an update
+        sparsifier.step()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        run.optimizer.step()
+        torch.cuda.synchronize()
+        found[-1] = (found[-1][0], found[-1][1] - (time.perf_counter() - began))
+    return 1e3 * statistics.median(sum(pair) for pair in found[1:])
+
+
+def profile(way: Way, top: int = 14) -> None:
+    """Which kernels the time goes to, on stderr."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        way.time(10)
+    events = sorted(seen.key_averages(), key=lambda e: -e.self_device_time_total)
+    whole = sum(e.self_device_time_total for e in events)
+    print(f"  kernels of {way.name}: {whole / 1e4:.3f} ms a step", file=sys.stderr)
+    for event in events[:top]:
+        print(
+            f"    {event.self_device_time_total / 1e4:8.4f} ms {event.count / 10:6.1f}x {event.key[:110]}",
+            file=sys.stderr,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipes", nargs="*", default=["dense", "wide75_rigl"])
+    parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    lines = []
+    for name in args.recipes:
+        ways = []
+        for label in args.ways.split(","):
+            sets = WAYS[label]
+            began = time.perf_counter()
+            recipe = FOLDER / f"{name}.yaml"
+            run, make = (
+                official_style(recipe, args.set, args.workers) if sets is None else ours(recipe, [*args.set, *sets])
+            )
+            way = Way(label, make, run)
+            way.time(10)
+            torch.cuda.synchronize()
+            ready = time.perf_counter() - began
+            print(f"{name}: {label}: ready after {ready:.1f} s", file=sys.stderr, flush=True)
+            ways.append(way)
+        found: dict[str, list[float]] = {way.name: [] for way in ways}
+        for _ in range(args.rounds):
+            for way in ways:
+                found[way.name].append(way.time(args.steps))
+        for way in ways:
+            each = sorted(found[way.name])
+            line = {"recipe": name, "sets": args.set, "way": way.name, "ms": round(statistics.median(each), 3),
+                    "low": round(each[0], 3), "high": round(each[-1], 3), "n": len(each), "steps": args.steps,
+                    "gpu": torch.cuda.get_device_name()}  # fmt: skip
+            if args.profile:
+                profile(way)
+            line["update_ms"] = round(update_seconds(way.run), 3) if way.run is not None and way is ways[-1] else None
+            lines.append(line)
+            print(json.dumps(line), flush=True)
+        ways.clear()
+        del run, make, way
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch._dynamo.reset()
+    if args.out:
+        args.out.write_text("\n".join(map(json.dumps, lines)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

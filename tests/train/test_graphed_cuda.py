@@ -1,0 +1,109 @@
+"""The replayed step against the step made operation by operation. Needs a GPU."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.amp.grad_scaler import GradScaler
+
+from sparseift_cli.errors import DivergedError
+from sparseift_cli.recipe.load import load
+from sparseift_cli.train.graphed import GraphedStep
+from sparseift_cli.train.prepare import Prepared, prepare
+from sparseift_cli.train.processes import Processes
+from sparseift_cli.train.step import EagerStep
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+RECIPE = """
+model: resnet18_cifar
+data: {{name: synthetic-images, limit: 1024}}
+transform: {{member: wide, match: model, width_multiple: 8}}
+sparsity: 0.75
+algorithm: {{name: {algorithm}, delta_t: 5, drop_fraction: 0.3, stop: 0.75}}
+optimizer: {optimizer}
+training: {{steps: 40, batch_size: 32, {training}}}
+"""
+SGD = "{name: sgd, lr: 0.05, momentum: 0.9, nesterov: true, weight_decay: 5.0e-4}"
+ADAMW = "{name: adamw, lr: 0.001}"
+
+
+@pytest.fixture
+def deterministic(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def ready(tmp_path: Path, training: str = "clip: 1.0", algorithm: str = "rigl", optimizer: str = SGD) -> Prepared:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(training=training, algorithm=algorithm, optimizer=optimizer))
+    return prepare(load(path), 0, Processes(torch.device("cuda")))
+
+
+def eager(run: Prepared) -> EagerStep:
+    return EagerStep(run, GradScaler("cuda", enabled=False), Processes(torch.device("cuda")))
+
+
+@pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
+@pytest.mark.parametrize("algorithm", ["static", "rigl", "set", "gmp", "granet"])
+def test_replayed_steps_are_the_eager_ones(tmp_path: Path, deterministic: None, algorithm: str, optimizer: str) -> None:
+    runs = [ready(tmp_path, algorithm=algorithm, optimizer=optimizer) for _ in range(2)]
+    steps = eager(runs[0]), GraphedStep(runs[1])
+    for step in range(40):
+        losses = [float(make(step)) for make in steps]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6), step
+        assert runs[0].sparsifier is not None and runs[1].sparsifier is not None
+        assert runs[0].sparsifier.last == runs[1].sparsifier.last
+        masks = [run.sparsifier.masks() for run in runs if run.sparsifier is not None]
+        assert all(torch.equal(mask, masks[1][name]) for name, mask in masks[0].items()), step
+        for w in runs[1].sparsifier.weights:
+            assert not w.parameter.detach()[~w.mask].any()
+    steps[1].check()
+
+
+def test_compiled_bf16_trains_as_eager_fp32_does(tmp_path: Path) -> None:
+    plain = ready(tmp_path)
+    fast = ready(tmp_path, "precision: bf16, channels_last: true, compile: auto, clip: 1.0")
+    steps = eager(plain), GraphedStep(fast)
+    curves = [[float(make(step)) for step in range(40)] for make in steps]
+    differences = [abs(a - b) for a, b in zip(*curves, strict=True)]
+    assert max(differences[:3]) < 0.05
+    means = [sum(curve[-10:]) / 10 for curve in curves]
+    assert means[0] == pytest.approx(means[1], abs=0.2)
+    assert means[0] < 0.8 * sum(curves[0][:5]) / 5
+
+
+def test_nothing_waits_for_the_device_between_updates(tmp_path: Path) -> None:
+    run = ready(tmp_path, algorithm="static")
+    make = GraphedStep(run)
+    for step in range(5):
+        make(step)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(5, 30):
+            make(step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_loss_that_is_no_number_leaves_the_weights_alone(tmp_path: Path) -> None:
+    run = ready(tmp_path, "clip: null")
+    make = GraphedStep(run)
+    for step in range(12):
+        make(step)
+    make.check()
+    *_, head = (m for m in run.model.modules() if isinstance(m, torch.nn.Linear))
+    with torch.no_grad():
+        head.bias.fill_(math.inf)
+    kept = [p.detach().clone() for p in run.model.parameters()]
+    for step in range(12, 20):
+        make(step)
+    with pytest.raises(DivergedError, match="step 12"):
+        make.check()
+    assert all(torch.equal(a, b) for a, b in zip(kept, run.model.parameters(), strict=True))
