@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError, one_of
-from .randomness import coin, lane
+from ..randomness import coin, lane
 
 
 @dataclass(frozen=True, slots=True)

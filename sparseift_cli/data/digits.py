@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..randomness import key_of
 from .archives import read_file
 from .images import ImageSet
 from .permutation import Permutation
 from .places import data_home
-from .randomness import key_of
 
 _SIDE = 8
 _TEST_SHARE = 5  # one in so many of each digit, drawn by a fixed permutation

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UsageError
+from ..randomness import fractions
 from .augment import Augment, Normalise
 from .dataset import Request, Targets
 from .order import Order
-from .randomness import fractions
 
 _AHEAD = 4  # batches that each worker holds ready
 Item = tuple[int, int]  # which file, and its random word

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..randomness import counters, key_of, words
 from .permutation import Permutation
-from .randomness import counters, key_of, words
 
 CHUNK = 1 << 16  # samples whose order is worked out at a time: two tensors of 512 KB, and few launches on a GPU
 

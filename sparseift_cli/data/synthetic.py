@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..randomness import below, counters, key_of, lane, word, words
 from .dataset import whole
 from .images import ImageSet
-from .randomness import below, counters, key_of, lane, word, words
 from .tokens import Stream, TokenSet
 
 _PATCH = 4  # a class is a coarse picture of _PATCH x _PATCH fields for every channel

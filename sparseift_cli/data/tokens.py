@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..randomness import below, counters
 from .dataset import DataSet, Request, Targets, fits_on, hash_tensors
 from .order import Order
-from .randomness import below, counters
 
 IGNORE = -100  # the target of what is no token: cross_entropy leaves it out by default
 # Unsigned 16- and 32-bit files are held as the signed type of the same size: torch indexes those everywhere.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..isoflop import Schedule
+from ..randomness import counters, signed, words
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,12 @@ class MaskAlgorithm:
         return weight.detach().float().abs()
 
     def grow_scores(self, weight: Tensor, gradient: Tensor | None, generator: torch.Generator) -> Tensor:
-        """Random: every free place is as likely as any other."""
-        return torch.rand(weight.shape, generator=generator).to(weight.device)
+        """Random: every free place is as likely as any other. The same numbers on every device, made there.
+
+        Minus a number from [0, 1): floats are finest near zero, where the highest of these lie, so that ties are rare.
+        """
+        random = words(signed(generator.initial_seed()), counters(0, weight.numel(), weight.device))
+        return random.bitwise_and_((1 << 63) - 1).to(torch.float32).mul_(-(2.0**-63)).view(weight.shape)
 
     def nonzeros(self, step: int, start: int, final: int, schedule: Schedule) -> int:
         """The non-zeros (or blocks) that step `step` computes with."""

@@ -1,7 +1,7 @@
 """What a mask update does to one mask, as functions of tensors: drop and grow, prune, extend. Exact counts, fair ties.
 
-Scores are float32 without NaN, of the mask's shape and on its device; random numbers come from a CPU generator, so every
-device and rank that has the same scores gets the same mask. Ties are broken by random keys, never by place.
+Scores are float32 without NaN, of the mask's shape and on its device. Ties are broken by random numbers that a key and the
+place alone decide, so every device and rank that has the same scores gets the same mask.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from .selection import best
 from .uniform import at_random
 
 Regrow = Literal["allow", "forbid"]
+GROWS = 0x5DEECE66D  # any number that is not zero
 
 
 def exchange(
@@ -23,7 +24,7 @@ def exchange(
     drop_scores: Tensor,
     grow_scores: Tensor,
     n: int,
-    generator: torch.Generator,
+    key: int,
     regrow: Regrow = "allow",
 ) -> Tensor:
     """The mask with its `n` lowest by `drop_scores` given up for the `n` highest by `grow_scores`; as many True as before.
@@ -32,6 +33,7 @@ def exchange(
         mask: bool, any shape, with `active` True.
         drop_scores: looked at where `mask` is True.
         grow_scores: looked at where the mask that remains is False.
+        key: decides between equal scores; `GROWS` away from it for growing, so that the two choices are independent.
         regrow: `allow`, as RigL: what was just dropped competes with all other places. `forbid`: it does not, and no more
             is dropped than there are free places.
 
@@ -41,15 +43,15 @@ def exchange(
         n = min(n, mask.numel() - active)
     if n == 0:
         return mask.clone()
-    kept = best(drop_scores, active - n, mask, active, generator)
+    kept = best(drop_scores, active - n, mask, active, key)
     free = torch.logical_not(mask if regrow == "forbid" else kept)
     places = mask.numel() - (active if regrow == "forbid" else active - n)
-    return best(grow_scores, n, free, places, generator).logical_or_(kept)
+    return best(grow_scores, n, free, places, key ^ GROWS).logical_or_(kept)
 
 
-def prune(mask: Tensor, active: int, scores: Tensor, n: int, generator: torch.Generator) -> Tensor:
+def prune(mask: Tensor, active: int, scores: Tensor, n: int, key: int) -> Tensor:
     """The `n` highest by `scores` of the `active` places of `mask`."""
-    return best(scores, n, mask, active, generator)
+    return best(scores, n, mask, active, key)
 
 
 def extend(mask: Tensor, active: int, n: int, generator: torch.Generator) -> Tensor:

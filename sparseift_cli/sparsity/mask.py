@@ -70,7 +70,7 @@ def make_mask(
         keys = None if matrix is None else _without_nan(layout.to_blocks(matrix, kind))
         if keys is None and balance == (1, 1):
             cells = at_random(layout.grid(kind), nnz // kind.size, generator)
-            if not connect or cells.view(torch.uint8).amax(1).all():
+            if not connect or not cells.numel() or cells.view(torch.uint8).amax(1).all():
                 return layout.from_matrix(layout.from_blocks(cells, kind))
         (cells,) = disjoint(layout.grid(kind), [nnz // kind.size], generator, keys, connect=connect, balance=balance)
         mask = layout.from_blocks(cells, kind)

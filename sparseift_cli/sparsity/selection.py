@@ -9,33 +9,41 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..randomness import words
 from .top import nth_largest
-from .uniform import at_random
 
 _SAMPLE = 14  # log2 of the places that are looked at to guess the threshold
 _SMALL = 1 << 17
 
 
-def best(scores: Tensor, n: int, within: Tensor, places: int, generator: torch.Generator) -> Tensor:
-    """Mask of the `n` highest of `scores` (any shape, float32, no NaN) among the `places` True of `within`; ties at random."""
+def best(scores: Tensor, n: int, within: Tensor, places: int, key: int) -> Tensor:
+    """Mask of the `n` highest of `scores` (any shape, float32, no NaN) among the `places` True of `within`.
+
+    Of equal scores those with the higher `lots` come first.
+    """
     if n >= places:
         return within.clone()
     if n <= 0:
         return torch.zeros_like(within)
     if 2 * n > places:  # the few that are left out are found faster
-        return _highest(-scores, places - n, within, places, generator).logical_not_().logical_and_(within)
-    return _highest(scores, n, within, places, generator)
+        return _highest(-scores, places - n, within, places, key, low_lots=True).logical_not_().logical_and_(within)
+    return _highest(scores, n, within, places, key)
 
 
-def _highest(scores: Tensor, n: int, within: Tensor, places: int, generator: torch.Generator) -> Tensor:
+def lots(key: int, places: Tensor) -> Tensor:
+    """Random numbers in 0..2^32-1 that rank places with equal scores: int64 [*], a function of the place's number."""
+    return words(key, places) >> 32 & 0xFFFFFFFF
+
+
+def _highest(scores: Tensor, n: int, within: Tensor, places: int, key: int, *, low_lots: bool = False) -> Tensor:
     threshold = _nth(scores.reshape(-1), n, within.reshape(-1), places)
     chosen = (scores >= threshold).logical_and_(within)
     excess = int(chosen.count_nonzero()) - n
     if excess:
-        tied = (scores == threshold).logical_and_(within)
-        ties = int(tied.count_nonzero())
-        lucky = at_random((1, ties), ties - excess, generator)
-        chosen.masked_scatter_(tied, lucky.view(-1).to(chosen.device))
+        flat = chosen.reshape(-1)
+        tied = (scores == threshold).logical_and_(within).reshape(-1).nonzero()[:, 0]
+        unlucky = lots(key, tied).topk(excess, largest=low_lots, sorted=False).indices
+        chosen = flat.index_fill(0, tied[unlucky], False).view(scores.shape)
     return chosen
 
 

@@ -48,8 +48,7 @@ class SparseWeight:
         """Which places have ever been active, for the ITOP rate."""
         self.factor = torch.empty_like(self.parameter, requires_grad=False).copy_(self.mask)
         self.nnz = int(self.mask.count_nonzero())
-        self.churned = 0
-        """Weights that the last update made active."""
+        self._churned: int | Tensor = 0
         down, across = self._layout.grid(kind)
         self.places = down * across
         if self.size > 1 and moves and int(self.cells_of_mask().count_nonzero()) * self.size != self.nnz:
@@ -61,6 +60,12 @@ class SparseWeight:
         mask = self._module._buffers[self._buffer]
         assert mask is not None
         return mask
+
+    @property
+    def churned(self) -> int:
+        """Weights that the last update made active; waits for the device."""
+        self._churned = int(self._churned)
+        return self._churned
 
     @property
     def active(self) -> int:
@@ -80,14 +85,15 @@ class SparseWeight:
         return cells if self.size == 1 else self._layout.from_matrix(self._layout.from_blocks(cells, self.block))
 
     @torch.no_grad()
-    def become(self, cells: Tensor, state: Iterable[Tensor] = ()) -> None:
-        """Give the weight the mask with these active cells. What it loses becomes zero, in the optimiser's `state` too.
+    def become(self, cells: Tensor, state: Iterable[Tensor] = (), nnz: int | None = None) -> None:
+        """Give the weight the mask with these active cells, `nnz` weights in all where the caller knows it.
 
-        What it gains is zero already, everywhere: inactive weights and their state always are.
+        What it loses becomes zero, in the optimiser's `state` too. What it gains is zero already, everywhere: inactive
+        weights and their state always are.
         """
         new = self.mask_of_cells(cells)
-        self.churned = int((new & ~self.mask).count_nonzero())
-        self._take(new)
+        self._churned = (new > self.mask).count_nonzero()
+        self._take(new, nnz)
         self.clear(state)
 
     @torch.no_grad()
@@ -101,7 +107,7 @@ class SparseWeight:
         """The masks of a saved state, into the tensors that everybody holds; weights outside the mask become zero."""
         self._take(mask.to(self.mask.device))
         self.ever.copy_(ever)
-        self.churned = churned
+        self._churned = churned
         self.parameter.masked_fill_(~self.mask, 0)
 
     @torch.no_grad()
@@ -122,8 +128,8 @@ class SparseWeight:
             self.parameter.copy_(torch.where(added, draw.mul_(scale).to(self.parameter), self.parameter))
         self._take(new)
 
-    def _take(self, new: Tensor) -> None:
+    def _take(self, new: Tensor, nnz: int | None = None) -> None:
         self.mask.copy_(new)
         self.factor.copy_(new.view(torch.uint8))  # several times as fast as from booleans
         self.ever |= new
-        self.nnz = int(new.count_nonzero())
+        self.nnz = int(new.count_nonzero()) if nnz is None else nnz

@@ -27,10 +27,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import UsageError, one_of
+from ..randomness import key_of
 from .exchange import Regrow, exchange, extend, prune
 from .find import find_weights, unwrapped
 from .guard import all_finite, clear_unwritten, keeps_zeros, multiply_, require_finite, skipped_inside, state_of
 from .mask import generator_for
+from .quick_exchange import quick_exchange
 from .ranks import check_ranks
 from .saliency import MaskLayout
 from .schedule import Decay
@@ -258,22 +260,42 @@ class Sparsifier:
         if pending is not None and not skipped_inside(optimizer):
             moving = [w for w in self.weights if w.moves]
             require_finite({w.name: w.parameter for w in moving}, "the weight", pending.step)
-            for w in moving:
-                self._exchange(w, pending)
+            choosing = [w for w in moving if self._has_a_choice(w, pending)]
+            on_gpu = [w for w in choosing if w.parameter.is_cuda]
+            quick = [(w, *self._quick(w, pending)) for w in on_gpu]
+            doubts = (
+                torch.stack([doubt for _, _, doubt in quick]).tolist() if quick else []
+            )  # the one wait for the device
+            cells = {w: found for (w, found, _), doubt in zip(quick, doubts, strict=True) if not doubt}
+            for w in choosing:
+                found = cells[w] if w in cells else self._exact(w, pending)
+                pending.gradients.pop(w.name, None)
+                w.become(found, state_of(optimizer, w.parameter), nnz=w.nnz)
 
-    def _exchange(self, w: SparseWeight, pending: _Pending) -> None:
-        algorithm, t = self.settings.algorithm, pending.step
-        gradient = pending.gradients.pop(w.name, None)
-        n = self.settings.drops(w.active, t)
-        if not n or w.active == w.places or (algorithm.uses_gradient and gradient is None):
-            return  # nothing to choose, or the layer had no part in this step
-        drop = w.cells(algorithm.drop_scores(w.parameter))
-        grow = w.cells(
-            algorithm.grow_scores(w.parameter, gradient, generator_for(self.settings.seed, w.name, "grow", str(t)))
-        )
-        ties = generator_for(self.settings.seed, w.name, "ties", str(t))
-        cells = exchange(w.cells_of_mask(), w.active, drop, grow, n, ties, self.settings.regrow)
-        w.become(cells, state_of(self.optimizer, w.parameter))
+    def _has_a_choice(self, w: SparseWeight, pending: _Pending) -> bool:
+        """Does the update move this weight? Not where nothing is dropped or free, or the layer had no part in this step."""
+        blind = self.settings.algorithm.uses_gradient and w.name not in pending.gradients
+        return bool(self.settings.drops(w.active, pending.step)) and w.active < w.places and not blind
+
+    def _scores(self, w: SparseWeight, pending: _Pending) -> tuple[Tensor, Tensor]:
+        """What the cells of a weight are dropped and grown by."""
+        algorithm = self.settings.algorithm
+        random = generator_for(self.settings.seed, w.name, "grow", str(pending.step))
+        grow = algorithm.grow_scores(w.parameter, pending.gradients.get(w.name), random)
+        return w.cells(algorithm.drop_scores(w.parameter)), w.cells(grow)
+
+    def _quick(self, w: SparseWeight, pending: _Pending) -> tuple[Tensor, Tensor]:
+        n = self.settings.drops(w.active, pending.step)
+        scores, ties = self._scores(w, pending), self._key(w, pending.step)
+        return quick_exchange(w.cells_of_mask(), w.active, *scores, n, ties, self.settings.regrow)
+
+    def _exact(self, w: SparseWeight, pending: _Pending) -> Tensor:
+        n, ties = self.settings.drops(w.active, pending.step), self._key(w, pending.step)
+        return exchange(w.cells_of_mask(), w.active, *self._scores(w, pending), n, ties, self.settings.regrow)
+
+    def _key(self, w: SparseWeight, step: int) -> int:
+        """What decides between equal scores."""
+        return key_of(self.settings.seed, w.name, "ties", step)
 
     def _prune(self, t: int) -> None:
         """Bring every weight down to the non-zeros that step `t` computes with."""
@@ -283,8 +305,9 @@ class Sparsifier:
         require_finite({w.name: w.parameter for w in down}, "the weight", t)
         for w, n in down.items():
             scores = w.cells(self.settings.algorithm.drop_scores(w.parameter))
-            ties = generator_for(self.settings.seed, w.name, "prune", str(t))
-            w.become(prune(w.cells_of_mask(), w.active, scores, n, ties), state_of(self.optimizer, w.parameter))
+            w.become(
+                prune(w.cells_of_mask(), w.active, scores, n, self._key(w, t)), state_of(self.optimizer, w.parameter)
+            )
         self._count()
 
     def _down(self, t: int) -> dict[SparseWeight, int]:

@@ -49,6 +49,7 @@ class GraphedStep:
         self._number = torch.zeros((), dtype=torch.int64, device=self._device)  # of the step being made
         self._answer = torch.full((), -1, dtype=torch.int64).pin_memory()
         self._asked: Any = None
+        torch.backends.cudnn.benchmark = not run.spec.training.deterministic  # shapes never change: the search pays
         run.optimizer.found_inf = self._bad  # pyright: ignore[reportAttributeAccessIssue]
         self._inputs: tuple[Tensor, Tensor] | None = None
         self._loss = torch.zeros((), device=self._device)

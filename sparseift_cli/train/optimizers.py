@@ -32,7 +32,8 @@ def make_optimizer(model: nn.Module, spec: Spec, device: torch.device) -> Optimi
     if settings.name == "sgd":
         return SGD(groups, settings.lr, settings.momentum, weight_decay=settings.weight_decay,
                    nesterov=settings.nesterov, fused=fused)  # fmt: skip
-    return AdamW(groups, settings.lr, settings.betas, settings.eps, settings.weight_decay, fused=fused)
+    return AdamW(groups, settings.lr, settings.betas, settings.eps, settings.weight_decay, fused=fused,
+                 capturable=fused and device.type == "cuda")  # fmt: skip
 
 
 def _without_decay(model: nn.Module, kinds: tuple[str, ...]) -> Iterator[nn.Parameter]:

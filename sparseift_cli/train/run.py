@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from inspect import signature
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import UsageError
 from ..flop_audit import to_json
 from ..recipe.load import Recipe
 from ..recipe.write import resolved_yaml
@@ -17,44 +19,72 @@ from ..runs.directory import RunDirectory
 from ..runs.provenance import session
 from .evaluate import LOWER_IS_BETTER
 from .loop import Report, train
+from .parallel import require_one_run
 from .prepare import Prepared, prepare, with_seed
 from .processes import Processes, processes
 from .signals import listening
 from .tensorboard import TensorBoard
 
 Note = Callable[..., None]
+"""`note(text)`; where a run begins `note(text, steps, first_step, label)`."""
+Tick = Callable[[int], None]
+Job = tuple[Recipe, int]
+"""A recipe, and the seed of one run of it."""
 
 
 def run_seeds(recipe: Recipe, seeds: Sequence[int], root: Path, resume: str | None, report: Report,
               note: Note, *, tensorboard: bool = False) -> list[dict[str, Any]]:  # fmt: skip
-    """Train every seed, one after the other; their summaries (empty on all ranks but the first).
+    """Train every seed of one recipe, as `run_jobs` does."""
+    return run_jobs([(recipe, seed) for seed in seeds], root, resume, report, note, tensorboard=tensorboard)
+
+
+def run_jobs(jobs: Sequence[Job], root: Path, resume: str | None, report: Report, note: Note, *,
+             tick: Tick | None = None, tensorboard: bool = False) -> list[dict[str, Any]]:  # fmt: skip
+    """Train one after the other; the summaries (empty on all ranks but the first).
 
     Runs that are done already are read, not repeated.
 
-    `resume`: None begins new runs; `latest` goes on with the newest run of each seed where there is one; a folder names
-    one run. `report` hears of every line of metrics, `note` of what begins and what was skipped.
+    `resume`: None begins new runs; `latest` goes on with the newest run of each recipe and seed where there is one; a
+    folder names one run. `report` hears of every line of metrics, `note` of what begins and what was skipped, `tick` of
+    every step.
 
     Raises:
         UsageError, CheckFailed: as `prepare`.
         ArtifactError: a run directory that cannot be used, or that was begun with another recipe.
         DivergedError, InterruptedRun: as `train`.
     """
-    if resume not in (None, "latest") and len(seeds) > 1:
-        raise UsageError("--resume RUN goes on with one run", hint="--resume latest finds the run of every seed")
-    if recipe.spec.training.threads is not None:
-        torch.set_num_threads(recipe.spec.training.threads)
-    if recipe.spec.training.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product on a GPU
-        torch.use_deterministic_algorithms(True)
+    require_one_run(resume, len(jobs))
     results = []
-    with processes(recipe.spec.training.device) as ours, listening():
-        for seed in seeds:
-            results.append(_one(with_seed(recipe, seed), seed, root, resume, report, note, ours, tensorboard))
+    with listening():
+        for device, group in groupby(jobs, key=lambda job: job[0].spec.training.device):
+            with processes(device) as ours:
+                for recipe, seed in group:
+                    with _settings(recipe.spec.training.threads, recipe.spec.training.deterministic):
+                        mine = with_seed(recipe, seed)
+                        results.append(_one(mine, seed, root, resume, report, note, tick, ours, tensorboard))
     return results
 
 
+@contextmanager
+def _settings(threads: int | None, deterministic: bool) -> Iterator[None]:
+    """What a recipe sets for the whole process, undone for the next recipe."""
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product on a GPU
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        if threads is not None:
+            torch.set_num_threads(before)
+        if deterministic:
+            torch.use_deterministic_algorithms(False)
+
+
 def _one(recipe: Recipe, seed: int, root: Path, resume: str | None, report: Report, note: Note,
-         ours: Processes, tensorboard: bool) -> dict[str, Any]:  # fmt: skip
+         tick: Tick | None, ours: Processes, tensorboard: bool) -> dict[str, Any]:  # fmt: skip
     text = resolved_yaml(recipe.spec)
     found = _existing(recipe, text, root, resume) if ours.first else None
     if found is not None:
@@ -83,7 +113,8 @@ def _one(recipe: Recipe, seed: int, root: Path, resume: str | None, report: Repo
         for difference in folder.begin(facts):
             note(f"not as before, so bits may differ: {difference}")
         where = f"from step {begins:,}" if begins else "from the start"
-        note(f"{path} (seed {seed}, {run.steps:,} steps, {ours.device}): {where}", run.steps)
+        note(f"{path} (seed {seed}, {run.steps:,} steps, {ours.device}): {where}", run.steps, begins,
+             f"seed {seed}")  # fmt: skip
         board = TensorBoard(path) if tensorboard else None
 
         def tell(row: Mapping[str, Any]) -> None:
@@ -91,28 +122,17 @@ def _one(recipe: Recipe, seed: int, root: Path, resume: str | None, report: Repo
             if board is not None:
                 board(row)
 
-        summary = train(run, folder, ours, tell)
+        hook: dict[str, Any] = {"tick": tick} if "tick" in signature(train).parameters else {}
+        summary = train(run, folder, ours, tell, **hook)
         summary["path"] = str(path)
         folder.finish(summary)
     return summary
 
 
 def _existing(recipe: Recipe, text: str, root: Path, resume: str | None) -> RunDirectory | None:
-    if resume is None:
-        return None
     if resume == "latest":
-        found = RunDirectory.latest(root, recipe.name, recipe=text)
-        # another seed's run is no run of this one: begin it; the same seed with another recipe is told as a difference
-        return found if found is not None and _seed_of(found) == _seed_line(text) else None
-    return RunDirectory.open(Path(resume))
-
-
-def _seed_of(run: RunDirectory) -> str | None:
-    return _seed_line(run.recipe)
-
-
-def _seed_line(text: str) -> str | None:
-    return next((line.strip() for line in text.splitlines() if line.strip().startswith("seed:")), None)
+        return RunDirectory.latest(root, recipe.name, recipe=text)
+    return None if resume is None else RunDirectory.open(Path(resume))
 
 
 def _keeping(run: Prepared) -> Mapping[str, Any]:

@@ -32,7 +32,7 @@ FOLDER = Path(__file__).parents[2] / "recipes" / "resnet18_cifar100"
 DATA = ["data=synthetic-images", "data.limit=50000", "training.epochs=200"]
 FAST = ["training.precision=bf16", "training.channels_last=true"]
 WAYS: dict[str, list[str] | None] = {
-    "torchvision workers, fp32": None,
+    "torchvision workers fp32": None,
     "eager fp32": ["training.compile=false", "training.cuda_graph=false"],
     "eager bf16": [*FAST, "training.compile=false", "training.cuda_graph=false"],
     "graph bf16": [*FAST, "training.compile=false"],
@@ -135,7 +135,7 @@ def update_seconds(run: Prepared) -> float:
     return 1e3 * statistics.median(sum(pair) for pair in found[1:])
 
 
-def profile(way: Way, top: int = 14) -> None:
+def profile(way: Way, top: int = 30) -> None:
     """Which kernels the time goes to, on stderr."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
         way.time(10)
@@ -144,7 +144,7 @@ def profile(way: Way, top: int = 14) -> None:
     print(f"  kernels of {way.name}: {whole / 1e4:.3f} ms a step", file=sys.stderr)
     for event in events[:top]:
         print(
-            f"    {event.self_device_time_total / 1e4:8.4f} ms {event.count / 10:6.1f}x {event.key[:110]}",
+            f"    {event.self_device_time_total / 1e4:8.4f} ms {event.count / 10:6.1f}x {event.key[:90]}",
             file=sys.stderr,
         )
 

@@ -34,6 +34,14 @@ OPTIMIZERS = {
 }
 
 
+def splitmix(key: int, counter: int) -> int:
+    """The word of a counter: splitmix64's finaliser (Steele, Lea, Flood 2014) over counter times 2^64 / golden ratio, plus key."""
+    z = (counter * 0x9E3779B97F4A7C15 + key) % 2**64
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+    return z ^ z >> 31
+
+
 class Net(nn.Sequential):
     def __init__(self) -> None:
         super().__init__(nn.Linear(INPUTS, HIDDEN, bias=False), nn.Tanh(), nn.Linear(HIDDEN, OUTPUTS, bias=False))
@@ -162,8 +170,8 @@ class Reference:
         if self.regrow == "forbid":
             n = min(n, size - len(mask))
         if self.algorithm == "set":
-            generator = generator_for(0, name, "grow", str(t))
-            score = torch.rand(self.shape[name], generator=generator).flatten().tolist()
+            key = generator_for(0, name, "grow", str(t)).initial_seed()
+            score = [-single((splitmix(key, i) & (2**63 - 1)) / 2**63) for i in range(size)]
         else:
             score = [abs(g) for g in dense]
         dropped = set(self.smallest(name)[:n])

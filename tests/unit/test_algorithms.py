@@ -13,6 +13,7 @@ from torch import Tensor
 from sparseift_cli.errors import UsageError
 from sparseift_cli.isoflop import ALGORITHMS as COSTED
 from sparseift_cli.isoflop import Schedule, StepCost, mean_step
+from sparseift_cli.randomness import key_of
 from sparseift_cli.sparsity.algorithms import ALGORITHMS, algorithm_named
 from sparseift_cli.sparsity.exchange import exchange, extend, prune
 from sparseift_cli.sparsity.mask import generator_for
@@ -45,7 +46,7 @@ def test_jaxpruners_fixture(fraction: float, regrow, expected: str) -> None:
     """Drop scores as they are, signs included; growth by their magnitude (jaxpruner, sparse_trainers_test.py)."""
     mask = bits("01010110")
     scores = torch.tensor([-9.0, 1, 4, -1, 5, 8, -2, 3])
-    new = exchange(mask, 4, scores, scores.abs(), drops(4, fraction), generator_for(0), regrow)
+    new = exchange(mask, 4, scores, scores.abs(), drops(4, fraction), 0, regrow)
     assert "".join(str(int(b)) for b in new) == expected
     assert torch.equal(mask, bits("01010110"))
 
@@ -59,13 +60,13 @@ def test_counts_are_exact(regrow, active: int, ties: bool) -> None:
     assert int(mask.sum()) == active
     scores = torch.zeros(6, 10) if ties else torch.rand(6, 10, generator=generator)
     for n in range(active + 1):
-        new = exchange(mask, active, scores, scores, n, generator, regrow)
+        new = exchange(mask, active, scores, scores, n, n, regrow)
         assert int(new.sum()) == active
         moved = int((new & ~mask).sum())
         assert moved <= min(n, 60 - active)
         if regrow == "forbid":
             assert moved == min(n, 60 - active)
-        kept = prune(mask, active, scores, n, generator)
+        kept = prune(mask, active, scores, n, n)
         assert int(kept.sum()) == n and not (kept & ~mask).any()
 
 
@@ -73,9 +74,7 @@ def test_ties_favour_no_place() -> None:
     """Of six equal places two are chosen; every pair is as likely (chi-squared, 14 degrees of freedom, p about 1e-4)."""
     scores, within = torch.tensor([5.0, 1, 1, 1, 1, 1, 1, 0]), torch.ones(8, dtype=torch.bool)
     rounds = 3000
-    pairs = Counter(
-        tuple(best(scores, 3, within, 8, generator_for(i)).nonzero().flatten().tolist()) for i in range(rounds)
-    )
+    pairs = Counter(tuple(best(scores, 3, within, 8, key_of(i)).nonzero().flatten().tolist()) for i in range(rounds))
     assert len(pairs) == 15
     assert all(0 in pair and 7 not in pair for pair in pairs)
     assert sum((n - rounds / 15) ** 2 / (rounds / 15) for n in pairs.values()) < 42
@@ -83,14 +82,14 @@ def test_ties_favour_no_place() -> None:
 
 def test_infinite_scores_are_scores() -> None:
     scores = torch.tensor([torch.inf, 1, -torch.inf, 2])
-    assert best(scores, 2, bits("1011"), 3, generator_for(0)).tolist() == [True, False, False, True]
-    assert best(scores, 2, bits("1110"), 3, generator_for(0)).tolist() == [True, True, False, False]
+    assert best(scores, 2, bits("1011"), 3, 0).tolist() == [True, False, False, True]
+    assert best(scores, 2, bits("1110"), 3, 0).tolist() == [True, True, False, False]
 
 
 def test_large_masks_take_the_sampled_path() -> None:
     scores = torch.rand(700, 900, generator=generator_for(1)).mul_(1000).floor_()  # 630 ties a value
     mask = extend(torch.zeros(700, 900, dtype=torch.bool), 0, 63_000, generator_for(2))
-    new = exchange(mask, 63_000, scores, scores, 20_000, generator_for(3))
+    new = exchange(mask, 63_000, scores, scores, 20_000, 3)
     assert int(new.sum()) == 63_000
     kept = mask & new
     assert scores[mask & ~new].max() <= scores[kept].min()

@@ -13,8 +13,8 @@ from torch import Tensor
 from sparseift_cli.data import Augment, Batches, open_data
 from sparseift_cli.data.augment import Normalise, crop_and_flip, cut_out
 from sparseift_cli.data.images import ImageSet
-from sparseift_cli.data.randomness import counters, words
 from sparseift_cli.errors import UsageError
+from sparseift_cli.randomness import counters, words
 
 ODD = (3, 7, 5)  # channels, height, width: no two alike
 

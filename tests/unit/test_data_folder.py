@@ -11,8 +11,8 @@ import torch
 
 from sparseift_cli.data import Augment, Batches, open_data
 from sparseift_cli.data.folder_loader import random_box
-from sparseift_cli.data.randomness import fractions, word
 from sparseift_cli.errors import UsageError
+from sparseift_cli.randomness import fractions, word
 
 image_module = pytest.importorskip("PIL.Image")
 CLASSES = ("ant", "bee", "cow")

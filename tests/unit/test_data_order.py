@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from sparseift_cli.data.order import CHUNK, Order
 from sparseift_cli.data.permutation import Permutation, sides
-from sparseift_cli.data.randomness import below, coin, counters, fractions, key_of, lane, word, words
 from sparseift_cli.errors import UsageError
+from sparseift_cli.randomness import below, coin, counters, fractions, key_of, lane, word, words
 
 
 def chi_squared(counts: list[int]) -> float:

@@ -246,3 +246,7 @@ def test_nth_largest(values: Tensor) -> None:
         mask = top(values, n, generator_for(0))
         assert int(mask.sum()) == n
         assert values[mask].min() == ordered[n - 1]
+
+
+def test_a_weight_that_holds_no_whole_block_gets_an_empty_mask() -> None:
+    assert not make_mask((2, 1), 0, generator=generator_for(0), pattern="1x2").any()

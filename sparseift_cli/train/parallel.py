@@ -1,0 +1,261 @@
+"""Several runs at once, each a process of its own; this one watches, passes signals on and collects. No torch here.
+
+    sparseift train RECIPE --seeds K --events --json      what a child is; its progress is lines of JSON on stderr
+
+A child has a session of its own, so Ctrl-C reaches it once, from here. When this process dies, a child notices at its next
+line of progress, saves and stops.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any, Protocol
+
+from ..errors import InterruptedRun, SparseiftError, UsageError
+
+MARK = "@sparseift "
+"""How a line of progress begins; every other line on a child's stderr is somebody else's and is shown as it is."""
+BEAT = 0.5  # seconds between two words about the step
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """One run: its recipe file, `--set` options and seed, and what it is called on the screen."""
+
+    recipe: Path
+    sets: Sequence[str]
+    seed: int
+    label: str
+    threads: int | None = None
+    """training.threads, where the recipe has it."""
+
+
+class Watch(Protocol):
+    """Who is told of the progress of runs, by their labels; from several threads."""
+
+    def note(self, text: str, steps: int = 0, begins: int = 0, run: str = "") -> None: ...
+    def row(self, row: Mapping[str, Any], run: str = "") -> None: ...
+    def tick(self, step: int, run: str = "") -> None: ...
+    def end(self, run: str) -> None: ...
+
+
+class FailedRuns(SparseiftError):
+    """Some of several runs failed; the others were finished first. The exit code is that of the first in their order."""
+
+    def __init__(self, message: str, hint: str | None, exit_code: int, finished: Sequence[Mapping[str, Any]]) -> None:
+        super().__init__(message, hint=hint)
+        self.exit_code = exit_code
+        self.finished = finished
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """How a child ended."""
+
+    code: int
+    summary: dict[str, Any] | None = None
+    message: str = ""
+    hint: str | None = None
+
+
+def require_one_run(resume: str | None, runs: int) -> None:
+    """Refuse to go on with one run directory for several runs.
+
+    Raises:
+        UsageError: `resume` names a directory.
+    """
+    if resume not in (None, "latest") and runs > 1:
+        raise UsageError("--resume RUN goes on with one run", hint="--resume latest finds the run of every seed")
+
+
+def require_parallel(at_once: int) -> None:
+    """Several runs at once are started from one process.
+
+    Raises:
+        UsageError: fewer than one, or torchrun started this process.
+    """
+    if at_once < 1:
+        raise UsageError(f"--parallel {at_once} runs nothing", hint="--parallel 2 runs two at a time")
+    if at_once > 1 and ("TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        raise UsageError("--parallel and torchrun do not go together: torchrun spreads one run over several processes",
+                         hint="leave one of them out")  # fmt: skip
+
+
+def run_parallel(children: Sequence[Child], at_once: int, root: Path, resume: str | None, watch: Watch, *,
+                 tensorboard: bool = False) -> list[dict[str, Any]]:  # fmt: skip
+    """Train `at_once` of them at a time, in their order; their summaries in the same order.
+
+    Raises:
+        InterruptedRun: SIGTERM or SIGINT, which every child was sent. Those that ran are saved.
+        FailedRuns: a child failed; all others were finished.
+    """
+    at_once = min(at_once, len(children))
+    threads = max(1, _cores() // at_once)
+    divided = "OMP_NUM_THREADS" not in os.environ and any(c.threads is None for c in children)
+    each = f", {threads} CPU thread{'s'[: threads > 1]} each (on a CPU, bits depend on their number)" if divided else ""
+    watch.note(f"{len(children)} runs, {at_once} at a time{each}")
+    more = ["--runs", str(root), *(["--resume", resume] if resume else []), *(["--tensorboard"] if tensorboard else [])]
+    crew = _Crew(more, threads, watch)
+    with crew.forwarding(), ThreadPoolExecutor(at_once) as pool:
+        futures = [pool.submit(crew.run, child) for child in children]
+        wait(futures)  # signals are handled in between
+    return _collected(children, [f.result() for f in futures], crew.stopped)
+
+
+def _collected(children: Sequence[Child], outcomes: Sequence[_Outcome], stopped: int) -> list[dict[str, Any]]:
+    finished = [o.summary for o in outcomes if o.summary is not None]
+    bad = [(child, o) for child, o in zip(children, outcomes, strict=True) if o.summary is None]
+    if not bad:
+        return finished
+    told = [f"  {child.label}: {o.message}".replace("\n", "\n  ") for child, o in bad]
+    message = "\n".join([f"{len(bad)} of {len(outcomes)} runs {'stopped' if stopped else 'failed'}", *told])
+    if stopped:
+        raise InterruptedRun(message, stopped)
+    raise FailedRuns(message, bad[0][1].hint, bad[0][1].code, finished)
+
+
+class _Crew:
+    """The children that run now."""
+
+    def __init__(self, more: Sequence[str], threads: int, watch: Watch) -> None:
+        self.stopped = 0
+        """The first signal that came."""
+        self._more, self._threads, self._watch = more, threads, watch
+        self._running: set[subprocess.Popen[str]] = set()
+        self._lock = threading.RLock()  # a second signal may come while the first is handled
+
+    @contextmanager
+    def forwarding(self) -> Iterator[None]:
+        """Send every SIGTERM and SIGINT on to the children, while inside."""
+
+        def forward(number: int, frame: FrameType | None) -> None:
+            with self._lock:
+                self.stopped = self.stopped or number
+                for process in self._running:
+                    process.send_signal(number)
+
+        before = {s: signal.signal(s, forward) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def run(self, child: Child) -> _Outcome:
+        """Start a child and wait for its end; nothing is started after a signal."""
+        outcome = _Outcome(0)
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as result:
+            with self._lock:
+                if self.stopped:
+                    return _Outcome(128 + self.stopped, message="not begun")
+                process = self._start(child, result)
+                self._running.add(process)
+            assert process.stderr is not None
+            listener = threading.Thread(target=self._listen, args=(child, process.stderr, outcome), daemon=True)
+            listener.start()
+            code = process.wait()
+            with self._lock:
+                self._running.discard(process)
+            listener.join(5)  # what the child itself started may hold its stderr open
+            result.seek(0)
+            self._close(outcome, code, result.read())
+        self._watch.end(child.label)
+        if outcome.summary is None and not self.stopped:
+            self._watch.note(f"failed, exit code {outcome.code}", run=child.label)
+        return outcome
+
+    def _start(self, child: Child, result: IO[str]) -> subprocess.Popen[str]:
+        sets = [word for pair in child.sets for word in ("--set", pair)]
+        command = [sys.executable, "-m", "sparseift_cli", "train", *sets, "--seeds", str(child.seed), *self._more,
+                   "--json", "--events", "--", str(child.recipe)]  # fmt: skip
+        environment = {"OMP_NUM_THREADS": str(self._threads), **os.environ} if child.threads is None else None
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=result, stderr=subprocess.PIPE, env=environment,
+            encoding="utf-8", errors="replace", start_new_session=True,
+        )  # fmt: skip
+
+    def _listen(self, child: Child, stream: IO[str], outcome: _Outcome) -> None:
+        """Pass on what a child says, until it closes its stderr."""
+        with stream:
+            for line in stream:
+                event = _event(line)
+                kind = event.pop("kind", None)
+                if kind == "error":
+                    outcome.message, outcome.hint = event["message"], event["hint"]
+                elif kind in ("note", "row", "tick"):
+                    getattr(self._watch, kind)(**event, run=child.label)
+                elif line.strip():
+                    outcome.message = line.strip()  # the last one of a traceback says what it was
+                    self._watch.note(line.rstrip(), run=child.label)
+
+    def _close(self, outcome: _Outcome, code: int, printed: str) -> None:
+        """The exit code as a shell gives it, and what the child printed."""
+        outcome.code = code if code >= 0 else 128 - code
+        if code < 0:
+            outcome.message = f"ended by {signal.Signals(-code).name}"
+        elif code == 0:
+            try:
+                (outcome.summary,) = json.loads(printed)["runs"]
+            except (ValueError, KeyError, TypeError):
+                outcome.code, outcome.message = 1, "ended without a result"
+        outcome.message = outcome.message or f"ended with exit code {code}"
+
+
+class Events:
+    """The child's side: `Watch` of its one run, told to the parent."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def note(self, text: str, steps: int = 0, begins: int = 0, run: str = "") -> None:
+        self._tell("note", text=text, steps=steps, begins=begins)
+
+    def row(self, row: Mapping[str, Any], run: str = "") -> None:
+        self._tell("row", row={k: v for k, v in row.items() if k != "masks"})
+
+    def tick(self, step: int, run: str = "") -> None:
+        now = time.perf_counter()
+        if now >= self._next:
+            self._next = now + BEAT
+            self._tell("tick", step=step)
+
+    def end(self, run: str) -> None:
+        """The end of the process says it."""
+
+    def error(self, error: SparseiftError) -> None:
+        """Why the run ended."""
+        self._tell("error", message=error.message, hint=error.hint)
+
+    def _tell(self, kind: str, **content: Any) -> None:
+        try:
+            sys.stderr.write(f"{MARK}{json.dumps({'kind': kind, **content})}\n")
+            sys.stderr.flush()
+        except BrokenPipeError:  # nobody watches any more: save and stop
+            sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _event(line: str) -> dict[str, Any]:
+    if not line.startswith(MARK):
+        return {}
+    try:
+        return json.loads(line.removeprefix(MARK))
+    except ValueError:
+        return {}
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

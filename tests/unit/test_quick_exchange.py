@@ -1,0 +1,72 @@
+"""The exchange that never waits: the mask of the exact one, ties too, and a doubt wherever its guess was wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparseift_cli.sparsity.exchange import Regrow, exchange
+from sparseift_cli.sparsity.mask import generator_for
+from sparseift_cli.sparsity.quick_exchange import quick_exchange
+
+SHAPES = [(40, 50), (700, 900), (96, 64, 3, 3)]
+
+
+def case(shape: tuple[int, ...], density: float, seed: int = 0) -> tuple[Tensor, int, Tensor, Tensor]:
+    generator = generator_for(seed)
+    mask = torch.rand(shape, generator=generator) < density
+    drop, grow = (torch.randn(shape, generator=generator).abs() for _ in range(2))
+    return mask, int(mask.count_nonzero()), drop, grow
+
+
+@pytest.mark.parametrize("form", ["distinct", "bfloat16", "few values", "channels_last"])
+@pytest.mark.parametrize("regrow", ["allow", "forbid"])
+@pytest.mark.parametrize("share", [0.001, 0.3, 0.95])
+@pytest.mark.parametrize("density", [0.05, 0.5, 0.9])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_the_exact_exchange(
+    shape: tuple[int, ...], density: float, share: float, regrow: Regrow, form: str
+) -> None:
+    mask, active, drop, grow = case(shape, density)
+    if form == "bfloat16":  # what weight gradients are under autocast
+        drop, grow = (t.bfloat16().float() for t in (drop, grow))
+    elif form == "few values":
+        drop, grow = (t.mul(3).floor() for t in (drop, grow))
+    elif form == "channels_last" and len(shape) == 4:
+        mask, drop = (t.to(memory_format=torch.channels_last) for t in (mask, drop))  # grow stays as it is
+    n = max(1, int(share * active))
+    found, doubt = quick_exchange(mask, active, drop, grow, n, 7, regrow)
+    assert found.stride() == mask.stride()
+    if form != "few values":  # a third of all places tie with the pivot there: the guess may be told to be wrong
+        assert doubt == 0
+    if doubt == 0:
+        assert torch.equal(found, exchange(mask, active, drop, grow, n, 7, regrow))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scores_of_either_sign_and_both_zeros(sign: int) -> None:
+    mask, active, drop, _ = case((40, 50), 0.3)
+    grow = torch.randn(40, 50, generator=generator_for(3)).mul(2).round().mul(sign)  # with -0.0
+    found, doubt = quick_exchange(mask, active, drop, grow, active // 2, 7)
+    assert doubt == 0 and torch.equal(found, exchange(mask, active, drop, grow, active // 2, 7))
+
+
+def test_a_sample_that_misleads_is_doubted() -> None:
+    """Every place of the sample's stride is high, so that the pivot lies above most of what should be taken."""
+    size = 1 << 20
+    mask = torch.zeros(size, dtype=torch.bool)
+    mask[1:200_001] = True
+    drop, grow = (torch.rand(size, generator=generator_for(s), dtype=torch.float64).float() for s in (1, 2))
+    grow[:: size >> 14 | 1] += 5
+    found, doubt = quick_exchange(mask, 200_000, drop, grow, 60_000, 7)
+    expected = exchange(mask, 200_000, drop, grow, 60_000, 7)
+    assert doubt > 0 or torch.equal(found, expected)
+    assert doubt > 0
+
+
+def test_fewer_free_places_than_the_sample_sees_are_doubted_or_right() -> None:
+    mask, _, drop, grow = case((700, 900), 0.999)
+    active = int(mask.count_nonzero())
+    found, doubt = quick_exchange(mask, active, drop, grow, 10_000, 7, "forbid")
+    assert doubt > 0 or torch.equal(found, exchange(mask, active, drop, grow, 10_000, 7, "forbid"))
