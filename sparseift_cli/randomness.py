@@ -32,8 +32,11 @@ def key_of(seed: int, *names: str | int) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def words(key: int, counters: Tensor) -> Tensor:
-    """int64 words [*], uniform over all 64 bits: one for each of `counters` [*], on their device."""
+def words(key: int | Tensor, counters: Tensor) -> Tensor:
+    """int64 words [*], uniform over all 64 bits: one for each of `counters` [*], on their device.
+
+    The key may be an int64 scalar there.
+    """
     z = counters * signed(_GOLDEN) + key
     for shift, factor in _STEPS:
         z = (z ^ _shifted(z, shift)) * signed(factor)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..isoflop import Schedule
-from ..randomness import counters, signed, words
+from ..randomness import counters, words
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class MaskAlgorithm:
         """Magnitude: |w| after the optimiser step."""
         return weight.detach().float().abs()
 
-    def grow_scores(self, weight: Tensor, gradient: Tensor | None, generator: torch.Generator) -> Tensor:
+    def grow_scores(self, weight: Tensor, gradient: Tensor | None, key: int | Tensor) -> Tensor:
         """Random: every free place is as likely as any other. The same numbers on every device, made there.
 
         Minus a number from [0, 1): floats are finest near zero, where the highest of these lie, so that ties are rare.
         """
-        random = words(signed(generator.initial_seed()), counters(0, weight.numel(), weight.device))
+        random = words(key, counters(0, weight.numel(), weight.device))
         return random.bitwise_and_((1 << 63) - 1).to(torch.float32).mul_(-(2.0**-63)).view(weight.shape)
 
     def nonzeros(self, step: int, start: int, final: int, schedule: Schedule) -> int:

@@ -17,25 +17,34 @@ _SAMPLE = 14  # log2 of the places that are looked at to guess a threshold
 _SMALL = 1 << 17  # places that are ranked whole
 
 
-def quick_exchange(mask: Tensor, active: int, drop_scores: Tensor, grow_scores: Tensor, n: int, key: int,
-                   regrow: Regrow = "allow") -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The mask of `exchange` for these arguments, and its doubt: an int64 scalar, 0 where the mask is the right one."""
+def quick_exchange(mask: Tensor, active: int, drop_scores: Tensor, grow_scores: Tensor, n: int | Tensor, key: int | Tensor,
+                   regrow: Regrow = "allow", *, most: int | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The mask of `exchange` for these arguments, and its doubt: an int64 scalar, 0 where the mask is the right one.
+
+    In a CUDA graph `n` and `key` are int64 scalars on the device, read anew at every replay; `most` is the largest n.
+    """
     held, drop, grow = (_flat(t, mask) for t in (mask, drop_scores, grow_scores))
+    most = int(n) if most is None else most
     if regrow == "forbid":
-        n = min(n, mask.numel() - active)
-    if n == 0:
+        spare = mask.numel() - active
+        most, n = min(most, spare), n.clamp(max=spare) if isinstance(n, Tensor) else min(n, spare)
+    if most == 0:
         return mask.clone(), torch.zeros((), dtype=torch.int64, device=mask.device)
+    n = torch.as_tensor(n, device=mask.device)
     places = torch.nonzero_static(held, size=active).view(-1)
-    lost, doubt = _first(_ranks(drop[places], key, _number(places, mask)), n, largest=False)
-    kept = held.clone().index_fill_(0, places[lost], False)
+    lost, doubt = _first(_ranks(drop[places], key, _number(places, mask)), n, most, largest=False)
+    kept = held.scatter(0, places, ~lost)
     free = torch.logical_not(held if regrow == "forbid" else kept)
-    places, more = _near(grow.masked_fill(~free, -torch.inf), n)
+    places, more = _near(grow.masked_fill(~free, -torch.inf), most)
     exists = places >= 0
-    places = places.clamp_(min=0)
-    ranks = _ranks(grow[places], key ^ GROWS, _number(places, mask)).masked_fill_(~exists, torch.iinfo(torch.int64).min)
-    grown, again = _first(ranks, n, largest=True)
-    missing = exists.count_nonzero() < n
-    return _as(kept.index_fill_(0, places[grown], True), mask), doubt + more + again + missing
+    somewhere = places.clamp(min=0)
+    ranks = _ranks(grow[somewhere], key ^ GROWS, _number(somewhere, mask))
+    grown, again = _first(ranks.masked_fill_(~exists, torch.iinfo(torch.int64).min), n, most, largest=True)
+    new = torch.zeros(
+        mask.numel() + 1, dtype=torch.bool, device=mask.device
+    )  # the last one is for places that do not exist
+    new = new.scatter_(0, torch.where(exists, places, mask.numel()), grown)[:-1].logical_or_(kept)
+    return _as(new, mask), doubt + more + again + (exists.count_nonzero() < n)
 
 
 def _near(keys: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -56,18 +65,19 @@ def _near(keys: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return torch.nonzero_static(near, size=room, fill_value=-1).view(-1), near.count_nonzero() > room
 
 
-def _ranks(scores: Tensor, key: int, numbers: Tensor) -> Tensor:
+def _ranks(scores: Tensor, key: int | Tensor, numbers: Tensor) -> Tensor:
     """int64 [*] in the order of the scores [*], and of their `lots` where those are equal."""
     bits = (scores + 0.0).view(torch.int32).to(torch.int64)  # + 0: there are two zeros, which are equal
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # floats compare as their bits do, negative ones backwards
     return (ordered << 32) + lots(key, numbers)
 
 
-def _first(ranks: Tensor, n: int, *, largest: bool) -> tuple[Tensor, Tensor]:
-    """Indices of the n largest (or smallest) of `ranks` [N], in no order, and how many others equal the last of them."""
-    found = ranks.topk(n, largest=largest, sorted=False)
-    as_good = ranks >= found.values.min() if largest else ranks <= found.values.max()
-    return found.indices, as_good.count_nonzero() - n
+def _first(ranks: Tensor, n: Tensor, most: int, *, largest: bool) -> tuple[Tensor, Tensor]:
+    """Which of `ranks` [N] are the n largest (or smallest), [N], and by how many the equals of the last are too many."""
+    order = ranks.topk(most, largest=largest).values
+    last = order.gather(0, (n - 1).clamp(min=0).view(1))
+    found = ((ranks >= last) if largest else (ranks <= last)) & (n > 0)
+    return found, found.count_nonzero() - n
 
 
 def _number(places: Tensor, like: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from .set import SET
@@ -21,6 +20,6 @@ class RigL(SET):
     name: ClassVar[str] = "rigl"
     uses_gradient: ClassVar[bool] = True
 
-    def grow_scores(self, weight: Tensor, gradient: Tensor | None, generator: torch.Generator) -> Tensor:
+    def grow_scores(self, weight: Tensor, gradient: Tensor | None, key: int | Tensor) -> Tensor:
         assert gradient is not None
         return gradient.float().abs()

@@ -30,7 +30,7 @@ def best(scores: Tensor, n: int, within: Tensor, places: int, key: int) -> Tenso
     return _highest(scores, n, within, places, key)
 
 
-def lots(key: int, places: Tensor) -> Tensor:
+def lots(key: int | Tensor, places: Tensor) -> Tensor:
     """Random numbers in 0..2^32-1 that rank places with equal scores: int64 [*], a function of the place's number."""
     return words(key, places) >> 32 & 0xFFFFFFFF
 

@@ -48,7 +48,8 @@ class SparseWeight:
         """Which places have ever been active, for the ITOP rate."""
         self.factor = torch.empty_like(self.parameter, requires_grad=False).copy_(self.mask)
         self.nnz = int(self.mask.count_nonzero())
-        self._churned: int | Tensor = 0
+        self.churned_now: int | Tensor = 0
+        """Weights that the last update made active; a scalar on the device until somebody asks for `churned`."""
         down, across = self._layout.grid(kind)
         self.places = down * across
         if self.size > 1 and moves and int(self.cells_of_mask().count_nonzero()) * self.size != self.nnz:
@@ -64,8 +65,8 @@ class SparseWeight:
     @property
     def churned(self) -> int:
         """Weights that the last update made active; waits for the device."""
-        self._churned = int(self._churned)
-        return self._churned
+        self.churned_now = int(self.churned_now)
+        return self.churned_now
 
     @property
     def active(self) -> int:
@@ -92,7 +93,7 @@ class SparseWeight:
         weights and their state always are.
         """
         new = self.mask_of_cells(cells)
-        self._churned = (new > self.mask).count_nonzero()
+        self.churned_now = (new > self.mask).count_nonzero()
         self._take(new, nnz)
         self.clear(state)
 
@@ -107,7 +108,7 @@ class SparseWeight:
         """The masks of a saved state, into the tensors that everybody holds; weights outside the mask become zero."""
         self._take(mask.to(self.mask.device))
         self.ever.copy_(ever)
-        self._churned = churned
+        self.churned_now = churned
         self.parameter.masked_fill_(~self.mask, 0)
 
     @torch.no_grad()

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from ..plan import Plan
 
 SCHEMA = "sparseift.sparsifier/1"
+Exchange = tuple[Tensor, int, Tensor, Tensor, int, int, Regrow]
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +173,11 @@ class Sparsifier:
 
     def count_still_step(self) -> None:
         """A step whose gradients were masked without this object: all that `step` does for a `still` one besides."""
-        self.last = StepRecord(self.steps, self._nnz, dense_gradients=False)
+        self.count_step(dense_gradients=False)
+
+    def count_step(self, *, dense_gradients: bool) -> None:
+        """The bookkeeping of a step that leaves every number of non-zeros as it is."""
+        self.last = StepRecord(self.steps, self._nnz, dense_gradients)
         self.steps += 1
 
     def close(self) -> None:
@@ -260,42 +265,41 @@ class Sparsifier:
         if pending is not None and not skipped_inside(optimizer):
             moving = [w for w in self.weights if w.moves]
             require_finite({w.name: w.parameter for w in moving}, "the weight", pending.step)
-            choosing = [w for w in moving if self._has_a_choice(w, pending)]
-            on_gpu = [w for w in choosing if w.parameter.is_cuda]
-            quick = [(w, *self._quick(w, pending)) for w in on_gpu]
-            doubts = (
-                torch.stack([doubt for _, _, doubt in quick]).tolist() if quick else []
-            )  # the one wait for the device
-            cells = {w: found for (w, found, _), doubt in zip(quick, doubts, strict=True) if not doubt}
-            for w in choosing:
-                found = cells[w] if w in cells else self._exact(w, pending)
-                pending.gradients.pop(w.name, None)
-                w.become(found, state_of(optimizer, w.parameter), nnz=w.nnz)
+            for w in moving:
+                w.churned_now = 0  # by this update, unless the exchange says otherwise
+            self._exchange([w for w in moving if self._has_a_choice(w, pending)], pending)
 
     def _has_a_choice(self, w: SparseWeight, pending: _Pending) -> bool:
         """Does the update move this weight? Not where nothing is dropped or free, or the layer had no part in this step."""
         blind = self.settings.algorithm.uses_gradient and w.name not in pending.gradients
         return bool(self.settings.drops(w.active, pending.step)) and w.active < w.places and not blind
 
-    def _scores(self, w: SparseWeight, pending: _Pending) -> tuple[Tensor, Tensor]:
-        """What the cells of a weight are dropped and grown by."""
+    def _exchange(self, weights: list[SparseWeight], pending: _Pending) -> None:
+        t, on_gpu = pending.step, [w for w in weights if w.parameter.is_cuda]
+        found = [quick_exchange(*self.exchange_of(w, t, pending.gradients.get(w.name))) for w in on_gpu]
+        doubts = torch.stack([doubt for _, doubt in found]).tolist() if found else []  # the one wait for the device
+        sure = {w: cells for w, (cells, _), doubt in zip(on_gpu, found, doubts, strict=True) if not doubt}
+        for w in weights:
+            gradient = pending.gradients.pop(w.name, None)
+            cells = sure[w] if w in sure else exchange(*self.exchange_of(w, t, gradient))
+            w.become(cells, state_of(self.optimizer, w.parameter), nnz=w.nnz)
+
+    def exchange_of(self, w: SparseWeight, t: int, gradient: Tensor | None) -> Exchange:
+        """The arguments of `exchange` for a weight at the update of step `t`."""
+        keys = self.keys_of(w, t)
+        return (*self.chosen_by(w, gradient, keys[0]), self.settings.drops(w.active, t), keys[1], self.settings.regrow)
+
+    def chosen_by(
+        self, w: SparseWeight, gradient: Tensor | None, key: int | Tensor
+    ) -> tuple[Tensor, int, Tensor, Tensor]:
+        """A weight's cells, how many are active, and what they are dropped and grown by."""
         algorithm = self.settings.algorithm
-        random = generator_for(self.settings.seed, w.name, "grow", str(pending.step))
-        grow = algorithm.grow_scores(w.parameter, pending.gradients.get(w.name), random)
-        return w.cells(algorithm.drop_scores(w.parameter)), w.cells(grow)
+        grow = algorithm.grow_scores(w.parameter, gradient, key)
+        return w.cells_of_mask(), w.active, w.cells(algorithm.drop_scores(w.parameter)), w.cells(grow)
 
-    def _quick(self, w: SparseWeight, pending: _Pending) -> tuple[Tensor, Tensor]:
-        n = self.settings.drops(w.active, pending.step)
-        scores, ties = self._scores(w, pending), self._key(w, pending.step)
-        return quick_exchange(w.cells_of_mask(), w.active, *scores, n, ties, self.settings.regrow)
-
-    def _exact(self, w: SparseWeight, pending: _Pending) -> Tensor:
-        n, ties = self.settings.drops(w.active, pending.step), self._key(w, pending.step)
-        return exchange(w.cells_of_mask(), w.active, *self._scores(w, pending), n, ties, self.settings.regrow)
-
-    def _key(self, w: SparseWeight, step: int) -> int:
-        """What decides between equal scores."""
-        return key_of(self.settings.seed, w.name, "ties", step)
+    def keys_of(self, w: SparseWeight, t: int) -> tuple[int, int]:
+        """What random growth, and the choice between equal scores, are functions of."""
+        return key_of(self.settings.seed, w.name, "grow", t), key_of(self.settings.seed, w.name, "ties", t)
 
     def _prune(self, t: int) -> None:
         """Bring every weight down to the non-zeros that step `t` computes with."""
@@ -305,9 +309,8 @@ class Sparsifier:
         require_finite({w.name: w.parameter for w in down}, "the weight", t)
         for w, n in down.items():
             scores = w.cells(self.settings.algorithm.drop_scores(w.parameter))
-            w.become(
-                prune(w.cells_of_mask(), w.active, scores, n, self._key(w, t)), state_of(self.optimizer, w.parameter)
-            )
+            cells = prune(w.cells_of_mask(), w.active, scores, n, self.keys_of(w, t)[1])
+            w.become(cells, state_of(self.optimizer, w.parameter))
         self._count()
 
     def _down(self, t: int) -> dict[SparseWeight, int]:

@@ -1,13 +1,14 @@
-"""The step as two CUDA graphs: no kernel of a small network waits for Python, and Python never for the device.
+"""The step as CUDA graphs: no kernel of a small network waits for Python, and Python never for the device.
 
 The first steps of a run are made operation by operation: they compile the model and give every tensor its place. Then
 the step is recorded once, without being executed, and replayed from there on:
 
     first graph     batch out of the resident data, augmentation, forward, backward, look for NaN
     second graph    mask the gradients, clip, optimiser
+    third graph     the same with a mask update, for the steps that have one (RigL, SET)
 
-What changes from step to step lies in tensors that the graphs read: the picks of the batch, the learning rate. At a
-mask update the first graph is replayed and the rest happens operation by operation: masks are changed in place.
+What changes from step to step lies in tensors that the graphs read: the picks of the batch, the learning rate. Where
+an algorithm thins masks out (GMP, GraNet), the rest of such a step happens operation by operation.
 
 A loss or gradient that is no number sets a flag on the device, and the fused optimisers leave every weight alone from that
 step on. The host looks at the flag later, so weights and checkpoints are those before that step all the same.
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..sparsity.graphed_update import GraphedUpdate
 from .evaluate import logits_of, loss_of
 from .prepare import Prepared
 from .processes import Processes
@@ -30,10 +32,13 @@ LOOK = 100  # steps after which the host asks the device for the flag, and reads
 
 
 def can_be_graphed(run: Prepared, processes: Processes) -> bool:
-    """One process on a GPU, a fused optimiser, and no fp16, whose loss scale is decided on the host."""
+    """One process on a GPU, a fused optimiser, no fp16, whose loss scale is decided on the host, and no recomputation.
+
+    A block that is computed again puts the random state back first, which no graph can record.
+    """
     spec = run.spec
     return (
-        spec.training.cuda_graph and processes.device.type == "cuda" and processes.world == 1
+        spec.training.cuda_graph and not spec.training.recompute and processes.device.type == "cuda" and processes.world == 1
         and spec.optimizer.fused and spec.training.precision != "fp16"
     )  # fmt: skip
 
@@ -53,7 +58,9 @@ class GraphedStep:
         run.optimizer.found_inf = self._bad  # pyright: ignore[reportAttributeAccessIssue]
         self._inputs: tuple[Tensor, Tensor] | None = None
         self._loss = torch.zeros((), device=self._device)
-        self._graphs: tuple[Any, Any] | None = None
+        self._graphs: tuple[Any, Any, Any] | None = None
+        fits = run.sparsifier is not None and GraphedUpdate.fits(run.sparsifier)
+        self._moving = GraphedUpdate(run.sparsifier) if fits and run.sparsifier is not None else None
         self._made = 0
         whole = compiled(run)
         self._assemble = torch.compile(run.train.assemble) if whole and run.train.resident else run.train.assemble
@@ -64,13 +71,18 @@ class GraphedStep:
         if self._graphs is None:
             self._aside(step)
         else:
-            first, second = self._graphs
+            first, second, third = self._graphs
             first.replay()
             sparsifier = self._run.sparsifier
             if sparsifier is None or sparsifier.still:
                 second.replay()
                 if sparsifier is not None:
                     sparsifier.count_still_step()
+            elif self._moving is not None:
+                self._moving.feed()
+                third.replay()
+                self.check()
+                self._moving.settle()
             else:
                 self._update()
         self._look(step)
@@ -156,7 +168,20 @@ class GraphedStep:
                 run.sparsifier.mask_gradients()
             clip(run)
             run.optimizer.step()
-        self._graphs = first, second
+        third = self._record_update(first.pool()) if self._moving is not None else None
+        self._graphs = first, second, third
+
+    def _record_update(self, pool: Any) -> Any:
+        run, moving, graph = self._run, self._moving, torch.cuda.CUDAGraph()
+        assert run.sparsifier is not None
+        assert moving is not None
+        with torch.cuda.graph(graph, pool=pool):
+            moving.keep_gradients()
+            run.sparsifier.mask_gradients()
+            clip(run)
+            run.optimizer.step()
+            moving.exchange(self._bad)
+        return graph
 
     # --- the flag ---
 

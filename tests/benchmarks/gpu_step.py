@@ -70,10 +70,10 @@ def official_style(recipe: Path, sets: list[str], workers: int) -> tuple[Prepare
     """The loop of the authors' scripts as they describe it: worker-loaded torchvision data, fp32, one operation at a time."""
     from PIL import Image
     from torch.utils.data import DataLoader, Dataset
-    from torchvision import transforms
+    from torchvision import transforms  # pyright: ignore[reportMissingImports]
 
     run = prepare(load(recipe, [*DATA, *sets]), 0, Processes(torch.device("cuda")))
-    images, labels = run.dataset.images("train")  # pyright: ignore[reportAttributeAccessIssue]
+    images, labels = run.dataset.images("train")
     arrays = images.permute(0, 2, 3, 1).contiguous().numpy()
     change = transforms.Compose([
         transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
@@ -106,33 +106,17 @@ def official_style(recipe: Path, sets: list[str], workers: int) -> tuple[Prepare
     return run, step
 
 
-def update_seconds(run: Prepared) -> float:
-    """Milliseconds that a mask update adds to a step: the exchange alone, five times, median."""
-    sparsifier = run.sparsifier
-    if sparsifier is None or not sparsifier.settings.algorithm.exchanges:
-        return 0.0
-    found = []
-    for again in range(6):
-        run.model.train()
-        for w in sparsifier.weights:
-            w.parameter.grad = torch.randn_like(w.parameter)
-        sparsifier.steps = 100 * (1 + again)
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        sparsifier.step()
-        torch.cuda.synchronize()
-        middle = time.perf_counter()
-        run.optimizer.step()
-        torch.cuda.synchronize()
-        found.append((middle - began, time.perf_counter() - middle))
-        sparsifier.steps = 1  # the same again without an update
-        sparsifier.step()
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        run.optimizer.step()
-        torch.cuda.synchronize()
-        found[-1] = (found[-1][0], found[-1][1] - (time.perf_counter() - began))
-    return 1e3 * statistics.median(sum(pair) for pair in found[1:])
+def update_milliseconds(way: Way, again: int = 5) -> tuple[float, float, float]:
+    """Milliseconds that a mask update adds to a step: median, least and most of `again` updates, each beside still steps."""
+    assert way.run is not None
+    assert way.run.sparsifier is not None
+    every, found = way.run.sparsifier.settings.schedule.delta_t, []
+    for _ in range(again):
+        way.time(-way.next % every or every)
+        moving = way.time(1)
+        still = statistics.median(way.time(1) for _ in range(9))
+        found.append(moving - still)
+    return statistics.median(found), min(found), max(found)
 
 
 def profile(way: Way, top: int = 30) -> None:
@@ -187,11 +171,12 @@ def main() -> None:
                     "gpu": torch.cuda.get_device_name()}  # fmt: skip
             if args.profile:
                 profile(way)
-            line["update_ms"] = round(update_seconds(way.run), 3) if way.run is not None and way is ways[-1] else None
+            sparsifier = way.run.sparsifier if way.run is not None else None
+            if sparsifier is not None and sparsifier.settings.algorithm.exchanges and way.next:
+                line["update_ms"] = [round(value, 3) for value in update_milliseconds(way)]
             lines.append(line)
             print(json.dumps(line), flush=True)
         ways.clear()
-        del run, make, way
         gc.collect()
         torch.cuda.empty_cache()
         torch._dynamo.reset()

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sparseift_cli.randomness import key_of
 from sparseift_cli.sparsity import generator_for, make_mask
 from sparseift_cli.sparsity.attached import attach
 from sparseift_cli.sparsity.sparsifier import Sparsifier
@@ -170,7 +171,7 @@ class Reference:
         if self.regrow == "forbid":
             n = min(n, size - len(mask))
         if self.algorithm == "set":
-            key = generator_for(0, name, "grow", str(t)).initial_seed()
+            key = key_of(0, name, "grow", t)
             score = [-single((splitmix(key, i) & (2**63 - 1)) / 2**63) for i in range(size)]
         else:
             score = [abs(g) for g in dense]

@@ -76,7 +76,7 @@ def test_compiled_bf16_trains_as_eager_fp32_does(tmp_path: Path) -> None:
     assert max(differences[:3]) < 0.05
     means = [sum(curve[-10:]) / 10 for curve in curves]
     assert means[0] == pytest.approx(means[1], abs=0.2)
-    assert means[0] < 0.8 * sum(curves[0][:5]) / 5
+    assert means[0] < 0.9 * curves[0][0]  # and both do learn
 
 
 def test_nothing_waits_for_the_device_between_updates(tmp_path: Path) -> None:

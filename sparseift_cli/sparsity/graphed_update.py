@@ -1,0 +1,96 @@
+"""A mask update inside a CUDA graph: RigL and SET at the price of their arithmetic, whatever the number of layers.
+
+An update is some eighty small operations a layer, each of which Python would launch; recorded once, all of them replay as
+one. What differs between updates (how many weights are exchanged, the keys of random choices) lies in tensors that `feed`
+fills. Where `quick_exchange` doubts a mask, the weight keeps its old one until `settle` makes the exact exchange.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .exchange import exchange
+from .guard import state_of
+from .quick_exchange import quick_exchange
+from .sparsifier import Sparsifier
+
+
+class GraphedUpdate:
+    """The update of a `Sparsifier` whose numbers of non-zeros stay as they are.
+
+    Recording:  `keep_gradients()`, mask them, the optimiser's step, `exchange(found_inf)`.
+    Each time:  `feed()`, replay, `settle()`.
+    """
+
+    def __init__(self, sparsifier: Sparsifier) -> None:
+        self._sparsifier = sparsifier
+        self._weights = [w for w in sparsifier.weights if w.moves and w.active < w.places]
+        settings, schedule = sparsifier.settings, sparsifier.settings.schedule
+        updates = [
+            t for t in range(schedule.delta_t, schedule.steps or 0, schedule.delta_t) if settings.exchanges_at(t)
+        ]
+        self._most = [max((settings.drops(w.active, t) for t in updates), default=0) for w in self._weights]
+        device = sparsifier.weights[0].parameter.device
+        self._host = torch.zeros(3, len(self._weights), dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._numbers = torch.zeros(3, len(self._weights), dtype=torch.int64, device=device)
+        self._gradients: list[Tensor] = []
+        self._doubts = self._churned = torch.zeros(0, dtype=torch.int64, device=device)
+        self._step = 0
+
+    @staticmethod
+    def fits(sparsifier: Sparsifier) -> bool:
+        """Does the algorithm move masks and keep their numbers of non-zeros?"""
+        return sparsifier.settings.algorithm.exchanges and sparsifier.settings.algorithm.start is None
+
+    # --- recorded ---
+
+    @torch.no_grad()
+    def keep_gradients(self) -> None:
+        """Copy the dense gradients that the exchange looks at, before they are masked."""
+        if self._sparsifier.settings.algorithm.uses_gradient:
+            self._gradients = [w.parameter.grad.clone() for w in self._weights if w.parameter.grad is not None]
+
+    @torch.no_grad()
+    def exchange(self, found_inf: Tensor) -> None:
+        """Exchange weights in every mask; none where `found_inf`, the optimiser's flag, is set."""
+        regrow, doubts, churned = self._sparsifier.settings.regrow, list[Tensor](), list[Tensor]()
+        for i, w in enumerate(self._weights):
+            if not self._most[i]:
+                continue
+            n, grows, ties = self._numbers[:, i].unbind()
+            facts = self._sparsifier.chosen_by(w, self._gradient(i), grows)
+            cells, doubt = quick_exchange(*facts, n, ties, regrow, most=self._most[i])
+            sure = (doubt == 0) & (found_inf == 0)
+            w.become(torch.where(sure, cells, facts[0]), state_of(self._sparsifier.optimizer, w.parameter), nnz=w.nnz)
+            doubts.append(doubt)
+            churned.append(torch.as_tensor(w.churned_now))
+        if doubts:
+            self._doubts, self._churned = torch.stack(doubts), torch.stack(churned)
+
+    # --- around a replay ---
+
+    def feed(self) -> None:
+        """Put what is particular to the step that comes where the graph reads it."""
+        sparsifier, self._step = self._sparsifier, self._sparsifier.steps
+        for i, w in enumerate(self._weights):
+            self._host[0, i] = sparsifier.settings.drops(w.active, self._step)
+            self._host[1, i], self._host[2, i] = sparsifier.keys_of(w, self._step)
+        self._numbers.copy_(self._host, non_blocking=True)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Wait for the device once, make the exchanges it doubted, and count the step."""
+        sparsifier = self._sparsifier
+        moving = [i for i, most in enumerate(self._most) if most]
+        for i, doubt, churned in zip(moving, self._doubts.tolist(), self._churned.tolist(), strict=True):
+            w = self._weights[i]
+            if doubt:
+                cells = exchange(*sparsifier.exchange_of(w, self._step, self._gradient(i)))
+                w.become(cells, state_of(sparsifier.optimizer, w.parameter), nnz=w.nnz)
+            else:
+                w.churned_now = churned
+        sparsifier.count_step(dense_gradients=sparsifier.settings.algorithm.uses_gradient)
+
+    def _gradient(self, i: int) -> Tensor | None:
+        return self._gradients[i] if self._gradients else None

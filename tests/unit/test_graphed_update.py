@@ -1,0 +1,83 @@
+"""The mask update that a CUDA graph can hold, here without a graph: masks and weights are those of the Sparsifier's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sparseift_cli.sparsity.graphed_update import GraphedUpdate
+from tests.sparse_net import STEPS, assert_zeros, make, sparse_net
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("regrow", ["allow", "forbid"])
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("algorithm", ["rigl", "set"])
+def test_equals_the_sparsifiers_own_update(algorithm: str, cls: Any, regrow: str, ties: bool) -> None:
+    options = {"momentum": 0.9} if cls is torch.optim.SGD else {}
+    nets = [sparse_net(), sparse_net()]
+    optimizers = [cls(net.parameters(), lr=0.01, **options) for net in nets]
+    plain, fed = (make(net, o, algorithm, regrow=regrow) for net, o in zip(nets, optimizers, strict=True))
+    update, unset = GraphedUpdate(fed), torch.zeros(())
+    assert GraphedUpdate.fits(fed)
+    x, y = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0)), torch.arange(4)
+    moved = 0
+    for _ in range(STEPS):
+        before = {name: mask.clone() for name, mask in fed.masks().items()}
+        for net in nets:
+            nn.functional.cross_entropy(net(x), y).backward()
+            if ties:  # coarse gradients, as bfloat16 gives them
+                for p in net.parameters():
+                    assert p.grad is not None
+                    p.grad.mul_(8).round_().div_(8)
+        plain.step()
+        optimizers[0].step()
+        still = fed.still
+        if still:
+            fed.mask_gradients()
+            optimizers[1].step()
+            fed.count_still_step()
+        else:
+            update.feed()
+            update.keep_gradients()
+            fed.mask_gradients()
+            optimizers[1].step()
+            update.exchange(unset)
+            update.settle()
+        for o in optimizers:
+            o.zero_grad()
+        assert plain.last == fed.last
+        assert plain.statistics() == fed.statistics()
+        for name, mask in plain.masks().items():
+            assert torch.equal(mask, fed.masks()[name])
+            moved += not torch.equal(mask, before[name])
+            assert not (still and not torch.equal(mask, before[name]))
+        for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+            assert torch.equal(a, b)
+        assert_zeros(fed)
+    assert moved
+
+
+def test_a_step_that_diverged_moves_no_mask() -> None:
+    net = sparse_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    sparsifier = make(net, optimizer, "rigl")
+    update = GraphedUpdate(sparsifier)
+    while sparsifier.still:
+        sparsifier.count_still_step()
+    for w in sparsifier.weights:
+        w.parameter.grad = torch.full_like(w.parameter, torch.nan)
+    before = {name: mask.clone() for name, mask in sparsifier.masks().items()}
+    update.feed()
+    update.keep_gradients()
+    update.exchange(torch.ones(()))
+    assert all(torch.equal(mask, before[name]) for name, mask in sparsifier.masks().items())
+
+
+@pytest.mark.parametrize(("algorithm", "fits"), [("static", False), ("gmp", False), ("granet", False), ("set", True)])
+def test_only_steady_numbers_of_non_zeros_fit(algorithm: str, fits: bool) -> None:
+    net = sparse_net()
+    assert GraphedUpdate.fits(make(net, torch.optim.SGD(net.parameters(), lr=0.01), algorithm)) == fits
