@@ -12,7 +12,7 @@ NEEDS := sparseift needs Python 3.11 or newer; name another with PYTHON=python3.
 REMOVE_VENV := if test -e $(VENV)/pyvenv.cfg; then rm -rf $(VENV); fi
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench flops-gate docs tables clean FORCE
+.PHONY: help setup demo test check bench flops-gate docs results tables clean FORCE
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -46,6 +46,9 @@ flops-gate: $(STAMP) ## Hold a model to its FLOP budget, as a CI job would
 
 docs: $(STAMP) ## Write the output of every command shown in README.md anew
 	$(BIN)/python -m tests.docs --write
+
+results: $(STAMP) ## Write the page of every folder of kept results anew
+	$(BIN)/python -m tests.results --write
 
 tables: $(STAMP) ## Trace every model of the zoo and write its layer table anew
 	$(BIN)/python -m sparseift_cli.zoo.generate_tables

@@ -67,9 +67,19 @@ class Artifact:
 
 
 def is_artifact(path: str | Path) -> bool:
-    """Is this a directory that `sparseift transform` wrote?"""
+    """Is this a directory that `sparseift transform` wrote? A run directory, which has a plan and a recipe, is none."""
+    folder = Path(path)
     try:
-        return (Path(path) / "provenance.json").is_file() and (Path(path) / "plan.json").is_file()
+        written = all((folder / name).is_file() for name in ("provenance.json", "plan.json"))
+        return written and not is_run(folder)
+    except (OSError, ValueError):
+        return False
+
+
+def is_run(path: str | Path) -> bool:
+    """Is this the directory of a training run (`runs.directory`)?"""
+    try:
+        return (Path(path) / "recipe.yaml").is_file()
     except (OSError, ValueError):
         return False
 
@@ -111,7 +121,7 @@ def require_writable(path: str | Path, *, force: bool = False) -> Path:
     if folder.exists() and not (is_artifact(folder) and force) and (not folder.is_dir() or any(folder.iterdir())):
         if is_artifact(folder):
             raise ArtifactError(f"{folder} holds a transformed model already", hint="--force replaces it")
-        raise ArtifactError(f"{folder} exists and was not written by sparseift", hint="choose another -o")
+        raise ArtifactError(f"{folder} exists and was not written by sparseift transform", hint="choose another -o")
     return folder
 
 

@@ -16,7 +16,16 @@ from .table import LayerTable
 from .training_cost import dense_training_macs, training_macs, training_macs_while_updating
 
 SCHEMA = "sparseift.flops/1"
-OWNERS: tuple[str, ...] = ("stem", "head", "attention", "depthwise", "other untouched", "rounding", "matching")
+OWNERS: tuple[str, ...] = (
+    "stem",
+    "head",
+    "attention",
+    "depthwise",
+    "other untouched",
+    "rounding",
+    "matching",
+    "sparsity",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +94,15 @@ class Audit:
 
     @property
     def s_max(self) -> float | None:
-        """The sparsity above which --match model cannot be met (Sparse Wide)."""
-        return s_max(self.plan.layers, self.plan.growth) if self.plan and self.plan.growth else None
+        """The sparsity above which --match model cannot be met (Sparse Wide that widens)."""
+        if self.plan is None or self.plan.growth is None or self.control:
+            return None
+        return s_max(self.plan.layers, self.plan.growth)
+
+    @property
+    def control(self) -> bool:
+        """Is it no iso-FLOP transform, but the sparse model of the dense one's own widths (scope none)?"""
+        return self.plan is not None and self.plan.spec.scope == "none"
 
     @property
     def ideal_body_density(self) -> float | None:
@@ -159,6 +175,8 @@ def with_causal(table: LayerTable, causal: str) -> LayerTable:
 
 
 def _owner(row: LayerPlan, plan: Plan | None) -> str:
+    if row.status == "transformed" and plan and plan.spec.scope == "none":
+        return "sparsity"
     if row.status == "transformed":
         return "matching" if plan and plan.scale is not None else "rounding"
     if row.layer.role in ("input", "output", "attention"):

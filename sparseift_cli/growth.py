@@ -35,6 +35,12 @@ class Growth:
     solution: Solution
     grown: tuple[Grown, ...]
     sizes: list[int]
+    reach: frozenset[int] = frozenset()
+    """Free widths that may grow, whether they do or not."""
+
+    def reaches(self, layer: Layer) -> bool:
+        """May a dim of this layer grow?"""
+        return bool(_drivers(self.solution, layer.inputs.variables | layer.outputs.variables) & self.reach)
 
     def ideal_sizes(self, density: float) -> list[float]:
         """All sizes without rounding, at any density: what closed forms are stated in."""
@@ -75,7 +81,7 @@ def require_matches(table: LayerTable, spec: TransformSpec) -> None:
 
 
 def grow(table: LayerTable, spec: TransformSpec) -> Growth:
-    """Choose the new sizes.
+    """Choose the new sizes. With scope none they are the dense ones, and `reach` is what scope all could grow.
 
     Raises:
         UsageError: no width can grow, or `width_multiple` rounds one back to its dense size.
@@ -87,6 +93,8 @@ def grow(table: LayerTable, spec: TransformSpec) -> Growth:
     if not candidates:
         raise UsageError(f"{table.model} has no width that Sparse Wide can grow: {_why_none(table, spec, solution)}",
                          hint="try --scope all, or another member: --transform parallel|factorized|doped")  # fmt: skip
+    if spec.scope == "none":
+        return Growth(table, spec, solution, (), list(table.sizes), frozenset(candidates))
     sides = _sides(table, spec, solution, candidates)
     base = _base(table) if spec.base_width else None
     grown = []
@@ -107,7 +115,7 @@ def grow(table: LayerTable, spec: TransformSpec) -> Growth:
             )
         grown.append(Grown(free.id, free.size, size, free.size * float(square) ** 0.5, sides[free.id]))
     sizes = solution.sizes({g.id: g.size for g in grown})
-    return Growth(table, spec, solution, tuple(grown), sizes)
+    return Growth(table, spec, solution, tuple(grown), sizes, frozenset(candidates))
 
 
 def _eligible(table: LayerTable, spec: TransformSpec, solution: Solution) -> set[int]:

@@ -121,10 +121,12 @@ def _left_alone(layer: Layer, dense_macs: int, sizes: list[int], reason: str) ->
 def _plan_wide(layer: Layer, table: LayerTable, spec: TransformSpec, growth: Growth, dense_macs: int) -> LayerPlan:
     sizes = growth.sizes
     shape = layer.shape(sizes)
-    if shape.weights == layer.shape(table.sizes).weights:
+    grows = shape.weights != layer.shape(table.sizes).weights
+    if not (growth.reaches(layer) if spec.scope == "none" else grows):
         return _left_alone(layer, dense_macs, sizes, growth.why_not(layer))
     if layer.kind == "depthwise" and spec.depthwise == "dense":
-        return _left_alone(layer, dense_macs, sizes, "depthwise: stays dense and grows (--depthwise sparse to mask it)")
+        fate = "stays dense and grows" if grows else "stays dense"
+        return _left_alone(layer, dense_macs, sizes, f"depthwise: {fate} (--depthwise sparse to mask it)")
     part = Part("weight", shape, False, shape.weights)
     macs = layer.macs.evaluate(sizes)
     params, activations = layer.params.evaluate(sizes), layer.activations.evaluate(sizes)

@@ -16,6 +16,8 @@ Member = Literal["sparse_wide", "sparse_parallel", "sparse_factorized", "sparse_
 MEMBERS: tuple[Member, ...] = get_args(Member)
 Match = Literal["off", "layer", "model", "train"]
 MATCHES: tuple[Match, ...] = get_args(Match)
+Scope = Literal["all", "inner", "none"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 ACTIVATIONS = ("relu", "relu6", "gelu", "silu", "hardswish", "mish", "elu", "selu", "leaky_relu")
 """Functions of torch.nn.functional that may stand inside a member."""
@@ -32,7 +34,12 @@ class TransformSpec:
     member: Member = "sparse_wide"
     sparsity: str = "0.5"
     match: Match = "layer"  # what is held iso-FLOP: nothing, each transformed layer, the model's forward, its training
-    scope: Literal["all", "inner"] = "all"  # Sparse Wide: every inner width (the paper), or only those no stream shares
+    scope: Scope = "all"
+    """Which widths Sparse Wide grows: every inner one (the paper), only those no stream shares, or none.
+
+    With `none` the layers that `all` would widen become sparse at their dense size: 1 - s of their FLOPs, no iso-FLOP
+    transform but the control of one.
+    """
     include: tuple[str, ...] = ()  # globs on layer names
     exclude: tuple[str, ...] = ()
     width_multiple: int = 1
@@ -64,7 +71,7 @@ class TransformSpec:
             ) from None
         one_of("transform", self.member, MEMBERS)
         one_of("match", self.match, MATCHES)
-        one_of("scope", self.scope, ("all", "inner"))
+        one_of("scope", self.scope, SCOPES)
         one_of("heads", self.heads, ("scale_dim", "scale_count"))
         one_of("depthwise", self.depthwise, ("dense", "sparse"))
         one_of("branch_activation", self.branch_activation, ("each", "sum"))
@@ -76,6 +83,8 @@ class TransformSpec:
         for what, size in (("width multiple", self.width_multiple), ("base width", self.base_width)):
             if size is not None and (type(size) is not int or size < 1):
                 raise UsageError(f"{what} {size!r} is not a positive whole number")
+        if self.scope == "none":
+            self._require_control()
         if self.distribution != "uniform" and self.match not in ("model", "train"):
             raise UsageError(
                 f"distribution {self.distribution} gives layers different FLOPs, so it cannot match each layer",
@@ -90,6 +99,21 @@ class TransformSpec:
             raise UsageError(
                 f"unknown pattern {self.pattern!r}", hint="use unstructured, N:M (2:4) or a block RxC (4x4)"
             )
+
+    def _require_control(self) -> None:
+        """Scope none widens nothing, so it can hold no budget and set no width."""
+        what = "scope none widens nothing: the same layers become sparse at their dense size"
+        if self.member != "sparse_wide":
+            raise UsageError(f"{what}, which is a control of wide, not {self.member.removeprefix('sparse_')}",
+                             hint="use member wide, or leave scope out")  # fmt: skip
+        if self.match != "off":
+            raise UsageError(f"{what}, at fewer FLOPs than the dense model's, so match {self.match} cannot be held",
+                             hint="use it with match off")  # fmt: skip
+        if self.distribution != "uniform":
+            raise UsageError(f"{what}, each to the sparsity itself, so distribution {self.distribution} has no budget to spread",
+                             hint="use distribution uniform")  # fmt: skip
+        if self.base_width is not None:
+            raise UsageError(f"{what}, so base width {self.base_width} contradicts it", hint="leave one of them out")
 
     @property
     def density(self) -> Fraction:
@@ -129,13 +153,13 @@ class TransformSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingSpec:
-    """How training FLOPs are counted: the algorithm, its mask schedule, and whether activations are computed again."""
+    """How training FLOPs are counted: the algorithm, its mask schedule, and whether blocks are computed again."""
 
     algorithm: Algorithm = "static"
     delta_t: int = 100
     stop: str = "0.75"
     steps: int | None = None
-    recompute: bool = False  # activation checkpointing: one more forward a step
+    recompute: bool = False  # activation checkpointing: one more forward of every repeated block
 
     def __post_init__(self) -> None:
         one_of("algorithm", self.algorithm, ALGORITHMS)

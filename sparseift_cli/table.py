@@ -7,6 +7,7 @@ them for a transform's sizes is `widths.py`'s business.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -20,6 +21,7 @@ SCHEMA = "sparseift.layers/1"
 
 Role = Literal["input", "output", "body", "attention", "norm", "embedding"]
 WidthKind = Literal["width", "heads", "head_dim", "count"]
+_NUMBERED = re.compile(r"(?:^|[_-])\d+$")  # the name of one of several modules: 3, encoder_layer_3, block1-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,17 @@ class Layer:
     def weighted(self) -> bool:
         """Costs MACs through a weight of its own."""
         return self.weight is not None and bool(self.macs.terms)
+
+    @property
+    def block(self) -> str | None:
+        """The repeated block that the row lies in: the outermost numbered module around it; None for a stem or a head.
+
+        `layer1.0` of layer1.0.conv1, `encoder_layer_3` of encoder_layer_3.mlp.0. It is what activation checkpointing
+        computes a second time (`train.recompute`).
+        """
+        parts = self.name.split(".")[:-1]
+        at = next((i for i, part in enumerate(parts, 1) if _NUMBERED.search(part)), None)
+        return None if at is None else ".".join(parts[:at])
 
     def shape(self, sizes: Sequence[int]) -> Shape:
         taps = 1

@@ -2,6 +2,9 @@
 
 No dX where nothing upstream trains (the first layer), no dW for frozen weights; both come from the table, which learnt them
 by following `requires_grad`. Optimiser steps and elementwise work are not counted, as in the forward pass.
+
+With activation checkpointing (`recompute`) every layer inside a repeated block (`Layer.block`) makes a second forward; what
+lies outside of blocks, such as stem and head, keeps its activations and makes one. `train.recompute` executes just that.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from fractions import Fraction
 from .isoflop import Algorithm, Schedule, StepCost, mean_step, updating_step
 from .layer_plan import LayerPlan
 from .spec import TrainingSpec
+from .table import Layer
 
 Mean = Callable[[Algorithm, Schedule, StepCost, StepCost], Fraction]
 
@@ -25,7 +29,12 @@ def step_cost(plan: LayerPlan, macs: Fraction | int, *, recompute: bool = False)
     grad_input = layer.grad_inputs * macs
     if not layer.grad_inputs and layer.grad_weight and plan.nnz:
         grad_input = sum(Fraction(macs) * p.nnz / plan.nnz for p in plan.parts if p.name == "V")
-    return StepCost((2 if recompute else 1) * macs, grad_input, layer.grad_weight * macs)
+    return StepCost(_forwards(layer, recompute) * macs, grad_input, layer.grad_weight * macs)
+
+
+def _forwards(layer: Layer, recompute: bool) -> int:
+    """How often a training step computes a layer's output."""
+    return 2 if recompute and layer.block else 1
 
 
 def dense_training_macs(layers: Sequence[LayerPlan], training: TrainingSpec) -> Fraction | int:
@@ -33,7 +42,7 @@ def dense_training_macs(layers: Sequence[LayerPlan], training: TrainingSpec) -> 
     total: Fraction | int = 0
     for plan in layers:
         operands = plan.layer.grad_inputs + plan.layer.grad_weight
-        total += plan.dense_macs * (1 + operands + training.recompute)
+        total += plan.dense_macs * (_forwards(plan.layer, training.recompute) + operands)
     return total
 
 

@@ -1,4 +1,4 @@
-"""Every command output that README.md shows is what the tool prints: `python -m tests.docs --write` writes it anew.
+"""Every command output that a page shows is what the tool prints: `python -m tests.docs --write` writes it anew.
 
 A block is a marker line and the fence below it; the fence's content belongs to the generator:
 
@@ -8,7 +8,8 @@ A block is a marker line and the fence below it; the fence's content belongs to 
     ```
 
 The command runs as a pipe would (no colour, no cut columns, help at 100 columns) from the repository root. A failing
-command shows its exit code too. Without --write this prints what differs and exits 1.
+command shows its exit code too. Without --write this prints what differs and exits 1. The pages of kept results
+(tests/results.py) are written on the way.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests import results
+
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "recipes/README.md")
+PAGES = ("README.md", "recipes/README.md", "sparseift_cli/cli/README.md")
 BLOCK = re.compile(r"(?P<marker><!-- output: sparseift (?P<args>.*?) -->\n)```text\n.*?^```$", re.DOTALL | re.MULTILINE)
 SCRIPT = "import sys; from sparseift_cli.cli.app import main; sys.argv[0] = 'sparseift'; main()"
 PLAIN = {
@@ -75,7 +78,7 @@ def main(write: bool) -> int:
                 return 1
             (ROOT / name).write_text(regenerate((ROOT / name).read_text("utf-8")), "utf-8")
             print(f"{name}: written")
-    return 0
+    return results.main(write)
 
 
 if __name__ == "__main__":

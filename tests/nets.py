@@ -31,3 +31,28 @@ def cnn() -> Made:
         nn.Conv2d(12, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.1), nn.Linear(8, 10),
     )  # fmt: skip
     return model, torch.zeros(1, 3, 8, 8)
+
+
+class Residual(nn.Module):
+    """Two convolutions around batch norm and dropout, added to what came in."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(channels)
+        self.drop = nn.Dropout(0.2)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(self.drop(self.bn(self.conv1(x)).relu()))
+
+
+def residual() -> Made:
+    """[B, 3, 8, 8] -> 10: a stem, three numbered blocks with batch norm and dropout, a head."""
+    blocks = nn.Sequential(*(Residual(8) for _ in range(3)))
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    parts = {"stem": nn.Conv2d(3, 8, 3, padding=1), "norm": nn.BatchNorm2d(8), "blocks": blocks, "head": head}
+    model = nn.Sequential()
+    for name, part in parts.items():
+        model.add_module(name, part)
+    return model, torch.zeros(1, 3, 8, 8)

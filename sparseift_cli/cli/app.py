@@ -10,7 +10,7 @@ import typer
 
 from ..errors import SparseiftError
 from ..version import __version__
-from . import flops, inspect, recipe, train, transform
+from . import flops, inspect, recipe, report, train, transform
 
 app = typer.Typer(
     name="sparseift",
@@ -25,6 +25,7 @@ app.command("flops", help=flops.HELP)(flops.flops)
 app.command("transform", help=transform.HELP)(transform.transform)
 app.command("inspect", help=inspect.HELP)(inspect.inspect)
 app.command("train", help=train.HELP)(train.train)
+app.add_typer(report.app, name="report", help=report.HELP)
 app.add_typer(recipe.app, name="recipe", help=recipe.HELP)
 
 debugging = False

@@ -43,7 +43,7 @@ def flops(
         str | None, typer.Option(help="Part of the run after which masks stay.", show_default="0.75")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the run; without it its long-run mean.")] = None,
-    recompute: Annotated[bool, typer.Option(help="Activation checkpointing: a second forward per step.")] = False,
+    recompute: Annotated[bool, typer.Option(help="Activation checkpointing: a second forward of every block.")] = False,
     causal: Annotated[str, typer.Option(help="Causal attention counted full, half or exact.")] = "full",
     num_classes: options.NumClasses = None,
     input_shape: options.Input = None,

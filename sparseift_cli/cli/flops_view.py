@@ -16,7 +16,8 @@ from ..table import LayerTable
 from .formats import Format
 from .output import Column, Sheet, integer, ratio, render
 
-STYLES = {"transformed": "green", "boundary": "yellow", "untouched": "dim"}
+CONTROL = "Scope none: nothing is widened and FLOPs fall with the sparsity. A control, no iso-FLOP transform."
+STYLES = {"transformed": "green", "boundary": "yellow", "untouched": "dim", "mixed": ""}
 
 
 def show(
@@ -94,6 +95,7 @@ def _title(result: Audit) -> str:
         spec = result.plan.spec
         title += f": {spec.member.replace('_', ' ')}, sparsity {spec.sparsity}, match {spec.match}"
         title += f", scope {spec.scope}" if spec.scope != "all" else ""
+        title += ", a control" if result.control else ""
     return title + " (1 MAC = 2 FLOPs)"
 
 
@@ -210,6 +212,8 @@ def _notes(result: Audit) -> list[str]:
     if result.plan is None or result.transformed is None:
         return notes
     plan = result.plan
+    if result.control:
+        notes.append(CONTROL)
     if result.training.algorithm == "rigl" and result.training_while_updating is not None:
         still = float(result.training_while_updating / result.dense.training_macs)
         notes.append(
@@ -291,7 +295,8 @@ def compare(table: LayerTable, results: Sequence[tuple[str, Audit | CheckFailed]
         "rows": entries,
         "results": [to_json(r) if isinstance(r, Audit) else {"sparsity": s, "error": r.message} for s, r in results],
     }
-    render([Sheet(title, columns, entries)], payload, fmt, output)
+    notes = [CONTROL] if spec and spec.scope == "none" else []
+    render([Sheet(title, columns, entries, notes)], payload, fmt, output)
 
 
 def _compared(sparsity: str, result: Audit | CheckFailed) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`sparseift inspect`: a checkpoint by what it holds, or a model by its layers."""
+"""`sparseift inspect`: a checkpoint by what it holds, a model by its layers, a run by how far it got."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from ..errors import UsageError
 from . import options
 from .formats import Format
 
-HELP = """Show what a checkpoint holds, or what the layers of a model are.
+HELP = """Show what a checkpoint holds, what the layers of a model are, or how far a training run got.
 
-A checkpoint is opened by its header: nothing in it is executed, and tensor data is read only with --values.
-SOURCE is a file (.safetensors, *.index.json, .pt, .pth, .th, .bin), a model name, a recipe, or package.module:callable.
+A checkpoint is opened by its header: nothing in it is executed, and tensor data is read only with --values or --spectral.
+SOURCE is a file (.safetensors, *.index.json, .pt, .pth, .th, .bin), a model name, a recipe, package.module:callable, a
+folder of `sparseift transform`, or a run directory of `sparseift train`.
 
 Examples:
 
@@ -28,6 +29,10 @@ Examples:
   sparseift inspect model.bin.index.json --depth 2 # shards, folded by module
 
   sparseift inspect resnet18 --why                 # what transforms touch
+
+  sparseift inspect out/ --spectral                # do the masks connect?
+
+  sparseift inspect runs/net/20260101T120000Z-0123abcd   # state, newest checkpoint, last metrics
 """
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".bin", ".ckpt", ".pkl", ".index.json", ".json", ".h5", ".npz")
@@ -39,7 +44,7 @@ _MODEL = "For a model"
 
 def inspect(
     source: Annotated[
-        str, typer.Argument(help="A checkpoint file, a model name, a recipe or package.module:callable.")
+        str, typer.Argument(help="A checkpoint file, model name, recipe, package.module:callable, or a folder of ours.")
     ],
     values: Annotated[
         bool,
@@ -55,6 +60,23 @@ def inspect(
         str | None,
         typer.Option(metavar="NAME", help="Compare with this zoo model, name by name.", rich_help_panel=_CHECKPOINT),
     ] = None,
+    spectral: Annotated[
+        bool,
+        typer.Option(
+            "--spectral",
+            help="Spectral and Ramanujan gaps of the masks: also of a transformed model's folder, a run directory, "
+            "or one checkpoint of a run.",
+            rich_help_panel=_CHECKPOINT,
+        ),
+    ] = False,
+    every_checkpoint: Annotated[
+        bool,
+        typer.Option(
+            "--every-checkpoint",
+            help="With --spectral, of a run: all checkpoints it has kept.",
+            rich_help_panel=_CHECKPOINT,
+        ),
+    ] = False,
     why: Annotated[
         bool,
         typer.Option("--why", help="What each transform would touch, and why not the rest.", rich_help_panel=_MODEL),
@@ -100,8 +122,23 @@ def inspect(
         "--why": why, "--transform": transform, "--sparsity": sparsity, "--scope": scope, "--include": include,
         "--exclude": exclude, "--input": input_, "--batch": batch, "--seq": seq, "--num-classes": num_classes,
     }  # fmt: skip
-    from ..artifact import is_artifact, open_artifact
+    if spectral or every_checkpoint:
+        _refuse({} if spectral else {"--every-checkpoint": True}, "masks are looked at by --spectral", "for it")
+        _refuse({**of_model, "--values": values, "--model": model, "--depth": depth, "--sort": sort},
+                "--spectral looks at masks", "not for it")  # fmt: skip
+        from .inspect_spectral import inspect_spectral
 
+        inspect_spectral(source, is_file=is_checkpoint(source), every=every_checkpoint, key=key, fmt=fmt, output=output)
+        return
+    from ..artifact import is_artifact, is_run, open_artifact
+
+    if is_run(source):
+        _refuse({**of_model, "--values": values, "--key": key, "--model": model, "--depth": depth, "--sort": sort},
+                f"{source} is a run directory", "not for it")  # fmt: skip
+        from .inspect_run import inspect_run
+
+        inspect_run(source, fmt, output)
+        return
     transformed = open_artifact(source) if is_artifact(source) else None
     if transformed is not None:
         if not transformed.weights.is_file():

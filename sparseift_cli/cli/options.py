@@ -26,7 +26,13 @@ Sparsity = Annotated[
     str | None,
     typer.Option("--sparsity", "-s", help="0.9, or a list to compare: 0.5,0.75,0.9. Without it: the dense model."),
 ]
-Scope = Annotated[str | None, typer.Option(help="all widths, or inner ones only (Sparse Wide).", show_default="all")]
+Scope = Annotated[
+    str | None,
+    typer.Option(
+        help="Sparse Wide: all widths, inner ones only, or none: sparse at the dense widths, a control (--match off).",
+        show_default="all",
+    ),
+]
 Include = Annotated[list[str] | None, typer.Option(help="Transform only layers that match this glob. Repeatable.")]
 Exclude = Annotated[list[str] | None, typer.Option(help="Leave layers that match this glob as they are. Repeatable.")]
 NumClasses = Annotated[int | None, typer.Option(help="Classes of an image model.")]

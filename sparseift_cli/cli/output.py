@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from ..errors import UsageError
 from .formats import Format
 
 PIPE_WIDTH = 10_000  # rich would cut tables at 80 columns where there is no terminal
+_HEIGHT = 25  # lines: nothing that is printed here depends on it
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +68,19 @@ def ratio(value: float) -> str:
 
 
 def make_console(stream: Any = None) -> Console:
-    """The only place that makes a Console: a terminal's own width, or no limit through a pipe. Honours NO_COLOR."""
+    """The only place that makes a Console: a terminal's own width, or no limit through a pipe. Honours NO_COLOR, COLUMNS."""
     stream = stream or sys.stdout
-    width = None if stream.isatty() else PIPE_WIDTH
-    return Console(file=stream, width=width, highlight=False, soft_wrap=not stream.isatty())
+    if not stream.isatty():
+        return _console(stream, PIPE_WIDTH)
+    dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
+    return _console(stream, shutil.get_terminal_size().columns if dumb else None)  # None: follows the terminal
+
+
+def _console(stream: Any, width: int | None) -> Console:
+    """rich believes a width only beside a height: without one a dumb terminal (TERM=dumb) has 80 columns, come what may."""
+    if width is None:
+        return Console(file=stream, highlight=False, soft_wrap=False)
+    return Console(file=stream, width=width, height=_HEIGHT, highlight=False, soft_wrap=not stream.isatty())
 
 
 def render(sheets: Sequence[Sheet], payload: Mapping[str, Any], fmt: Format, output: Path | None = None) -> None:
@@ -79,9 +90,7 @@ def render(sheets: Sequence[Sheet], payload: Mapping[str, Any], fmt: Format, out
         UsageError: `output` cannot be written.
     """
     if output is None and fmt is Format.table:
-        console = make_console()
-        for sheet in sheets:
-            _print_table(console, sheet)
+        _print_tables(make_console(), sheets)
         return
     text = as_text(sheets, payload, fmt)
     if output is None:
@@ -100,19 +109,22 @@ def as_text(sheets: Sequence[Sheet], payload: Mapping[str, Any], fmt: Format) ->
     if fmt is Format.md:
         return "\n".join(_markdown(s) for s in sheets)
     buffer = io.StringIO()
-    console = make_console(buffer)
-    for sheet in sheets:
-        _print_table(console, sheet)
+    _print_tables(make_console(buffer), sheets)
     return buffer.getvalue()
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write `path` in one step: a reader sees the old file or the new one, never half of it."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write `path` in one step: a reader sees the old file or the new one, never half of it. Text becomes UTF-8.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    data = content.encode() if isinstance(content, str) else content
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                stream.write(text)
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(data)
             mask = os.umask(0)
             os.umask(mask)
             os.chmod(temporary, 0o666 & ~mask)
@@ -124,11 +136,22 @@ def write_whole(path: Path, text: str) -> None:
         raise UsageError(f"cannot write {path}: {error.strerror}", hint="give --output a writable file path") from None
 
 
-def _print_table(console: Console, sheet: Sheet) -> None:
+def _print_tables(console: Console, sheets: Sequence[Sheet]) -> None:
+    """One below the other. A table ends in an empty line; where text stands below it, the next title wants one of its own."""
+    text_before = False
+    for sheet in sheets:
+        if text_before:
+            console.print()
+        text_before = _print_table(console, sheet)
+
+
+def _print_table(console: Console, sheet: Sheet) -> bool:
+    """Title, rows, notes, and what was left out. Returns whether text stands below the rows."""
     cells = sheet.cells()
     widths = [max([len(c.header), *(len(row[i]) for row in cells)]) for i, c in enumerate(sheet.columns)]
     kept, left_out = _fit(sheet.columns, widths, console.width)
-    table = Table(title=sheet.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    console.print(Text(sheet.title, style="bold"))  # rich would wrap a table's own title to the table
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i in kept:
         column = sheet.columns[i]
         table.add_column(
@@ -141,7 +164,7 @@ def _print_table(console: Console, sheet: Sheet) -> None:
         table.add_row(*(_styled(sheet.columns[i], row, shown[i]) for i in kept))
     # where even the columns that must stay do not fit, the terminal wraps the line: a number is never cut
     needed = _width(widths, kept)
-    (console if needed <= console.width else Console(file=console.file, width=needed, highlight=False)).print(table)
+    (console if needed <= console.width else _console(console.file, needed)).print(table)
     for note in sheet.notes:
         console.print(Text(note))
     if left_out:
@@ -149,6 +172,7 @@ def _print_table(console: Console, sheet: Sheet) -> None:
         console.print(
             Text(f"left out on this narrow terminal: {names} (widen it, or --format csv|json|md)", style="dim")
         )
+    return bool(sheet.notes or left_out)
 
 
 def _styled(column: Column, row: Mapping[str, Any], shown: str) -> Text:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import SparseiftError, UsageError
 from . import options
 from .formats import Format
 
 if TYPE_CHECKING:
     from ..recipe.load import Recipe
+
+    Jobs = Sequence[tuple[Recipe, int]]
 
 HELP = """Train by a recipe: dense, or transformed with static or moving masks.
 
@@ -23,67 +27,164 @@ Examples:
 
   sparseift train recipe.yaml --set optimizer.lr=0.05 --seeds 0..2
 
+  sparseift train a.yaml b.yaml --seeds 0..2 --parallel 3        # six runs, three at a time on one device
+
   sparseift train recipe.yaml --resume latest                    # goes on where it stopped, to the bit
 
-  sparseift train recipe.yaml --dry-run                          # steps, FLOPs, parameters; trains nothing
+  sparseift train recipe.yaml --dry-run                          # steps, FLOPs, memory; trains nothing
 
   torchrun --nproc-per-node 2 -m sparseift_cli train recipe.yaml
 """
+PARALLEL = (
+    "Train so many runs at once, each a process of its own on the same device. They share the CPU's threads, and on a "
+    "CPU bits depend on their number: with --set training.threads=1 they are those of runs in turn."
+)
+NO_COMPILE = ("training.compile=false", "training.cuda_graph=false")
+"""What --no-compile sets: no torch.compile, and no step that is replayed as a CUDA graph."""
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.", show_default=False)],
+    recipes: Annotated[
+        list[str],
+        typer.Argument(
+            help="A recipe file, or the name of a shipped one; several train in turn.",
+            metavar="RECIPE",
+            show_default=False,
+        ),
+    ],
     sets: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the recipe. Repeatable.")
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="One run for each: 0..4, or 0,3,7.")] = None,
+    parallel: Annotated[int, typer.Option(metavar="N", help=PARALLEL)] = 1,
     resume: Annotated[
-        str | None, typer.Option(metavar="latest|RUN", help="Go on with the newest run of this recipe, or this one.")
+        str | None,
+        typer.Option(metavar="latest|RUN", help="Go on with the newest run of this recipe and seed, or this one."),
     ] = None,
     runs: Annotated[Path, typer.Option(help="Folder of run directories.")] = Path("runs"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would be, and train nothing.")] = False,
+    tflops: Annotated[
+        float | None,
+        typer.Option(
+            help="--dry-run: say how long it takes on a device that sustains so many TFLOP/s in dense kernels."
+        ),
+    ] = None,
     print_recipe: Annotated[
         bool, typer.Option("--print-recipe", help="Print the whole recipe with the origin of each value, and stop.")
     ] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write metrics for TensorBoard.")] = False,
+    no_compile: Annotated[
+        bool, typer.Option("--no-compile", help="Operation after operation, as a check on the fast path.")
+    ] = False,
+    events: Annotated[bool, typer.Option("--events", hidden=True)] = False,
     fmt: options.FormatOption = Format.table,
     json: options.Json = False,
 ) -> None:
-    from ..recipe import load as recipes
+    from ..recipe import load as loading
     from ..recipe.write import annotated_yaml
-    from .train_view import show_plan, show_runs
+    from ..train.parallel import require_one_run, require_parallel
 
     fmt = Format.json if json else fmt
-    loaded = _load(recipe, sets or [])
+    sets = [*(sets or []), *(NO_COMPILE if no_compile else ())]
+    loaded = [_load(recipe, sets) for recipe in recipes]
     if print_recipe:
-        sys.stdout.write(annotated_yaml(loaded))
+        sys.stdout.write("---\n".join(map(annotated_yaml, loaded)))
         return
-    recipes.require_data(loaded)
-    chosen = _seeds(seeds) or list(loaded.spec.training.seeds) or [loaded.spec.training.seed]
+    for recipe in loaded:
+        loading.require_data(recipe)
+    _require_names(loaded)
+    chosen = _seeds(seeds)
+    jobs = [(r, seed) for r in loaded for seed in chosen or r.spec.training.seeds or (r.spec.training.seed,)]
     if dry_run:
-        show_plan(loaded, fmt)
-        return
-    from ..train.run import run_seeds
+        from .train_plan import show_plans
 
-    lines = _Progress()
-    results = run_seeds(loaded, chosen, runs, resume, lines.row, lines.note, tensorboard=tensorboard)
+        show_plans(loaded, [sum(job[0] is r for job in jobs) for r in loaded], fmt, tflops=_speed(tflops))
+        return
+    if tflops is not None:
+        raise UsageError("--tflops tells how long a --dry-run would take", hint="add --dry-run")
+    require_parallel(parallel)
+    require_one_run(resume, len(jobs))
+    if parallel > 1 and len(jobs) > 1:
+        _run_parallel(jobs, sets, parallel, runs, resume, fmt, tensorboard)
+    elif events:
+        _run_child(jobs, runs, resume, fmt, tensorboard)
+    else:
+        _run(jobs, runs, resume, fmt, tensorboard)
+
+
+def _run(jobs: Jobs, runs: Path, resume: str | None, fmt: Format, tensorboard: bool) -> None:
+    from .train_progress import Bars, progress
+    from .train_view import show_runs
+
+    with progress() as told:
+        from ..train.run import run_jobs
+
+        tick = told.tick if isinstance(told, Bars) else None
+        results = run_jobs(jobs, runs, resume, told.row, told.note, tick=tick, tensorboard=tensorboard)
+    show_runs(results, fmt)
+
+
+def _run_child(jobs: Jobs, runs: Path, resume: str | None, fmt: Format, tensorboard: bool) -> None:
+    from ..train.parallel import Events
+    from ..train.run import run_jobs
+    from .train_view import show_runs
+
+    told = Events()
+    try:
+        results = run_jobs(jobs, runs, resume, told.row, told.note, tick=told.tick, tensorboard=tensorboard)
+    except SparseiftError as error:
+        told.error(error)
+        raise typer.Exit(error.exit_code) from None
+    show_runs(results, fmt)
+
+
+def _run_parallel(jobs: Jobs, sets: list[str], parallel: int, runs: Path, resume: str | None, fmt: Format,
+                  tensorboard: bool) -> None:  # fmt: skip
+    from ..train.parallel import Child, FailedRuns, run_parallel
+    from .train_progress import progress
+    from .train_view import show_runs
+
+    several = len({recipe.name for recipe, _ in jobs}) > 1
+    children = [
+        Child(r.path, sets, seed, f"{r.name} seed {seed}" if several else f"seed {seed}", r.spec.training.threads)
+        for r, seed in jobs
+    ]
+    try:
+        with progress(several=True) as told:
+            results = run_parallel(children, parallel, runs, resume, told, tensorboard=tensorboard)
+    except FailedRuns as failed:
+        show_runs(failed.finished, fmt)
+        raise
     show_runs(results, fmt)
 
 
 def _load(source: str, sets: list[str]) -> Recipe:
-    from ..errors import UsageError
-    from ..recipe import load as recipes
+    from ..recipe import load as loading
 
-    path = recipes.find(source)
+    path = loading.find(source)
     if path is None:
         raise UsageError(f"{source} is no recipe", hint="give a .yaml file or a name of `sparseift recipe ls`")
-    return recipes.load(path, sets)
+    return loading.load(path, sets)
+
+
+def _require_names(recipes: Sequence[Recipe]) -> None:
+    """Runs lie in a folder with the name of their recipe."""
+    seen: dict[str, Path] = {}
+    for recipe in recipes:
+        other = seen.setdefault(recipe.name, recipe.path)
+        if other is not recipe.path:
+            raise UsageError(f"{other} and {recipe.path} are both called {recipe.name}",
+                             hint="train them one after the other, or rename one")  # fmt: skip
+
+
+def _speed(tflops: float | None) -> float | None:
+    if tflops is not None and not 0 < tflops < math.inf:
+        raise UsageError(f"--tflops {tflops:g} is no speed", hint="a device that sustains 150 TFLOP/s: --tflops 150")
+    return tflops
 
 
 def _seeds(text: str | None) -> list[int]:
     """`0..4` -> [0, 1, 2, 3, 4]; `0,3,7`."""
-    from ..errors import UsageError
-
     if text is None:
         return []
     try:
@@ -98,34 +199,3 @@ def _seeds(text: str | None) -> list[int]:
 def _span(part: str) -> range:
     first, dots, last = part.partition("..")
     return range(int(first), int(last if dots else first) + 1)
-
-
-class _Progress:
-    """One line on stderr for every line of metrics, with the time that is left."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.name = ""
-
-    def note(self, text: str, steps: int = 0) -> None:
-        self.steps = steps or self.steps
-        print(text, file=sys.stderr, flush=True)
-
-    def row(self, row: Mapping[str, Any]) -> None:
-        step, seconds = row["step"], row["seconds"]
-        left = seconds / step * (self.steps - step) if step else 0.0
-        told = [
-            f"{k} {row[k]:.4g}"
-            for k in ("train_loss", "loss", "top1", "top5", "perplexity", "bits_per_byte")
-            if k in row
-        ]
-        if "itop_rate" in row:
-            told.append(f"density {row['density']:.4f}, ever active {row['itop_rate']:.4f}")
-        print(f"  step {step:,}/{self.steps:,}  {'  '.join(told)}  {row['flops']:.4g} FLOPs  {_clock(left)} left",
-              file=sys.stderr, flush=True)  # fmt: skip
-
-
-def _clock(seconds: float) -> str:
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"

@@ -44,7 +44,11 @@ def transform(
     transform: options.Transform = None,
     sparsity: Annotated[str | None, typer.Option("--sparsity", "-s", help="0.9: nine of ten weights are zero.")] = None,
     init: Annotated[
-        str, typer.Option(help="fresh weights, or preserve the dense model's function.", rich_help_panel=_START)
+        str,
+        typer.Option(
+            help="fresh weights, or preserve the dense model's function (with --scope none: its largest weights).",
+            rich_help_panel=_START,
+        ),
     ] = "fresh",
     preserve_slack: Annotated[
         float,

@@ -24,9 +24,9 @@ class Shipped:
 
 
 def shipped() -> Iterator[Shipped]:
-    """Every shipped recipe, quickstarts first, then by name."""
+    """Every shipped recipe, quickstarts first, then by name. What lies deeper belongs to kept results."""
     top = recipes_dir()
-    paths = sorted(top.rglob("*.yaml"), key=lambda p: (p.parent.name != "quickstart", p.as_posix()))
+    paths = sorted(top.glob("*/*.yaml"), key=lambda p: (p.parent.name != "quickstart", p.as_posix()))
     for path in paths:
         yield Shipped(
             path.relative_to(top).with_suffix("").as_posix(), path, headline(path.read_text(encoding="utf-8"))

@@ -85,8 +85,10 @@ class Transform(Section):
         "layer",
         description="What is held iso-FLOP: each transformed layer, the model's forward, its training, nothing.",
     )
-    scope: Literal["all", "inner"] = Field(
-        "all", description="wide: every inner width, or only widths that no residual stream shares."
+    scope: Literal["all", "inner", "none"] = Field(
+        "all",
+        description="wide: every inner width, only widths that no residual stream shares, or none: the layers that all "
+        "would widen become sparse at their dense size, a control (match: off).",
     )
     include: tuple[str, ...] = Field((), description="Transform only layers that match one of these globs.")
     exclude: tuple[str, ...] = Field((), description="Leave layers that match one of these globs as they are.")
@@ -126,7 +128,8 @@ class Init(Section):
 
     SHORT: ClassVar[str | None] = "start"
     start: Literal["fresh", "preserve"] = Field(
-        "fresh", description="fresh: drawn anew. preserve: the function of a dense checkpoint (wide only)."
+        "fresh",
+        description="fresh: drawn anew. preserve: the function of a dense checkpoint; with scope none its largest weights.",
     )
     checkpoint: str | None = Field(None, description="preserve: the dense checkpoint, a file or folder.")
     key: str | None = Field(None, description="preserve: dotted path of the state dict in the checkpoint.")

@@ -106,7 +106,10 @@ class Training(Section):
     cuda_graph: bool = Field(
         True, description="On a GPU, replay the whole step as a CUDA graph, where that can be (not fp16, one process)."
     )
-    recompute: bool = Field(False, description="Activation checkpointing: less memory, a second forward a step.")
+    recompute: bool = Field(
+        False,
+        description="Activation checkpointing: less memory, a second forward of every repeated block a step; no CUDA graph.",
+    )
     deterministic: bool = Field(
         False, description="Deterministic kernels: on a GPU, resuming is exact to the bit only with these; slower."
     )

@@ -37,12 +37,19 @@ if TYPE_CHECKING:
 RECIPE, PLAN, AUDIT, PROVENANCE = "recipe.yaml", "plan.json", "audit.json", "provenance.json"
 METRICS, CHECKPOINTS, SUMMARY, LOCK = "metrics.jsonl", "checkpoints", "summary.json", "lock"
 _RUN = re.compile(r"(\d{8}T\d{6}Z)-([0-9a-f]{8})(?:\.(\d+))?")
+_SEED = re.compile(r"^  seed: (\d+)$", re.MULTILINE)
 _SHOWN = 40  # lines of a recipe's difference
 
 
 def recipe_hash(text: str) -> str:
     """Eight hexadecimal digits of the whole recipe's text (`recipe.write.resolved_yaml`)."""
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def seed_of(recipe: str) -> str | None:
+    """The seed in the whole recipe's text; None where it has none."""
+    found = _SEED.search(recipe)
+    return found[1] if found else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +97,17 @@ class RunDirectory:
     @staticmethod
     def latest(root: Path, name: str, *, recipe: str | None = None, keep: int = 2,
                better: Literal["highest", "lowest"] = "highest") -> RunDirectory | None:  # fmt: skip
-        """The newest run of `name`: of this very recipe where `recipe` is given and has one; None where there is none."""
+        """The newest run of `name`; None where there is none.
+
+        With `recipe`: the newest of this very recipe, else the newest of the same seed (`require_recipe` then tells the
+        difference). Another seed's run is no run of this one.
+        """
         every = RunDirectory.all(root, name, keep=keep, better=better)
-        wanted = None if recipe is None else f"-{recipe_hash(recipe)}"
-        same = [run for run in every if wanted and wanted in run.path.name]
-        return next(reversed(same or every), None)
+        if recipe is None:
+            return next(reversed(every), None)
+        digits, seed = recipe_hash(recipe), seed_of(recipe)
+        same = next((run for run in reversed(every) if _hash_in(run.path) == digits), None)
+        return same or next((run for run in reversed(every) if seed_of(run.recipe) == seed), None)
 
     @staticmethod
     def all(
@@ -212,3 +225,9 @@ def _age(path: Path) -> tuple[str, int, str]:
     found = _RUN.fullmatch(path.name)
     assert found is not None
     return found[1], int(found[3] or 0), found[2]
+
+
+def _hash_in(path: Path) -> str:
+    found = _RUN.fullmatch(path.name)
+    assert found is not None
+    return found[2]

@@ -45,10 +45,11 @@ class Progress:
     last: dict[str, Any] = field(default_factory=dict)
 
 
-def train(run: Prepared, folder: RunDirectory, processes: Processes, report: Report) -> dict[str, Any]:
+def train(run: Prepared, folder: RunDirectory, processes: Processes, report: Report,
+          tick: Callable[[int], None] | None = None) -> dict[str, Any]:  # fmt: skip
     """Train from the newest checkpoint of `folder` (or from step 0) to the end; the summary of the run.
 
-    `report` hears of every line of metrics. Rank 0 alone writes.
+    `report` hears of every line of metrics, `tick` of the number of steps made, after each. Rank 0 alone writes.
 
     Raises:
         DivergedError: a loss or gradient is no number. Weights and checkpoints are those before that step.
@@ -72,6 +73,8 @@ def train(run: Prepared, folder: RunDirectory, processes: Processes, report: Rep
         loss = make_step(step)
         run.spent.add(run.sparsifier.last if run.sparsifier else None)
         progress.step = step + 1
+        if tick is not None:
+            tick(progress.step)
         progress.losses.append(loss)
         at_end = progress.step == run.steps
         stopping = stop_requested(processes)

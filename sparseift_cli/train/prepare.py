@@ -29,6 +29,7 @@ from ..transforms.transformation import Options, Transformation
 from .evaluate import logits_of, loss_of
 from .optimizers import learning_rate, make_optimizer
 from .processes import Processes
+from .recompute import recompute
 from .spent import Spent
 
 if TYPE_CHECKING:
@@ -91,6 +92,8 @@ def prepare(recipe: Recipe, seed: int, processes: Processes) -> Prepared:
     if spec.training.channels_last:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     model = model.to(processes.device).train()
+    if training.recompute:
+        recompute(model, counted.table, train.batch(0, 0)[0][:1])
     optimizer = make_optimizer(model, spec, processes.device)
     algorithm = spec.algorithm
     sparsifier = None

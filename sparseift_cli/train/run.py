@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from inspect import signature
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -122,8 +121,7 @@ def _one(recipe: Recipe, seed: int, root: Path, resume: str | None, report: Repo
             if board is not None:
                 board(row)
 
-        hook: dict[str, Any] = {"tick": tick} if "tick" in signature(train).parameters else {}
-        summary = train(run, folder, ours, tell, **hook)
+        summary = train(run, folder, ours, tell, tick=tick)
         summary["path"] = str(path)
         folder.finish(summary)
     return summary

@@ -51,7 +51,7 @@ class _Source:
 
 
 def initialise(model: nn.Module, dense: nn.Module, surgery: Surgery, *, seed: int = 0, init: Init = "dense") -> None:
-    """Draw every weight of `model` that is not a clone of one of `dense`; nothing on meta.
+    """Draw every weight of `model` that is sparse or not a clone of one of `dense`; nothing on meta.
 
     `density_scaled` multiplies the deviation of a sparse weight by density ** -1/2, so that a sum over its non-zeros has
     the variance that a dense one had; the parts of Parallel and Doped are summed, so theirs together have it as they are.
@@ -94,9 +94,9 @@ def _share_variance(member: SparseDoped, nnz: int) -> None:
 def _sources(model: nn.Module, dense: nn.Module, surgery: Surgery) -> Iterable[_Source]:
     density = {m.key: m.nnz / model.get_parameter(m.key).numel() for m in surgery.masked}
     old_parameters = dict(dense.named_parameters(remove_duplicate=False))
-    resized = {r.key for r in surgery.resizes if not r.rotary}
+    drawn = {r.key for r in surgery.resizes if not r.rotary} | (density.keys() & old_parameters.keys())
     for key, new in model.named_parameters():
-        if key in resized:
+        if key in drawn:
             weight = _sibling_weight(model, key)
             old_weight = _sibling_weight(dense, key)
             yield _Source(key, new, weight, old_parameters[key], old_weight, density.get(key, 1.0))

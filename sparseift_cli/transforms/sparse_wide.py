@@ -48,6 +48,8 @@ def resizes(plan: Plan, structure: Structure) -> Iterator[Resize]:
 
 def attributes(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[SetAttribute]:
     """Every number held by a module or configuration that changes with the widths."""
+    if plan.sizes == plan.table.sizes:
+        return
     for (owner, name, index), width in structure.attributes.items():
         new = width.evaluate(plan.sizes)
         if new != width.evaluate(plan.table.sizes):

@@ -31,8 +31,7 @@ def equal_masks() -> None:
         scores = scores.mul(500).floor() if ties else scores
         mask = extend(torch.zeros(1500, 1500, dtype=torch.bool), 0, 500_000, generator_for(1))
         found = [
-            exchange(mask.to(d), 500_000, scores.to(d), scores.flip(0).to(d), 150_000, 2).cpu()
-            for d in ("cpu", CUDA)
+            exchange(mask.to(d), 500_000, scores.to(d), scores.flip(0).to(d), 150_000, 2).cpu() for d in ("cpu", CUDA)
         ]
         assert torch.equal(*found)
     print("masks of cpu and cuda are equal, ties too")

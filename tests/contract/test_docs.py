@@ -1,10 +1,11 @@
-"""README.md tells the truth: its outputs are what the tool prints, its options exist, its links lead somewhere."""
+"""The pages tell the truth: their outputs are what the tool prints, their options exist, their links lead somewhere."""
 
 from __future__ import annotations
 
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -48,23 +49,36 @@ def shown_commands(text: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines if line.startswith("sparseift ")]
 
 
-def test_every_option_shown_exists(readme: str) -> None:
-    group = typer.main.get_command(app)
-    options = {name: {o for p in c.params for o in (*p.opts, *p.secondary_opts)} for name, c in group.commands.items()}
-    shown = [words[1:] for words in shown_commands(readme)]
+def options_of(command: Any) -> set[str]:
+    """Every option of a command; of a group, those of all its subcommands."""
+    own = {o for p in command.params for o in (*p.opts, *p.secondary_opts)}
+    return own.union(*map(options_of, getattr(command, "commands", {}).values()))
+
+
+@pytest.mark.parametrize("name", docs.PAGES)
+def test_every_option_shown_exists(name: str, root: Path) -> None:
+    group: Any = typer.main.get_command(app)
+    options = {name: options_of(command) for name, command in group.commands.items()}
+    shown = [words[1:] for words in shown_commands((root / name).read_text("utf-8"))]
     assert shown
     assert {words[0] for words in shown} <= {*options, "--help", "--version"}
     named = {(words[0], word.partition("=")[0]) for words in shown for word in words[1:] if word.startswith("--")}
     assert {(command, option) for command, option in named if option not in {*options[command], "--help"}} == set()
 
 
-def test_links_inside_the_readme_lead_somewhere(readme: str, root: Path) -> None:
-    anchors = {
-        re.sub(r"[^\w -]", "", h.lower()).strip().replace(" ", "-") for h in re.findall(r"^#+ (.*)$", readme, re.M)
-    }
-    targets = re.findall(r"\]\((?!https?:)([^)]+)\)", readme)
-    assert [t for t in targets if t.startswith("#") and t[1:] not in anchors] == []
-    assert [t for t in targets if not t.startswith("#") and not (root / t.partition("#")[0]).exists()] == []
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", h.lower()).strip().replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("name", docs.PAGES)
+def test_links_lead_somewhere(name: str, root: Path) -> None:
+    page = root / name
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text("utf-8")):
+        file, _, anchor = target.partition("#")
+        there = page.parent / file if file else page
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there), target
 
 
 def python_blocks(text: str) -> list[str]:
@@ -84,9 +98,10 @@ def test_python_examples_run(
         compile(block, "README.md", "exec")
 
 
-def test_the_surveys_say_what_the_readme_quotes(readme: str, root: Path) -> None:
+def test_the_surveys_say_what_the_page_quotes(root: Path) -> None:
+    page = (root / "sparseift_cli" / "cli" / "README.md").read_text("utf-8")
     for name in ("torchvision", "transformers"):
         (totals,) = re.findall(
             r"^M(odels that pass .*)$", (root / "tests" / "survey" / f"{name}.md").read_text("utf-8"), re.M
         )
-        assert f"m{totals}" in readme
+        assert f"m{totals}" in page

@@ -88,9 +88,7 @@ def test_dependencies_are_what_is_imported(root: Path) -> None:
         for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
         if (top := name.partition(".")[0]) not in {*sys.stdlib_module_names, "sparseift_cli"}
     }
-    assert {{"yaml": "pyyaml"}.get(name, name) for name in found} == declared - {
-        "pandas"
-    }  # given; `report` will use it
+    assert {{"yaml": "pyyaml"}.get(name, name) for name in found} == declared
 
 
 def test_constraints_pin_what_pyproject_asks_for(root: Path) -> None:

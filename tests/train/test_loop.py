@@ -24,7 +24,7 @@ from sparseift_cli.sparsity.attached import masks_of
 from sparseift_cli.train import loop
 from sparseift_cli.train.prepare import prepare
 from sparseift_cli.train.processes import Processes
-from sparseift_cli.train.run import run_seeds
+from sparseift_cli.train.run import run_jobs, run_seeds
 from sparseift_cli.train.step import EagerStep
 
 Write = Callable[..., Path]
@@ -136,6 +136,20 @@ def test_a_signal_saves_and_the_run_goes_on(
     have, want = final_state(again["path"]), final_state(whole["path"])
     assert all(torch.equal(have[0][n], t) for n, t in want[0].items())
     assert run(recipe, tmp_path / "runs", resume="latest") == [again]  # done: read, not repeated
+
+
+def test_every_step_is_told_from_where_the_run_goes_on(
+    write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load(write_recipe("rigl"))
+    ticks: list[int] = []
+    turns = iter([0] * 6 + [15] + [0] * 100)
+    monkeypatch.setattr(loop, "stop_requested", lambda _: next(turns))
+    with pytest.raises(InterruptedRun):
+        run_jobs([(recipe, 0)], tmp_path / "runs", None, quiet, quiet, tick=ticks.append)
+    assert ticks == [*range(1, 8)]
+    run_jobs([(recipe, 0)], tmp_path / "runs", "latest", quiet, quiet, tick=ticks.append)
+    assert ticks == [*range(1, 13)]
 
 
 def test_resuming_another_recipe_is_refused_with_the_difference(write_recipe: Write, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 
@@ -40,6 +41,31 @@ def test_numbers_survive_any_width(monkeypatch: pytest.MonkeyPatch, width: int) 
     assert "2,000,000,000,000" in shown
     assert "…" not in shown
     assert ("left out on this narrow terminal: kind" in " ".join(shown.split())) is (width < 71)
+
+
+@pytest.mark.parametrize("term", ["dumb", "unknown", "xterm"])
+def test_every_terminal_has_the_width_that_it_says(monkeypatch: pytest.MonkeyPatch, term: str) -> None:
+    """rich takes a dumb terminal for 80 columns wide unless a console has a height too, and cuts what is wider."""
+    cells = [Column(f"key{i}", f"a header of column {i}", integer, right=True) for i in range(8)]
+    wide = Sheet("Wider than 80 columns", cells, [{c.key: 10**15 + i for i, c in enumerate(cells)}], ["n" * 90])
+    monkeypatch.setenv("TERM", term)
+    for width in (40, 100, 300):  # columns that must stay stay, whether they fit or not
+        monkeypatch.setenv("COLUMNS", str(width))
+        terminal = Terminal()
+        monkeypatch.setattr("sys.stdout", terminal)
+        output.render([wide], {}, Format.table)
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue()).splitlines()
+        (row,) = (line for line in lines if "1,000,000,000,000,000" in line)
+        assert all(integer(10**15 + i) in row for i in range(8))
+        assert ("n" * 90 in lines) is (width > 90)
+    assert output.make_console(terminal).width == 300
+
+
+def test_a_title_after_notes_stands_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    one = Sheet("First", [Column("a", "a")], [{"a": "1"}], ["a note"])
+    output.render([one, Sheet("Second", [Column("a", "a")], [{"a": "2"}])], {}, Format.table)
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[lines.index("a note") :][:3] == ["a note", "", "Second"]
 
 
 def test_a_pipe_leaves_nothing_out(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from ...trace.structure import Structure
 from ..edits import SetAttribute, Surgery
 from .deviation import deviation
 from .local import fill_members
+from .magnitude import keep_largest
 from .wide import Widening
 
 __all__ = ["Preserved", "deviation", "preserve"]
@@ -41,12 +42,18 @@ def preserve(new: nn.Module, dense: nn.Module, plan: Plan, surgery: Surgery, str
     `slack` (Sparse Wide): the share of each layer's non-zeros that is taken from its smallest weights and spent on added
     channels. Without it they have no gradient.
 
+    With scope none there are no added channels and fewer non-zeros than weights: the largest of every sparse layer stay,
+    and `slack` says nothing.
+
     Raises:
         UsageError: a slack outside [0, 1); a pattern, an order of channels or a member that no dense weights fit.
     """
     if not 0 <= slack < 1:
         raise UsageError(f"preserve slack {slack:g} is not in [0, 1)", hint="0.1 sets a tenth of the weights free")
     with torch.no_grad():
+        if plan.spec.scope == "none":
+            masks, notes = keep_largest(new, dense, plan, surgery, seed)
+            return Preserved(masks, tuple(notes))
         if plan.spec.member == "sparse_wide":
             masks, notes, attributes = Widening(new, dense, plan, surgery, structure, seed, slack).run()
             state, buffers = new.state_dict(), dict(new.named_buffers())

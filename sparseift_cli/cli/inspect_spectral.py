@@ -1,0 +1,198 @@
+"""`sparseift inspect --spectral`: how well the masks of a transformed model, a run or a checkpoint connect its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..artifact import is_artifact, open_artifact
+from ..checkpoint.facts import Checkpoint, TensorInfo, printable
+from ..errors import SparseiftError, UsageError
+from .formats import Format
+from .output import Column, Sheet, integer, ratio, render
+from .ticker import Ticker
+
+if TYPE_CHECKING:
+    from ..report.spectral_history import LayerSpectrum, MaskedLayer
+
+SCHEMA = "sparseift.spectral/1"
+LEAST_ZEROS = 0.01  # of a foreign weight: fewer are a padding row or chance, no mask
+NOTES = (
+    "rows are outputs, columns inputs x taps (of weights stored inputs first the reverse); s1, s2: largest singular values",
+    "Ramanujan gap: sqrt(dl - 1) + sqrt(dr - 1) - s2 with the mean degrees of rows and columns; at least 0 is well connected",
+    "by s1: 2 sqrt(s1 - 1) - s2; iterative mean: of the gaps of columns of equal degree; weighted: s1 - s2 of |weights|",
+)
+
+
+def inspect_spectral(
+    source: str, *, is_file: bool, every: bool, key: str | None, fmt: Format, output: Path | None
+) -> None:
+    """Print one row per masked layer of `source`; with `every`, of all kept checkpoints of a run directory.
+
+    `is_file` says whether a `source` that is no folder of ours is a checkpoint rather than the name of a model.
+
+    Raises:
+        UsageError: `source` is none of these, or nothing in it is sparse.
+        ArtifactError: a folder of ours that cannot be read.
+        CheckpointError: a file that cannot be read.
+    """
+    kind, title, layers, notes = _opened(source, is_file, every, key)
+    rows = _rows(layers)
+    if not rows:
+        raise UsageError(f"nothing in {printable(source)} is sparse",
+                         hint="--spectral looks at masks, or at weights with 1 % zeros or more")  # fmt: skip
+    payload = {
+        "schema": SCHEMA, "kind": kind, "source": source, "layers": [row.to_json() for row in rows], "notes": notes,
+    }  # fmt: skip
+    sheet = Sheet(title, _columns(rows, fmt), [_shown(row) for row in rows], [*NOTES, *notes])
+    render([sheet], payload, fmt, output)
+
+
+_Layers = Iterator[tuple[int | None, "MaskedLayer"]]
+
+
+def _opened(source: str, is_file: bool, every: bool, key: str | None) -> tuple[str, str, _Layers, list[str]]:
+    """What `source` is, a title, its layers with their steps, and notes, which are complete when the layers are read."""
+    from ..report.spectral_history import artifact_layers, checkpoint_layers, is_checkpoint_folder, kept_checkpoints
+    from ..runs.directory import RECIPE
+
+    path, shown = Path(source), printable(source)
+    if (path / RECIPE).is_file():  # first: a run has the plan of an artifact too
+        _no_key(key, source)
+        kept = kept_checkpoints(path)
+        if not kept:
+            raise UsageError(f"{shown} has no checkpoint yet", hint="wait for the run's first one")
+        chosen = kept if every else kept[-1:]
+        steps = f"{len(chosen)} checkpoints" if len(chosen) > 1 else f"step {chosen[0].step:,}"
+        layers = ((k.step, layer) for k in chosen for layer in checkpoint_layers(k.path))
+        older = len(kept) - len(chosen)
+        notes = (
+            [f"{older} older {'checkpoint' if older == 1 else 'checkpoints'} too: --every-checkpoint"] if older else []
+        )
+        return "run", f"{shown}: masks at {steps}", layers, notes
+    if every:
+        raise UsageError(f"{shown} is no run directory, which alone keeps several checkpoints",
+                         hint="give a folder of runs/<recipe>/")  # fmt: skip
+    if is_artifact(path):
+        _no_key(key, source)
+        if not open_artifact(path).weights.is_file():
+            raise UsageError(f"{shown} holds a plan without weights (--plan-only)",
+                             hint="transform the model without --plan-only")  # fmt: skip
+        return "artifact", f"{shown}: masks of the transformed model", _at(None, artifact_layers(path)), []
+    folder = path.parent if path.is_file() else path
+    if is_checkpoint_folder(folder):
+        _no_key(key, source)
+        step = int(folder.name.removeprefix("step-").partition(".")[0]) if folder.name.startswith("step-") else None
+        return "run", f"{shown}: masks of the checkpoint", _at(step, checkpoint_layers(folder)), []
+    if path.is_dir() or not is_file:
+        what = "no transformed model, run or checkpoint" if path.is_dir() else "a model, which has no masks yet"
+        raise UsageError(f"{shown} is {what}", hint="give a folder of sparseift transform, a run directory "
+                         "runs/<recipe>/<run>, one of its checkpoints, or a checkpoint file")  # fmt: skip
+    return _foreign(source, key)
+
+
+def _foreign(source: str, key: str | None) -> tuple[str, str, _Layers, list[str]]:
+    from ..checkpoint.opening import open_checkpoint
+
+    checkpoint = open_checkpoint(source, key=key)
+    notes: list[str] = []
+    title = f"{printable(str(checkpoint.path))}: zeros of the weights as masks"
+    return "checkpoint", title, _at(None, _foreign_layers(checkpoint, notes)), notes
+
+
+def _foreign_layers(checkpoint: Checkpoint, notes: list[str]) -> Iterator[MaskedLayer]:
+    """Masks of torch.nn.utils.prune where there are some, else the zeros of every weight that has enough of them."""
+    from ..checkpoint.reading import read_tensor
+    from ..report.spectral_history import MaskedLayer
+
+    by_name = {t.name: t for t in checkpoint.tensors}
+    left_out = 0
+    for info in checkpoint.tensors:
+        if not _is_weight(info):
+            continue
+        weight = read_tensor(checkpoint, info.name).float().numpy()
+        mask_name = info.name.removesuffix("_orig") + "_mask"
+        masked = info.name.endswith("_orig") and mask_name in by_name and by_name[mask_name].shape == info.shape
+        mask = read_tensor(checkpoint, mask_name).numpy(force=True) != 0 if masked else weight != 0
+        if masked or 1 - mask.mean() >= LEAST_ZEROS:
+            yield MaskedLayer(info.name.removesuffix("_orig") if masked else info.name, mask, weight)
+        else:
+            left_out += 1
+    if left_out:
+        have = "weight has" if left_out == 1 else "weights have"
+        notes.append(f"{left_out} other {have} fewer than 1 % zeros")
+
+
+def _is_weight(info: TensorInfo) -> bool:
+    """A parameter that is a matrix or a kernel, whose values can be read."""
+    from ..checkpoint.dtypes import is_integer, is_readable
+
+    usable = len(info.shape) > 1 and info.numel > 0 and is_readable(info.dtype) and not is_integer(info.dtype)
+    complex_ = info.dtype.startswith("complex")
+    return usable and not complex_ and not info.buffer and info.tied_to is None and not info.name.endswith("_mask")
+
+
+def _at(step: int | None, layers: Iterator[MaskedLayer]) -> _Layers:
+    return ((step, layer) for layer in layers)
+
+
+def _no_key(key: str | None, source: str) -> None:
+    if key is not None:
+        raise UsageError(f"--key is for checkpoint files, {printable(source)} is a folder", hint="leave it out")
+
+
+def _rows(layers: _Layers) -> list[LayerSpectrum]:
+    """The spectra, with the layer at work on a terminal's stderr: large ones take seconds."""
+    from ..report.spectral_history import LayerSpectrum
+
+    rows: list[LayerSpectrum] = []
+    with closing(Ticker()) as ticker:
+        for step, layer in layers:
+            ticker.show(f"{len(rows) + 1}: {printable(layer.name, 60)}")
+            try:
+                rows.append(LayerSpectrum.of(layer, step))
+            except ArithmeticError as error:
+                raise SparseiftError(f"{printable(layer.name)}: {error}", hint="please report it") from None
+    return rows
+
+
+def _shown(row: LayerSpectrum) -> dict[str, Any]:
+    return {**row.to_json(), "layer": printable(row.layer), "shape": "x".join(map(str, row.shape))}
+
+
+def _columns(rows: Sequence[LayerSpectrum], fmt: Format) -> list[Column]:
+    """Every column; for a reader, without those that have nothing to say."""
+
+    def number(key: str, header: str, priority: int = 0) -> Column:
+        return Column(key, header, lambda v: f"{v:,.4f}", right=True, priority=priority)
+
+    def rare(key: str, header: str) -> Column:
+        return Column(key, header, lambda n: integer(n) if n else "", right=True, priority=6)
+
+    columns = [
+        Column("step", "step", integer, right=True),
+        Column("layer", "layer"),
+        Column("shape", "shape", right=True, priority=5),
+        Column("nnz", "non-zeros", integer, right=True, priority=4),
+        Column("density", "density", ratio, right=True, priority=2),
+        number("s1", "s1", 3),
+        number("s2", "s2", 3),
+        number("spectral_gap", "spectral gap"),
+        number("ramanujan_gap", "Ramanujan gap"),
+        number("ramanujan_gap_s1", "by s1", 7),
+        number("ramanujan_gap_imdb", "iterative mean", 1),
+        number("weighted_spectral_gap", "weighted gap"),
+        Column("components", "parts", lambda n: integer(n) if n != 1 else "", right=True, priority=6),
+        rare("empty_rows", "empty rows"),
+        rare("empty_columns", "empty columns"),
+    ]
+    if fmt is Format.csv:
+        return columns
+    shown = [_shown(row) for row in rows]
+    return [c for c in columns if any(_says(c, row) for row in shown)]
+
+
+def _says(column: Column, row: Mapping[str, Any]) -> bool:
+    return row.get(column.key) is not None and bool(column.show(row[column.key]))

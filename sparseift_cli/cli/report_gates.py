@@ -1,0 +1,97 @@
+"""Gates of `sparseift report` for CI: what broke a limit, and what could not be held against it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckFailed, UsageError
+
+if TYPE_CHECKING:
+    from ..report.filters import Expression
+    from ..report.report import Report
+
+COMPARED = ("difference", "difference_low", "difference_high", "baseline", "outcome", "flops_vs_baseline")
+"""Of a comparison, beside the columns of the groups."""
+
+
+def parse(texts: Sequence[str]) -> list[Expression]:
+    """Read every --fail-if before any run is read."""
+    from ..report.filters import parse as expression
+
+    return [expression(text, "--fail-if") for text in texts]
+
+
+def known(report: Report) -> list[str]:
+    """The names that --fail-if may use."""
+    from ..report.make import visible
+
+    return [*visible([str(c) for c in report.groups.columns]), *COMPARED]
+
+
+def stop_on(report: Report, gates: Sequence[Expression], max_flops_ratio: float | None) -> None:
+    """Exit 1 with every gate that said no, and every comparison that was refused.
+
+    A gate that could be held against no group at all says no too: nothing has passed it.
+
+    Raises:
+        CheckFailed: there is one.
+    """
+    rows = _rows(report)
+    problems = [p for gate in gates for p in _broken(gate, rows)]
+    if max_flops_ratio is not None:
+        problems += _too_dear(report, rows, max_flops_ratio)
+    if problems:
+        raise CheckFailed("\n  ".join(["a check said no:", *problems]))
+    if refused := [c for c in report.comparisons if not c.allowed]:
+        told = [f"{c.candidate} against {c.baseline}: {c.verdict.removeprefix('refused: ')}" for c in refused]
+        raise CheckFailed("\n  ".join(["refused to compare unequal budgets:", *told]),
+                          hint="--allow-unequal-flops compares all the same; --flops-tolerance 2% allows more")  # fmt: skip
+
+
+def _broken(gate: Expression, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    able = [row for row in rows if gate.knows(row)]
+    if not able:
+        return [f"{gate.text}: no group has {' and '.join(gate.names)}, so nothing was checked"]
+    found = []
+    for row in able:
+        told = ", ".join(f"{name} = {_shown(row[name])}" for name in gate.names)
+        if any(isinstance(row[name], float) and row[name] != row[name] for name in gate.names):
+            found.append(f"{gate.text}: {row['group']}: {told}, which is no number")
+        elif gate.on(row):
+            found.append(f"{gate.text}: {row['group']}: {told}")
+    return found
+
+
+def _too_dear(report: Report, rows: Sequence[Mapping[str, Any]], limit: float) -> list[str]:
+    if not limit > 0:
+        raise UsageError(f"--max-flops-ratio {limit} is no ratio", hint="--max-flops-ratio 1.001")
+    name = "flops_vs_baseline" if report.comparisons else "flops_ratio"
+    what = "the baseline's" if report.comparisons else "the dense model's"
+    able = [row for row in rows if row[name] is not None]
+    if not able:
+        return [f"no group says its training FLOPs over {what}, so --max-flops-ratio checked nothing"]
+    return [
+        f"{row['group']} trains with {row[name]:.6f}x {what} FLOPs, above {limit:g}"
+        for row in able
+        if row[name] > limit
+    ]
+
+
+def _rows(report: Report) -> list[dict[str, Any]]:
+    """Groups, each with its comparison."""
+    from ..report.frame import records
+
+    compared = {c.candidate: c for c in report.comparisons}
+    found = []
+    for row in records(report.groups):
+        c = compared.get(row["group"])
+        values = {f.name: getattr(c, f.name) for f in fields(c)} if c is not None else {}
+        named = {"difference_low": "low", "difference_high": "high", "flops_vs_baseline": "flops_ratio"}
+        found.append({**row, **{name: values.get(named.get(name, name)) for name in COMPARED}})
+    return found
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

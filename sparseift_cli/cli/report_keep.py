@@ -1,0 +1,54 @@
+"""`sparseift report keep`: finished runs without their checkpoints, fit to be committed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import UsageError
+from . import options
+from .formats import Format
+
+SCHEMA = "sparseift.report-keep/1"
+HELP = """Keep finished runs: recipe, metrics, summary, audit and provenance, without checkpoints.
+
+They go to FOLDER/<recipe>/<run>/, where `sparseift report FOLDER` reads them. Metrics are packed. Absolute paths lose all but
+their last part, so that no home or machine is named. Keeping a run twice changes nothing; a run that is not finished is
+named, and then nothing is kept.
+
+Examples:
+
+  sparseift report keep runs/ -o kept/
+
+  sparseift report keep runs/resnet18_cifar100_* -o recipes/resnet18_cifar100/results
+"""
+
+
+def keep(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="PATH", help="Run directories, or folders that hold some at any depth.", show_default=False
+        ),
+    ],
+    folder: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where to keep them.")],
+    fmt: options.FormatOption = Format.table,
+    json: options.Json = False,
+) -> None:
+    if fmt is Format.github:
+        raise UsageError("report keep does not write GitHub annotations", hint="--format table, json, csv or md")
+    from ..report.keep import keep as keep_runs
+    from .output import Column, Sheet, integer, render
+
+    kept = keep_runs(paths, folder)
+    rows = [{"run": str(k.run.path), "kept": str(k.path), "bytes": k.bytes, "state": k.state} for k in kept]
+    columns = [
+        Column("run", "run", priority=1),
+        Column("kept", "kept as", lambda path: str(Path(path).relative_to(folder))),
+        Column("bytes", "bytes", integer, right=True),
+        Column("state", "state"),
+    ]
+    title = f"{len(kept)} {'run' if len(kept) == 1 else 'runs'} kept in {folder}: {sum(k.bytes for k in kept):,} bytes"
+    render([Sheet(title, columns, rows)], {"schema": SCHEMA, "runs": rows}, Format.json if json else fmt)

@@ -1,0 +1,307 @@
+"""What `sparseift report` shows: groups (or runs), runs that are not finished, comparisons, and published numbers beside ours."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..report import curves
+from ..report import frame as frames
+from ..report.make import HIDDEN, Options, sort
+from ..report.published import Beside, evidence
+from ..report.report import METRICS, Comparison, Report
+from ..report.terminal import bar, sparkline, speaks_unicode
+from . import report_spectra
+from .formats import Format
+from .output import Column, Sheet, integer, render
+
+SCHEMA = "sparseift.report/1"
+_STATES = {"finished": "green", "running": "cyan", "stopped": "yellow"}
+_OUTCOMES = {"better": "green", "worse": "red", "refused": "yellow"}
+_GROUP_SHOWN = ("group", "n", "metric", "mean", "std", "low", "high", "best", "steps", "flops", "flops_ratio", "seconds",
+                "peak_bytes", "optimizer_bytes")  # fmt: skip
+_RUN_SHOWN = ("path", "state", "step", "steps", "seed", "metric", "value", "best", "flops_ratio", "seconds",
+              "peak_bytes")  # fmt: skip
+
+
+def decimals(value: Any) -> str:
+    """Five significant digits: 98.310, 2.5343, 0.067614."""
+    return f"{value:#.5g}" if isinstance(value, float) and abs(value) < 1e5 else str(value)
+
+
+def _three(value: float) -> str:
+    """Three significant digits, and every digit before the point."""
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def mebibytes(value: float) -> str:
+    """Bytes in units of 2^20."""
+    return f"{value / 2**20:,.1f}" if value >= 2**20 else f"{value / 2**20:.2g}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.1f}"
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def _times(value: float) -> str:
+    return f"{value:.4f}x"
+
+
+def _count(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _flops(value: float) -> str:
+    """Training FLOPs to four digits in a table; JSON and CSV hold every one."""
+    return f"{value:.4g}"
+
+
+_CURVE, _BAR = 12, 10  # characters of a learning curve, and of a bar
+_HEADS: Mapping[str, tuple[str, Callable[[Any], str], bool, int]] = {
+    # column: header, how it is shown, right-aligned, priority (the highest gives way first on a narrow terminal)
+    "group": ("group", str, False, 0), "path": ("run", str, False, 0), "recipe": ("recipe", str, False, 1),
+    "n": ("n", _count, True, 0), "metric": ("metric", str, False, 0), "mean": ("mean", decimals, True, 0),
+    "std": ("std", _three, True, 4), "low": ("95 % low", decimals, True, 1), "high": ("high", decimals, True, 1),
+    "best": ("best", decimals, True, 5), "value": ("last", decimals, True, 0), "steps": ("steps", _count, True, 6),
+    "flops": ("FLOPs", _flops, True, 3), "flops_ratio": ("x dense", _times, True, 2),
+    "flops_spent": ("spent", _flops, True, 3), "dense_flops": ("dense FLOPs", _flops, True, 3),
+    "seconds": ("seconds", _seconds, True, 7), "peak_bytes": ("peak MiB", mebibytes, True, 9),
+    "optimizer_bytes": ("optimiser MiB", mebibytes, True, 10), "state": ("state", str, False, 0),
+    "step": ("step", _count, True, 0), "seed": ("seed", str, True, 1), "params": ("params", _count, True, 3),
+    "nonzero_params": ("non-zero", _count, True, 3),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A report, the columns asked for (None: the usual ones), and what it was asked.
+
+    Raises:
+        UsageError: there is no such column.
+    """
+
+    report: Report
+    columns: Sequence[str] | None
+    options: Options
+
+    def __post_init__(self) -> None:
+        for name in self.columns or ():
+            frames.require_column(name, self._known(), "--columns")
+
+    @property
+    def by_run(self) -> bool:
+        return "path" in self.options.by
+
+    def _known(self) -> Sequence[str]:
+        return frames.RUN_COLUMNS if self.by_run else frames.GROUP_COLUMNS
+
+    def show(self, fmt: Format, output: Path | None) -> None:
+        """Print it, or write it whole to `output`."""
+        plain = output is None and not speaks_unicode(sys.stdout.encoding)
+        sheets = [self._main(fmt, plain)]
+        if not self.by_run:
+            sheets += [s for s in (self._unfinished(fmt, plain), self._comparisons(fmt)) if s.rows]
+        if self.report.reference:
+            sheets.append(self._reference(fmt))
+        if self.report.spectra:
+            sheets.append(report_spectra.sheet(self.report))
+        render(sheets, self.payload(), fmt, output)
+
+    def payload(self) -> dict[str, Any]:
+        """The JSON of it: schema sparseift.report/1."""
+        rows = self._rows()
+        names = list(self.columns or [c for c in self._known() if c != HIDDEN])
+        report = self.report
+        return {
+            "schema": SCHEMA,
+            "command": list(report.command),
+            "group_by": ["run" if name == "path" else name for name in self.options.by],
+            "confidence": self.options.rules.confidence,
+            "runs" if self.by_run else "groups": [{name: clean(row[name]) for name in names} for row in rows],
+            **({} if self.by_run else {"unfinished": [
+                {name: clean(row[name]) for name in ("path", "group", "seed", "state", "step", "steps", "metric", "value")}
+                for row in self._waiting()]}),
+            "comparisons": [comparison_json(c) for c in report.comparisons],
+            "reference": [beside_json(b) for b in report.reference],
+            **report_spectra.payload(report),
+            "skipped": [{"path": str(path), "reason": reason} for path, reason in report.skipped],
+            "notes": list(report.notes),
+            "warnings": [f"{run.path}: {text}" for run in report.runs for text in run.warnings],
+        }  # fmt: skip
+
+    def _rows(self) -> list[dict[str, Any]]:
+        if not self.by_run:
+            return frames.records(self.report.groups)
+        return frames.records(sort(self.report.frame, self.options.sort))
+
+    def _waiting(self) -> list[dict[str, Any]]:
+        return [row for row in frames.records(self.report.frame) if row["state"] != "finished"]
+
+    def _main(self, fmt: Format, ascii_only: bool) -> Sheet:
+        names = self.columns or (_RUN_SHOWN if self.by_run else _GROUP_SHOWN)
+        rows = self._rows()
+        finished = sum(run.state == "finished" for run in self.report.runs)
+        title = f"{_many(len(self.report.runs), 'run')} ({finished} finished)"
+        title += "" if self.by_run else f" in {_many(len(rows), 'group')}"
+        notes = list(self.report.notes)
+        if not self.by_run and self.columns is None:
+            notes.append("mean, std, 95 % interval (Student's t): over n seeds, at the end of training; best: mean of each "
+                         "run's best. FLOPs: of training, audited.")  # fmt: skip
+        columns = [_column(n, asked=self.columns is not None) for n in names]
+        if fmt is Format.table and self.columns is None:  # a picture, not a value: no other format has it
+            key, found = (
+                ("path", curves.by_run(self.report)) if self.by_run else ("group", curves.by_group(self.report))
+            )
+            rows = [{**row, "curve": found[row[key]]} for row in rows]
+            at = next(i + 1 for i, column in enumerate(columns) if column.key == "best")
+            columns.insert(
+                at, Column("curve", "curve", lambda v: sparkline(v, _CURVE, ascii_only=ascii_only), priority=8)
+            )
+        return Sheet(title, columns, _for(fmt, rows), notes)
+
+    def _unfinished(self, fmt: Format, ascii_only: bool) -> Sheet:
+        rows = self._waiting()
+        columns = [Column("path", "run"), _column("state"), _column("step"), Column("steps", "of", _count, right=True),
+                   Column("metric", "metric", priority=2), Column("value", "last", decimals, right=True, priority=1)]  # fmt: skip
+        if fmt is Format.table:
+            rows = [{**row, "progress": row["step"] / row["steps"] if row["steps"] else None} for row in rows]
+            columns.append(Column("progress", "progress", lambda v: bar(v, _BAR, ascii_only=ascii_only), priority=3))
+        return Sheet("Not finished, so in no mean", columns, _for(fmt, rows))
+
+    def _comparisons(self, fmt: Format) -> Sheet:
+        told = fmt in (Format.table, Format.md)  # sentences stand below the table, where they may wrap
+        rows = [comparison_row(c) for c in self.report.comparisons]
+        columns = [
+            Column("candidate", "group"),
+            Column("baseline", "baseline", priority=4),
+            Column("metric", "metric", priority=3),
+            Column("difference", "diff", _signed, right=True),
+            Column("low", "low", _three, right=True, priority=1),
+            Column("high", "high", _three, right=True, priority=1),
+            Column("n", "n", _count, right=True),
+            Column("flops_ratio", "FLOPs", _times, right=True),
+            Column("outcome", "outcome", priority=2, style=lambda v: _OUTCOMES.get(v, "")),
+        ]
+        if not told:
+            shown = {column.key for column in columns}
+            columns += [Column(key, key) for key in (rows[0] if rows else ()) if key not in shown]
+        notes = [line for c in self.report.comparisons for line in sentences(c)] if told else []
+        title = f"Against {self.options.baseline}{_unequal(self.report.comparisons)}: difference, 95 % interval, FLOPs ratio"
+        return Sheet(title, columns, _for(fmt, rows), notes)
+
+    def _reference(self, fmt: Format) -> Sheet:
+        rows = [beside_json(b) for b in self.report.reference]
+        told = fmt in (Format.table, Format.md)
+        columns = [
+            Column("model", "model"), Column("data", "data"), Column("transform", "transform", priority=3),
+            Column("sparsity", "sparsity", lambda v: f"{v:g}", right=True, priority=1),
+            Column("algorithm", "algorithm", priority=5), Column("metric", "metric", priority=6),
+            Column("dense", "dense", _plain, right=True), Column("value", "published", _plain, right=True),
+            Column("difference", "+-", _signed, right=True), Column("evidence", "tag"),
+            Column("our_dense", "our dense", decimals, right=True, priority=2),
+            Column("our_value", "ours", decimals, right=True, priority=0),
+            Column("our_difference", "our +-", _signed, right=True, priority=0),
+            Column("n", "n", _count, right=True, priority=4),
+            Column("group", "group", priority=7),
+        ]  # fmt: skip
+        if not told:
+            columns += [Column("source", "source"), Column("note", "note")]
+        name = self.options.reference or "paper"
+        notes = [f"[{tag}] {meaning}" for tag, meaning in evidence(name).items()]
+        notes += list(dict.fromkeys(b.published.source for b in self.report.reference))
+        notes += [f"{b.published.model} on {b.published.data}: {b.note}" for b in self.report.reference if b.note]
+        return Sheet(f"Published beside ours: {name}", columns, _for(fmt, rows), notes if told else [])
+
+
+def _unequal(comparisons: Sequence[Comparison]) -> str:
+    """What a headline must not hide: that budgets were compared which are not equal."""
+    unequal = sum(c.allowed and not c.equal_flops for c in comparisons)
+    if not unequal:
+        return ""
+    return (
+        " at unequal FLOPs" if unequal == len(comparisons) else f" ({unequal} of {len(comparisons)} at unequal FLOPs)"
+    )
+
+
+def sentences(c: Comparison) -> list[str]:
+    """The verdict, what both sides cost, and what to know before believing it."""
+    pairs = " (paired by seed)" if c.paired and c.allowed and c.n > 1 else ""
+    told = [f"{c.candidate} against {c.baseline}: {c.verdict}{pairs}"]
+    costs = [("training FLOPs", "flops", integer, ""), ("wall time", "seconds", _seconds, " s"),
+             ("peak memory", "peak_bytes", mebibytes, " MiB"),
+             ("optimiser", "optimizer_bytes", mebibytes, " MiB")]  # fmt: skip
+    both = [(name, [getattr(side, key) for side in (c.candidate_costs, c.baseline_costs)], show, unit)
+            for name, key, show, unit in costs]  # fmt: skip
+    known = [f"{name} {' against '.join('unknown' if v is None else show(v) for v in values)}{unit}"
+             for name, values, show, unit in both if any(v is not None for v in values)]  # fmt: skip
+    return [*told, *([f"  {'; '.join(known)}"] if known else []), *(f"  {note}" for note in c.notes)]
+
+
+def comparison_row(c: Comparison) -> dict[str, Any]:
+    """A comparison as one flat row; costs of the baseline under their own names."""
+    return {
+        "candidate": c.candidate, "baseline": c.baseline, "metric": c.metric, "lower_is_better": c.lower_is_better,
+        "outcome": c.outcome, "difference": c.difference, "low": c.low, "high": c.high, "confidence": c.confidence,
+        "n": c.n, "candidate_n": c.candidate_n, "baseline_n": c.baseline_n, "paired": c.paired,
+        "degrees_of_freedom": c.degrees_of_freedom, "mean": c.candidate_mean, "baseline_mean": c.baseline_mean,
+        "flops_ratio": c.flops_ratio, "equal_flops": c.equal_flops, "allowed": c.allowed,
+        **{name: getattr(c.candidate_costs, name) for name in ("flops", "seconds", "peak_bytes", "optimizer_bytes")},
+        **{f"baseline_{name}": getattr(c.baseline_costs, name)
+           for name in ("flops", "seconds", "peak_bytes", "optimizer_bytes")},
+        "verdict": c.verdict, "notes": "; ".join(c.notes),
+    }  # fmt: skip
+
+
+def comparison_json(c: Comparison) -> dict[str, Any]:
+    return {k: clean(v) for k, v in (comparison_row(c) | {"notes": list(c.notes)}).items()}
+
+
+def beside_json(b: Beside) -> dict[str, Any]:
+    """A published row, and ours with `our_` in front."""
+    p = b.published
+    return {
+        "model": p.model, "data": p.data, "transform": p.transform, "sparsity": p.sparsity, "algorithm": p.algorithm,
+        "metric": p.metric, "dense": p.dense, "value": p.value, "difference": p.difference, "evidence": p.evidence,
+        "epochs": p.epochs, "steps": p.steps, "group": b.group, "n": b.n, "our_dense": clean(b.dense),
+        "our_value": clean(b.value), "our_difference": clean(b.difference), "our_epochs": clean(b.epochs),
+        "source": p.source, "note": b.note,
+    }  # fmt: skip
+
+
+def clean(value: Any) -> Any:
+    """JSON has no NaN and no infinity: the word instead, as strict readers would otherwise refuse the whole report."""
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return str(value)
+    return value
+
+
+def _column(name: str, *, asked: bool = False) -> Column:
+    head, show, right, priority = _HEADS.get(name, (name, _plain, name in METRICS, 5))
+    style = (lambda v: _STATES.get(v, "")) if name == "state" else None
+    return Column(name, head, show, right, 0 if asked else priority, style)
+
+
+def _for(fmt: Format, rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """CSV keeps a list as one cell of JSON."""
+    if fmt is not Format.csv:
+        return rows
+    return [{k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in row.items()} for row in rows]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}" if value == round(value, 4) else decimals(value)
+    return str(value)
+
+
+def _signed(value: float) -> str:
+    text = _three(value)
+    return text if text.startswith("-") else f"+{text}"

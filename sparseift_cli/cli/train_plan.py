@@ -1,0 +1,106 @@
+"""What `sparseift train --dry-run` shows: steps, FLOPs, memory and, at a given speed, time. Nothing is trained or opened."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+from ..flop_audit import Audit, audit
+from ..layer_plan import LayerPlan
+from ..recipe.load import Recipe, run_steps
+from ..request import Request, parse_input
+from ..source import load_table
+from ..spec import TrainingSpec, TransformSpec
+from ..training_cost import training_macs
+from .formats import Format
+from .output import Column, Sheet, render
+
+UNKNOWN = "The number of steps depends on the size of the data, which is not known beforehand."
+MASK_BYTES = 1 + 1 + 4
+"""Of each weight that has a mask: the mask, which places were ever active, and the float32 factor of its gradient."""
+
+Fact = tuple[str, Any, str]
+
+
+def show_plans(recipes: Sequence[Recipe], runs: Sequence[int], fmt: Format, *, tflops: float | None = None) -> None:
+    """A table a recipe, for one run of it; `runs` says how many are wanted of each, `tflops` how fast the device is."""
+    sheets: list[Sheet] = []
+    payloads: list[dict[str, Any]] = []
+    for recipe, times in zip(recipes, runs, strict=True):
+        steps = run_steps(recipe.spec)
+        facts = _facts(recipe, steps, tflops)
+        rows = [{"name": name, "value": value, "what": what} for name, value, what in facts]
+        columns = [
+            Column("name", "name"),
+            Column("value", "value", lambda v: f"{v:,}" if isinstance(v, int) else f"{v:.5f}", right=True),
+            Column("what", "what it is"),
+        ]
+        notes = [UNKNOWN] if steps is None else [f"Each of {times} runs costs this."] if times > 1 else []
+        sheets.append(Sheet(f"{recipe.name}: a dry run", columns, rows, notes))
+        payloads.append({"recipe": recipe.name, **{row["name"]: row["value"] for row in rows}})
+    schema = {"schema": "sparseift.dry-run/1"}
+    render(sheets, schema | (payloads[0] if len(payloads) == 1 else {"recipes": payloads}), fmt)
+
+
+def _facts(recipe: Recipe, steps: int | None, tflops: float | None) -> list[Fact]:
+    """Name, value and meaning; of the whole run only where its steps are known."""
+    spec = recipe.spec
+    result = _audit(recipe)
+    made = result.transformed or result.dense
+    batch = spec.training.batch_size
+    states = {"sgd": 1 if getattr(spec.optimizer, "momentum", 0) else 0, "adamw": 2}[spec.optimizer.name]
+    activations = made.activations * batch // spec.training.accumulate
+    masked = sum(_masked(row) for row in result.plan.layers) if result.plan else 0
+    facts: list[Fact] = []
+    if steps is not None:
+        facts.append(("steps", steps, "optimiser steps"))
+    facts.append(("batch_size", batch, "samples a step"))
+    if steps is not None:
+        of_run = 2 * steps * batch
+        executed = round(of_run * _executed_macs(result))
+        facts += [
+            ("training_flops", round(of_run * made.training_macs), "FLOPs of the run, mask updates included"),
+            ("dense_training_flops", round(of_run * result.dense.training_macs),
+             "FLOPs of the dense model over as many steps"),
+        ]  # fmt: skip
+        if result.plan:
+            facts.append(("executed_flops", executed, "FLOPs that a device without sparse kernels makes of it"))
+        if tflops is not None:
+            seconds = round(executed / (tflops * 1e12))
+            facts.append(("seconds", seconds, f"of training steps at {tflops:g} TFLOP/s: {_hours(seconds)}; "
+                                              "evaluation comes on top"))  # fmt: skip
+    facts += [
+        ("ratio", float(made.training_macs / result.dense.training_macs), "training FLOPs over the dense model's"),
+        ("params", made.params, "parameters"),
+        ("nonzero_params", made.nonzero_params, "of them not zero"),
+        ("weight_bytes", 4 * made.params * (2 + states), "bytes of weights, gradients and optimiser state (float32)"),
+    ]
+    if masked:
+        facts.append(("mask_bytes", MASK_BYTES * masked, "bytes of masks and what is kept beside them"))
+    facts.append(("activation_bytes", 4 * activations,
+                  "bytes of counted layers' outputs for one micro-batch (float32)"))  # fmt: skip
+    return facts
+
+
+def _audit(recipe: Recipe) -> Audit:
+    spec = recipe.spec
+    request = Request(spec.model.name, spec.model.num_classes, parse_input(spec.model.input), spec.model.seq)
+    training = {**recipe.training, **({} if spec.transform else {"algorithm": "dense"})}
+    wanted = TransformSpec.of(recipe.transform) if recipe.transform else None
+    return audit(load_table(request), wanted, TrainingSpec.of(training))
+
+
+def _executed_macs(result: Audit) -> Fraction:
+    """MACs of a step where masked weights are multiplied like any others."""
+    if result.plan is None:
+        return result.dense.training_macs
+    return training_macs(result.plan.layers, result.training, mean=lambda *costs: Fraction(costs[-1].total))
+
+
+def _masked(row: LayerPlan) -> int:
+    return sum(part.shape.weights for part in row.parts if not part.dense) if row.status == "transformed" else 0
+
+
+def _hours(seconds: int) -> str:
+    return f"{seconds / 3600:.3g} hours" if seconds >= 3600 else f"{seconds / 60:.2g} minutes"

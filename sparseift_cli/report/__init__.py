@@ -1,0 +1,1 @@
+"""From run directories to an answer: collect, compare, draw. Nothing here imports torch."""

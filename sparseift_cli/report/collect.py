@@ -1,0 +1,119 @@
+"""From paths to runs: find every run directory below them, read each once, and name what had to be left out.
+
+A run directory is a folder with recipe.yaml (`runs.directory`); a kept one has no checkpoints and no lock, and its metrics
+may be packed (metrics.jsonl.gz). Nothing in a damaged or foreign folder stops the others from being read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import UsageError
+from ..runs.directory import AUDIT, METRICS, PLAN, PROVENANCE, RECIPE, SUMMARY
+from .read import Damaged, Files
+from .record import Run
+
+TELLING = (RECIPE, SUMMARY, METRICS, f"{METRICS}.gz", PROVENANCE)
+"""A folder with one of these is, or was, or wants to be a run directory."""
+TABLE = "table.json"  # of a folder that `sparseift transform` wrote
+FOREIGN = ("foreign", "holds no run", "a transformed model")
+_DEEPEST = 12  # folders below a given path
+
+
+@dataclass(slots=True)
+class Collected:
+    """The runs, in the order of the paths given and by name below each, and what was left out."""
+
+    runs: list[Run] = field(default_factory=list)
+    skipped: list[tuple[Path, str]] = field(default_factory=list)
+
+    @property
+    def damaged(self) -> bool:
+        """Whether something of ours was left out, not only foreign folders."""
+        return any(not reason.startswith(FOREIGN) for _, reason in self.skipped)
+
+
+def collect(paths: Sequence[Path]) -> Collected:
+    """Read every run below `paths`: single runs, folders of them at any depth, or any mix. A run given twice counts once.
+
+    Raises:
+        UsageError: a path is not there.
+    """
+    found, files, seen = Collected(), Files(), set[Path]()
+    for path in paths:
+        if not path.is_dir():
+            what = "is a file, not a folder" if path.exists() else "is not there"
+            raise UsageError(f"{path} {what}", hint="give run directories, or folders that hold some: runs/")
+        before = len(found.runs), len(found.skipped)
+        for folder, reason in _candidates(path, found.skipped):
+            real = folder.resolve()
+            if real in seen:
+                before = (-1, -1)  # it is known already, so the path is not empty
+                continue
+            seen.add(real)
+            try:
+                if reason:
+                    raise Damaged(reason)
+                found.runs.append(files.run(folder))
+            except Damaged as damage:
+                found.skipped.append((folder, damage.reason))
+        if (len(found.runs), len(found.skipped)) == before:
+            found.skipped.append((path, f"holds no run directory: no {RECIPE} in it or below"))
+    return found
+
+
+def _candidates(top: Path, skipped: list[tuple[Path, str]]) -> Iterator[tuple[Path, str]]:
+    """(folder, "") of every run directory, (folder, reason) of every would-be one; foreign folders go to `skipped`."""
+    if (reason := _telling(top)) is not None:
+        yield top, reason
+        return
+    yield from _below(top, skipped, 0)
+
+
+def _below(folder: Path, skipped: list[tuple[Path, str]], depth: int) -> Iterator[tuple[Path, str]]:
+    for child in _folders(folder, skipped):
+        if (reason := _telling(child)) is not None:
+            yield child, reason
+        elif depth >= _DEEPEST:
+            skipped.append((child, f"more than {_DEEPEST} folders down: not looked into"))
+        elif not _holds_any(child, depth + 1):
+            skipped.append((child, f"foreign: no {RECIPE} in it or below"))
+        else:
+            yield from _below(child, skipped, depth + 1)
+
+
+def _folders(folder: Path, skipped: list[tuple[Path, str]] | None = None) -> list[Path]:
+    """Folders in `folder` by name; hidden ones, caches and links to folders are nobody's runs."""
+    try:
+        with os.scandir(folder) as entries:
+            names = [e.name for e in entries if e.is_dir(follow_symlinks=False)]
+    except OSError as error:
+        if skipped is not None:
+            skipped.append((folder, f"cannot be read: {error.strerror}"))
+        return []
+    return [folder / name for name in sorted(names) if not name.startswith((".", "__pycache__"))]
+
+
+def _holds_any(folder: Path, depth: int) -> bool:
+    """Whether a run, or what wants to be one, or a folder that cannot be read, is somewhere below."""
+    if depth > _DEEPEST or not os.access(folder, os.R_OK | os.X_OK):
+        return True  # it is looked at again, and named, where it is
+    return any(_telling(child) is not None or _holds_any(child, depth + 1) for child in _folders(folder))
+
+
+def _telling(folder: Path) -> str | None:
+    """None: an ordinary folder. "": a run directory. Otherwise what a would-be one lacks."""
+    try:
+        inside = [name for name in TELLING if (folder / name).is_file()]
+    except OSError:
+        return None
+    if RECIPE in inside:
+        return ""
+    if (folder / TABLE).is_file() and (folder / PLAN).is_file():
+        return "a transformed model, not a run: sparseift inspect shows it"
+    if inside or (folder / AUDIT).is_file():  # plan and audit are written before the recipe, with which a run begins
+        return f"no {RECIPE}: never begun, or not a run of sparseift"
+    return None

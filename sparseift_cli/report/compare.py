@@ -1,0 +1,214 @@
+"""Groups against a baseline at equal training FLOPs, and what may be claimed of the difference.
+
+A difference is better or worse where its 95 % interval excludes 0, and at least three seeds (or pairs) stand behind it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from ..errors import UsageError, did_you_mean
+from . import statistics
+from .frame import records
+from .grouping import lower_is_better
+from .report import UNITS, Comparison, Costs, Outcome
+
+FEWEST = 3  # seeds below which nothing is claimed: with two, t has one degree of freedom and the interval is 12.7 errors wide
+TOLERANCE = 1e-3
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """When two budgets count as equal, and how sure an interval is to be."""
+
+    tolerance: float = TOLERANCE
+    """Largest distance of the FLOPs ratio from 1."""
+    allow_unequal: bool = False
+    confidence: float = 0.95
+
+
+def compare(frame: pd.DataFrame, groups: pd.DataFrame, baseline: str,
+            rules: Rules) -> tuple[list[Comparison], list[str]]:  # fmt: skip
+    """Every group with finished runs against the baseline of the same model, data and metric; and notes on those without.
+
+    Raises:
+        UsageError: no group is called `baseline`.
+    """
+    rows = records(groups)
+    named = baselines(rows, baseline)
+    runs: dict[str, list[Row]] = {}
+    for run in records(frame):
+        if run["counted"]:
+            runs.setdefault(run["group"], []).append(run)
+    found: list[Comparison] = []
+    notes: list[str] = []
+    for row in rows:
+        if any(row is base for base in named):
+            continue
+        fitting = [base for base in named if base["subject"] == row["subject"]]
+        ready = [base for base in fitting if base["n"]]
+        if not row["n"] or not ready:
+            lacks = (f"no {baseline} baseline of {row['model']} on {row['data']}" if not fitting else
+                     f"no finished run of {row['group'] if not row['n'] else fitting[0]['group']}")  # fmt: skip
+            notes.append(f"{row['group']}: not compared, {lacks}")
+            continue
+        chosen = min(ready, key=lambda base: _distance(base, row))
+        if len(ready) > 1:
+            notes.append(f"{row['group']}: compared with {chosen['group']}, the nearest of {len(ready)} baselines")
+        found.append(_compared(chosen, row, runs[chosen["group"]], runs[row["group"]], rules))
+    return found, notes
+
+
+def baselines(rows: Sequence[Row], name: str) -> list[Row]:
+    """The groups that `name` means: a label or recipe; the end of a recipe's name; else a transform or algorithm."""
+    wanted = name.removesuffix(".yaml").replace("/", "_")
+    tiers = (
+        [row for row in rows if name == row["group"] or wanted == row["recipe"]],
+        [row for row in rows if str(row["recipe"]).endswith(f"_{wanted}")],
+        [row for row in rows if wanted in (row["transform"], row["algorithm"])],
+    )
+    found = next((tier for tier in tiers if tier), None)
+    if found is None:
+        known = sorted({str(row[k]) for row in rows for k in ("group", "recipe", "transform", "algorithm")})
+        raise UsageError(f"--baseline {name}: no group is called that",
+                         hint=did_you_mean(wanted, known) or f"groups: {', '.join(str(r['group']) for r in rows)}")  # fmt: skip
+    return found
+
+
+def _compared(base: Row, row: Row, before: Sequence[Row], after: Sequence[Row], rules: Rules) -> Comparison:
+    ratio = row["flops"] / base["flops"] if row["flops"] and base["flops"] else None
+    equal = ratio is not None and abs(ratio - 1) <= rules.tolerance
+    allowed = equal or rules.allow_unequal
+    pairs = _pairs(before, after)
+    notes = _notes(base, row, before, after, len(pairs))
+    if len(pairs) >= 2:
+        interval = statistics.paired([a for a, _ in pairs], [b for _, b in pairs], rules.confidence)
+    elif len(pairs) == 1 and len(before) == len(after) == 1:
+        interval = statistics.paired([pairs[0][0]], [pairs[0][1]], rules.confidence)
+    else:
+        interval = statistics.welch(_values(before), _values(after), rules.confidence)
+    paired = len(pairs) >= 2 or len(before) == len(after) == len(pairs)
+    outcome, why = _outcome(interval, lower_is_better(row["metric"])) if allowed else ("refused", "")
+    if allowed:
+        verdict = _verdict(row["metric"], interval, (len(before), len(after)), ratio, equal, paired, outcome, why)
+    else:
+        verdict = _refusal(base, row, ratio, rules)
+    if allowed and not equal:
+        notes.append("the budgets are not equal, so the difference is not the transform's alone")
+    return Comparison(
+        base["group"], row["group"], row["metric"], lower_is_better(row["metric"]), outcome, verdict,
+        base["mean"], row["mean"], costs(base), costs(row), ratio, allowed, paired, interval.n, len(before), len(after),
+        interval.mean if allowed else None, interval.low if allowed else None, interval.high if allowed else None,
+        interval.degrees_of_freedom if allowed else None, rules.confidence, equal, tuple(notes),
+    )  # fmt: skip
+
+
+def _pairs(before: Sequence[Row], after: Sequence[Row]) -> list[tuple[float, float]]:
+    """Values of equal seeds, in the order of the seeds; none where a seed is there twice (groups of several recipes)."""
+    by_seed = [{run["seed"]: run["value"] for run in runs if run["seed"] is not None and run["value"] is not None}
+               for runs in (before, after)]  # fmt: skip
+    if any(len(seeds) != len(_values(runs)) for seeds, runs in zip(by_seed, (before, after), strict=True)):
+        return []
+    return [(by_seed[0][seed], by_seed[1][seed]) for seed in sorted(by_seed[0].keys() & by_seed[1].keys())]
+
+
+def _values(runs: Sequence[Row]) -> list[float]:
+    return [run["value"] for run in runs if run["value"] is not None]
+
+
+def costs(row: Row) -> Costs:
+    """What a run of a group costs."""
+    return Costs(row["flops"], row["seconds"], row["peak_bytes"], row["optimizer_bytes"])
+
+
+def _distance(base: Row, row: Row) -> tuple[bool, float, int]:
+    known = base["flops"] and row["flops"]
+    return base["steps"] != row["steps"], abs(math.log(row["flops"] / base["flops"])) if known else math.inf, -base["n"]
+
+
+def _outcome(interval: statistics.Interval, lower: bool) -> tuple[Outcome, str]:
+    if interval.mean is None or not math.isfinite(interval.mean):
+        return "no claim", "a run ended with a value that is no number"
+    if interval.low is None or interval.high is None:
+        return "no claim", "one seed has no interval"
+    if interval.n < FEWEST:
+        freedom = (
+            f"{interval.degrees_of_freedom:.3g} degree{'' if interval.degrees_of_freedom == 1 else 's'} of freedom"
+        )
+        return "no claim", f"{interval.n} seeds are too few (t with {freedom})"
+    if interval.low <= 0 <= interval.high:
+        return "no difference shown", "the interval holds 0"
+    return ("better", "") if (interval.high < 0) is lower else ("worse", "")
+
+
+def _verdict(metric: str, interval: statistics.Interval, n: tuple[int, int], ratio: float | None, equal: bool,
+             paired: bool, outcome: Outcome, why: str) -> str:  # fmt: skip
+    unit, digits = UNITS.get(metric, metric), _digits(interval)
+    told = [f"{_signed(interval.mean, digits)} {unit}"]
+    if interval.low is not None and interval.high is not None:
+        told[0] += f" [{_number(interval.low, digits)}, {_number(interval.high, digits)}]"
+    told.append(f"n={interval.n}" if paired else f"n={n[0]} and {n[1]}")
+    told.append(f"at {'unknown' if ratio is None else f'{ratio:.4f}x'} training FLOPs{'' if equal else ' (unequal)'}")
+    return f"{', '.join(told)}: {outcome}{f', {why}' if why else ''}"
+
+
+def _refusal(base: Row, row: Row, ratio: float | None, rules: Rules) -> str:
+    told = f"{_flops(row['flops'])} against {_flops(base['flops'])} training FLOPs"
+    if ratio is None:
+        return f"refused: {told}, so nobody knows whether the budgets are equal"
+    return f"refused: {told} are {ratio:.4f}x, further from 1 than {100 * rules.tolerance:g} %"
+
+
+def _notes(base: Row, row: Row, before: Sequence[Row], after: Sequence[Row], pairs: int) -> list[str]:
+    notes: list[str] = []
+    alone = len(before) + len(after) - 2 * pairs
+    if pairs >= 2 and alone:
+        notes.append(f"{pairs} seeds are in both groups; {alone} runs of other seeds are not in the difference")
+    if pairs < 2 and max(len(before), len(after)) > 1:
+        notes.append("seeds do not match: Welch's interval of two independent samples")
+    for what in ("device", "threads", "torch"):
+        sides = [sorted({str(run[what]) for run in runs if run[what] is not None}) for runs in (before, after)]
+        if sides[0] and sides[1] and sides[0] != sides[1]:
+            notes.append(
+                f"{what}: {', '.join(sides[1])} against {', '.join(sides[0])}; wall time and bits differ by it"
+            )
+    for side in (base, row):
+        spent, audited = side["flops_spent"], side["flops"]
+        if spent and audited and abs(spent / audited - 1) > TOLERANCE:
+            notes.append(f"{side['group']} spent {spent / audited:.4f}x the FLOPs that its audit said")
+    return notes
+
+
+def _digits(interval: statistics.Interval) -> int:
+    """Decimals that show the half-width with one digit, and no bound that is not 0 as 0."""
+    low, high = interval.low, interval.high
+    if low is None or high is None or not math.isfinite(high - low):
+        return 2 if abs(interval.mean or 1) >= 1 else 4
+    half = (high - low) / 2
+    digits = max(1, -math.floor(math.log10(half))) if half > 0 else 2
+    while digits < 8 and any(v and float(f"{v:.{digits}f}") == 0 for v in (low, high)):
+        digits += 1
+    return min(digits, 8)
+
+
+def _number(value: float, digits: int) -> str:
+    text = f"{value:.{digits}f}"
+    return text.removeprefix("-") if float(text) == 0 else text
+
+
+def _signed(value: float | None, digits: int) -> str:
+    if value is None or not math.isfinite(value):
+        return "nan"
+    text = _number(value, digits)
+    return text if text.startswith("-") else f"+{text}"
+
+
+def _flops(value: int | None) -> str:
+    return "an unknown number of" if value is None else f"{value:,}"

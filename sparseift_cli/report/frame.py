@@ -1,0 +1,173 @@
+"""Runs as a pandas table, one row a run, and groups of them, one row a group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import pandas as pd
+
+from ..errors import UsageError, did_you_mean
+from . import statistics
+from .grouping import labels, lower_is_better, primary, subject
+from .read import number
+from .record import Run
+from .report import METRICS
+
+_ABOUT = ("recipe", "model", "data", "transform", "match", "sparsity", "algorithm", "steps", "epochs", "metric")
+_COSTS = ("flops", "dense_flops", "flops_ratio", "flops_spent", "seconds", "peak_bytes", "optimizer_bytes", "params",
+          "nonzero_params")  # fmt: skip
+RUN_COLUMNS = ("path", "group", "state", "counted", "seed", "step", *_ABOUT, "value", "best", *METRICS, "train_loss",
+               *_COSTS, "density", "itop_rate", "started", "device", "threads", "torch", "commit", "subject")  # fmt: skip
+GROUP_COLUMNS = ("group", *_ABOUT, "runs", "n", "mean", "std", "low", "high", "best", *METRICS, *_COSTS, "device",
+                 "subject")  # fmt: skip
+"""mean, std, low and high are of `metric` at the end of training, best is the mean of each run's best evaluation. All are
+over `n` runs: finished ones, one a seed; `runs` counts every directory. Costs are means too; FLOPs are of a whole run."""
+_MIXED = "mixed"
+
+
+def runs_frame(runs: Sequence[Run]) -> pd.DataFrame:
+    """One row a run, columns RUN_COLUMNS, in the order of `runs`. Counts stay Python integers: FLOPs may exceed 64 bits."""
+    rows = [_row(run, group) for run, group in zip(runs, labels(runs), strict=True)]
+    newest: dict[tuple[Any, ...], int] = {}
+    for i, row in enumerate(rows):  # a seed that was run twice is one sample: the newest finished run of it
+        if row["state"] == "finished" and row["value"] is not None:
+            key = (row["group"], row["seed"] if row["seed"] is not None else i)
+            before = newest.get(key)
+            if before is None or str(row["started"] or "") >= str(rows[before]["started"] or ""):
+                newest[key] = i
+    for i in newest.values():
+        rows[i]["counted"] = True
+    return pd.DataFrame(rows, columns=list(RUN_COLUMNS), dtype=object)
+
+
+def regroup(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """The frame with other groups: runs that agree in the columns `by`, and in what they learned, how long, by which metric.
+
+    Raises:
+        UsageError: a column of `by` is none of RUN_COLUMNS.
+    """
+    for name in by:
+        require_column(name, RUN_COLUMNS, "--group-by")
+    rows = records(frame)
+    varying = [c for c in ("model", "data", "steps", "metric") if c not in by and len({row[c] for row in rows}) > 1]
+    told: dict[tuple[Any, ...], str] = {}
+    for row in rows:
+        key = tuple(row[c] for c in (*by, "subject", "steps", "metric"))
+        label = ", ".join(f"{c}={_plain(row[c])}" for c in (*by, *varying))
+        same = sum(other.split(" #")[0] == label for other in told.values()) if key not in told else 0
+        told.setdefault(key, f"{label} #{same + 1}" if same else label)
+    labelled = [told[tuple(row[c] for c in (*by, "subject", "steps", "metric"))] for row in rows]
+    return frame.assign(group=pd.Series(labelled, index=frame.index, dtype=object))
+
+
+def groups_frame(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
+    """One row a group, columns GROUP_COLUMNS, in the order in which the groups' first runs come."""
+    rows = [_grouped(str(label), part, confidence) for label, part in frame.groupby("group", sort=False)]
+    return pd.DataFrame(rows, columns=list(GROUP_COLUMNS), dtype=object)
+
+
+def require_column(name: str, known: Sequence[str], where: str) -> None:
+    """Raise UsageError unless `name` is one of `known`."""
+    if name not in known:
+        shown = [k for k in known if k != "subject"]
+        hint = did_you_mean(name, shown) or f"columns: {', '.join(shown)}"
+        raise UsageError(f"{where}: no column is called {name!r}", hint=hint)
+
+
+def keep(table: pd.DataFrame, wanted: Sequence[bool]) -> pd.DataFrame:
+    """The rows that are wanted."""
+    return cast("pd.DataFrame", table.loc[list(map(bool, wanted)), :])
+
+
+def column(table: pd.DataFrame, name: str) -> list[Any]:
+    """The values of a column."""
+    return list(table[name])
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as plain dicts: no NaN for what is missing, None instead; a NaN that was measured stays one."""
+    names = [str(c) for c in frame.columns]
+    return [dict(zip(names, values, strict=True)) for values in frame.to_numpy(object).tolist()]
+
+
+def _row(run: Run, group: str) -> dict[str, Any]:
+    recipe, summary, last = run.recipe, run.summary or {}, run.last
+    transform, metric = recipe.get("transform") or {}, primary(run)
+    found = [v for line in run.metrics if (v := number(line.get(metric))) is not None and v == v]
+    best = number(summary.get("best"))
+    if found and (best is None or metric != (recipe.get("checkpoint") or {}).get("best", metric)):
+        best = min(found) if lower_is_better(metric) else max(found)
+    flops = summary.get("flops") or {}
+    audited, dense = _count(flops.get("audited")), _count(flops.get("dense"))
+    session = ((run.provenance or {}).get("sessions") or [{}])[-1]
+    first = ((run.provenance or {}).get("sessions") or [{}])[0]
+    epochs = number(last.get("epoch")) if summary else number(recipe["training"].get("epochs"))
+    return {
+        "path": str(run.path), "group": group, "state": run.state, "counted": False, "seed": run.seed,
+        "step": _count(last.get("step")) or 0, "recipe": run.name, "model": str(recipe["model"].get("name")),
+        "data": str(recipe["data"].get("name")), "transform": short_member(transform.get("member")),
+        "match": transform.get("match"), "sparsity": number(transform.get("sparsity", 0)),
+        "algorithm": str((recipe.get("algorithm") or {}).get("name") or "dense"), "steps": planned_steps(run),
+        "epochs": epochs, "metric": metric, "value": number(last.get(metric)), "best": best,
+        **{m: number(last.get(m)) for m in (*METRICS, "train_loss", "density", "itop_rate")},
+        **{name: _count(last.get(name)) for name in ("peak_bytes", "optimizer_bytes")},
+        "flops": audited, "dense_flops": dense, "flops_ratio": audited / dense if audited and dense else None,
+        "flops_spent": _count(flops.get("spent", last.get("flops"))), "seconds": number(last.get("seconds")),
+        "params": _count(summary.get("params")), "nonzero_params": _count(summary.get("nonzero_params")),
+        "started": first.get("started"), "device": session.get("device_name") or session.get("device"),
+        "threads": session.get("threads"), "torch": (session.get("versions") or {}).get("torch"),
+        "commit": ((session.get("git") or {}).get("commit") or "")[:12] or None, "subject": subject(run),
+    }  # fmt: skip
+
+
+def planned_steps(run: Run) -> int | None:
+    """Optimiser steps of the whole run: its summary's, recipe's or audit's; None where none of them says it."""
+    audit = (run.audit or {}).get("training") or {}
+    known = (run.summary or {}).get("steps"), run.recipe["training"].get("steps"), audit.get("steps")
+    return next((s for s in known if isinstance(s, int)), None)
+
+
+def short_member(member: Any) -> str:
+    """`sparse_wide` -> wide; dense where there is no transform."""
+    return str(member).removeprefix("sparse_") if member else "dense"
+
+
+def _grouped(label: str, part: pd.DataFrame, confidence: float) -> dict[str, Any]:
+    counted = keep(part, list(part["counted"]))
+    of = counted if len(counted) else part  # with no finished run there is still something to name
+    interval = statistics.mean_interval(numbers(column(counted, "value")), confidence)
+    return {
+        "group": label, **{name: _common(column(of, name)) for name in (*_ABOUT, "device", "subject")},
+        "runs": len(part), "n": len(counted),
+        "mean": interval.mean, "std": interval.deviation, "low": interval.low, "high": interval.high,
+        **{name: mean(column(counted, name)) for name in ("best", *METRICS, *_COSTS)},
+    }  # fmt: skip
+
+
+def _plain(value: Any) -> str:
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _common(values: Sequence[Any]) -> Any:
+    values = list(dict.fromkeys(values))
+    return values[0] if len(values) == 1 else _MIXED
+
+
+def numbers(values: Sequence[Any]) -> list[float]:
+    """The values of a column that are there, as floats."""
+    return [float(v) for v in values if v is not None]
+
+
+def mean(values: Sequence[Any]) -> Any:
+    """Mean of the values that are there; the value itself, to the last integer, where all are equal; None without any."""
+    values = [v for v in values if v is not None]
+    if not values or all(v == values[0] for v in values):
+        return values[0] if values else None
+    if all(isinstance(v, int) for v in values):
+        return round(sum(values) / len(values))
+    return statistics.mean([float(v) for v in values])
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None

@@ -1,0 +1,116 @@
+"""Which runs belong together: the same recipe but for the seed and for what cannot change a result."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .record import Run
+from .report import LOWER_IS_BETTER, METRICS
+
+NO_MATTER = frozenset({
+    "training.seed", "training.seeds", "training.device", "training.threads",
+    "data.root", "data.download", "data.workers", "checkpoint.every", "checkpoint.keep",
+})  # fmt: skip
+"""Where and how often, not what: runs that differ in these alone are samples of one group."""
+_SHOWN = 3  # differences in a label
+
+
+def flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe as dotted keys: {"optimizer.lr": 0.1, ...}; lists stay values."""
+    found: dict[str, Any] = {}
+
+    def walk(value: Any, key: str) -> None:
+        if isinstance(value, Mapping) and value:
+            for k, v in value.items():
+                walk(v, f"{key}.{k}" if key else str(k))
+        else:
+            found[key] = value
+
+    walk(recipe, "")
+    return found
+
+
+def settings(run: Run) -> dict[str, Any]:
+    """What may change its result. A switch that is off is left out: recipes of older versions do not know of it."""
+    return {k: v for k, v in flat(run.recipe).items() if k not in NO_MATTER and v not in (None, False, [], {})}
+
+
+def primary(run: Run) -> str:
+    """The metric that its recipe calls best: checkpoint.best, else the first of evaluation.metrics."""
+    best = (run.recipe.get("checkpoint") or {}).get("best")
+    metrics = (run.recipe.get("evaluation") or {}).get("metrics") or ["loss"]
+    chosen = str(best or metrics[0])
+    if run.metrics and chosen not in run.last:  # bits_per_byte of text that is not bytes is asked for and not there
+        return next((m for m in [*map(str, metrics), *METRICS] if m in run.last), chosen)
+    return chosen
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether less of a metric is more."""
+    return metric in LOWER_IS_BETTER
+
+
+def subject(run: Run) -> str:
+    """What was learned from what, and how it was measured, as text that is equal exactly where results are comparable."""
+    data = {k: v for k, v in run.recipe["data"].items() if f"data.{k}" not in NO_MATTER}
+    limit = (run.recipe.get("evaluation") or {}).get("limit")
+    return json.dumps([_set(run.recipe["model"]), _set(data), limit, primary(run)], sort_keys=True, default=str)
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+    """The group of every run, in their order: its recipe's name, and in brackets what tells it from its namesakes."""
+    keys = [json.dumps([run.name, settings(run)], sort_keys=True, default=str) for run in runs]
+    first = dict(zip(reversed(keys), reversed(runs), strict=True))
+    by_name: dict[str, list[str]] = {}
+    for key in dict.fromkeys(keys):
+        by_name.setdefault(first[key].name, []).append(key)
+    named: dict[str, str] = {}
+    for name, same in by_name.items():
+        if len(same) == 1:
+            named[same[0]] = name
+            continue
+        every = {key: settings(first[key]) for key in same}
+        differing = _differing(list(every.values()))
+        for key in same:
+            told = [f"{k}={_short(every[key].get(k))}" for k in differing[:_SHOWN]]
+            more = [f"{len(differing) - _SHOWN} more"] if len(differing) > _SHOWN else []
+            named[key] = f"{name} [{', '.join(told + more)}]"
+    taken = Counter(named.values())
+    again: Counter[str] = Counter()
+    for key, label in named.items():
+        if taken[label] > 1:  # they differ in what is not shown
+            again[label] += 1
+            named[key] = f"{label} #{again[label]}"
+    return [named[key] for key in keys]
+
+
+def namesakes(runs: Sequence[Run], groups: Sequence[str]) -> list[str]:
+    """A sentence for every recipe's name that several groups share: runs of different settings are kept apart."""
+    found: dict[str, dict[str, Run]] = {}
+    for run, group in zip(runs, groups, strict=True):
+        found.setdefault(run.name, {}).setdefault(group, run)
+    said = []
+    for name, same in found.items():
+        if len(same) > 1:
+            keys = _differing([settings(run) for run in same.values()])
+            said.append(f"{name}: {len(same)} groups, because runs differ in {', '.join(keys)}")
+    return said
+
+
+def _differing(every: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys in which settings differ: the length of the run first, then in the order of the recipe."""
+    keys = dict.fromkeys(k for one in every for k in one)
+    found = [k for k in keys if len({json.dumps(one.get(k), default=str) for one in every}) > 1]
+    return sorted(found, key=lambda k: k not in ("training.steps", "training.epochs"))
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 20 else f"{text[:17]}..."
+
+
+def _set(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in section.items() if v not in (None, False, [], {})}

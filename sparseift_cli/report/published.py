@@ -1,0 +1,134 @@
+"""Published results beside ours: published.json holds every number with its source and how good the evidence for it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ..errors import one_of
+
+_FILE = Path(__file__).with_name("published.json")
+_SAME_DATA = {"tokens": "wikitext103"}
+"""What a data set of ours may hold, where its name does not say: token files are made by the user."""
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """One row. None where it is not published: a sparsity or algorithm of None matches any."""
+
+    model: str
+    data: str
+    transform: str
+    sparsity: float | None
+    algorithm: str | None
+    metric: str
+    dense: float | None
+    value: float | None
+    difference: float
+    evidence: str
+    """a: abstract or the article; r: reviews; n: a secondary reading note, unverified."""
+    source: str
+    epochs: int | None
+    steps: int | None
+    note: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """A published row, and a group of ours that trained the same model, transform, sparsity and algorithm on the same data.
+
+    Without such a group, all of ours but the dense mean is None.
+    """
+
+    published: Published
+    group: str | None = None
+    n: int | None = None
+    dense: float | None = None
+    """Our dense mean, of the same model, data and (where there is a group) steps."""
+    value: float | None = None
+    difference: float | None = None
+    epochs: float | None = None
+    note: str | None = None
+    """What makes the two hard to compare: shorter training, a variant of the model, the published row's own note."""
+
+
+@cache
+def published(reference: str = "paper") -> tuple[Published, ...]:
+    """Every row of a reference.
+
+    Raises:
+        UsageError: there is no such reference.
+    """
+    everything: Mapping[str, Any] = json.loads(_FILE.read_text("utf-8"))
+    one_of("reference", reference, list(everything))
+    found = everything[reference]
+    return tuple(Published(source=found["source"], **row) for row in found["rows"])
+
+
+def evidence(reference: str = "paper") -> Mapping[str, str]:
+    """What the letters of `Published.evidence` mean."""
+    return json.loads(_FILE.read_text("utf-8"))[reference]["evidence"]
+
+
+def beside(groups: Sequence[Mapping[str, Any]], reference: str = "paper") -> list[Beside]:
+    """Every published row in the order of the file, once for each group of ours that matches, once alone where none does.
+
+    `groups` are rows with the columns of `frame.GROUP_COLUMNS`.
+    """
+    found: list[Beside] = []
+    for row in published(reference):
+        ours = [_ours(row, group, groups) for group in groups if _matches(row, group)]
+        found += ours or [_dense_alone(row, groups)]
+    return found
+
+
+def _matches(row: Published, group: Mapping[str, Any]) -> bool:
+    return (
+        group["n"] > 0
+        and same_subject(row, group)
+        and group["transform"] == row.transform
+        and row.sparsity in (None, group["sparsity"])
+        and row.algorithm in (None, group["algorithm"])
+    )
+
+
+def _ours(row: Published, group: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> Beside:
+    dense = next((g for g in groups if g["transform"] == "dense" and g["algorithm"] == "dense" and g["n"]
+                  and g["subject"] == group["subject"] and g["steps"] == group["steps"]), None)  # fmt: skip
+    value, base = group[row.metric], dense[row.metric] if dense else None
+    notes = [row.note] if row.note else []
+    if row.epochs and group["epochs"] and round(group["epochs"]) != row.epochs:
+        notes.insert(0, f"ours trained {group['epochs']:g} epochs, the published row {row.epochs}")
+    elif not row.epochs and row.steps and group["steps"] != row.steps:
+        notes.insert(0, f"ours trained {group['steps']:,} steps, the published row {row.steps:,}")
+    difference = None if base is None else value - base
+    return Beside(row, group["group"], group["n"], base, value, difference, group["epochs"], "; ".join(notes) or None)
+
+
+def _dense_alone(row: Published, groups: Sequence[Mapping[str, Any]]) -> Beside:
+    """No group of ours is this row; a dense one of the same model and data may still stand beside its dense number."""
+    dense = next((g for g in groups if g["transform"] == "dense" and g["algorithm"] == "dense" and g["n"] and
+                  same_subject(row, g)), None)  # fmt: skip
+    return (
+        Beside(row, note=row.note, dense=dense[row.metric], epochs=dense["epochs"])
+        if dense
+        else Beside(row, note=row.note)
+    )
+
+
+def same_subject(row: Published, group: Mapping[str, Any]) -> bool:
+    """Whether a group (a row of `frame.GROUP_COLUMNS`) has the model, the data and the metric of a published row."""
+    return (
+        _model(group["model"]) == row.model
+        and _SAME_DATA.get(group["data"], group["data"]) == row.data
+        and group.get(row.metric) is not None
+    )
+
+
+def _model(name: str) -> str:
+    """A zoo model's plain name: torchvision:resnet18 is resnet18."""
+    return name.removeprefix("torchvision:").replace("-", "_")

@@ -1,0 +1,107 @@
+"""What a report says, before anything prints it: runs, groups of them, comparisons, and the published numbers beside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from .record import Run
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from .published import Beside
+    from .spectral_history import RunSpectra
+
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte"})
+METRICS = ("top1", "top5", "loss", "perplexity", "bits_per_byte")
+UNITS = {"top1": "points", "top5": "points", "bits_per_byte": "bits per byte"}
+"""What a difference of a metric is measured in; a metric that is not here names itself."""
+
+Outcome = Literal["better", "worse", "no difference shown", "no claim", "refused"]
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What one run of a group costs: the mean over its finished runs; None where no run says it."""
+
+    flops: int | None
+    """Audited training FLOPs of the whole run: forward, backward and mask updates (summary's flops.audited)."""
+    seconds: float | None
+    """Wall time of training and evaluation."""
+    peak_bytes: float | None
+    """Largest memory of the process (CPU) or of the GPU's allocator."""
+    optimizer_bytes: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A group against its baseline in one metric: the difference of means is candidate minus baseline.
+
+    `low` and `high` bound the difference at `confidence`, by Student's t: of the pairs of equal seeds where `paired`, by
+    Welch's otherwise. Where the budgets are too far apart it is not `allowed`: then there is no difference, only the costs.
+    """
+
+    baseline: str
+    """The group's label, as in the column `group` of Report.groups."""
+    candidate: str
+    metric: str
+    lower_is_better: bool
+    outcome: Outcome
+    verdict: str
+    """A sentence: `+1.3 points [0.9, 1.7], n=3, at 1.0000x training FLOPs: better`."""
+    baseline_mean: float
+    """Over its finished runs, at the end of training, in the metric's own unit (top1 and top5 in per cent)."""
+    candidate_mean: float
+    baseline_costs: Costs
+    candidate_costs: Costs
+    flops_ratio: float | None
+    """The candidate's audited training FLOPs over the baseline's."""
+    allowed: bool
+    paired: bool
+    n: int
+    """Pairs of seeds where `paired`, else runs of the smaller group."""
+    baseline_n: int
+    candidate_n: int
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    degrees_of_freedom: float | None = None
+    confidence: float = 0.95
+    equal_flops: bool = True
+    """Whether the budgets are equal within the tolerance; a comparison that is `allowed` without it must say so."""
+    notes: Sequence[str] = field(default=())
+    """What a reader should know before believing it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything that a report shows.
+
+    `groups` has a row a group; its columns are those of `frame.GROUP_COLUMNS`, among them: group (the label), recipe, model,
+    data, transform, sparsity, algorithm, steps, metric, n (finished runs, one a seed), mean, std, low, high (of the metric at
+    the end of training; 95 % by Student's t), best (mean of each run's best evaluation), the mean of every metric under its
+    name, flops and flops_ratio (audited training FLOPs, and over the dense model's), seconds, peak_bytes, optimizer_bytes.
+
+    `frame` has a row a run (`frame.RUN_COLUMNS`), in the order of `runs`: its `group` is the label, and `counted` says
+    whether the run is in the means (finished, and the newest of its seed).
+    """
+
+    runs: Sequence[Run]
+    skipped: Sequence[tuple[Path, str]]
+    """Directories that were left out, and why."""
+    groups: DataFrame
+    comparisons: Sequence[Comparison]
+    command: Sequence[str]
+    frame: DataFrame
+    reference: Sequence[Beside] = field(default=())
+    """The published rows, with ours where we have them."""
+    notes: Sequence[str] = field(default=())
+    spectra: Sequence[RunSpectra] = field(default=())
+    """Of the masks that runs have kept, where they were asked for."""
+
+    def runs_of(self, label: str) -> list[Run]:
+        """The runs of a group, whether in its means or not."""
+        return [run for run, group in zip(self.runs, self.frame["group"], strict=True) if group == label]

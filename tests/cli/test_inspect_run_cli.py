@@ -1,0 +1,81 @@
+"""`sparseift inspect` of a run directory: what it is, how far it got, what next. Never taken for a transformed model."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparseift_cli.artifact import is_artifact
+from sparseift_cli.cli.app import main
+from tests.report_runs import make_run
+
+
+@pytest.fixture
+def sparseift(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sparseift", *words])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A finished wide run with a plan, two checkpoints and a name that a shell must quote."""
+    path = make_run(tmp_path / "my runs", "net_wide75_rigl", 3, (50.0, 70.0), member="wide", plan={"layers": []})
+    for step in (390, 780):
+        (path / "checkpoints" / f"step-{step:08}").mkdir(parents=True)
+    return path.relative_to(tmp_path)
+
+
+def test_a_finished_run(sparseift, run: Path) -> None:
+    code, out, _ = sparseift("inspect", str(run), "--json")
+    data = json.loads(out)
+    assert code == 0 and data["schema"] == "sparseift.run/1"
+    assert [data[k] for k in ("path", "recipe", "seed", "state", "step", "steps", "metric", "value", "checkpoint")] == [
+        str(run), "net_wide75_rigl", 3, "finished", 780, 780, "top1", 70.0, 780]  # fmt: skip
+    assert data["checkpoints"] == [390, 780] and data["last"]["train_loss"] == 0.5
+    assert data["next"] == [f"sparseift report '{run}'", f"sparseift inspect '{run}' --spectral"]
+    table, markdown = sparseift("inspect", str(run))[1], sparseift("inspect", str(run), "-f", "md")[1]
+    facts, last = (list(csv.DictReader(io.StringIO(part))) for part in
+                   sparseift("inspect", str(run), "-f", "csv")[1].split("\n\n"))  # fmt: skip
+    assert {"name": "state", "value": "finished"} in facts and {"name": "top1", "value": "70.0"} in last
+    for shown in (table, markdown):
+        assert "a finished run" in shown and "newest checkpoint" in shown and data["next"][0] in shown
+
+
+def test_a_stopped_run_says_how_to_go_on(sparseift, tmp_path: Path) -> None:
+    path = make_run(tmp_path / "runs", "net_dense", 0, (50.0,), finished=False).relative_to(tmp_path)
+    out = sparseift("inspect", str(path))[1]
+    assert "a stopped run" in out and "newest checkpoint" not in out
+    assert f"sparseift train {path}/recipe.yaml --resume {path}" in out
+    (path / "metrics.jsonl").unlink()
+    code, out, _ = sparseift("inspect", str(path))
+    assert code == 0 and "newest line" not in out and "next, " in out
+
+
+def test_a_damaged_run_and_options_of_others(sparseift, run: Path) -> None:
+    code, out, err = sparseift("inspect", str(run), "--values", "--why")
+    assert (code, out) == (2, "") and "is a run directory; --why, --values are not for it" in err
+    (run / "summary.json").write_text("{")
+    code, out, err = sparseift("inspect", str(run))
+    assert (code, out) == (4, "") and "summary.json is no JSON" in err and "hint:" in err
+
+
+def test_it_is_no_transformed_model(sparseift, run: Path) -> None:
+    assert (run / "plan.json").is_file() and (run / "provenance.json").is_file() and not is_artifact(run)
+    code, _, err = sparseift("transform", "resnet20", "-s", "0.5", "-o", str(run), "--force", "--plan-only")
+    assert code == 4 and "was not written by sparseift transform" in err and (run / "plan.json").is_file()

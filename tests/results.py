@@ -1,0 +1,180 @@
+"""The page of every folder of kept results, recipes/<model>/results/README.md, made from the runs in it.
+
+`python -m tests.results --write` (or `make results`) writes the pages anew; without --write it prints what differs and exits 1.
+Nothing on a page is typed by hand: means and spreads are the report's own, and the commands name every value in which a kept
+run differs from the shipped recipe of its name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sparseift_cli.recipe.catalog import shipped
+from sparseift_cli.recipe.load import load
+from sparseift_cli.recipe.write import flow, resolved_yaml
+from sparseift_cli.report import frame as frames
+from sparseift_cli.report.compare import Rules
+from sparseift_cli.report.grouping import NO_MATTER, flat, lower_is_better
+from sparseift_cli.report.html_facts import command
+from sparseift_cli.report.make import Options, make
+from sparseift_cli.report.published import evidence, published, same_subject
+from sparseift_cli.report.record import Run
+from sparseift_cli.report.report import Report
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = "README.md"
+NAMES = {"top1": "top-1 (%)", "top5": "top-5 (%)", "loss": "validation loss", "bits_per_byte": "bits per byte"}
+HEAD = "| recipe | seeds | {metric} | best | training FLOPs | × dense | parameters | non-zero | wall time | published |"
+
+
+def folders(root: Path = ROOT) -> list[Path]:
+    """Every folder of kept results that holds a run."""
+    return [f for f in sorted(root.glob("recipes/*/results")) if any(f.glob("*/*/recipe.yaml"))]
+
+
+def page(folder: Path, shown: str) -> str:
+    """The page of the runs in `folder`, which commands call `shown`."""
+    plain = make([folder], Options(reference="paper"), [])
+    groups = frames.records(plain.groups)
+    has_baseline = any(row["transform"] == row["algorithm"] == "dense" for row in groups)
+    options = Options("dense" if has_baseline else None, Rules(allow_unequal=True), "paper")
+    report = make([folder], options, [])
+    parts = [
+        f"# Results of {folder.parent.name}",
+        "Written by `make results` from the runs kept in this folder, which hold recipe, audit, provenance and every evaluation.\n"
+        "Means and sample deviations are over seeds, at the end of training; FLOPs are audited, of a whole run, mask updates\n"
+        "included; × dense: over the dense model's.",
+    ]
+    for subject in dict.fromkeys((row["subject"], row["steps"]) for row in groups):
+        rows = [row for row in groups if (row["subject"], row["steps"]) == subject and row["n"]]
+        parts += [_heading(rows[0]), _table(report, rows)] if rows else []
+    parts += ["\n".join(_notes(report, groups))]
+    if report.comparisons:
+        told = [
+            f"- {c.candidate}: {c.verdict}{' (paired by seed)' if c.paired and c.n > 1 else ''}"
+            for c in report.comparisons
+        ]
+        unequal = any(not c.equal_flops for c in report.comparisons)
+        how = "Differences with 95 % intervals by Student's t." + (" Unequal budgets are marked so." if unequal else "")
+        parts += ["## Against dense", how, "\n".join(told)]
+    parts += ["## Repeat it", "```bash\n" + "\n".join([*commands(report.runs), *_after(report.runs, shown)]) + "\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _heading(row: Mapping[str, Any]) -> str:
+    epochs = f"{row['epochs']:g} epochs, " if isinstance(row["epochs"], float) and row["epochs"] >= 1 else ""
+    return f"## {str(row['model']).rpartition(':')[2]} on {row['data']}, {epochs}{row['steps']:,} steps"
+
+
+def _table(report: Report, rows: Sequence[Mapping[str, Any]]) -> str:
+    metric = rows[0]["metric"]
+    lines = [HEAD.format(metric=f"{NAMES.get(metric, metric)} {'↓' if lower_is_better(metric) else '↑'}"),
+             "| --- |" + " ---: |" * 9]  # fmt: skip
+    for row in rows:
+        spread = "" if row["std"] is None else f" ± {row['std']:.2g}"
+        ratio = "" if row["flops_ratio"] is None else f"{row['flops_ratio']:.4f}"
+        cells = [row["group"], row["n"], f"{row['mean']:.4g}{spread}", f"{row['best']:.4g}", f"{row['flops'] or 0:.4g}", ratio,
+                 f"{row['params'] or 0:,}", f"{row['nonzero_params'] or 0:,}", _clock(row["seconds"]), _published(report, row)]  # fmt: skip
+        lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def _published(report: Report, row: Mapping[str, Any]) -> str:
+    """The published number of the same model, data, transform, sparsity and algorithm, with its tag."""
+    if row["transform"] == row["algorithm"] == "dense":
+        found = [(p.dense, p.evidence) for p in published() if p.dense is not None and same_subject(p, row)]
+    else:
+        found = [(b.published.value, b.published.evidence) for b in report.reference if b.group == row["group"]]
+    return ", ".join(dict.fromkeys(f"{value:g} [{tag}]" for value, tag in found if value is not None))
+
+
+def _notes(report: Report, groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    devices = dict.fromkeys(str(row["device"]) for row in groups)
+    found = [f"- Ran on {', '.join(devices)}; wall time is of training and evaluation."]
+    if any(_published(report, row) for row in groups if row["n"]):
+        tags = ", ".join(f"[{tag}] {meaning}" for tag, meaning in evidence().items())
+        found.append(f"- Published: {published()[0].source}; {tags}.")
+    found += [f"- {b.group}: {b.note}." for b in report.reference if b.group and b.note]
+    return [*found, *(f"- {note}." for note in report.notes)]
+
+
+def commands(runs: Sequence[Run]) -> list[str]:
+    """What trains these runs again: the shipped recipe of that name and what was set otherwise, else the recorded command."""
+    recipes = {entry.name.replace("/", "_"): entry for entry in shipped()}
+    seeds: dict[str, list[int]] = {}
+    for run in runs:
+        entry = recipes.get(run.name)
+        if entry is None or run.seed is None:
+            line = command(run)
+            seeds.setdefault(line, []) if line else None
+            continue
+        now = flat(yaml.safe_load(resolved_yaml(load(entry.path).spec)))
+        then = flat(run.recipe)
+        changed = {k: v for k, v in then.items() if k not in NO_MATTER and k in now and now[k] != v}
+        words = [
+            "sparseift",
+            "train",
+            entry.name,
+            *(w for k, v in changed.items() for w in ("--set", f"{k}={flow(v)}")),
+        ]
+        seeds.setdefault(shlex.join(words), []).append(run.seed)
+    return [f"{line} --seeds {_seeds(sorted(set(of)))}" if of else line for line, of in seeds.items()]
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    span = range(seeds[0], seeds[-1] + 1)
+    return f"{span[0]}..{span[-1]}" if len(span) > 1 and list(span) == list(seeds) else ",".join(map(str, seeds))
+
+
+def _after(runs: Sequence[Run], shown: str) -> list[str]:
+    names = " \\\n  ".join(dict.fromkeys(f"runs/{shlex.quote(run.name)}" for run in runs))
+    return [
+        f"sparseift report keep -o {shown} \\\n  {names}",
+        f"sparseift report {shown} --reference paper",
+        "make results",
+    ]
+
+
+def _clock(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return (
+        f"{seconds:.1f} s"
+        if seconds < 120
+        else f"{seconds / 60:.1f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def stale(folder: Path, root: Path = ROOT) -> str:
+    """How the page of `folder` differs from what its runs say, as a unified diff; empty when it is current."""
+    file, shown = folder / PAGE, folder.relative_to(root).as_posix()
+    old = file.read_text("utf-8") if file.exists() else ""
+    new = page(folder, shown)
+    return "".join(
+        difflib.unified_diff(old.splitlines(True), new.splitlines(True), f"{shown}/{PAGE}", "as its runs say")
+    )
+
+
+def main(write: bool, root: Path = ROOT) -> int:
+    """Bring every page up to date, or say how it differs. Returns the exit code."""
+    for folder in folders(root):
+        if difference := stale(folder, root):
+            if not write:
+                print(difference)
+                return 1
+            (folder / PAGE).write_text(page(folder, folder.relative_to(root).as_posix()), "utf-8")
+            print(f"{folder.relative_to(root).as_posix()}/{PAGE}: written")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main("--write" in sys.argv[1:]))

@@ -1,0 +1,169 @@
+"""Several runs at once: the bits of runs in turn, signals passed on, one that fails, one whose parent is gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparseift_cli.errors import ArtifactError
+from sparseift_cli.recipe.load import load
+from sparseift_cli.recipe.write import resolved_yaml
+from sparseift_cli.runs.directory import RunDirectory, seed_of
+from sparseift_cli.train import run as train_run
+from sparseift_cli.train.prepare import with_seed
+from sparseift_cli.train.run import run_jobs, run_seeds
+
+Write = Callable[..., Path]
+ONE_THREAD = "training.threads=1"
+
+
+def quiet(*_: Any) -> None:
+    """A report to nobody."""
+
+
+def command(recipe: Path, root: Path, *words: str) -> list[str]:
+    return [sys.executable, "-m", "sparseift_cli", "train", str(recipe), "--runs", str(root), *words]
+
+
+@contextmanager
+def started(words: list[str]) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        with process:
+            yield process
+    finally:
+        process.kill()
+
+
+def runs_of(root: Path) -> dict[str | None, RunDirectory]:
+    return {seed_of(run.recipe): run for folder in root.iterdir() for run in RunDirectory.all(root, folder.name)}
+
+
+def wait_for_lines(process: subprocess.Popen[str], *wanted: str) -> None:
+    """Read stderr until each of `wanted` was in a line of it."""
+    missing = set(wanted)
+    assert process.stderr is not None
+    while missing:
+        line = process.stderr.readline()
+        assert line, f"ended without {missing}"
+        missing -= {w for w in missing if w in line}
+
+
+def test_runs_at_once_have_the_bits_of_runs_in_turn(write_recipe: Write, tmp_path: Path) -> None:
+    recipe = write_recipe("rigl", steps=8)
+    in_turn = run_seeds(load(recipe, [ONE_THREAD]), [1, 0], tmp_path / "turn", None, quiet, quiet)
+    words = command(recipe, tmp_path / "once", "--set", ONE_THREAD, "--seeds", "1,0", "--parallel", "2", "--json")
+    env = {**os.environ, "FORCE_COLOR": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)
+    assert shown["schema"] == "sparseift.train/1"
+    at_once = shown["runs"]
+    assert [r["seed"] for r in at_once] == [1, 0]
+    for one, other in zip(in_turn, at_once, strict=True):
+        newest = [RunDirectory.open(Path(r["path"])).checkpoints.newest() for r in (one, other)]
+        assert newest[0].tensors.keys() == newest[1].tensors.keys()
+        assert [n for n, t in newest[0].tensors.items() if not torch.equal(t, newest[1].tensors[n])] == []
+        assert one["metrics"]["loss"] == other["metrics"]["loss"] and one["flops"] == other["flops"]
+    assert "\x1b" not in done.stderr and "\r" not in done.stderr and "@sparseift" not in done.stderr
+    assert "\nseed 1: step 8/8  train_loss" in done.stderr and "\nseed 0: step 8/8  train_loss" in done.stderr
+
+
+def test_sigterm_saves_every_run_and_begins_no_other(write_recipe: Write, tmp_path: Path) -> None:
+    recipe = write_recipe("static", steps=100_000)
+    with started(command(recipe, tmp_path / "runs", "--seeds", "0..2", "--parallel", "2")) as process:
+        wait_for_lines(process, "seed 0: step 5/", "seed 1: step 5/")
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (143, "")
+    assert "3 of 3 runs stopped" in err and "seed 2: not begun" in err and "--resume latest" in err
+    assert "Traceback" not in err
+    runs = runs_of(tmp_path / "runs")
+    assert set(runs) == {"0", "1"}
+    for seed, run in runs.items():
+        newest = run.checkpoints.newest()
+        assert newest is not None and newest.step >= 5
+        assert f"seed {seed}: stopped after step {newest.step} of 100000" in err
+
+
+def test_a_failing_run_leaves_the_others_to_finish(write_recipe: Write, tmp_path: Path) -> None:
+    recipe = write_recipe("static", steps=6)
+    loaded = load(recipe)
+    held = RunDirectory.create(tmp_path / "runs", loaded.name, resolved_yaml(with_seed(loaded, 0).spec))
+    words = command(recipe, tmp_path / "runs", "--seeds", "0..1", "--parallel", "2", "--resume", "latest", "-f", "json")
+    with held.lock():
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 4
+    assert [r["seed"] for r in json.loads(done.stdout)["runs"]] == [1]
+    assert "seed 0: failed, exit code 4\n" in done.stderr
+    assert f"sparseift: 1 of 2 runs failed\n  seed 0: {held.path} is in use by process {os.getpid()}" in done.stderr
+    assert "hint: wait for it" in done.stderr
+
+
+def test_runs_whose_parent_was_killed_save_and_stop(write_recipe: Write, tmp_path: Path) -> None:
+    recipe = write_recipe("static", steps=100_000)
+    with started(command(recipe, tmp_path / "runs", "--seeds", "0..1", "--parallel", "2")) as process:
+        wait_for_lines(process, "seed 0: step 5/", "seed 1: step 5/")
+        process.kill()
+    runs = runs_of(tmp_path / "runs")
+    assert set(runs) == {"0", "1"}
+    for run in runs.values():
+        until = time.monotonic() + 30
+        while run.checkpoints.newest() is None:
+            assert time.monotonic() < until, "no checkpoint was written"
+            time.sleep(0.05)
+        while True:
+            try:
+                with run.lock():
+                    break
+            except ArtifactError:
+                assert time.monotonic() < until, "the child goes on"
+                time.sleep(0.05)
+
+
+def test_several_recipes_train_in_turn_each_with_its_own_threads(write_recipe: Write, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    jobs = [(load(write_recipe("static", steps=5), ["training.threads=3"]), 0), (load(write_recipe("set", steps=5)), 1)]
+    results = run_jobs(jobs, tmp_path / "runs", None, quiet, quiet)
+    assert [(r["recipe"], r["seed"]) for r in results] == [("static_sgd", 0), ("set_sgd", 1)]
+    sessions = [json.loads((Path(r["path"]) / "provenance.json").read_text())["sessions"][0] for r in results]
+    assert [s["threads"] for s in sessions] == [3, before]
+    assert torch.get_num_threads() == before
+
+
+def test_a_changed_recipe_is_held_against_the_run_of_its_own_seed(write_recipe: Write, tmp_path: Path) -> None:
+    recipe = write_recipe("static", steps=5)
+    first, _ = run_seeds(load(recipe), [0, 1], tmp_path, None, quiet, quiet)
+    changed = load(recipe, ["optimizer.lr=0.01"])
+    with pytest.raises(ArtifactError, match="begun with another recipe") as error:
+        run_seeds(changed, [0], tmp_path, "latest", quiet, quiet)
+    assert error.value.message.startswith(first["path"])  # seed 1's is newer
+    assert "+  lr: 0.01" in error.value.message and "seed:" not in error.value.message
+    (begun,) = run_seeds(changed, [2], tmp_path, "latest", quiet, quiet)
+    assert begun["seed"] == 2
+    assert run_seeds(load(recipe), [0], tmp_path, "latest", quiet, quiet) == [first]
+
+
+def test_a_loop_that_ticks_is_heard(write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = train_run.train
+
+    def ticking(*of: Any, tick: Callable[[int], None] | None = None) -> dict[str, Any]:
+        assert tick is not None
+        tick(1)
+        return loop(*of)
+
+    monkeypatch.setattr(train_run, "train", ticking)
+    told: list[int] = []
+    run_jobs([(load(write_recipe("static", steps=5)), 0)], tmp_path / "runs", None, quiet, quiet, tick=told.append)
+    assert told == [1]
