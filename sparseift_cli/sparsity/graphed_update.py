@@ -30,7 +30,7 @@ class GraphedUpdate:
         updates = [
             t for t in range(schedule.delta_t, schedule.steps or 0, schedule.delta_t) if settings.exchanges_at(t)
         ]
-        self._most = [max((settings.drops(w.active, t) for t in updates), default=0) for w in self._weights]
+        self._moves = [any(settings.drops(w.active, t) for t in updates) for w in self._weights]
         device = sparsifier.weights[0].parameter.device
         self._host = torch.zeros(3, len(self._weights), dtype=torch.int64, pin_memory=device.type == "cuda")
         self._numbers = torch.zeros(3, len(self._weights), dtype=torch.int64, device=device)
@@ -56,11 +56,11 @@ class GraphedUpdate:
         """Exchange weights in every mask; none where `found_inf`, the optimiser's flag, is set."""
         regrow, doubts, churned = self._sparsifier.settings.regrow, list[Tensor](), list[Tensor]()
         for i, w in enumerate(self._weights):
-            if not self._most[i]:
+            if not self._moves[i]:
                 continue
             n, grows, ties = self._numbers[:, i].unbind()
             facts = self._sparsifier.chosen_by(w, self._gradient(i), grows)
-            cells, doubt = quick_exchange(*facts, n, ties, regrow, most=self._most[i])
+            cells, doubt = quick_exchange(*facts, n, ties, regrow)
             sure = (doubt == 0) & (found_inf == 0)
             w.become(torch.where(sure, cells, facts[0]), state_of(self._sparsifier.optimizer, w.parameter), nnz=w.nnz)
             doubts.append(doubt)
@@ -82,7 +82,7 @@ class GraphedUpdate:
     def settle(self) -> None:
         """Wait for the device once, make the exchanges it doubted, and count the step."""
         sparsifier = self._sparsifier
-        moving = [i for i, most in enumerate(self._most) if most]
+        moving = [i for i, moves in enumerate(self._moves) if moves]
         for i, doubt, churned in zip(moving, self._doubts.tolist(), self._churned.tolist(), strict=True):
             w = self._weights[i]
             if doubt:

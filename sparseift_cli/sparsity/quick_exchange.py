@@ -1,8 +1,9 @@
 """`exchange` for a GPU: the same mask in a few passes, without waiting for the device once.
 
-It relies on a sample of the scores to guess a threshold. Beside the mask it gives a number on the device that is zero
-where all went well; where it is not, the caller asks `exchange`. So a whole network's masks cost one wait, for all of
-these numbers together.
+To find the n-th of many scores it sorts a sample, which gives two pivots that almost surely enclose the answer; what lies
+above them is taken, what lies below is not, and only what lies between is sorted, ties and all. Beside the mask it
+gives a number on the device that is zero where all went well; where it is not, the caller asks `exchange`. So a whole
+network's masks cost one wait, for all of these numbers together.
 """
 
 from __future__ import annotations
@@ -14,70 +15,82 @@ from .exchange import GROWS, Regrow
 from .selection import lots
 
 _SAMPLE = 14  # log2 of the places that are looked at to guess a threshold
-_SMALL = 1 << 17  # places that are ranked whole
+_SMALL = 1 << 16  # places that are sorted whole
+_SIGMAS = 5  # from the expected place in the sample to each pivot
+_TIES = (
+    1 / 32
+)  # of all places: what may lie between the pivots because many scores are equal (bfloat16 has 128 an octave)
+_LOWEST = torch.iinfo(torch.int64).min
 
 
 def quick_exchange(mask: Tensor, active: int, drop_scores: Tensor, grow_scores: Tensor, n: int | Tensor, key: int | Tensor,
-                   regrow: Regrow = "allow", *, most: int | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+                   regrow: Regrow = "allow") -> tuple[Tensor, Tensor]:  # fmt: skip
     """The mask of `exchange` for these arguments, and its doubt: an int64 scalar, 0 where the mask is the right one.
 
-    In a CUDA graph `n` and `key` are int64 scalars on the device, read anew at every replay; `most` is the largest n.
+    In a CUDA graph `n` and `key` are int64 scalars on the device, read anew at every replay.
     """
     held, drop, grow = (_flat(t, mask) for t in (mask, drop_scores, grow_scores))
-    most = int(n) if most is None else most
-    if regrow == "forbid":
-        spare = mask.numel() - active
-        most, n = min(most, spare), n.clamp(max=spare) if isinstance(n, Tensor) else min(n, spare)
-    if most == 0:
-        return mask.clone(), torch.zeros((), dtype=torch.int64, device=mask.device)
     n = torch.as_tensor(n, device=mask.device)
+    if regrow == "forbid":
+        n = n.clamp(max=mask.numel() - active)
+    if not active:
+        return mask.clone(), n.clamp(min=0)
     places = torch.nonzero_static(held, size=active).view(-1)
-    lost, doubt = _first(_ranks(drop[places], key, _number(places, mask)), n, most, largest=False)
+    lost, doubt = _first(-drop[places], n, key, places, mask, low_lots=True)
     kept = held.scatter(0, places, ~lost)
     free = torch.logical_not(held if regrow == "forbid" else kept)
-    places, more = _near(grow.masked_fill(~free, -torch.inf), most)
-    exists = places >= 0
-    somewhere = places.clamp(min=0)
-    ranks = _ranks(grow[somewhere], key ^ GROWS, _number(somewhere, mask))
-    grown, again = _first(ranks.masked_fill_(~exists, torch.iinfo(torch.int64).min), n, most, largest=True)
-    new = torch.zeros(
-        mask.numel() + 1, dtype=torch.bool, device=mask.device
-    )  # the last one is for places that do not exist
-    new = new.scatter_(0, torch.where(exists, places, mask.numel()), grown)[:-1].logical_or_(kept)
-    return _as(new, mask), doubt + more + again + (exists.count_nonzero() < n)
+    grown, more = _first(grow.masked_fill(~free, -torch.inf), n, key ^ GROWS, None, mask)
+    return _as(grown.logical_or_(kept), mask), doubt + more
 
 
-def _near(keys: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Places of `keys` [N] among which the n highest are, -1 where there is none, and whether one may be missing.
+def _first(scores: Tensor, n: Tensor, key: int | Tensor, places: Tensor | None, like: Tensor, *,
+           low_lots: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Mask [N] of the n highest of `scores` [N], and a doubt. Scores of -inf stand for what may not be taken.
 
-    Keys of -inf stand for places that may not be taken. The pivot almost surely lies a little below the n-th highest.
+    Between equal scores the higher lots come first, or the lower ones; `places` [N] says whose lots they are, if not 0..N-1.
     """
-    size = keys.numel()
-    sample = keys[:: size >> _SAMPLE | 1]
-    count, share = sample.numel(), n / size
-    rank = int(share * count + 5 * (count * share * (1 - share)) ** 0.5) + 2
-    if size <= _SMALL or rank >= count // 2:
-        near, room = keys > -torch.inf, size
-    else:
-        near = keys >= sample.topk(rank).values[-1]
-        room = min(size, int(1.1 * (rank + 5 * rank**0.5 + 2) / count * size))  # a tenth for ties with the pivot
-        near &= keys > -torch.inf
-    return torch.nonzero_static(near, size=room, fill_value=-1).view(-1), near.count_nonzero() > room
+    size = scores.numel()
+    high, low, room = _pivots(scores, n)
+    above = scores > high
+    between = (scores <= high) & (scores >= low) & (scores > -torch.inf)
+    found = torch.nonzero_static(between, size=room, fill_value=-1).view(-1)
+    exists = found >= 0
+    somewhere = found.clamp(min=0)
+    whose = somewhere if places is None else places[somewhere]
+    ranks = _ranks(scores[somewhere], key, _number(whose, like), low_lots=low_lots).masked_fill_(~exists, _LOWEST)
+    missing = n - above.count_nonzero()
+    last = ranks.sort(descending=True).values.gather(0, (missing - 1).clamp(0, room - 1).view(1))
+    taken = (ranks >= last) & exists & (missing > 0)
+    chosen = torch.zeros(size + 1, dtype=torch.bool, device=scores.device)  # the last one is for what does not exist
+    chosen = chosen.scatter_(0, torch.where(exists, found, size), taken)[:-1].logical_or_(above)
+    overflow = between.count_nonzero() > room
+    return chosen, (chosen.count_nonzero() - n).abs() + overflow
 
 
-def _ranks(scores: Tensor, key: int | Tensor, numbers: Tensor) -> Tensor:
-    """int64 [*] in the order of the scores [*], and of their `lots` where those are equal."""
+def _pivots(scores: Tensor, n: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Two scalars between which the n-th highest of `scores` [N] almost surely lies, and how many may lie there."""
+    size = scores.numel()
+    infinite = torch.full((1,), torch.inf, device=scores.device)
+    if size <= _SMALL:
+        return infinite, -infinite, size
+    sample = scores[:: size >> _SAMPLE | 1].sort(descending=True).values
+    count = sample.numel()
+    share = (n / size).clamp(0, 1)
+    margin = _SIGMAS * (count * share * (1 - share)).sqrt() + 2
+    first, last = (share * count - margin).floor().long(), (share * count + margin).ceil().long()
+    # gathered, as an index that is a scalar on the device would be waited for
+    high = torch.where(first < 0, infinite, sample.gather(0, first.clamp(0, count - 1).view(1)))
+    low = torch.where(last >= count, -infinite, sample.gather(0, last.clamp(0, count - 1).view(1)))
+    widest = 2 * (_SIGMAS * (count / 4) ** 0.5 + 2) + _SIGMAS * count**0.25  # half of the places is the widest guess
+    return high, low, min(size, int((widest / count + _TIES) * size))
+
+
+def _ranks(scores: Tensor, key: int | Tensor, numbers: Tensor, *, low_lots: bool = False) -> Tensor:
+    """int64 [*] in the order of the scores [*], and of their `lots` (or against it) where those are equal."""
     bits = (scores + 0.0).view(torch.int32).to(torch.int64)  # + 0: there are two zeros, which are equal
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # floats compare as their bits do, negative ones backwards
-    return (ordered << 32) + lots(key, numbers)
-
-
-def _first(ranks: Tensor, n: Tensor, most: int, *, largest: bool) -> tuple[Tensor, Tensor]:
-    """Which of `ranks` [N] are the n largest (or smallest), [N], and by how many the equals of the last are too many."""
-    order = ranks.topk(most, largest=largest).values
-    last = order.gather(0, (n - 1).clamp(min=0).view(1))
-    found = ((ranks >= last) if largest else (ranks <= last)) & (n > 0)
-    return found, found.count_nonzero() - n
+    lot = lots(key, numbers)
+    return (ordered << 32) + (0xFFFFFFFF - lot if low_lots else lot)
 
 
 def _number(places: Tensor, like: Tensor) -> Tensor:

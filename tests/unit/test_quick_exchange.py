@@ -70,3 +70,15 @@ def test_fewer_free_places_than_the_sample_sees_are_doubted_or_right() -> None:
     active = int(mask.count_nonzero())
     found, doubt = quick_exchange(mask, active, drop, grow, 10_000, 7, "forbid")
     assert doubt > 0 or torch.equal(found, exchange(mask, active, drop, grow, 10_000, 7, "forbid"))
+
+
+@pytest.mark.parametrize("active", [0, 1, 50, 99, 100])
+def test_any_number_may_be_exchanged(active: int) -> None:
+    generator = generator_for(active)
+    mask = torch.zeros(10, 10, dtype=torch.bool)
+    mask.view(-1)[torch.randperm(100, generator=generator)[:active]] = True
+    drop, grow = (torch.rand(10, 10, generator=generator).mul(9).floor() for _ in range(2))
+    for n in range(active + 1):
+        for regrow in ("allow", "forbid"):
+            found, doubt = quick_exchange(mask, active, drop, grow, torch.tensor(n), 7, regrow)
+            assert doubt == 0 and torch.equal(found, exchange(mask, active, drop, grow, n, 7, regrow)), (n, regrow)
