@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -105,3 +106,10 @@ def test_the_surveys_say_what_the_page_quotes(root: Path) -> None:
             r"^M(odels that pass .*)$", (root / "tests" / "survey" / f"{name}.md").read_text("utf-8"), re.M
         )
         assert f"m{totals}" in page
+
+
+def test_step_times_are_the_measured_ones(root: Path) -> None:
+    page = (root / "recipes" / "README.md").read_text("utf-8")
+    for line in (root / "tests" / "benchmarks" / "gpu_step.jsonl").read_text("utf-8").splitlines():
+        m = json.loads(line)
+        assert f"| {m['ms']:.2f} [{m['low']:.2f}, {m['high']:.2f}] | {m['n']} |" in page
