@@ -1,8 +1,8 @@
-"""The page of every folder of kept results, recipes/<model>/results/README.md, made from the runs in it.
+"""The page of every folder of kept results, recipes/<model>/results/README.md, and its pictures, made from the runs in it.
 
-`python -m tests.results --write` (or `make results`) writes the pages anew; without --write it prints what differs and exits 1.
-Nothing on a page is typed by hand: means and spreads are the report's own, and the commands name every value in which a kept
-run differs from the shipped recipe of its name.
+`python -m tests.results --write` (or `make results`) writes them anew; without --write it prints what differs and exits 1.
+Nothing on a page is typed by hand, but for what stands in the folder's notes.md: means and spreads are the report's own,
+and the commands name every value in which a kept run differs from the shipped recipe of its name.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import difflib
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from importlib.metadata import version
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -24,6 +25,8 @@ from sparseift_cli.report.compare import Rules
 from sparseift_cli.report.grouping import NO_MATTER, flat, lower_is_better
 from sparseift_cli.report.html_facts import command
 from sparseift_cli.report.make import Options, make
+from sparseift_cli.report.plots.pictures import pictures
+from sparseift_cli.report.plots.style import to_svg
 from sparseift_cli.report.published import evidence, published, same_subject
 from sparseift_cli.report.record import Run
 from sparseift_cli.report.report import Report
@@ -39,15 +42,40 @@ def folders(root: Path = ROOT) -> list[Path]:
     return [f for f in sorted(root.glob("recipes/*/results")) if any(f.glob("*/*/recipe.yaml"))]
 
 
+def made(folder: Path) -> Report:
+    """The report that the page and the pictures of `folder` show."""
+    plain = make([folder], Options(), [])
+    has_baseline = any(row["transform"] == row["algorithm"] == "dense" for row in frames.records(plain.groups))
+    return make([folder], Options("dense" if has_baseline else None, Rules(allow_unequal=True), "paper"), [])
+
+
+def figures(report: Report) -> dict[str, tuple[str, str]]:
+    """Name -> (title, SVG) of the metric against training FLOPs, for every model with something to compare.
+
+    Letters stay letters, so that a picture is small; the bytes are those of the matplotlib of .ci/constraints.txt.
+    """
+    return {f"{picture.name}.svg": (picture.figure.get_suptitle().replace("\n", " "),
+                                    to_svg(picture.figure, picture.title, text=True))
+            for family, drawn in pictures(report) if family.transformed
+            for picture in drawn if picture.name.endswith("-flops")}  # fmt: skip
+
+
 def page(folder: Path, shown: str) -> str:
     """The page of the runs in `folder`, which commands call `shown`."""
-    plain = make([folder], Options(reference="paper"), [])
-    groups = frames.records(plain.groups)
-    has_baseline = any(row["transform"] == row["algorithm"] == "dense" for row in groups)
-    options = Options("dense" if has_baseline else None, Rules(allow_unequal=True), "paper")
-    report = make([folder], options, [])
+    report = made(folder)
+    return _page(report, figures(report), shown, _thoughts(folder))
+
+
+def _thoughts(folder: Path) -> str:
+    """What somebody wrote about the results, in notes.md: the one part of a page that no tool can make."""
+    notes = folder / "notes.md"
+    return notes.read_text("utf-8").strip() if notes.is_file() else ""
+
+
+def _page(report: Report, drawn: Mapping[str, tuple[str, str]], shown: str, thoughts: str = "") -> str:
+    groups = frames.records(report.groups)
     parts = [
-        f"# Results of {folder.parent.name}",
+        f"# Results of {PurePosixPath(shown).parent.name}",
         "Written by `make results` from the runs kept in this folder, which hold recipe, audit, provenance and every evaluation.\n"
         "Means and sample deviations are over seeds, at the end of training; FLOPs are audited, of a whole run, mask updates\n"
         "included; × dense: over the dense model's.",
@@ -55,21 +83,26 @@ def page(folder: Path, shown: str) -> str:
     for subject in dict.fromkeys((row["subject"], row["steps"]) for row in groups):
         rows = [row for row in groups if (row["subject"], row["steps"]) == subject and row["n"]]
         parts += [_heading(rows[0]), _table(report, rows)] if rows else []
-    parts += ["\n".join(_notes(report, groups))]
+    parts += [
+        "\n".join(_notes(report, groups)),
+        *(f"![{title}]({name})" for name, (title, _) in drawn.items()),
+    ]
     if report.comparisons:
         told = [
             f"- {c.candidate}: {c.verdict}{' (paired by seed)' if c.paired and c.n > 1 else ''}"
-            for c in report.comparisons
+            for c in sorted(report.comparisons, key=lambda c: not c.equal_flops)
         ]
         unequal = any(not c.equal_flops for c in report.comparisons)
         how = "Differences with 95 % intervals by Student's t." + (" Unequal budgets are marked so." if unequal else "")
         parts += ["## Against dense", how, "\n".join(told)]
+    parts += ["## What to make of it", thoughts] if thoughts else []
     parts += ["## Repeat it", "```bash\n" + "\n".join([*commands(report.runs), *_after(report.runs, shown)]) + "\n```"]
     return "\n\n".join(parts) + "\n"
 
 
 def _heading(row: Mapping[str, Any]) -> str:
-    epochs = f"{row['epochs']:g} epochs, " if isinstance(row["epochs"], float) and row["epochs"] >= 1 else ""
+    count = f"{row['epochs']:g}" if isinstance(row["epochs"], float) and row["epochs"] >= 1 else ""
+    epochs = f"{count} epoch{'' if count == '1' else 's'}, " if count else ""
     return f"## {str(row['model']).rpartition(':')[2]} on {row['data']}, {epochs}{row['steps']:,} steps"
 
 
@@ -155,13 +188,29 @@ def _clock(seconds: float | None) -> str:
 
 
 def stale(folder: Path, root: Path = ROOT) -> str:
-    """How the page of `folder` differs from what its runs say, as a unified diff; empty when it is current."""
-    file, shown = folder / PAGE, folder.relative_to(root).as_posix()
-    old = file.read_text("utf-8") if file.exists() else ""
-    new = page(folder, shown)
-    return "".join(
-        difflib.unified_diff(old.splitlines(True), new.splitlines(True), f"{shown}/{PAGE}", "as its runs say")
-    )
+    """How the page of `folder` and its pictures differ from what its runs say, as a unified diff; empty when they do not."""
+    shown = folder.relative_to(root).as_posix()
+    difference = ""
+    for file, new in _files(folder, shown).items():
+        old = file.read_text("utf-8") if file.exists() else ""
+        name = f"{shown}/{file.relative_to(folder).as_posix()}"
+        difference += "".join(
+            difflib.unified_diff(old.splitlines(True), new.splitlines(True), name, "as its runs say", n=0)
+        )
+    return difference
+
+
+def _files(folder: Path, shown: str) -> dict[Path, str]:
+    report = made(folder)
+    drawn = figures(report)
+    pictured = {folder / name: svg for name, (_, svg) in drawn.items()}
+    return {folder / PAGE: _page(report, drawn, shown, _thoughts(folder))} | (pictured if _draws_as_pinned() else {})
+
+
+def _draws_as_pinned() -> bool:
+    """Another matplotlib places letters elsewhere, which makes no picture stale."""
+    pins = (ROOT / ".ci" / "constraints.txt").read_text("utf-8")
+    return f"matplotlib=={version('matplotlib')}\n" in pins
 
 
 def main(write: bool, root: Path = ROOT) -> int:
@@ -171,8 +220,9 @@ def main(write: bool, root: Path = ROOT) -> int:
             if not write:
                 print(difference)
                 return 1
-            (folder / PAGE).write_text(page(folder, folder.relative_to(root).as_posix()), "utf-8")
-            print(f"{folder.relative_to(root).as_posix()}/{PAGE}: written")
+            for file, content in _files(folder, folder.relative_to(root).as_posix()).items():
+                file.write_text(content, "utf-8")
+            print(f"{folder.relative_to(root).as_posix()}: written")
     return 0
 
 

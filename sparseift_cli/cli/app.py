@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Annotated
@@ -50,6 +51,8 @@ def options(
 
 def main() -> None:
     """Entry point of the script: every error the user can act on is two lines on stderr and the right exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # LANG=C, or a file name that is no text: shown escaped, as on stderr
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except SparseiftError as error:

@@ -180,7 +180,9 @@ def is_checkpoint(source: str) -> bool:
         return "/" in source or not path.is_dir() or not _is_zoo_name(source)
     if source.lower().endswith(SUFFIXES):
         return True
-    return ("/" in source or "\\" in source) and ":" not in source
+    from ..recipe.load import find
+
+    return ("/" in source or "\\" in source) and ":" not in source and find(source) is None
 
 
 def _exists(path: Path) -> bool:

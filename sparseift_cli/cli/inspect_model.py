@@ -50,6 +50,8 @@ def inspect_model(
     members = [asked] if asked else list(MEMBERS)
     options: dict[str, Any] = given | {"sparsity": sparsity or given.get("sparsity", DEFAULT_SPARSITY)}
     options |= {k: v for k, v in {"scope": scope, "include": include, "exclude": exclude}.items() if v}
+    if scope == "none":  # the control of wide alone: it holds no budget
+        options["match"], members = "off", [asked or "sparse_wide"]
     result = audit(table)
     entries = [row_json(row) | {"shape": shape_text(row, result)} for row in rows(result)]
     notes = _notes(table)

@@ -11,10 +11,12 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,14 @@ class Sheet:
 
     def cells(self) -> list[list[str]]:
         """Every cell as a person reads it; None is an empty cell."""
-        return [["" if (v := row.get(c.key)) is None else c.show(v) for c in self.columns] for row in self.rows]
+        return [
+            ["" if (v := row.get(c.key)) is None else one_line(c.show(v)) for c in self.columns] for row in self.rows
+        ]
+
+
+def one_line(text: str) -> str:
+    """A text without control characters: a folder's name could break a table, or recolour the terminal."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda c: f"\\x{ord(c[0]):02x}", text)
 
 
 def integer(value: int) -> str:
@@ -76,11 +85,18 @@ def make_console(stream: Any = None) -> Console:
     return _console(stream, shutil.get_terminal_size().columns if dumb else None)  # None: follows the terminal
 
 
+class _Console(Console):
+    """One that leaves a reader who has gone (`| head`) to `main`: rich itself would exit 1, which is a gate's word."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def _console(stream: Any, width: int | None) -> Console:
     """rich believes a width only beside a height: without one a dumb terminal (TERM=dumb) has 80 columns, come what may."""
     if width is None:
-        return Console(file=stream, highlight=False, soft_wrap=False)
-    return Console(file=stream, width=width, height=_HEIGHT, highlight=False, soft_wrap=not stream.isatty())
+        return _Console(file=stream, highlight=False, soft_wrap=False)
+    return _Console(file=stream, width=width, height=_HEIGHT, highlight=False, soft_wrap=not stream.isatty())
 
 
 def render(sheets: Sequence[Sheet], payload: Mapping[str, Any], fmt: Format, output: Path | None = None) -> None:
@@ -98,6 +114,16 @@ def render(sheets: Sequence[Sheet], payload: Mapping[str, Any], fmt: Format, out
         sys.stdout.flush()
     else:
         write_whole(output, text)
+
+
+@contextmanager
+def patient() -> Iterator[None]:
+    """Where the reader of stdout goes away (`| head`), what is printed goes nowhere, and the work after it is still done."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def as_text(sheets: Sequence[Sheet], payload: Mapping[str, Any], fmt: Format) -> str:
@@ -119,7 +145,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     Raises:
         UsageError: it cannot be written.
     """
-    data = content.encode() if isinstance(content, str) else content
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:

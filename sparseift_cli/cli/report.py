@@ -133,6 +133,7 @@ def report(
 ) -> None:
     from ..report.make import make
     from . import report_gates, report_view
+    from .output import one_line, patient
 
     fmt = ReportFormat.json if json else fmt
     asked = _options(baseline, reference, group_by, where, sort, flops_tolerance, allow_unequal_flops, spectral)
@@ -143,15 +144,16 @@ def report(
     view = report_view.View(made, _names(columns), asked)
     for gate in gates:
         gate.require(report_gates.known(made), "--fail-if")
-    if fmt is ReportFormat.html:
-        _page(made, output)
-    else:
-        view.show(Format(fmt.value), output)
+    with patient():  # a gate has its say even where nobody reads on
+        if fmt is ReportFormat.html:
+            _page(made, output)
+        else:
+            view.show(Format(fmt.value), output)
     for path, reason in made.skipped:
-        print(f"skipped {path}: {reason}", file=sys.stderr)
+        print(one_line(f"skipped {path}: {reason}"), file=sys.stderr)
     for run in made.runs:
         for text in run.warnings:
-            print(f"warning: {run.path}: {text}", file=sys.stderr)
+            print(one_line(f"warning: {run.path}: {text}"), file=sys.stderr)
     if plots is not None:
         _draw(made, plots)
     report_gates.stop_on(made, gates, max_flops_ratio)
@@ -196,7 +198,7 @@ def _options(baseline: str | None, reference: str | None, group_by: str | None, 
     if "path" in by and baseline is not None:
         raise UsageError("--baseline compares groups, and --group-by run makes none", hint="leave one of them out")
     rules = Rules(_share(tolerance), allow_unequal)
-    return Options(baseline, rules, reference, by, parse(where) if where else None, tuple(_names(sort) or ()),
+    return Options(baseline, rules, reference, by, parse(where) if where is not None else None, tuple(_names(sort) or ()),
                    spectral)  # fmt: skip
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckFailed, UsageError
+from .output import one_line
 
 if TYPE_CHECKING:
     from ..report.filters import Expression
@@ -39,6 +41,9 @@ def stop_on(report: Report, gates: Sequence[Expression], max_flops_ratio: float 
         CheckFailed: there is one.
     """
     rows = _rows(report)
+    for gate in gates:
+        if 0 < len(left := [row["group"] for row in rows if not gate.knows(row)]) < len(rows):
+            print(one_line(f"--fail-if '{gate.text}' says nothing of {', '.join(left)}"), file=sys.stderr)
     problems = [p for gate in gates for p in _broken(gate, rows)]
     if max_flops_ratio is not None:
         problems += _too_dear(report, rows, max_flops_ratio)

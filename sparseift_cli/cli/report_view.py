@@ -30,12 +30,14 @@ _RUN_SHOWN = ("path", "state", "step", "steps", "seed", "metric", "value", "best
 
 def decimals(value: Any) -> str:
     """Five significant digits: 98.310, 2.5343, 0.067614."""
-    return f"{value:#.5g}" if isinstance(value, float) and abs(value) < 1e5 else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:#.5g}" if abs(value) < 1e5 else str(value) if abs(value) < 1e15 else f"{value:.5g}"
 
 
 def _three(value: float) -> str:
-    """Three significant digits, and every digit before the point."""
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    """Three significant digits, and every digit before the point, where a table has room for them."""
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.3g}"
 
 
 def mebibytes(value: float) -> str:

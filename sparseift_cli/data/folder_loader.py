@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
+import signal
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -87,6 +90,7 @@ class FolderLoader:
             batch_sampler=self._endless(epoch, step),
             collate_fn=collate,
             num_workers=self._request.workers,
+            worker_init_fn=leave_signals,
             prefetch_factor=_AHEAD,
             pin_memory=self._request.device.type == "cuda",
             generator=torch.Generator(),  # or it would draw from, and so change, the global one
@@ -133,6 +137,24 @@ class Decoder(Dataset[Any]):
                 picture = picture.transpose(image.Transpose.FLIP_LEFT_RIGHT)
         pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
         return pixels.view(self.size, self.size, 3).permute(2, 0, 1).contiguous(), label
+
+
+def leave_signals(_: int) -> None:
+    """In a worker: signals are for the process that trains, which ends its workers when it has saved.
+
+    A cluster sends SIGTERM to all processes of a job, and a worker that died of it would end the run with a traceback. Who
+    sent it is known on Linux alone; elsewhere SIGTERM ends a worker as ever.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_wait_for_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _wait_for_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def collate(samples: Sequence[tuple[Tensor, int] | _Broken]) -> tuple[Tensor, Tensor] | _Broken:

@@ -58,7 +58,7 @@ def find(source: str) -> Path | None:
             return shipped
     if not named:
         return None
-    names = [p.relative_to(recipes_dir()).as_posix() for p in sorted(recipes_dir().rglob("*.yaml"))]
+    names = [p.relative_to(recipes_dir()).as_posix() for p in sorted(recipes_dir().glob("*/*.yaml"))]
     raise UsageError(f"no recipe {source}", hint=did_you_mean(source, names) or "see: sparseift recipe ls")
 
 

@@ -86,15 +86,18 @@ def _below(folder: Path, skipped: list[tuple[Path, str]], depth: int) -> Iterato
 
 
 def _folders(folder: Path, skipped: list[tuple[Path, str]] | None = None) -> list[Path]:
-    """Folders in `folder` by name; hidden ones, caches and links to folders are nobody's runs."""
+    """Folders in `folder` by name; hidden ones and caches are nobody's runs, links to folders may lead round and round."""
     try:
         with os.scandir(folder) as entries:
-            names = [e.name for e in entries if e.is_dir(follow_symlinks=False)]
+            found = [(e.name, e.is_symlink()) for e in entries if e.is_dir()]
     except OSError as error:
         if skipped is not None:
             skipped.append((folder, f"cannot be read: {error.strerror}"))
         return []
-    return [folder / name for name in sorted(names) if not name.startswith((".", "__pycache__"))]
+    found = sorted(each for each in found if not each[0].startswith((".", "__pycache__")))
+    if skipped is not None:
+        skipped += [(folder / name, "foreign: a link to a folder is not followed") for name, link in found if link]
+    return [folder / name for name, link in found if not link]
 
 
 def _holds_any(folder: Path, depth: int) -> bool:

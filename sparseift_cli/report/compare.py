@@ -55,7 +55,7 @@ def compare(frame: pd.DataFrame, groups: pd.DataFrame, baseline: str,
         fitting = [base for base in named if base["subject"] == row["subject"]]
         ready = [base for base in fitting if base["n"]]
         if not row["n"] or not ready:
-            lacks = (f"no {baseline} baseline of {row['model']} on {row['data']}" if not fitting else
+            lacks = (f"no {baseline} baseline of {row['model']} on {row['data']} by {row['metric']}" if not fitting else
                      f"no finished run of {row['group'] if not row['n'] else fitting[0]['group']}")  # fmt: skip
             notes.append(f"{row['group']}: not compared, {lacks}")
             continue
@@ -72,7 +72,9 @@ def baselines(rows: Sequence[Row], name: str) -> list[Row]:
     tiers = (
         [row for row in rows if name == row["group"] or wanted == row["recipe"]],
         [row for row in rows if str(row["recipe"]).endswith(f"_{wanted}")],
-        [row for row in rows if wanted in (row["transform"], row["algorithm"])],
+        [row for row in rows if row["transform"] == row["algorithm"] == "dense"]
+        if wanted == "dense"
+        else [row for row in rows if wanted in (row["transform"], row["algorithm"])],
     )
     found = next((tier for tier in tiers if tier), None)
     if found is None:
@@ -143,6 +145,8 @@ def _outcome(interval: statistics.Interval, lower: bool) -> tuple[Outcome, str]:
             f"{interval.degrees_of_freedom:.3g} degree{'' if interval.degrees_of_freedom == 1 else 's'} of freedom"
         )
         return "no claim", f"{interval.n} seeds are too few (t with {freedom})"
+    if interval.mean and interval.high - interval.low <= 1e-9 * abs(interval.mean):
+        return "no claim", "the seeds show no spread to judge it by"
     if interval.low <= 0 <= interval.high:
         return "no difference shown", "the interval holds 0"
     return ("better", "") if (interval.high < 0) is lower else ("worse", "")
@@ -170,8 +174,10 @@ def _notes(base: Row, row: Row, before: Sequence[Row], after: Sequence[Row], pai
     notes: list[str] = []
     alone = len(before) + len(after) - 2 * pairs
     if pairs >= 2 and alone:
-        notes.append(f"{pairs} seeds are in both groups; {alone} runs of other seeds are not in the difference")
-    if pairs < 2 and max(len(before), len(after)) > 1:
+        notes.append(
+            f"{pairs} seeds are in both groups; {alone} {'run' if alone == 1 else 'runs'} of other seeds not in the difference"
+        )
+    if pairs < 2 and min(len(before), len(after)) > 1:
         notes.append("seeds do not match: Welch's interval of two independent samples")
     for what in ("device", "threads", "torch"):
         sides = [sorted({str(run[what]) for run in runs if run[what] is not None}) for runs in (before, after)]
@@ -199,7 +205,7 @@ def _digits(interval: statistics.Interval) -> int:
 
 
 def _number(value: float, digits: int) -> str:
-    text = f"{value:.{digits}f}"
+    text = f"{value:.{digits}f}" if abs(value) < 1e15 else f"{value:.3g}"
     return text.removeprefix("-") if float(text) == 0 else text
 
 

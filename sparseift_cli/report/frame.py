@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import pandas as pd
@@ -14,7 +14,8 @@ from .read import number
 from .record import Run
 from .report import METRICS
 
-_ABOUT = ("recipe", "model", "data", "transform", "match", "sparsity", "algorithm", "steps", "epochs", "metric")
+_ABOUT = ("recipe", "model", "data", "transform", "match", "scope", "pattern", "widths", "sparsity", "algorithm", "steps",
+          "epochs", "metric")  # fmt: skip
 _COSTS = ("flops", "dense_flops", "flops_ratio", "flops_spent", "seconds", "peak_bytes", "optimizer_bytes", "params",
           "nonzero_params")  # fmt: skip
 RUN_COLUMNS = ("path", "group", "state", "counted", "seed", "step", *_ABOUT, "value", "best", *METRICS, "train_loss",
@@ -69,8 +70,8 @@ def groups_frame(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
 
 def require_column(name: str, known: Sequence[str], where: str) -> None:
     """Raise UsageError unless `name` is one of `known`."""
-    if name not in known:
-        shown = [k for k in known if k != "subject"]
+    shown = [k for k in known if k != "subject"]
+    if name not in shown:
         hint = did_you_mean(name, shown) or f"columns: {', '.join(shown)}"
         raise UsageError(f"{where}: no column is called {name!r}", hint=hint)
 
@@ -106,8 +107,8 @@ def _row(run: Run, group: str) -> dict[str, Any]:
     return {
         "path": str(run.path), "group": group, "state": run.state, "counted": False, "seed": run.seed,
         "step": _count(last.get("step")) or 0, "recipe": run.name, "model": str(recipe["model"].get("name")),
-        "data": str(recipe["data"].get("name")), "transform": short_member(transform.get("member")),
-        "match": transform.get("match"), "sparsity": number(transform.get("sparsity", 0)),
+        "data": str(recipe["data"].get("name")), **transform_columns(transform),
+        "sparsity": number(transform.get("sparsity", 0)),
         "algorithm": str((recipe.get("algorithm") or {}).get("name") or "dense"), "steps": planned_steps(run),
         "epochs": epochs, "metric": metric, "value": number(last.get(metric)), "best": best,
         **{m: number(last.get(m)) for m in (*METRICS, "train_loss", "density", "itop_rate")},
@@ -128,9 +129,19 @@ def planned_steps(run: Run) -> int | None:
     return next((s for s in known if isinstance(s, int)), None)
 
 
-def short_member(member: Any) -> str:
-    """`sparse_wide` -> wide; dense where there is no transform."""
-    return str(member).removeprefix("sparse_") if member else "dense"
+def transform_columns(transform: Mapping[str, Any]) -> dict[str, str | None]:
+    """What a recipe's transform is called: `sparse_wide` is wide, none is dense, and its control of scope none is sparse.
+
+    The control holds no budget and widens nothing, so it is no `wide`. `widths` is None where every width is free.
+    """
+    member = transform.get("member")
+    if not member:
+        return {"transform": "dense", **dict.fromkeys(("match", "scope", "pattern", "widths"))}
+    name = "sparse" if transform.get("scope") == "none" else str(member).removeprefix("sparse_")
+    base, multiple = transform.get("base_width"), transform.get("width_multiple")
+    widths = f"base {base}" if base else f"multiples of {multiple}" if multiple not in (None, 1) else None
+    plain = {"match": "layer", "scope": "all", "pattern": "unstructured"}
+    return {"transform": name, **{k: str(transform.get(k) or usual) for k, usual in plain.items()}, "widths": widths}
 
 
 def _grouped(label: str, part: pd.DataFrame, confidence: float) -> dict[str, Any]:
@@ -170,4 +181,5 @@ def mean(values: Sequence[Any]) -> Any:
 
 
 def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    """A number of things; None for what is none: a text, less than nothing, more than a float can divide."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**1000 else None

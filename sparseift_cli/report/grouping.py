@@ -100,6 +100,20 @@ def namesakes(runs: Sequence[Run], groups: Sequence[str]) -> list[str]:
     return said
 
 
+def pooled(runs: Sequence[Run], groups: Sequence[str]) -> list[str]:
+    """A sentence for every group whose runs differ in more than the seed: its spread is of that too."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for run, group in zip(runs, groups, strict=True):
+        found.setdefault(group, []).append(settings(run))
+    said = {group: _differing(every) for group, every in found.items()}
+    return [f"{group}: its {len(found[group])} runs differ in {_listed(keys)}, so they are not samples of one thing"
+            for group, keys in said.items() if keys]  # fmt: skip
+
+
+def _listed(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:_SHOWN]) + (f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else "")
+
+
 def _differing(every: Sequence[Mapping[str, Any]]) -> list[str]:
     """Keys in which settings differ: the length of the run first, then in the order of the recipe."""
     keys = dict.fromkeys(k for one in every for k in one)

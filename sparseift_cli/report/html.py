@@ -7,6 +7,7 @@ go, what was published, where does it come from, how do I repeat it.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..version import __version__
@@ -94,13 +95,18 @@ def _verdict(report: Report) -> Safe:
             "Nothing was compared: it takes finished runs of a dense model and of a transformed one.",
             class_="headline",
         )
-    found = Counter(c.outcome for c in report.comparisons)
-    counts = ", ".join(f"{found[outcome]} {outcome}" for outcome in OUTCOMES if found[outcome])
-    unequal = sum(c.allowed and not c.equal_flops for c in report.comparisons)
-    which = f", {'all' if unequal == len(report.comparisons) else unequal} at unequal FLOPs" if unequal else ""
-    headline = f"{_many(len(report.comparisons), 'comparison')} with the baseline{which}: {counts}."
+    fair = [c for c in report.comparisons if c.equal_flops or not c.allowed]
+    unequal = [c for c in report.comparisons if c.allowed and not c.equal_flops]
+    told = [_counted(fair)] if fair else []
+    told += [f"at unequal FLOPs: {_counted(unequal)}"] if unequal else []
+    headline = f"{_many(len(report.comparisons), 'comparison')} with the baseline: {'; '.join(told)}."
     return join([element("p", headline, class_="headline"),
-                 element("ul", *(_compared(c) for c in report.comparisons), class_="verdicts")])  # fmt: skip
+                 element("ul", *(_compared(c) for c in [*fair, *unequal]), class_="verdicts")])  # fmt: skip
+
+
+def _counted(comparisons: Sequence[Comparison]) -> str:
+    found = Counter(c.outcome for c in comparisons)
+    return ", ".join(f"{found[outcome]} {outcome}" for outcome in OUTCOMES if found[outcome])
 
 
 def _compared(comparison: Comparison) -> Safe:

@@ -45,7 +45,7 @@ def comparisons(report: Report) -> Safe | None:
     ]
     rows = [
         [c.candidate, c.baseline, c.metric, _short(c.candidate_mean), _short(c.baseline_mean), _signed(c.difference),
-         f"{_signed(c.low)} to {_signed(c.high)}" if c.low is not None else None, f"{c.n}{' pairs' if c.paired else ''}",
+         f"{_signed(c.low, 3)} to {_signed(c.high, 3)}" if c.low is not None else None, f"{c.n}{' pairs' if c.paired else ''}",
          _ratio(c.flops_ratio), c.outcome] for c in report.comparisons
     ]  # fmt: skip
     how = {f"{100 * c.confidence:g} %" for c in report.comparisons}
@@ -108,7 +108,7 @@ def _layers(name: str, group: Group) -> Safe:
         *words("why"),
     ]
     rows = [
-        [_text(r["name"]), _text(r["kind"]), _text(r["role"]), _text(r["status"]), _count(r["dense_macs"]),
+        [_text(r["name"]), _text(r.get("kind")), _text(r.get("role")), _text(r["status"]), _count(r["dense_macs"]),
          _count(r["transformed_macs"]), _ratio(r.get("ratio")), _ratio(r.get("density")), _count(r.get("nnz")),
          _text(r.get("reason"))] for r in (group.audit or {}).get("layers", ())
     ]  # fmt: skip
@@ -129,8 +129,8 @@ def _short(value: Any) -> str | None:
     return f"{value:#.4g}".rstrip(".") if is_number(value) and abs(value) < 1000 else _count(value)
 
 
-def _signed(value: float | None) -> str:
-    return "" if value is None else f"{value:+#.4g}".rstrip(".").replace("-", "−")
+def _signed(value: float | None, digits: int = 4) -> str:
+    return "" if value is None else f"{value:+#.{digits}g}".rstrip(".").replace("-", "−")
 
 
 def _ratio(value: Any) -> str | None:

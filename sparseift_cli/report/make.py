@@ -15,8 +15,8 @@ from . import published
 from .collect import collect
 from .compare import Rules, compare
 from .filters import Expression
-from .grouping import namesakes
-from .report import Report
+from .grouping import namesakes, pooled
+from .report import Comparison, Report
 
 if TYPE_CHECKING:
     from .spectral_history import RunSpectra
@@ -71,7 +71,10 @@ def make(paths: Sequence[Path], options: Options, command: Sequence[str],
     if "group" not in options.by:
         frame = frames.regroup(frame, options.by)
     groups = frames.groups_frame(frame, options.rules.confidence)
-    comparisons, notes = compare(frame, groups, options.baseline, options.rules) if options.baseline else ([], [])
+    comparisons: list[Comparison] = []
+    notes: list[str] = []
+    if options.baseline is not None:
+        comparisons, notes = compare(frame, groups, options.baseline, options.rules)
     rows = frames.records(groups)
     beside = published.beside(rows, options.reference) if options.reference else []
     if late is not None:
@@ -84,7 +87,8 @@ def make(paths: Sequence[Path], options: Options, command: Sequence[str],
         groups = sort(groups, options.sort)
         place = {label: i for i, label in enumerate(groups["group"])}
         comparisons.sort(key=lambda c: place.get(c.candidate, len(place)))
-    notes = [*namesakes(runs, list(frame["group"])), *_not_counted(frame), *notes] if "group" in options.by else notes
+    told = namesakes if "group" in options.by else pooled
+    notes = [*told(runs, list(frame["group"])), *(_not_counted(frame) if told is namesakes else ()), *notes]
     spectra: list[RunSpectra] = []
     if options.spectral:
         from .spectra import spectra as of_masks  # SciPy, which nothing else here waits for
@@ -124,9 +128,10 @@ def _not_counted(frame: pd.DataFrame) -> list[str]:
         again = [row for row in rows if row["group"] == label]
         if twice := [row["seed"] for row in again if row["value"] is not None]:
             seeds = ", ".join(map(str, dict.fromkeys(twice)))
-            said.append(f"{label}: the newest run of seed {seeds} counts, {len(twice)} earlier ones of it do not")
+            earlier = "1 earlier one does" if len(twice) == 1 else f"{len(twice)} earlier ones do"
+            said.append(f"{label}: the newest run of seed {seeds} counts, {earlier} not")
         if lacking := [row for row in again if row["value"] is None]:
-            said.append(f"{label}: {len(lacking)} finished runs lack {lacking[0]['metric']}, so they do not count")
+            said.append(f"{label}: finished without {lacking[0]['metric']}, so not counted: {len(lacking)}")
     return said
 
 

@@ -87,11 +87,15 @@ def beside(groups: Sequence[Mapping[str, Any]], reference: str = "paper") -> lis
 
 
 def _matches(row: Published, group: Mapping[str, Any]) -> bool:
+    """Another scope, pattern or base width is another transform; one trained without masks spends another budget."""
     return (
         group["n"] > 0
         and same_subject(row, group)
         and group["transform"] == row.transform
+        and (group["scope"], group["pattern"]) == ("all", "unstructured")
+        and not str(group["widths"]).startswith("base")
         and row.sparsity in (None, group["sparsity"])
+        and group["algorithm"] != "dense"
         and row.algorithm in (None, group["algorithm"])
     )
 
@@ -105,6 +109,10 @@ def _ours(row: Published, group: Mapping[str, Any], groups: Sequence[Mapping[str
         notes.insert(0, f"ours trained {group['epochs']:g} epochs, the published row {row.epochs}")
     elif not row.epochs and row.steps and group["steps"] != row.steps:
         notes.insert(0, f"ours trained {group['steps']:,} steps, the published row {row.steps:,}")
+    ours = [f"match {group['match']}"] if group["match"] != "layer" else []
+    ours += [f"widths in {group['widths']}"] if group["widths"] else []
+    if ours:
+        notes.insert(0, f"ours has {' and '.join(ours)}, the published row matches layers with any width")
     difference = None if base is None else value - base
     return Beside(row, group["group"], group["n"], base, value, difference, group["epochs"], "; ".join(notes) or None)
 

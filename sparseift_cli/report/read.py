@@ -11,6 +11,7 @@ import os
 import re
 import zlib
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -20,6 +21,7 @@ from ..recipe import strict_yaml
 from ..runs.directory import AUDIT, LOCK, METRICS, PLAN, PROVENANCE, RECIPE, SUMMARY
 from ..runs.metrics import read_metrics
 from .record import Run, State
+from .shape import is_whole, printable
 
 _STAMPED = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}(\.\d+)?")
 _SEED = re.compile(r"^(  seed: )(\d+)$", re.MULTILINE)
@@ -66,8 +68,9 @@ class Files:
             warnings.append(f"no {METRICS}: only the last evaluation is known")
         state: State = "finished" if summary is not None else "running" if is_locked(folder) else "stopped"
         seed = (summary or {}).get("seed", recipe["training"].get("seed"))
-        name = str((summary or {}).get("recipe") or _name(folder))
-        return Run(folder, name, state, seed if isinstance(seed, int) else None, recipe, metrics, summary,
+        named = (summary or {}).get("recipe")
+        name = named if named and isinstance(named, str) else _name(folder)
+        return Run(folder, printable(name), state, seed if isinstance(seed, int) else None, recipe, metrics, summary,
                    beside[AUDIT], beside[PLAN], beside[PROVENANCE], tuple(warnings))  # fmt: skip
 
     def _recipe(self, path: Path) -> Mapping[str, Any]:
@@ -84,7 +87,7 @@ class Files:
                 problems.stop(f"{RECIPE} has problems:")
             except UsageError as error:
                 raise Damaged(" ".join(error.message.replace(f"{path}:", f"{RECIPE}:").split())) from None
-            found = document.plain()
+            found = printable(document.plain())
             _require_sections(found)
             self._recipes[key] = found
         recipe = self._recipes[key]
@@ -93,28 +96,29 @@ class Files:
         return recipe
 
     def _summary(self, path: Path) -> Mapping[str, Any] | None:
-        if not path.exists():
+        content = _content(path)
+        if content is None:
             return None
-        found = _object(path.read_bytes(), SUMMARY)
+        found = _object(content, SUMMARY)
         if not str(found.get("schema", "")).startswith("sparseift.summary/"):
             raise Damaged(f"{SUMMARY} is of the format {found.get('schema')!r}, not 'sparseift.summary/1'")
         steps, metrics = found.get("steps"), found.get("metrics")
-        if not isinstance(steps, int) or not isinstance(metrics, dict) or not isinstance(found.get("flops"), dict):
+        if not _is_count(steps) or not isinstance(metrics, dict) or not isinstance(found.get("flops"), dict):
             raise Damaged(f"{SUMMARY} lacks its steps, metrics or flops")
         return found
 
     def _beside(self, path: Path, warnings: list[str]) -> Mapping[str, Any] | None:
         """A file that a report can do without; what is wrong with it goes to `warnings`."""
-        if not path.exists():
+        content = _content(path)
+        if content is None:
             return None
-        content = path.read_bytes()
         key = hashlib.sha256(content).digest()
         if key not in self._json:
             try:
                 found = _object(content, path.name)
-                if not _is_whole(path.name, found):
+                if not is_whole(path.name, found):
                     raise Damaged(f"{path.name} is not what a run writes")
-                self._json[key] = found
+                self._json[key] = printable(found)
             except Damaged as damage:
                 warnings.append(damage.reason)
                 return None
@@ -134,20 +138,10 @@ def _require_sections(recipe: Any) -> None:
         raise Damaged(f"{RECIPE} is no resolved recipe: evaluation.metrics is no list")
 
 
-def _is_whole(name: str, found: Mapping[str, Any]) -> bool:
-    """Whether the parts that a report looks into are there in their shape."""
-    if name == PROVENANCE:
-        sessions = found.get("sessions")
-        inner = ("versions", "git", "data")
-        return isinstance(sessions, list) and bool(sessions) and all(
-            isinstance(s, dict) and all(isinstance(s.get(k), dict | NoneType) for k in inner) for s in sessions)  # fmt: skip
-    return isinstance(found.get("training"), dict | NoneType) and isinstance(found.get("layers"), list | NoneType)
-
-
 def is_locked(folder: Path) -> bool:
     """Whether a live process holds the run. A shared lock is asked for and given back at once, in microseconds."""
     try:
-        handle = os.open(folder / LOCK, os.O_RDONLY)
+        handle = os.open(folder / LOCK, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
         return False
     try:
@@ -163,14 +157,14 @@ def is_locked(folder: Path) -> bool:
 
 def _metrics(folder: Path) -> Sequence[Mapping[str, Any]]:
     plain, packed = folder / METRICS, folder / f"{METRICS}.gz"
-    if plain.exists() or not packed.exists():
-        content = plain.read_bytes() if plain.exists() else b""
-    else:
+    content = _content(plain)
+    if content is None and (squeezed := _content(packed)) is not None:
         try:
-            with gzip.open(packed) as stream:
+            with gzip.open(BytesIO(squeezed)) as stream:
                 content = stream.read(_LARGEST + 1)
         except (EOFError, gzip.BadGzipFile, zlib.error):
             raise Damaged(f"{packed.name} is cut short or no gzip file") from None
+    content = content or b""
     if len(content) > _LARGEST:
         raise Damaged(f"{METRICS} is larger than {_LARGEST:,} bytes")
     lines = content.split(b"\n")[:-1]  # half a line at the end is no line yet
@@ -186,6 +180,15 @@ def _metrics(folder: Path) -> Sequence[Mapping[str, Any]]:
         except (ArtifactError, RecursionError) as error:
             raise Damaged(str(error).replace(f"{plain}:", f"{METRICS}:")) from None
     raise Damaged(f"{METRICS} holds lines that are no evaluations")
+
+
+def _content(path: Path) -> bytes | None:
+    """The bytes of a file; None where there is none. A pipe or a device would never end."""
+    if not path.exists():
+        return None
+    if not path.is_file():
+        raise Damaged(f"{path.name} is no file")
+    return path.read_bytes()
 
 
 def _is_count(value: Any) -> bool:

@@ -42,7 +42,12 @@ def t_quantile(probability: float, degrees_of_freedom: float) -> float:
 
 def mean(values: Sequence[float]) -> float:
     """Arithmetic mean, correctly rounded; NaN where a value is one."""
-    return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else float(sum(values) / len(values))
+    if not all(map(math.isfinite, values)):
+        return float(sum(values) / len(values))
+    try:
+        return math.fsum(values) / len(values)
+    except OverflowError:  # a run that diverged to 1e308
+        return math.fsum(v / len(values) for v in values)
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
@@ -53,7 +58,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
     centre = mean(values)
     if n == 1:
         return Interval(1, centre, None, None, None, None, None)
-    deviation = math.sqrt(_squares(values, centre) / (n - 1))
+    deviation = _distance(values, centre) / math.sqrt(n - 1)
     return _interval(n, centre, deviation, deviation / math.sqrt(n), n - 1, confidence)
 
 
@@ -70,10 +75,13 @@ def welch(baseline: Sequence[float], candidate: Sequence[float], confidence: flo
     difference = mean(candidate) - mean(baseline)
     if n < 2 or m < 2:
         return Interval(min(n, m), difference, None, None, None, None, None)
-    a = _squares(baseline, mean(baseline)) / (n - 1) / n
-    b = _squares(candidate, mean(candidate)) / (m - 1) / m
-    freedom = (a + b) ** 2 / (a**2 / (n - 1) + b**2 / (m - 1)) if a + b else n + m - 2
-    return _interval(min(n, m), difference, None, math.sqrt(a + b), freedom, confidence)
+    a = _distance(baseline, mean(baseline)) / math.sqrt((n - 1) * n)
+    b = _distance(candidate, mean(candidate)) / math.sqrt((m - 1) * m)
+    error = math.hypot(a, b)
+    if not error:
+        return _interval(min(n, m), difference, None, error, n + m - 2, confidence)
+    freedom = 1 / ((a / error) ** 4 / (n - 1) + (b / error) ** 4 / (m - 1))
+    return _interval(min(n, m), difference, None, error, freedom, confidence)
 
 
 def _interval(n: int, centre: float, deviation: float | None, error: float, freedom: float,
@@ -82,6 +90,6 @@ def _interval(n: int, centre: float, deviation: float | None, error: float, free
     return Interval(n, centre, deviation, error, freedom, centre - half, centre + half)
 
 
-def _squares(values: Sequence[float], centre: float) -> float:
-    """Sum of squared deviations from the mean."""
-    return math.fsum((v - centre) ** 2 for v in values) if math.isfinite(centre) else math.nan
+def _distance(values: Sequence[float], centre: float) -> float:
+    """Square root of the sum of squared deviations from the mean; no square is so large that it overflows."""
+    return math.hypot(*(v - centre for v in values)) if math.isfinite(centre) else math.nan

@@ -34,7 +34,8 @@ class GraphedUpdate:
         device = sparsifier.weights[0].parameter.device
         self._host = torch.zeros(3, len(self._weights), dtype=torch.int64, pin_memory=device.type == "cuda")
         self._numbers = torch.zeros(3, len(self._weights), dtype=torch.int64, device=device)
-        self._gradients: list[Tensor] = []
+        self._gradients: dict[int, Tensor] = {}
+        self._moving: list[int] = []
         self._doubts = self._churned = torch.zeros(0, dtype=torch.int64, device=device)
         self._step = 0
 
@@ -49,15 +50,15 @@ class GraphedUpdate:
     def keep_gradients(self) -> None:
         """Copy the dense gradients that the exchange looks at, before they are masked."""
         if self._sparsifier.settings.algorithm.uses_gradient:
-            self._gradients = [w.parameter.grad.clone() for w in self._weights if w.parameter.grad is not None]
+            held = ((i, w.parameter.grad) for i, w in enumerate(self._weights))
+            self._gradients = {i: grad.clone() for i, grad in held if grad is not None}
 
     @torch.no_grad()
     def exchange(self, found_inf: Tensor) -> None:
         """Exchange weights in every mask; none where `found_inf`, the optimiser's flag, is set."""
         regrow, doubts, churned = self._sparsifier.settings.regrow, list[Tensor](), list[Tensor]()
-        for i, w in enumerate(self._weights):
-            if not self._moves[i]:
-                continue
+        self._moving = [i for i, moves in enumerate(self._moves) if moves and not self._blind(i)]
+        for i, w in ((i, self._weights[i]) for i in self._moving):
             n, grows, ties = self._numbers[:, i].unbind()
             facts = self._sparsifier.chosen_by(w, self._gradient(i), grows)
             cells, doubt = quick_exchange(*facts, n, ties, regrow)
@@ -82,8 +83,7 @@ class GraphedUpdate:
     def settle(self) -> None:
         """Wait for the device once, make the exchanges it doubted, and count the step."""
         sparsifier = self._sparsifier
-        moving = [i for i, moves in enumerate(self._moves) if moves]
-        for i, doubt, churned in zip(moving, self._doubts.tolist(), self._churned.tolist(), strict=True):
+        for i, doubt, churned in zip(self._moving, self._doubts.tolist(), self._churned.tolist(), strict=True):
             w = self._weights[i]
             if doubt:
                 cells = exchange(*sparsifier.exchange_of(w, self._step, self._gradient(i)))
@@ -92,5 +92,9 @@ class GraphedUpdate:
                 w.churned_now = churned
         sparsifier.count_step(dense_gradients=sparsifier.settings.algorithm.uses_gradient)
 
+    def _blind(self, i: int) -> bool:
+        """A layer without a part in this step has no gradient to grow by."""
+        return self._sparsifier.settings.algorithm.uses_gradient and i not in self._gradients
+
     def _gradient(self, i: int) -> Tensor | None:
-        return self._gradients[i] if self._gradients else None
+        return self._gradients.get(i)

@@ -22,6 +22,7 @@ from torch.amp.grad_scaler import GradScaler
 from ..errors import InterruptedRun
 from ..runs.directory import RunDirectory
 from ..runs.metrics import Metrics
+from ..sparsity.guard import all_finite
 from ..sparsity.statistics import total
 from .evaluate import LOWER_IS_BETTER, evaluate
 from .graphed import GraphedStep, can_be_graphed
@@ -29,7 +30,7 @@ from .prepare import Prepared
 from .processes import Processes
 from .signals import stop_requested
 from .state import pack, unpack
-from .step import EagerStep
+from .step import EagerStep, diverged
 
 Report = Callable[[Mapping[str, Any]], None]
 
@@ -52,9 +53,10 @@ def train(run: Prepared, folder: RunDirectory, processes: Processes, report: Rep
     `report` hears of every line of metrics, `tick` of the number of steps made, after each. Rank 0 alone writes.
 
     Raises:
-        DivergedError: a loss or gradient is no number. Weights and checkpoints are those before that step.
+        DivergedError: a loss, gradient or weight is no number. Weights and checkpoints are those before that step.
         InterruptedRun: SIGTERM or SIGINT; a checkpoint was written first.
         ArtifactError: the run directory cannot be read or written.
+        CheckFailed: masks differ between ranks.
     """
     loaded, metrics = folder.resume() if processes.first else (folder.checkpoints.newest(), None)
     progress = Progress()
@@ -62,7 +64,7 @@ def train(run: Prepared, folder: RunDirectory, processes: Processes, report: Rep
     scaler = GradScaler(processes.device.type, enabled=settings.precision == "fp16")
     if loaded is not None:
         unpack(loaded, model, run.optimizer, run.sparsifier)
-        _restore(progress, run, scaler, loaded.state)
+        _restore(progress, run, scaler, loaded.state, processes)
     make_step = GraphedStep(run) if can_be_graphed(run, processes) else EagerStep(run, scaler, processes)
     evaluate_every = run.every(run.spec.evaluation.every)
     save_every = run.every(run.spec.checkpoint.every)
@@ -96,7 +98,9 @@ def train(run: Prepared, folder: RunDirectory, processes: Processes, report: Rep
 def _measure(run: Prepared, progress: Progress, metrics: Metrics | None, processes: Processes, report: Report) -> None:
     """Evaluate, and write one line."""
     found = evaluate(run.model, run.held_out, run.spec.evaluation.metrics, processes, run.autocast)
-    train_loss = processes.sum(torch.stack(progress.losses).mean()) / processes.world
+    if run.sparsifier is not None:
+        run.sparsifier.check_ranks()
+    train_loss = (processes.sum(torch.stack(progress.losses)) / processes.world).mean()
     progress.losses.clear()
     row: dict[str, Any] = {
         "step": progress.step,
@@ -117,7 +121,7 @@ def _measure(run: Prepared, progress: Progress, metrics: Metrics | None, process
         }
     progress.last = row
     score = _score(run, row)
-    if score is not None and (progress.best is None or _better(run, score, progress.best)):
+    if score is not None and score == score and (progress.best is None or _better(run, score, progress.best)):
         progress.best = score
     if metrics is not None:
         metrics.append(row)
@@ -136,6 +140,10 @@ def _better(run: Prepared, score: float, than: float) -> bool:
 
 def _save(run: Prepared, progress: Progress, folder: RunDirectory, metrics: Metrics | None, scaler: GradScaler,
           processes: Processes) -> None:  # fmt: skip
+    """A checkpoint. Every rank takes part, as the losses are those of all; rank 0 writes."""
+    if not all_finite(list(run.model.parameters())):  # finite gradients, and a step that overflowed all the same
+        raise diverged(progress.step - 1, "a weight is not finite after it")
+    losses = processes.sum(torch.stack(progress.losses)).tolist() if progress.losses else []
     if metrics is None:
         return
     tensors, state = pack(run.model, run.optimizer, run.sparsifier)
@@ -144,7 +152,7 @@ def _save(run: Prepared, progress: Progress, folder: RunDirectory, metrics: Metr
         "spent": run.spent.state(),
         "seconds": progress.seconds,
         "best": progress.best,
-        "losses": [float(loss) for loss in progress.losses],
+        "losses": [loss / processes.world for loss in losses],
         "last": progress.last,
         "scaler": scaler.state_dict(),
     }
@@ -152,10 +160,12 @@ def _save(run: Prepared, progress: Progress, folder: RunDirectory, metrics: Metr
     folder.save(progress.step, tensors, state, metrics, score=_score(run, progress.last) if fresh else None)
 
 
-def _restore(progress: Progress, run: Prepared, scaler: GradScaler, state: Mapping[str, Any]) -> None:
+def _restore(progress: Progress, run: Prepared, scaler: GradScaler, state: Mapping[str, Any],
+             processes: Processes) -> None:  # fmt: skip
     progress.step, progress.seconds, progress.best = int(state["step"]), float(state["seconds"]), state["best"]
     device = next(run.model.parameters()).device
-    progress.losses = [torch.tensor(loss, device=device) for loss in state["losses"]]
+    share = processes.world if processes.first else 0  # the mean of all ranks is saved, and their sum comes back
+    progress.losses = [torch.tensor(share * loss, device=device) for loss in state["losses"]]
     progress.last = dict(state["last"])
     run.spent.restore(state["spent"])
     if scaler.is_enabled():

@@ -69,6 +69,8 @@ class _Outcome:
     summary: dict[str, Any] | None = None
     message: str = ""
     hint: str | None = None
+    last: str = ""
+    """The last line that was no progress: that of a traceback says what it was."""
 
 
 def require_one_run(resume: str | None, runs: int) -> None:
@@ -198,7 +200,7 @@ class _Crew:
                 elif kind in ("note", "row", "tick"):
                     getattr(self._watch, kind)(**event, run=child.label)
                 elif line.strip():
-                    outcome.message = line.strip()  # the last one of a traceback says what it was
+                    outcome.last = line.strip()
                     self._watch.note(line.rstrip(), run=child.label)
 
     def _close(self, outcome: _Outcome, code: int, printed: str) -> None:
@@ -211,7 +213,7 @@ class _Crew:
                 (outcome.summary,) = json.loads(printed)["runs"]
             except (ValueError, KeyError, TypeError):
                 outcome.code, outcome.message = 1, "ended without a result"
-        outcome.message = outcome.message or f"ended with exit code {code}"
+        outcome.message = outcome.message or outcome.last or f"ended with exit code {code}"
 
 
 class Events:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UsageError
+from ..sparsity.attached import SUFFIX, masks_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +49,15 @@ class Processes:
         return held[0]
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The module whose backward averages gradients over all processes."""
+        """The module whose backward averages gradients over all processes.
+
+        Batch statistics are rank 0's on all of them. Masks are left alone: to send them with every forward would cost as
+        much as the weights, and would hide masks that differ.
+        """
         if self.world == 1:
             return model
+        masks = [name + SUFFIX for name in masks_of(model)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, masks)
         return DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def without_averaging(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:

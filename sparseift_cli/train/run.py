@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..errors import InterruptedRun
 from ..flop_audit import to_json
 from ..recipe.load import Recipe
 from ..recipe.write import resolved_yaml
@@ -21,7 +23,7 @@ from .loop import Report, train
 from .parallel import require_one_run
 from .prepare import Prepared, prepare, with_seed
 from .processes import Processes, processes
-from .signals import listening
+from .signals import listening, stop_requested
 from .tensorboard import TensorBoard
 
 Note = Callable[..., None]
@@ -50,14 +52,19 @@ def run_jobs(jobs: Sequence[Job], root: Path, resume: str | None, report: Report
     Raises:
         UsageError, CheckFailed: as `prepare`.
         ArtifactError: a run directory that cannot be used, or that was begun with another recipe.
-        DivergedError, InterruptedRun: as `train`.
+        DivergedError: as `train`.
+        InterruptedRun: as `train`; or a signal came before a run was begun.
     """
     require_one_run(resume, len(jobs))
     results = []
     with listening():
         for device, group in groupby(jobs, key=lambda job: job[0].spec.training.device):
             with processes(device) as ours:
+                before: Recipe | None = None
                 for recipe, seed in group:
+                    _stop_here(ours, recipe, seed)
+                    _let_go(ours.device, compiled=before not in (None, recipe) and bool(recipe.spec.training.compile))
+                    before = recipe
                     with _settings(recipe.spec.training.threads, recipe.spec.training.deterministic):
                         mine = with_seed(recipe, seed)
                         results.append(_one(mine, seed, root, resume, report, note, tick, ours, tensorboard))
@@ -67,7 +74,7 @@ def run_jobs(jobs: Sequence[Job], root: Path, resume: str | None, report: Report
 @contextmanager
 def _settings(threads: int | None, deterministic: bool) -> Iterator[None]:
     """What a recipe sets for the whole process, undone for the next recipe."""
-    before = torch.get_num_threads()
+    before, searches = torch.get_num_threads(), torch.backends.cudnn.benchmark  # a graphed step turns the search on
     if threads is not None:
         torch.set_num_threads(threads)
     if deterministic:
@@ -76,10 +83,36 @@ def _settings(threads: int | None, deterministic: bool) -> Iterator[None]:
     try:
         yield
     finally:
+        torch.backends.cudnn.benchmark = searches
         if threads is not None:
             torch.set_num_threads(before)
         if deterministic:
             torch.use_deterministic_algorithms(False)
+
+
+def _stop_here(ours: Processes, recipe: Recipe, seed: int) -> None:
+    """Begin nothing that a signal would stop after its first step.
+
+    Raises:
+        InterruptedRun: a signal came.
+    """
+    if stopping := stop_requested(ours):
+        raise InterruptedRun(f"stopped before {recipe.name} seed {seed} was begun; runs before it are done", stopping)
+
+
+def _let_go(device: torch.device, *, compiled: bool) -> None:
+    """Free what the run before still holds: its model and graphs are in cycles, which only the collector finds.
+
+    `compiled`: forget compiled code too. torch.compile keeps eight versions of a function, and then compiles no more: seeds
+    of a recipe share one, but the ninth recipe of a call would run uncompiled.
+    """
+    if compiled:
+        torch.compiler.reset()
+    if device.type == "cuda":
+        torch.cuda.init()  # nothing of the first run is there yet
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _one(recipe: Recipe, seed: int, root: Path, resume: str | None, report: Report, note: Note,
@@ -94,6 +127,17 @@ def _one(recipe: Recipe, seed: int, root: Path, resume: str | None, report: Repo
     if ours.agree(ours.first and found is not None and found.summary is not None):
         return dict(found.summary or {}) if found is not None else {}
     run = prepare(recipe, seed, ours)
+    try:
+        _stop_here(ours, recipe, seed)
+        return _train(run, found, text, root, report, note, tick, ours, tensorboard)
+    finally:
+        run.train.close()
+        run.held_out.close()
+
+
+def _train(run: Prepared, found: RunDirectory | None, text: str, root: Path, report: Report, note: Note,
+           tick: Tick | None, ours: Processes, tensorboard: bool) -> dict[str, Any]:  # fmt: skip
+    recipe, seed = run.recipe, run.seed
     if ours.first and found is None:
         plan = run.transformation.plan.to_json() if run.transformation else None
         found = RunDirectory.create(root, recipe.name, text, plan=plan, audit=to_json(run.audit), **_keeping(run))

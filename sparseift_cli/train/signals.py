@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from ..errors import InterruptedRun
 from .processes import Processes
 
 _asked: list[int] = []
@@ -14,7 +15,11 @@ _asked: list[int] = []
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Note signals instead of dying of them, while inside."""
+    """Note signals instead of dying of them, while inside.
+
+    Raises:
+        InterruptedRun: a second signal, which ends at once whatever is being done.
+    """
     _asked.clear()
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -25,6 +30,10 @@ def listening() -> Iterator[None]:
     before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
+    except KeyboardInterrupt:
+        if not _asked:
+            raise
+        raise InterruptedRun("stopped at once by a second signal; what was saved before is there", _asked[0]) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

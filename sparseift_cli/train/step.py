@@ -30,13 +30,8 @@ class Step(Protocol):
         ...
 
 
-def diverged(step: int, loss: float | None = None) -> DivergedError:
-    """What a run ends with: the step, and its loss where that is known."""
-    what = (
-        "the loss or a gradient is not finite"
-        if loss is None
-        else f"the loss is {loss:g} and its gradients are not finite"
-    )
+def diverged(step: int, what: str = "the loss or a gradient is not finite") -> DivergedError:
+    """What a run ends with: the step, and what is wrong with it."""
     return DivergedError(f"step {step}: {what}",
                          hint="lower optimizer.lr, lengthen schedule.warmup, or set training.clip; "
                               "weights and checkpoints are those before this step")  # fmt: skip
@@ -88,7 +83,7 @@ class EagerStep:
         scaled = scaler.is_enabled()  # fp16: an overflow is expected now and then, and the scaler skips its step
         bad = not bool(loss.isfinite()) or (not scaled and not all_finite(gradients))
         if self._processes.agree(bad):
-            raise diverged(step, float(loss))
+            raise diverged(step, f"the loss is {float(loss):g} and its gradients are not finite")
         if run.sparsifier is not None:
             run.sparsifier.step(found_inf=scaled and not all_finite(gradients))
         clip(run)

@@ -167,6 +167,16 @@ def test_inspect_explains_every_member(sparseift) -> None:
     assert rows["features.2.conv.0.0"]["parallel"] == "yes: 4 branches, realised sparsity 0.75"
 
 
+def test_inspect_explains_the_control(sparseift) -> None:
+    for source in ("resnet18", "resnet18/wide90_rigl"):  # a recipe's name is a model, and its match no obstacle
+        data = json.loads(sparseift("inspect", source, "--why", "--scope", "none", "--sparsity", "0.75", "--json")[1])
+        row = next(r for r in data["layers"] if r["name"] == "layer1.0.conv1")
+        assert row["wide"] == "yes: 64>64, density 0.2500" and "doped" not in row
+    assert (
+        "a control of wide" in sparseift("inspect", "resnet18", "--why", "--scope", "none", "--transform", "doped")[2]
+    )
+
+
 def test_version_and_help(sparseift) -> None:
     assert sparseift("--version")[1].startswith("sparseift ")
     for command in ((), ("flops",), ("inspect",)):

@@ -163,7 +163,8 @@ def test_refusal_prints_both_budgets_and_exits_1(sparseift, runs: Path) -> None:
     assert "Against dense (1 of 2 at unequal FLOPs)" in out
     page = sparseift("report", "runs", "--baseline", "dense", "--allow-unequal-flops", "-f", "html")[1]
     assert (
-        "2 comparisons with the baseline, 1 at unequal FLOPs: 2 better." in page and "better at unequal FLOPs" in page
+        "2 comparisons with the baseline: 1 better; at unequal FLOPs: 1 better." in page
+        and "better at unequal FLOPs" in page
     )
 
 
@@ -301,3 +302,49 @@ def test_no_torch(runs: Path, root: Path) -> None:
     ):
         made = subprocess.run([sys.executable, "-c", code, *words], env=env, capture_output=True, text=True, check=True)
         assert not {"torch", "scipy.stats", "matplotlib"} & set(made.stderr.split())
+
+
+@pytest.mark.parametrize("option", ["--baseline", "--filter"])
+def test_an_empty_variable_of_a_ci_script_is_no_option_left_out(sparseift, runs: Path, option: str) -> None:
+    assert sparseift("report", "runs", option, "")[0] == 2
+
+
+@pytest.mark.parametrize("option", ["--sort", "--columns", "--group-by"])
+def test_our_own_bookkeeping_is_no_column(sparseift, runs: Path, option: str) -> None:
+    assert "no column is called 'subject'" in sparseift("report", "runs", option, "subject")[2]
+
+
+def test_a_gate_names_the_groups_that_it_says_nothing_of(sparseift, runs: Path) -> None:
+    make_run(runs, "net_crashed", finished=False)
+    code, _, err = sparseift("report", "runs", "--fail-if", "top1 < 50")
+    assert code == 0 and "--fail-if 'top1 < 50' says nothing of net_crashed" in err
+
+
+def piped(runs: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """The exit code where the reader is gone before the first line."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", "from sparseift_cli.cli.app import main; main()", "report", str(runs), *words]
+    try:
+        return subprocess.run(
+            command, stdout=writer, stderr=subprocess.PIPE, env={**os.environ, **environment}, check=False
+        )
+    finally:
+        os.close(writer)
+
+
+@pytest.mark.parametrize("fmt", ["table", "csv"])
+def test_a_reader_that_goes_early_is_no_error_and_hides_no_gate(runs: Path, fmt: str) -> None:
+    fine = piped(runs, "-f", fmt)
+    assert (fine.returncode, b"Traceback" in fine.stderr) == (0, False)
+    assert piped(runs, "-f", fmt, "--fail-if", "top1 > 0").returncode == 1
+
+
+def test_letters_that_a_terminal_lacks_are_shown_escaped(runs: Path, tmp_path: Path) -> None:
+    seeds(runs, "größer", [70.0, 71.0])
+    code = (
+        f"from sparseift_cli.cli.app import main; import sys; sys.argv = ['sparseift', 'report', {str(runs)!r}]; main()"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True,
+                         env={**os.environ, "PYTHONIOENCODING": "ascii"})  # fmt: skip
+    assert b"gr\\xf6\\xdfer" in run.stdout

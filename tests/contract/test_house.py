@@ -120,6 +120,7 @@ def test_wheel_carries_data_and_no_tests(wheel: Path, root: Path) -> None:
     data = {f"sparseift_cli/{p.relative_to(package)}" for p in package.glob("zoo/tables/*.json")}
     recipes = {f"sparseift_cli/{p.relative_to(root)}" for p in root.glob("recipes/*/*.yaml")}
     assert data | recipes | {"sparseift_cli/py.typed"} <= inside
+    assert not [name for name in inside if "/results/" in name]  # runs kept in the repository
     metadata = f"sparseift-{sparseift_cli.__version__}.dist-info"
     assert {name.split("/")[0] for name in inside} == {"sparseift_cli", metadata}
 
@@ -128,7 +129,7 @@ def recipes_seen(path: Path, cwd: Path) -> tuple[Path, set[str]]:
     """The recipe folder, and what lies in it, of the package on `path` as a process in `cwd` sees it."""
     code = (
         "from sparseift_cli import locations; d = locations.recipes_dir(); print(d);"
-        "print(*(p.relative_to(d).as_posix() for p in d.rglob('*.yaml')), sep='\\n')"
+        "print(*(p.relative_to(d).as_posix() for p in d.glob('*/*.yaml')), sep='\\n')"
     )
     env = {**os.environ, "PYTHONPATH": str(path)}
     run = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, check=True)
@@ -141,6 +142,6 @@ def test_recipes_are_found_from_anywhere(wheel: Path, root: Path, tmp_path: Path
     elsewhere.mkdir()
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(installed)
-    want = {p.relative_to(root / "recipes").as_posix() for p in root.glob("recipes/**/*.yaml")}
+    want = {p.relative_to(root / "recipes").as_posix() for p in root.glob("recipes/*/*.yaml")}
     assert recipes_seen(root, elsewhere) == (root / "recipes", want)
     assert recipes_seen(installed, elsewhere) == (installed / "sparseift_cli" / "recipes", want)

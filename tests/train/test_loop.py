@@ -28,6 +28,7 @@ from sparseift_cli.train.run import run_jobs, run_seeds
 from sparseift_cli.train.step import EagerStep
 
 Write = Callable[..., Path]
+CPU = Processes(torch.device("cpu"))
 
 
 def quiet(*_: Any) -> None:
@@ -120,6 +121,36 @@ def test_a_run_that_diverges_stops_before_the_weights_are_harmed(write_recipe: W
     (path,) = (tmp_path / "runs" / "rigl_sgd").iterdir()
     tensors, _ = final_state(str(path))
     assert all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
+
+
+def test_weights_that_overflowed_are_not_saved(
+    write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every gradient was finite, and the next loss will not be: the checkpoint in between would be of no use."""
+
+    class Overflowing(EagerStep):
+        def __call__(self, step: int) -> Tensor:
+            loss = super().__call__(step)
+            if step == 3:
+                next(self._run.model.parameters()).data[0] = torch.inf
+            return loss
+
+    monkeypatch.setattr(loop, "EagerStep", Overflowing)
+    with pytest.raises(DivergedError, match="step 3: a weight is not finite"):
+        run(write_recipe("rigl", save=1), tmp_path / "runs")
+    (path,) = (tmp_path / "runs" / "rigl_sgd").iterdir()
+    tensors, state = final_state(str(path))
+    assert state["step"] == 3
+    assert all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
+
+
+def test_a_score_that_is_no_number_is_never_the_best(
+    write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([float("nan"), 20.0, 10.0])
+    monkeypatch.setattr(loop, "evaluate", lambda *_: {"loss": 1.0, "top1": next(scores)})
+    (summary,) = run(write_recipe("static"), tmp_path / "runs")
+    assert summary["best"] == 20.0
 
 
 def test_a_signal_saves_and_the_run_goes_on(
@@ -234,20 +265,9 @@ def test_tensorboard_gets_every_number(write_recipe: Write, tmp_path: Path, monk
 
 def test_two_processes_compute_what_one_does(write_recipe: Write, tmp_path: Path) -> None:
     """Half the batch each, on a net without batch norm: equal masks, weights within 1e-5 of their size (sums in another order)."""
-    recipe = write_recipe("rigl", net="mlp")
+    recipe = write_recipe("rigl", net="mlp", save=7)
     (alone,) = run(recipe, tmp_path / "one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               "-m", "sparseift_cli", "train", str(recipe), "--runs", str(tmp_path / "two"), "--json"]  # fmt: skip
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env={**os.environ, "PYTHONWARNINGS": "ignore"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    (together,) = json.loads(done.stdout)["runs"]
+    together = on_two_processes(recipe, tmp_path / "two")
     one, two = final_state(alone["path"])[0], final_state(together["path"])[0]
     for name, tensor in one.items():
         if name.startswith("masks/"):
@@ -256,6 +276,39 @@ def test_two_processes_compute_what_one_does(write_recipe: Write, tmp_path: Path
             torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-5 * float(tensor.abs().max()))
     assert together["flops"] == alone["flops"]
     assert together["metrics"]["loss"] == pytest.approx(alone["metrics"]["loss"], rel=1e-5)
+    copy = (
+        tmp_path / "copy" / Path(together["path"]).name
+    )  # after step 7: losses of steps 6 and 7 are in the checkpoint
+    shutil.copytree(together["path"], copy)
+    (copy / "summary.json").unlink()
+    shutil.rmtree(copy / "checkpoints" / "step-00000012")
+    again = on_two_processes(recipe, tmp_path / "two", "--resume", str(copy))
+    resumed = final_state(again["path"])[0]
+    assert [n for n in two if not torch.equal(resumed[n], two[n])] == []
+    losses = [[row["train_loss"] for row in read_metrics(Path(r["path"]) / "metrics.jsonl")] for r in (together, again)]
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+def on_two_processes(recipe: Path, root: Path, *words: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               "-m", "sparseift_cli", "train", str(recipe), "--runs", str(root), "--json", *words]  # fmt: skip
+    env = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (summary,) = json.loads(done.stdout)["runs"]
+    return summary
+
+
+def test_masks_are_not_sent_with_every_forward(write_recipe: Write, tmp_path: Path) -> None:
+    """That would cost as much as the weights, and a mask that differs would be overwritten instead of told."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    try:
+        ready = prepare(load(write_recipe("rigl")), 0, CPU)
+        wrapped: Any = Processes(CPU.device, 0, 2).wrap(ready.model)
+    finally:
+        torch.distributed.destroy_process_group()
+    sent = {name for name, _ in ready.model.named_buffers()} - set(wrapped.parameters_to_ignore)
+    assert sent == {f"{i}.{name}" for i in (1, 4) for name in ("running_mean", "running_var", "num_batches_tracked")}
 
 
 def test_sigterm_ends_the_command_with_143(write_recipe: Write, tmp_path: Path) -> None:

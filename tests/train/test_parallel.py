@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from sparseift_cli.errors import ArtifactError
 from sparseift_cli.recipe.load import load
 from sparseift_cli.recipe.write import resolved_yaml
 from sparseift_cli.runs.directory import RunDirectory, seed_of
+from sparseift_cli.train import parallel
 from sparseift_cli.train import run as train_run
 from sparseift_cli.train.prepare import with_seed
 from sparseift_cli.train.run import run_jobs, run_seeds
@@ -153,6 +156,47 @@ def test_a_changed_recipe_is_held_against_the_run_of_its_own_seed(write_recipe: 
     (begun,) = run_seeds(changed, [2], tmp_path, "latest", quiet, quiet)
     assert begun["seed"] == 2
     assert run_seeds(load(recipe), [0], tmp_path, "latest", quiet, quiet) == [first]
+
+
+def test_what_a_child_says_last_does_not_hide_why_it_failed() -> None:
+    told: list[str] = []
+    watch: Any = SimpleNamespace(note=lambda text, run: told.append(text))
+    crew, child = parallel._Crew([], 1, watch), parallel.Child(Path("x.yaml"), [], 0, "seed 0")
+    error = f'{parallel.MARK}{{"kind": "error", "message": "x is in use", "hint": "wait"}}'
+    for lines, message in (
+        (["Traceback", "ValueError: 3"], "ValueError: 3"),
+        ([error, "a warning at exit"], "x is in use"),
+        ([], "ended with exit code 4"),
+    ):
+        outcome = parallel._Outcome(0)
+        crew._listen(child, io.StringIO("".join(f"{line}\n" for line in lines)), outcome)
+        crew._close(outcome, 4, "")
+        assert (outcome.message, outcome.code) == (message, 4)
+    assert told == ["Traceback", "ValueError: 3", "a warning at exit"]
+
+
+def test_recipes_after_another_begin_with_a_clean_compiler(
+    write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.compile gives up on a function after eight versions of it; seeds of a recipe share one."""
+    reset: list[int] = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: reset.append(1))
+    sets = ["training.compile=auto"]
+    one, other = load(write_recipe("static", steps=5), sets), load(write_recipe("set", steps=5), sets)
+    run_jobs([(one, 0), (one, 1), (other, 0)], tmp_path / "runs", None, quiet, quiet)
+    assert reset == [1]
+
+
+def test_what_a_run_sets_for_the_process_is_undone(
+    write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def like_a_graphed_step(*_: Any, **__: Any) -> dict[str, Any]:
+        torch.backends.cudnn.benchmark = True
+        return {}
+
+    monkeypatch.setattr(train_run, "train", like_a_graphed_step)
+    run_jobs([(load(write_recipe("static", steps=5)), 0)], tmp_path / "runs", None, quiet, quiet)
+    assert not torch.backends.cudnn.benchmark
 
 
 def test_a_loop_that_ticks_is_heard(write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,32 @@ def test_equals_the_sparsifiers_own_update(algorithm: str, cls: Any, regrow: str
     assert moved
 
 
+@pytest.mark.parametrize("algorithm", ["rigl", "set"])
+def test_a_layer_without_a_part_in_the_step_takes_nobody_elses_gradient(algorithm: str) -> None:
+    nets = [sparse_net(), sparse_net()]
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9) for net in nets]
+    plain, fed = (make(net, o, algorithm) for net, o in zip(nets, optimizers, strict=True))
+    update = GraphedUpdate(fed)
+    while fed.still:
+        plain.count_still_step()
+        fed.count_still_step()
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    for net in nets:  # past the convolutions
+        net.head(net.fc(x).relu()).square().sum().backward()
+    plain.step()
+    optimizers[0].step()
+    update.feed()
+    update.keep_gradients()
+    fed.mask_gradients()
+    optimizers[1].step()
+    update.exchange(torch.zeros(()))
+    update.settle()
+    assert plain.statistics() == fed.statistics()
+    assert fed.statistics()["fc.weight"].churned
+    assert bool(fed.statistics()["conv.weight"].churned) == (algorithm == "set")
+    assert all(torch.equal(mask, fed.masks()[name]) for name, mask in plain.masks().items())
+
+
 def test_a_step_that_diverged_moves_no_mask() -> None:
     net = sparse_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)

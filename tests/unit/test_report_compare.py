@@ -56,7 +56,7 @@ def test_partly_matching_seeds_say_so(tmp_path: Path) -> None:
     seeds(tmp_path, "net_wide75_rigl", [71.0, 73.5, 75.5, 99.0], member="wide")
     found = compared(tmp_path)
     assert (found.n, found.candidate_n) == (3, 4)
-    assert any("1 runs of other seeds" in note for note in found.notes)
+    assert any("1 run of other seeds" in note for note in found.notes)
 
 
 @pytest.mark.parametrize(("n", "why"), [(1, "one seed has no interval"), (2, "2 seeds are too few")])
@@ -74,6 +74,27 @@ def test_an_interval_that_holds_zero_shows_nothing(tmp_path: Path) -> None:
     seeds(tmp_path, "net_dense", [70.0, 72.0, 74.0])
     seeds(tmp_path, "net_wide75_rigl", [72.0, 71.0, 75.0], member="wide")
     assert compared(tmp_path).outcome == "no difference shown"
+
+
+@pytest.mark.parametrize(("values", "outcome"), [([70.5] * 3, "no claim"), ([70.0] * 3, "no difference shown")])
+def test_seeds_without_a_spread_claim_nothing(tmp_path: Path, values: list[float], outcome: str) -> None:
+    seeds(tmp_path, "net_dense", [70.0] * 3)
+    seeds(tmp_path, "net_wide75_rigl", values, member="wide")
+    found = compared(tmp_path)
+    assert (found.low, found.high, found.outcome) == (values[0] - 70, values[0] - 70, outcome)
+    assert ("no spread" in found.verdict) is (outcome == "no claim")
+
+
+def test_one_seed_against_three_is_not_called_welch(tmp_path: Path) -> None:
+    seeds(tmp_path, "net_dense", [70.0])
+    seeds(tmp_path, "net_wide75_rigl", [71.0, 72.0, 73.0], member="wide")
+    assert not any("Welch" in note for note in compared(tmp_path).notes)
+
+
+def test_a_baseline_in_another_metric_is_named_so(tmp_path: Path) -> None:
+    seeds(tmp_path, "net_dense", [70.0, 71.0, 72.0])
+    seeds(tmp_path, "net_wide75_rigl", [0.7, 0.8, 0.9], member="wide", metric="loss")
+    assert "no dense baseline of resnet18_cifar on cifar100 by loss" in report(tmp_path).notes[0]
 
 
 def test_less_loss_is_better(tmp_path: Path) -> None:

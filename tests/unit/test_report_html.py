@@ -166,7 +166,7 @@ def test_tables_have_captions_and_scopes(parsed: Page) -> None:
 
 def test_what_it_says(text: str, parsed: Page) -> None:
     cells = [said for _, _, said in parsed.all("td", "th")]
-    assert {"body.qk", "untouched", "83.00", "82.00 to 84.00", "3,000,000,000", "wide 75 %", "+1.500 to +2.500"} <= set(
+    assert {"body.qk", "untouched", "83.00", "82.00 to 84.00", "3,000,000,000", "wide 75 %", "+1.50 to +2.50"} <= set(
         cells
     )
     assert [said for _, _, said in parsed.all("code")] == [

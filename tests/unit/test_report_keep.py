@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -125,6 +127,20 @@ def test_every_page_is_current() -> None:
     assert not difference, f"run `make results`:\n{difference}"
 
 
+def test_the_picture_of_the_readme_is_drawn_from_kept_runs(root: Path, tmp_path: Path) -> None:
+    pictures = re.findall(r"!\[.+\]\((recipes/.+/results/.+\.svg)\)", (root / "README.md").read_text("utf-8"))
+    assert pictures and all(0 < (root / picture).stat().st_size < 60_000 for picture in pictures)
+    folder = tmp_path / Path(pictures[0]).parent
+    for run in sorted((root / pictures[0]).parent.glob("*/*/recipe.yaml"))[::3]:  # a seed of each recipe
+        shutil.copytree(run.parent, folder / run.parent.parent.name / run.parent.name)
+    assert results.main(True, tmp_path) == 0
+    drawn = tmp_path / pictures[0]
+    if not drawn.exists():
+        pytest.skip("another matplotlib than the pinned one draws it otherwise")
+    drawn.write_text(drawn.read_text("utf-8").replace("dense", "sparse"), "utf-8")
+    assert f"{pictures[0]}\n+++" in results.stale(folder, tmp_path)
+
+
 @pytest.fixture
 def house(tmp_path: Path) -> Path:
     """A repository with results of ResNet-18 on CIFAR-100: dense, wide at 90 %, and one that no shipped recipe is called."""
@@ -167,3 +183,12 @@ def test_kept_recipes_are_no_shipped_ones(house: Path, monkeypatch: pytest.Monke
     (house / "recipes" / "net").mkdir()
     (house / "recipes" / "net" / "dense.yaml").write_text("# A net.\nmodel: x\n")
     assert [entry.name for entry in catalog.shipped()] == ["net/dense"]
+
+
+def test_a_page_takes_in_what_was_written_about_it(house: Path) -> None:
+    (folder,) = results.folders(house)
+    assert "What to make of it" not in results.page(folder, "recipes/x/results")
+    (folder / "notes.md").write_text("It was the learning rate.\n", "utf-8")
+    assert "## What to make of it\n\nIt was the learning rate.\n\n## Repeat it" in results.page(
+        folder, "recipes/x/results"
+    )

@@ -74,3 +74,12 @@ def test_same_as_scipy(a: list[float], b: list[float]) -> None:
     if ours.standard_error and ours.standard_error > 1e-6:
         theirs = stats.ttest_ind(b, a, equal_var=False).confidence_interval()
         assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), rel=1e-8, abs=1e-6)
+
+
+def test_values_that_diverged_do_not_overflow() -> None:
+    far = [1e308, -1e308, 1e308]
+    assert math.isfinite(statistics.mean_interval(far).mean or 0) and statistics.mean_interval(far).high == math.inf
+    assert statistics.welch(far, [1.0, 2.0]).low == -math.inf
+    assert statistics.mean_interval([1e308] * 3).mean == pytest.approx(1e308)
+    tiny = statistics.welch([1e-200, 2e-200], [3e-200, 5e-200])  # squares of these are 0
+    assert tiny.degrees_of_freedom == pytest.approx(statistics.welch([1, 2], [3, 5]).degrees_of_freedom)

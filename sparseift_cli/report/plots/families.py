@@ -127,8 +127,8 @@ def mean_and_range(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """A finite number: what can be drawn. A diverged run's NaN is not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+    """What can be drawn: a diverged run's NaN cannot, nor its 1e308, whose axis would overflow."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def scaled(largest: float) -> tuple[float, str]:

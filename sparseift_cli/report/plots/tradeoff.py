@@ -18,12 +18,13 @@ def accuracy_against_flops(family: Family) -> Figure:
     Below: the mean of the seeds at every evaluation, FLOPs from 0. x: training FLOPs spent, forward, backward and mask
     updates; y: the family's metric. The dotted line is the dense model's budget: iso-FLOP runs end on it.
     """
-    largest = max((line.get("flops") or 0 for g in family.groups for r in g.runs for line in r.metrics), default=0)
+    spent = (line.get("flops") for g in family.groups for r in g.runs for line in r.metrics)
+    largest = max(filter(is_number, spent), default=0)
     divisor, unit = scaled(largest)
     budget = dense_budget(family)
     short = family.metric_name.partition(" (")[0]
     with house():
-        figure, (ends, ways) = new_figure(f"{family.title}: {short} by training FLOPs", 5.1, rows=2, same_x=False)
+        figure, (ends, ways) = new_figure(f"{family.title}: {short} by FLOPs", 5.3, rows=2, same_x=False)
         for group in family.groups:
             _draw_end(ends, group, family.metric, divisor)
             _draw_way(ways, group, family.metric, divisor)
@@ -31,13 +32,13 @@ def accuracy_against_flops(family: Family) -> Figure:
             if budget is not None:
                 axes.axvline(budget / divisor, color=INK, linewidth=0.9, linestyle=":", zorder=1, label="dense budget")
             axes.set_ylabel(family.axis)
+            axes.set_xlabel(f"training FLOPs spent ({unit})")
         ends.set_title("at the end: mean with 95 % interval; hollow: seeds")
         ends.margins(x=0.12)
         ends.ticklabel_format(style="plain", useOffset=False)
         ends.locator_params(axis="x", nbins=5)
         ways.set_title("on the way: mean of n seeds")
         ways.set_xlim(left=0)
-        ways.set_xlabel(f"training FLOPs spent ({unit})")
         legend_below(figure, *ends.get_legend_handles_labels())
     return figure
 

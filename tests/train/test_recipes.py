@@ -1,0 +1,68 @@
+"""Every recipe that we ship trains: two steps on the CPU with its own transform, algorithm, optimiser and schedule.
+
+What is shrunk: the model (`tests.recipe_nets`, but for the quickstarts, which run as they are), the data (made up, where
+the real ones are not on every machine), batch, length and the time between mask updates.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparseift_cli.cli.train_plan import _facts
+from sparseift_cli.recipe.load import Recipe, load, run_steps
+from sparseift_cli.runs.directory import RunDirectory
+from sparseift_cli.train.run import run_seeds
+
+FOLDER = Path(__file__).resolve().parent.parent.parent / "recipes"
+RECIPES = sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.glob("*/*.yaml"))
+BATCH = 8
+
+
+def quiet(*_: Any) -> None:
+    """A report to nobody."""
+
+
+def shrunk(recipe: Recipe) -> list[str]:
+    """`--set` options for a run of seconds."""
+    spec = recipe.spec
+    assert spec.data is not None
+    sets = ["training.epochs=null", "training.steps=2", f"training.batch_size={BATCH}", "training.device=cpu",
+            f"training.accumulate={min(2, spec.training.accumulate)}", "algorithm.delta_t=1", "algorithm.stop=1",
+            "data.workers=0", "data.limit=16", "evaluation.limit=8", f"evaluation.batch_size={BATCH}"]  # fmt: skip
+    if recipe.transform.get("match") == "train":  # of two steps one is an update: no density matches that
+        sets.append("transform.match=model")
+    if recipe.path.parent.name == "quickstart":
+        return sets
+    name = spec.model.name.rpartition(":")[2]
+    tokens = spec.data.name in ("tokens", "wikitext-2")
+    if recipe.transform.get("base_width"):  # hidden 768 -> 1536; here 96 -> 192
+        sets.append(f"transform.base_width={recipe.transform['base_width'] // 8}")
+    sets += [f"model.name=tests.recipe_nets:{name}", *(f"model.{k}=null" for k in ("num_classes", "input", "seq"))]
+    return [*sets, f"data.name={'synthetic-text' if tokens else 'synthetic-images'}"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_trains(name: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)  # `tests.recipe_nets` is found from here
+    path = FOLDER / f"{name}.yaml"
+    recipe = load(path, shrunk(load(path)))
+    (summary,) = run_seeds(recipe, [0], tmp_path, None, quiet, quiet)
+    flops, metrics = summary["flops"], summary["metrics"]
+    assert flops["spent"] == flops["audited"]
+    assert metrics["step"] == 2 and math.isfinite(metrics["train_loss"])
+    newest = RunDirectory.open(Path(summary["path"])).checkpoints.newest()
+    assert newest is not None and newest.step == 2
+    if recipe.spec.transform is not None and recipe.spec.algorithm.name != "dense":
+        assert 0 < metrics["density"] < 1
+        assert (metrics["churn"] > 0) == (recipe.spec.algorithm.name in ("rigl", "set"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_can_be_planned_at_its_full_size(name: str) -> None:
+    recipe = load(FOLDER / f"{name}.yaml")
+    facts = {fact: value for fact, value, _ in _facts(recipe, run_steps(recipe.spec), None)}
+    assert facts["params"] >= facts["nonzero_params"] > 0
