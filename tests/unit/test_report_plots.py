@@ -82,6 +82,8 @@ def test_accuracy_against_flops(two: Report) -> None:
     assert ends.collections[0].get_segments()[0][:, 1].tolist() == [80.0, 82.0]
     assert ways.get_xlabel() == "training FLOPs spent (GFLOPs)"
     assert ways.get_xlim()[0] == 0
+    left, right = ends.get_xlim()  # all budgets are 3: equal ones do not seem to differ
+    assert left < 2.99 < 3.01 < right
     assert "wide75 (n = 3): 83.00 at 3 GFLOPs" in tradeoff.described(family(two))
 
 

@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 from .families import Family, Group, is_number, scaled
 from .style import INK, house, legend_below, new_figure
 
+_SPAN = 0.01  # ten times the tolerance within which budgets are compared
+
 
 def accuracy_against_flops(family: Family) -> Figure:
     """Above, where runs ended; below, how they got there.
@@ -35,12 +37,21 @@ def accuracy_against_flops(family: Family) -> Figure:
             axes.set_xlabel(f"training FLOPs spent ({unit})")
         ends.set_title("at the end: mean with 95 % interval; hollow: seeds")
         ends.margins(x=0.12)
+        _widen(ends)
         ends.ticklabel_format(style="plain", useOffset=False)
         ends.locator_params(axis="x", nbins=5)
         ways.set_title("on the way: mean of n seeds")
         ways.set_xlim(left=0)
         legend_below(figure, *ends.get_legend_handles_labels())
     return figure
+
+
+def _widen(axes: Axes) -> None:
+    """Show at least `_SPAN` of the budget: on a finer scale budgets that are equal would seem to differ."""
+    left, right = axes.get_xlim()
+    short = _SPAN * right - (right - left)
+    if short > 0:
+        axes.set_xlim(left - short / 2, right + short / 2)
 
 
 def dense_budget(family: Family) -> float | None:
