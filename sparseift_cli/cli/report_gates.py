@@ -35,7 +35,8 @@ def known(report: Report) -> list[str]:
 def stop_on(report: Report, gates: Sequence[Expression], max_flops_ratio: float | None) -> None:
     """Exit 1 with every gate that said no, and every comparison that was refused.
 
-    A gate that could be held against no group at all says no too: nothing has passed it.
+    A gate that could be held against no group at all says no too, and so it does to a group of which no run has finished:
+    nothing has passed it. Of finished groups without its columns (another metric, the baseline itself) it says nothing.
 
     Raises:
         CheckFailed: there is one.
@@ -59,7 +60,11 @@ def _broken(gate: Expression, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     able = [row for row in rows if gate.knows(row)]
     if not able:
         return [f"{gate.text}: no group has {' and '.join(gate.names)}, so nothing was checked"]
-    found = []
+    found = [
+        f"{gate.text}: {row['group']}: no run has finished, so nothing was checked"
+        for row in rows
+        if not row["n"] and not gate.knows(row)
+    ]
     for row in able:
         told = ", ".join(f"{name} = {_shown(row[name])}" for name in gate.names)
         if any(isinstance(row[name], float) and row[name] != row[name] for name in gate.names):

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UsageError
 from ..sparsity.graphed_update import GraphedUpdate
 from .evaluate import logits_of, loss_of
 from .prepare import Prepared
@@ -156,7 +157,12 @@ class GraphedStep:
         torch.cuda.current_stream().wait_stream(stream)
         self._made += 1
         if self._made >= WARM_UP:
-            self._record()
+            try:
+                self._record()
+            except RuntimeError as error:  # the model asks the device for a value, or allocates what a graph cannot
+                reason = str(error).strip().splitlines()[0]
+                raise UsageError(f"the step of this model cannot be recorded as a CUDA graph: {reason}",
+                                 hint="--set training.cuda_graph=false makes it operation by operation") from error  # fmt: skip
 
     def _record(self) -> None:
         run = self._run

@@ -314,10 +314,17 @@ def test_our_own_bookkeeping_is_no_column(sparseift, runs: Path, option: str) ->
     assert "no column is called 'subject'" in sparseift("report", "runs", option, "subject")[2]
 
 
-def test_a_gate_names_the_groups_that_it_says_nothing_of(sparseift, runs: Path) -> None:
+def test_a_crashed_candidate_passes_no_gate(sparseift, runs: Path) -> None:
     make_run(runs, "net_crashed", finished=False)
     code, _, err = sparseift("report", "runs", "--fail-if", "top1 < 50")
-    assert code == 0 and "--fail-if 'top1 < 50' says nothing of net_crashed" in err
+    assert code == 1 and "top1 < 50: net_crashed: no run has finished, so nothing was checked" in err
+    assert sparseift("report", "runs", "--fail-if", "top1 < 50", "--filter", "state == finished")[0] == 0
+
+
+def test_a_gate_names_the_groups_that_it_says_nothing_of(sparseift, runs: Path) -> None:
+    asked = ("report", "runs", "--baseline", "dense", "--allow-unequal-flops", "--fail-if", "difference < 1")
+    code, _, err = sparseift(*asked)
+    assert code == 0 and "--fail-if 'difference < 1' says nothing of net_dense" in err
 
 
 def piped(runs: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
