@@ -15,7 +15,7 @@ from .output import Column, Sheet, integer, ratio, render
 from .ticker import Ticker
 
 if TYPE_CHECKING:
-    from ..report.spectral_history import LayerSpectrum, MaskedLayer
+    from ..report.spectral.history import LayerSpectrum, MaskedLayer
 
 SCHEMA = "sparseift.spectral/1"
 LEAST_ZEROS = 0.01  # of a foreign weight: fewer are a padding row or chance, no mask
@@ -55,7 +55,7 @@ _Layers = Iterator[tuple[int | None, "MaskedLayer"]]
 
 def _opened(source: str, is_file: bool, every: bool, key: str | None) -> tuple[str, str, _Layers, list[str]]:
     """What `source` is, a title, its layers with their steps, and notes, which are complete when the layers are read."""
-    from ..report.spectral_history import artifact_layers, checkpoint_layers, is_checkpoint_folder, kept_checkpoints
+    from ..report.spectral.history import artifact_layers, checkpoint_layers, is_checkpoint_folder, kept_checkpoints
     from ..runs.directory import RECIPE
 
     path, shown = Path(source), printable(source)
@@ -105,7 +105,7 @@ def _foreign(source: str, key: str | None) -> tuple[str, str, _Layers, list[str]
 def _foreign_layers(checkpoint: Checkpoint, notes: list[str]) -> Iterator[MaskedLayer]:
     """Masks of torch.nn.utils.prune where there are some, else the zeros of every weight that has enough of them."""
     from ..checkpoint.reading import read_tensor
-    from ..report.spectral_history import MaskedLayer
+    from ..report.spectral.history import MaskedLayer
 
     by_name = {t.name: t for t in checkpoint.tensors}
     left_out = 0
@@ -145,7 +145,7 @@ def _no_key(key: str | None, source: str) -> None:
 
 def _rows(layers: _Layers) -> list[LayerSpectrum]:
     """The spectra, with the layer at work on a terminal's stderr: large ones take seconds."""
-    from ..report.spectral_history import LayerSpectrum
+    from ..report.spectral.history import LayerSpectrum
 
     rows: list[LayerSpectrum] = []
     with closing(Ticker()) as ticker:

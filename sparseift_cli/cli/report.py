@@ -227,7 +227,7 @@ def _names(text: str | None) -> list[str] | None:
 
 
 def _page(made: Report, output: Path | None) -> None:
-    from ..report.html import page
+    from ..report.html.page import page
     from .output import write_whole
 
     text = page(made)

@@ -10,7 +10,7 @@ from .output import Column, Sheet, integer
 
 def sheet(report: Report) -> Sheet:
     """Means over masked layers and runs; `sparseift inspect RUN --spectral` has every layer."""
-    from ..report.spectra import summed
+    from ..report.spectral.spectra import summed
 
     def number(key: str, header: str, priority: int = 0) -> Column:
         return Column(key, header, lambda v: f"{v:,.4f}", right=True, priority=priority)
@@ -31,7 +31,7 @@ def payload(report: Report) -> dict[str, Any]:
     """Its rows for JSON, and every layer of every run. Empty where spectra were not asked for."""
     if not report.spectra:
         return {"spectra": [], "spectra_layers": []}
-    from ..report.spectra import summed
+    from ..report.spectral.spectra import summed
 
     layers = [
         {"path": str(one.path), "group": one.group, **row.to_json()} for one in report.spectra for row in one.rows

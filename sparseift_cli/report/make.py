@@ -19,7 +19,7 @@ from .grouping import namesakes, pooled
 from .report import Comparison, Report
 
 if TYPE_CHECKING:
-    from .spectral_history import RunSpectra
+    from .spectral.history import RunSpectra
 
 HIDDEN = "subject"  # of our own bookkeeping: neither shown nor asked for
 
@@ -91,7 +91,7 @@ def make(paths: Sequence[Path], options: Options, command: Sequence[str],
     notes = [*told(runs, list(frame["group"])), *(_not_counted(frame) if told is namesakes else ()), *notes]
     spectra: list[RunSpectra] = []
     if options.spectral:
-        from .spectra import spectra as of_masks  # SciPy, which nothing else here waits for
+        from .spectral.spectra import spectra as of_masks  # SciPy, which nothing else here waits for
 
         spectra, said = of_masks(runs, frames.records(frame), tell)
         notes = [*notes, *said]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from .published import Beside
-    from .spectral_history import RunSpectra
+    from .spectral.history import RunSpectra
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte"})
 METRICS = ("top1", "top5", "loss", "perplexity", "bits_per_byte")

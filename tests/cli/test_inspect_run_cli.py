@@ -5,31 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from sparseift_cli.artifact import is_artifact
-from sparseift_cli.cli.app import main
 from tests.report_runs import make_run
 
 
-@pytest.fixture
-def sparseift(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+@pytest.fixture(autouse=True)
+def inside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Commands run in `tmp_path`."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sparseift", *words])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return run
 
 
 @pytest.fixture

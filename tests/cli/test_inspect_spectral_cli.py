@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,24 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparseift_cli.cli.app import main
 from sparseift_cli.runs.directory import RunDirectory
 from sparseift_cli.runs.metrics import Metrics
-
-
-@pytest.fixture
-def sparseift(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sparseift", *words])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return run
 
 
 @pytest.fixture

@@ -18,28 +18,15 @@ from typing import Any
 
 import pytest
 
-from sparseift_cli.cli.app import main
 from tests.report_runs import make_run, seeds
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
 
-@pytest.fixture
-def sparseift(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    """Runs a command in `tmp_path`: (exit code, stdout, stderr)."""
+@pytest.fixture(autouse=True)
+def inside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Commands run in `tmp_path`."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sparseift", *words])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return run
 
 
 @pytest.fixture
@@ -123,7 +110,7 @@ def test_every_format_holds_the_same_rows(sparseift, runs: Path) -> None:
 
 
 def test_html_holds_the_same_rows(sparseift, runs: Path) -> None:
-    pytest.importorskip("sparseift_cli.report.html")
+    pytest.importorskip("sparseift_cli.report.html.page")
     asked = ("report", "runs", "--baseline", "dense", "--allow-unequal-flops")
     data = json.loads(sparseift(*asked, "--json")[1])
     code, page, _ = sparseift(*asked, "-f", "html")

@@ -17,7 +17,6 @@ import torch
 from rich.console import Console
 
 from sparseift_cli.cli import train_progress
-from sparseift_cli.cli.app import main
 from sparseift_cli.cli.train_progress import Bars, Lines, fold, progress
 from sparseift_cli.recipe.load import find, load
 from sparseift_cli.sparsity.attached import masks_of
@@ -29,21 +28,6 @@ SHORT = ("--set", "training.epochs=null", "--set", "training.steps=6", "--set", 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 ROW = {"step": 5, "seconds": 1.0, "train_loss": 0.25, "loss": 0.5, "top1": 90.0, "flops": 10**9,
        "density": 0.25, "itop_rate": 0.5}  # fmt: skip
-
-
-@pytest.fixture
-def sparseift(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sparseift", *words])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return run
 
 
 def on_a_terminal(columns: int, words: list[str], cwd: Path, **environment: str) -> tuple[str, str]:

@@ -103,6 +103,6 @@ def test_the_figure_draws_the_rows() -> None:
 def test_it_needs_no_torch() -> None:
     code = (
         "import sys; from sparseift_cli.report import figure4; figure4.claims(); assert 'matplotlib' not in sys.modules\n"
-        "from sparseift_cli.report import html; sys.exit('torch' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
+        "from sparseift_cli.report.html import page; sys.exit('torch' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sparseift_cli.report.collect import collect
-from sparseift_cli.report.html import page
+from sparseift_cli.report.html.page import page
 from sparseift_cli.report.make import Options, make
 from sparseift_cli.report.plots.pictures import save_all
 from sparseift_cli.report.record import Run

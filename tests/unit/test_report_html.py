@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from sparseift_cli.report.html import OUTCOMES, page
-from sparseift_cli.report.html_element import Safe, element, table
-from sparseift_cli.report.html_facts import command
+from sparseift_cli.report.html.element import Safe, element, table
+from sparseift_cli.report.html.facts import command
+from sparseift_cli.report.html.page import OUTCOMES, page
 from sparseift_cli.report.published import beside
 from sparseift_cli.report.record import Run
 from sparseift_cli.report.report import Comparison, Costs, Report

@@ -13,7 +13,7 @@ from sparseift_cli.cli.app import main
 from sparseift_cli.errors import ArtifactError, UsageError
 from sparseift_cli.recipe import catalog
 from sparseift_cli.report.collect import collect
-from sparseift_cli.report.html_facts import command
+from sparseift_cli.report.html.facts import command
 from sparseift_cli.report.keep import keep, local
 from tests import results
 from tests.report_runs import make_run, seeds, write

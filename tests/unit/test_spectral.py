@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_array
 
 from sparseift_cli.errors import ArtifactError
-from sparseift_cli.report import spectral_values
-from sparseift_cli.report.spectral import Spectrum, spectral, unrolled
-from sparseift_cli.report.spectral_history import checkpoint_layers, history, kept_checkpoints
+from sparseift_cli.report.spectral import values as spectral_values
+from sparseift_cli.report.spectral.gaps import Spectrum, spectral, unrolled
+from sparseift_cli.report.spectral.history import checkpoint_layers, history, kept_checkpoints
 
 CLOSE = 1e-6
 
@@ -257,7 +257,7 @@ def test_json_holds_everything() -> None:
 
 
 def test_reading_needs_no_torch(root: Path) -> None:
-    code = "import sys, sparseift_cli.report.spectral_history; sys.exit('torch' in sys.modules)"
+    code = "import sys, sparseift_cli.report.spectral.history; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
 
 

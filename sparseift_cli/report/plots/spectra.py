@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from ..report import Report
-from ..spectra import by_layer
+from ..spectral.spectra import by_layer
 from .curves import steps_axis
 from .families import Family, Group, mean_and_range
 from .style import MUTED, house, legend_below, new_figure
@@ -18,7 +18,7 @@ _GAPS = (("spectral_gap", "spectral gap\ns1 - s2"), ("ramanujan_gap", "Ramanujan
 def mask_spectra(report: Report, family: Family) -> Figure:
     """Both gaps over optimiser steps: the mean over the masked layers of a recipe, the band from lowest to highest layer.
 
-    Each layer is the mean of the seeds. On the dotted line and above, a layer is Ramanujan as `report.spectral` estimates it.
+    Each layer is the mean of the seeds. On the dotted line and above, a layer is Ramanujan as `spectral.gaps` estimates it.
     """
     with house():
         figure, axes = new_figure(f"{family.title}: how well the masks connect", 4.4, rows=2)

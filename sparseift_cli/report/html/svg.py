@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from xml.etree import ElementTree
 
-from .html_element import Safe
-from .plots import style
-from .plots.pictures import Picture
+from ..plots import style
+from ..plots.pictures import Picture
+from .element import Safe
 
 _PAGE_COLORS = {
     style.INK: "ink", style.MUTED: "muted", style.GRID: "grid", style.PAPER: "paper", style.BLUE: "blue",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .html_element import Child, Safe, folded, join, numbers, plain, table
-from .report import Report
-from .spectra import by_layer, summed
+from ..report import Report
+from ..spectral.spectra import by_layer, summed
+from .element import Child, Safe, folded, join, numbers, plain, table
 
 
 def spectra(report: Report) -> Safe | None:

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..artifact import MASKS, WEIGHTS
-from ..checkpoint.facts import Malformed, TensorInfo, printable
-from ..checkpoint.safetensors_file import read_header
-from ..errors import ArtifactError
-from ..runs.checkpoint import MANIFEST, TENSORS
-from ..runs.directory import CHECKPOINTS
-from .spectral import Spectrum, spectral, unrolled
+from ...artifact import MASKS, WEIGHTS
+from ...checkpoint.facts import Malformed, TensorInfo, printable
+from ...checkpoint.safetensors_file import read_header
+from ...errors import ArtifactError
+from ...runs.checkpoint import MANIFEST, TENSORS
+from ...runs.directory import CHECKPOINTS
+from .gaps import Spectrum, spectral, unrolled
 
 _NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 _DTYPES = {name: np.dtype(name).newbyteorder("<") for name in ("float16", "float32", "float64")}

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from .html_element import Child, Safe, element, folded, join, listing, numbers, plain, table, words
-from .published import evidence
-from .record import Run
-from .report import Report
+from ..published import evidence
+from ..record import Run
+from ..report import Report
+from .element import Child, Safe, element, folded, join, listing, numbers, plain, table, words
 
 _INNER = ("--events", "--json", "--")  # how `train --parallel` starts a run
 

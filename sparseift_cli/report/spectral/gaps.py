@@ -38,7 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from .spectral_values import top_two
+from .values import top_two
 
 LEAST_DEGREE = 3  # of a subgraph of the iterative mean: below, [1] calls the layer collapsed
 LEAST_COLUMNS = 3

@@ -9,11 +9,11 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .record import Run
-from .spectral_history import RunSpectra, history
+from ..record import Run
+from .history import RunSpectra, history
 
 if TYPE_CHECKING:
-    from .report import Report
+    from ..report import Report
 
 GAPS = ("spectral_gap", "ramanujan_gap", "weighted_spectral_gap")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .html_element import Child, Safe, element, folded, join, numbers, plain, table, words
-from .plots.families import Family, Group, is_number
-from .plots.pictures import Picture
-from .report import Report
+from ..plots.families import Family, Group, is_number
+from ..plots.pictures import Picture
+from ..report import Report
+from .element import Child, Safe, element, folded, join, numbers, plain, table, words
 
 
 def results(families: Sequence[Family]) -> Safe | None:

@@ -10,17 +10,17 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..version import __version__
-from .html_element import Safe, element, join, listing
-from .html_facts import left_out, provenance, published, repeat
-from .html_numbers import audits, comparisons, results
-from .html_spectra import spectra
-from .html_svg import inline
-from .plots.families import Family
-from .plots.pictures import Picture, pictures
-from .report import Comparison, Report
+from ...version import __version__
+from ..plots.families import Family
+from ..plots.pictures import Picture, pictures
+from ..report import Comparison, Report
+from .element import Safe, element, join, listing
+from .facts import left_out, provenance, published, repeat
+from .numbers import audits, comparisons, results
+from .spectra import spectra
+from .svg import inline
 
-CSS = Path(__file__).with_name("html.css")
+CSS = Path(__file__).with_name("page.css")
 OUTCOMES = {  # a mark beside the word, so that it is not told by colour alone
     "better": "▲", "worse": "▼", "no difference shown": "≈", "no claim": "○", "refused": "✕",
 }  # fmt: skip
