@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-import sys
 import json
+import sys
 from pathlib import Path
 
 import pytest
