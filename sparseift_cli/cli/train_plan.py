@@ -29,7 +29,7 @@ def show_plans(recipes: Sequence[Recipe], runs: Sequence[int], fmt: Format, *, t
     payloads: list[dict[str, Any]] = []
     for recipe, times in zip(recipes, runs, strict=True):
         steps = run_steps(recipe.spec)
-        facts = _facts(recipe, steps, tflops)
+        facts = plan_facts(recipe, steps, tflops)
         rows = [{"name": name, "value": value, "what": what} for name, value, what in facts]
         columns = [
             Column("name", "name"),
@@ -43,7 +43,7 @@ def show_plans(recipes: Sequence[Recipe], runs: Sequence[int], fmt: Format, *, t
     render(sheets, schema | (payloads[0] if len(payloads) == 1 else {"recipes": payloads}), fmt)
 
 
-def _facts(recipe: Recipe, steps: int | None, tflops: float | None) -> list[Fact]:
+def plan_facts(recipe: Recipe, steps: int | None, tflops: float | None) -> list[Fact]:
     """Name, value and meaning; of the whole run only where its steps are known."""
     spec = recipe.spec
     result = _audit(recipe)

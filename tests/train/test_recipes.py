@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sparseift_cli.cli.train_plan import _facts
+from sparseift_cli.cli.train_plan import plan_facts
 from sparseift_cli.recipe.load import Recipe, load, run_steps
 from sparseift_cli.runs.directory import RunDirectory
 from sparseift_cli.train.run import run_seeds
@@ -64,5 +64,5 @@ def test_every_recipe_trains(name: str, root: Path, tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_can_be_planned_at_its_full_size(name: str) -> None:
     recipe = load(FOLDER / f"{name}.yaml")
-    facts = {fact: value for fact, value, _ in _facts(recipe, run_steps(recipe.spec), None)}
+    facts = {fact: value for fact, value, _ in plan_facts(recipe, run_steps(recipe.spec), None)}
     assert facts["params"] >= facts["nonzero_params"] > 0
