@@ -39,6 +39,7 @@ bench: $(STAMP) ## Measure speed and memory against the promises
 	$(BIN)/python -m tests.benchmarks.run
 	$(BIN)/python -m tests.benchmarks.transform
 	$(BIN)/python -m tests.benchmarks.training_step
+	$(BIN)/python -m tests.benchmarks.report
 
 flops-gate: $(STAMP) ## Hold a model to its FLOP budget, as a CI job would
 	$(BIN)/sparseift flops resnet18 --sparsity 0.9 --match model --max-flops-ratio 1.0 --max-layer-ratio 1.0 \
