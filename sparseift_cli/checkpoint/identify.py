@@ -117,7 +117,7 @@ def _in_directory(path: Path) -> str | None:
         if fitting := [name for name in names if name.endswith(suffix)]:
             some = "did you mean" if len(fitting) == 1 else f"it holds {len(fitting)} {suffix} files, the first is"
             return f"{some} {printable(str(path / fitting[0]))}" + ("?" if len(fitting) == 1 else "")
-    return "give the checkpoint file itself"
+    return f"give the checkpoint file itself; run directories below it: sparseift report {printable(str(path))}"
 
 
 def is_index(parsed: dict[str, object]) -> bool:

@@ -216,7 +216,13 @@ def _fit(columns: Sequence[Column], widths: Sequence[int], limit: int) -> tuple[
         worst = max(candidates, key=lambda i: (columns[i].priority, i))
         kept.remove(worst)
         left_out.append(worst)
-    return kept, sorted(left_out)
+    for i in sorted(
+        left_out, key=lambda i: (columns[i].priority, i)
+    ):  # a long one gave way last: room for shorter ones
+        if _width(widths, [*kept, i]) <= limit:
+            kept.append(i)
+            left_out.remove(i)
+    return sorted(kept), sorted(left_out)
 
 
 def _width(widths: Sequence[int], kept: Sequence[int]) -> int:

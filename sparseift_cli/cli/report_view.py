@@ -188,7 +188,7 @@ class View:
             Column("difference", "diff", _signed, right=True),
             Column("low", "low", _three, right=True, priority=1),
             Column("high", "high", _three, right=True, priority=1),
-            Column("n", "n", _count, right=True),
+            Column("n", "n", _count, right=True, priority=2),
             Column("flops_ratio", "FLOPs", _times, right=True),
             Column("outcome", "outcome", priority=2, style=lambda v: _OUTCOMES.get(v, "")),
         ]

@@ -86,7 +86,8 @@ def read(path: Path, *, aliases: bool = False) -> tuple[Value, Problems]:
             raise UsageError(f"{path} is {path.stat().st_size:,} bytes: too large for a recipe")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {path}: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UsageError(f"cannot read {path}: {reason}") from None
     try:
         # each level of nesting adds an indent or an opening bracket: refuse before the parser recurses
         if max((len(m) for m in re.findall(r"[\[{]+", text.replace(" ", ""))), default=0) > _MAX_DEPTH:

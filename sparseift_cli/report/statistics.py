@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
 
 def paired(baseline: Sequence[float], candidate: Sequence[float], confidence: float = 0.95) -> Interval:
     """Of candidate minus baseline, value by value: the spread that both share (the seed's) cancels."""
-    return mean_interval([b - a for a, b in zip(baseline, candidate, strict=True)], confidence)
+    return _settled(mean_interval([b - a for a, b in zip(baseline, candidate, strict=True)], confidence), baseline)
 
 
 def welch(baseline: Sequence[float], candidate: Sequence[float], confidence: float = 0.95) -> Interval:
@@ -88,6 +88,14 @@ def _interval(n: int, centre: float, deviation: float | None, error: float, free
               confidence: float) -> Interval:  # fmt: skip
     half = t_quantile((1 + confidence) / 2, freedom) * error
     return Interval(n, centre, deviation, error, freedom, centre - half, centre + half)
+
+
+def _settled(interval: Interval, baseline: Sequence[float]) -> Interval:
+    """A difference of means that is rounding alone is none: accuracies of one sum are not 5e-15 points apart."""
+    largest = max(map(abs, baseline), default=0.0)
+    if interval.mean is None or not abs(interval.mean) <= 1e-14 * largest:
+        return interval
+    return replace(interval, mean=0.0)
 
 
 def _distance(values: Sequence[float], centre: float) -> float:

@@ -36,6 +36,8 @@ def lookup(name: str) -> ModelInfo:
     if found is None:
         near = did_you_mean(name.replace("-", "_"), MODELS)
         known = f"the zoo has {', '.join(MODELS)}"
+        if name.lower().endswith((".safetensors", ".pt", ".pth", ".th", ".bin", ".ckpt")):
+            near, known = None, f"a checkpoint? sparseift inspect {name} says what model it is of"
         raise UsageError(f"no model is called '{name}'", hint=f"{near} {known}" if near else known)
     return MODELS[found]
 

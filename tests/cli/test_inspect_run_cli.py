@@ -66,3 +66,10 @@ def test_it_is_no_transformed_model(sparseift, run: Path) -> None:
     assert (run / "plan.json").is_file() and (run / "provenance.json").is_file() and not is_artifact(run)
     code, _, err = sparseift("transform", "resnet20", "-s", "0.5", "-o", str(run), "--force", "--plan-only")
     assert code == 4 and "was not written by sparseift transform" in err and (run / "plan.json").is_file()
+
+
+def test_a_folder_of_runs_is_told_what_reads_it(sparseift, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "net").mkdir(parents=True)
+    code, out, err = sparseift("inspect", "runs")
+    assert (code, out) == (2, "")
+    assert "runs: is a directory, not a checkpoint" in err and "sparseift report runs" in err

@@ -342,3 +342,18 @@ def test_letters_that_a_terminal_lacks_are_shown_escaped(runs: Path, tmp_path: P
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True,
                          env={**os.environ, "PYTHONIOENCODING": "ascii"})  # fmt: skip
     assert b"gr\\xf6\\xdfer" in run.stdout
+
+
+def test_both_ends_of_an_interval_stay_in_80_columns(sparseift, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "dumb")
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stdout", terminal)
+    sparseift("report", str(root / "recipes" / "quickstart" / "results"), "--baseline", "dense")
+    against = terminal.getvalue().split("Against dense")[1]
+    (head,) = (line for line in against.splitlines() if line.startswith(" group"))
+    assert " low " in head and " high " in head and "e-15" not in against

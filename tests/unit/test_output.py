@@ -71,3 +71,22 @@ def test_a_title_after_notes_stands_apart(capsys: pytest.CaptureFixture[str]) ->
 def test_a_pipe_leaves_nothing_out(capsys: pytest.CaptureFixture[str]) -> None:
     output.render([SHEET], {}, Format.table)
     assert "grouped conv" in capsys.readouterr().out
+
+
+def test_short_columns_stay_where_only_a_long_one_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = [
+        Column("name", "recipe"),
+        Column("steps", "steps", right=True, priority=2),
+        Column("model", "model", priority=3),
+        Column("about", "what it shows", priority=1),
+    ]
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "dumb")
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stdout", terminal)
+    row = {"name": "a/b", "steps": 250, "model": "a_model", "about": "long " * 20}
+    output.render([Sheet("Recipes", columns, [row])], {}, Format.table)
+    shown = terminal.getvalue()
+    assert "250" in shown and "a_model" in shown
+    assert "left out on this narrow terminal: what it shows (" in shown
+    assert shown.index("steps") < shown.index("model")

@@ -136,3 +136,10 @@ def test_counting_flops_of_a_model_reads_no_recipe(root: Path) -> None:
 ])  # fmt: skip
 def test_headline_is_the_first_sentence(text: str, said: str) -> None:
     assert headline(text) == said
+
+
+def test_a_file_that_is_not_there_is_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("recipe", "import", str(tmp_path / "no.yaml")) == 2
+    err = capsys.readouterr().err
+    assert "no.yaml: No such file or directory" in err
+    assert "Errno" not in err and err.count("no.yaml") == 1

@@ -83,3 +83,14 @@ def test_values_that_diverged_do_not_overflow() -> None:
     assert statistics.mean_interval([1e308] * 3).mean == pytest.approx(1e308)
     tiny = statistics.welch([1e-200, 2e-200], [3e-200, 5e-200])  # squares of these are 0
     assert tiny.degrees_of_freedom == pytest.approx(statistics.welch([1, 2], [3, 5]).degrees_of_freedom)
+
+
+def test_a_difference_of_rounding_alone_is_none() -> None:
+    """Three accuracies each, of one sum: the differences add up to 1e-14 points, which a table would print."""
+    a = [100 * k / 355 for k in (340, 340, 350)]
+    b = [100 * k / 355 for k in (340, 341, 349)]
+    assert math.fsum(y - x for x, y in zip(a, b, strict=True)) != 0
+    found = statistics.paired(a, b)
+    assert found.mean == 0 and found.low is not None and found.high is not None
+    assert found.low == pytest.approx(-found.high)
+    assert statistics.paired([1.0, 1.0], [1.0 + 1e-9, 1.0 + 1e-9]).mean != 0

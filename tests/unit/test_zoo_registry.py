@@ -51,6 +51,9 @@ def test_unknown_name_gets_a_suggestion_and_the_list() -> None:
     with pytest.raises(UsageError) as caught:
         zoo.lookup("zzz")
     assert "did you mean" not in (caught.value.hint or "")
+    with pytest.raises(UsageError) as caught:
+        zoo.lookup("model.pth")
+    assert caught.value.hint == "a checkpoint? sparseift inspect model.pth says what model it is of"
 
 
 def test_every_model_says_what_it_is() -> None:
