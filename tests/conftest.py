@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 settings.register_profile("house", deadline=None, derandomize=True, print_blob=False)
 settings.load_profile("house")
 
+Sparseift = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -33,3 +36,21 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the shared reference data: $SPARSEIFT_SHARED or a folder `shared` beside the repository")
     return folder
+
+
+@pytest.fixture
+def sparseift(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Sparseift:
+    """Runs a command in this process: `sparseift("flops", "resnet18")` -> (exit code, stdout, stderr)."""
+    from sparseift_cli.cli.app import main
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sparseift", *words])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return run

@@ -13,3 +13,18 @@ class Format(StrEnum):
     csv = "csv"
     md = "md"
     github = "github"
+
+
+def without_github(fmt: Format, json: bool, command: str) -> Format:
+    """The format that was asked for, `--json` being short for one, by a command that has no gates.
+
+    Raises:
+        UsageError: GitHub annotations, which gates alone can write.
+    """
+    from ..errors import UsageError
+
+    if json:
+        return Format.json
+    if fmt is Format.github:
+        raise UsageError(f"{command} has no gates to annotate", hint="--format table, json, csv or md")
+    return fmt

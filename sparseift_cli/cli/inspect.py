@@ -10,7 +10,7 @@ import typer
 
 from ..errors import UsageError
 from . import options
-from .formats import Format
+from .formats import Format, without_github
 
 HELP = """Show what a checkpoint holds, what the layers of a model are, or how far a training run got.
 
@@ -115,9 +115,7 @@ def inspect(
     as_json: options.Json = False,
     output: options.Output = None,
 ) -> None:
-    fmt = Format.json if as_json else fmt
-    if fmt is Format.github:
-        raise UsageError("inspect has no gates to annotate", hint="--format table, json, csv or md")
+    fmt = without_github(fmt, as_json, "inspect")
     of_model = {
         "--why": why, "--transform": transform, "--sparsity": sparsity, "--scope": scope, "--include": include,
         "--exclude": exclude, "--input": input_, "--batch": batch, "--seq": seq, "--num-classes": num_classes,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options
-from .formats import Format
+from .formats import Format, without_github
 
 if TYPE_CHECKING:
     from ..recipe.load import Recipe
@@ -80,7 +80,7 @@ def ls(fmt: options.FormatOption = Format.table, json: options.Json = False) -> 
     ]
     notes = ["See all of one: sparseift recipe show NAME. Its FLOPs: sparseift flops NAME."]
     payload = {"schema": "sparseift.recipes/1", "recipes": rows}
-    render([Sheet("Shipped recipes", columns, rows, notes)], payload, Format.json if json else fmt)
+    render([Sheet("Shipped recipes", columns, rows, notes)], payload, without_github(fmt, json, "recipe ls"))
 
 
 @app.command(help="Print a recipe with every value, where it comes from, and what it means.\n\nThe output is a recipe.\n\n"
@@ -98,10 +98,10 @@ def show(
     from .output import Column, Sheet, render
 
     found = opened(recipe, sets)
-    fmt = Format.json if json else fmt
-    if fmt is None:
+    if fmt is None and not json:
         typer.echo(annotated_yaml(found), nl=False)
         return
+    fmt = without_github(fmt or Format.table, json, "recipe show")
     columns = [Column("key", "key"), Column("value", "value", flow), Column("origin", "origin", priority=1),
                Column("about", "meaning", priority=2)]  # fmt: skip
     rows = entries(found)

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from . import options, report_figure4, report_keep
-from .formats import Format
+from .formats import Format, without_github
 from .ticker import Ticker
 
 if TYPE_CHECKING:
@@ -168,14 +168,13 @@ def diff(
     json: options.Json = False,
     output: options.Output = None,
 ) -> None:
-    from ..errors import CheckFailed, UsageError
+    from ..errors import CheckFailed
     from ..report.diff import diff as compare
     from . import report_diff_view
 
-    if fmt is Format.github:
-        raise UsageError("report diff does not write GitHub annotations", hint="--format table, json, csv or md")
+    fmt = without_github(fmt, json, "report diff")
     found = compare(a, b, bit_for_bit=exact)
-    report_diff_view.show(found, Format.json if json else fmt, output)
+    report_diff_view.show(found, fmt, output)
     if found.exact is not None and not found.exact.equal:
         raise CheckFailed("the runs are not equal bit for bit")
 

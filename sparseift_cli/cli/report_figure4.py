@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import UsageError
 from . import options
-from .formats import Format
+from .formats import Format, without_github
 
 SCHEMA = "sparseift.figure4/1"
 HELP = """The article's Figure 4 again: published results against training FLOPs that are audited here.
@@ -33,9 +33,7 @@ def figure4(
     json: options.Json = False,
     output: options.Output = None,
 ) -> None:
-    fmt = Format.json if json else fmt
-    if fmt is Format.github:
-        raise UsageError("report figure4 does not write GitHub annotations", hint="--format table, json, csv or md")
+    fmt = without_github(fmt, json, "report figure4")
     ending = output.suffix.lower() if output else ""
     if ending in _OTHERS:
         raise UsageError(f"{output}: the picture is written as .svg or .png", hint="give -o figure4.svg")

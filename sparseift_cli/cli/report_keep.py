@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..errors import UsageError
 from . import options
-from .formats import Format
+from .formats import Format, without_github
 
 SCHEMA = "sparseift.report-keep/1"
 HELP = """Keep finished runs: recipe, metrics, summary, audit and provenance, without checkpoints.
@@ -37,8 +36,7 @@ def keep(
     fmt: options.FormatOption = Format.table,
     json: options.Json = False,
 ) -> None:
-    if fmt is Format.github:
-        raise UsageError("report keep does not write GitHub annotations", hint="--format table, json, csv or md")
+    fmt = without_github(fmt, json, "report keep")
     from ..report.keep import keep as keep_runs
     from .output import Column, Sheet, integer, render
 
@@ -51,4 +49,4 @@ def keep(
         Column("state", "state"),
     ]
     title = f"{len(kept)} {'run' if len(kept) == 1 else 'runs'} kept in {folder}: {sum(k.bytes for k in kept):,} bytes"
-    render([Sheet(title, columns, rows)], {"schema": SCHEMA, "runs": rows}, Format.json if json else fmt)
+    render([Sheet(title, columns, rows)], {"schema": SCHEMA, "runs": rows}, fmt)

@@ -12,7 +12,7 @@ import typer
 
 from ..errors import SparseiftError, UsageError
 from . import options
-from .formats import Format
+from .formats import Format, without_github
 
 if TYPE_CHECKING:
     from ..recipe.load import Recipe
@@ -84,7 +84,7 @@ def train(
     from ..recipe.write import annotated_yaml
     from ..train.parallel import require_one_run, require_parallel
 
-    fmt = Format.json if json else fmt
+    fmt = without_github(fmt, json, "train")
     sets = [*(sets or []), *(NO_COMPILE if no_compile else ())]
     loaded = [_load(recipe, sets) for recipe in recipes]
     if print_recipe:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options
-from .formats import Format
+from .formats import Format, without_github
 
 if TYPE_CHECKING:
     from ..transforms.transformation import Transformation
@@ -96,9 +96,7 @@ def transform(
     from ..request import Request, parse_input
     from ..source import resolve
 
-    fmt = Format.json if json else fmt
-    if fmt is Format.github:
-        raise UsageError("transform has no gates to annotate", hint="--format table, json, csv or md")
+    fmt = without_github(fmt, json, "transform")
     one_of("--init", init, ("fresh", "preserve"))
     one_of("--masks", masks, ("random", "magnitude"))
     one_of("--weight-init", weight_init, ("dense", "density_scaled"))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from .augment import Augment
-from .dataset import DataSet, Request, Targets, whole
+from .dataset import Assembly, DataSet, Request, Targets, whole
 
 
 class Batches:
@@ -88,17 +88,9 @@ class Batches:
         return self.batch(*divmod(step, self.steps_per_epoch))
 
     @property
-    def resident(self) -> bool:
-        """Does the split lie on the device, so that `assemble` makes a batch of `picks_at` without copying anything there?"""
-        return self._loader.resident
-
-    def picks_at(self, step: int) -> tuple[Tensor, Tensor]:
-        """Sample ids and random words (int64 [b] each) of a step counted over the whole run; of resident splits only."""
-        return self._loader.picks(*divmod(step, self.steps_per_epoch))
-
-    def assemble(self, ids: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch of these picks: tensor arithmetic alone, which torch.compile and CUDA graphs can take in."""
-        return self._loader.assemble(ids, random)
+    def assembly(self) -> Assembly | None:
+        """How batches are made on the device, where the whole split lies there; else None."""
+        return self._loader.assembly
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from step `start` on."""

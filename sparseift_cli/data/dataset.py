@@ -49,6 +49,18 @@ class Request:
     channels_last: bool = False
 
 
+class Assembly(Protocol):
+    """Makes batches of a split that lies on the device; nothing is copied there."""
+
+    def picks(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        """Sample ids and random words, int64 [b]: what `assemble` needs to know of a batch."""
+        ...
+
+    def assemble(self, ids: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch (x, y) of these picks: tensor arithmetic alone, fit for torch.compile and for a CUDA graph."""
+        ...
+
+
 class Loader(Protocol):
     """Makes the batches of one split."""
 
@@ -67,16 +79,8 @@ class Loader(Protocol):
         ...
 
     @property
-    def resident(self) -> bool:
-        """Does the whole split lie on the device? Then `picks` and `assemble` make the batch there, and nothing is copied."""
-        ...
-
-    def picks(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        """Sample ids and random words, int64 [b]: what `assemble` needs to know of a batch. Of resident splits only."""
-        ...
-
-    def assemble(self, ids: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch (x, y) of these picks: tensor arithmetic alone, fit for torch.compile and for a CUDA graph."""
+    def assembly(self) -> Assembly | None:
+        """How batches are made on the device, where the whole split lies there; else None."""
         ...
 
     def close(self) -> None:

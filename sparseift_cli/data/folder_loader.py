@@ -40,7 +40,7 @@ class FolderLoader:
     Batches asked for in order come from workers that run ahead; another one starts them afresh from there.
     """
 
-    resident = False
+    assembly = None  # files are decoded in main memory
 
     def __init__(
         self, files: Sequence[tuple[str, int]], request: Request, *, size: int, resize: int,
@@ -74,12 +74,6 @@ class FolderLoader:
         images, labels = (part.to(self._request.device, non_blocking=True) for part in found)
         images = images.expand(-1, -1, self._files.size, self._files.size)  # also where there are none
         return self._normalise(images, channels_last=self._request.channels_last), labels
-
-    def picks(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("files are decoded in main memory")
-
-    def assemble(self, ids: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("files are decoded in main memory")
 
     def close(self) -> None:
         self._running = None  # the iterator ends its workers when it goes

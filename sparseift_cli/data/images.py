@@ -71,8 +71,8 @@ class ImageLoader:
     def __init__(self, dataset: ImageSet, request: Request) -> None:
         images, labels = (part[: request.limit] for part in dataset.images(request.split))
         self._request = request
-        self.resident = fits_on(request.device, images.numel())
-        home = request.device if self.resident else torch.device("cpu")
+        self._resident = fits_on(request.device, images.numel())
+        home = request.device if self._resident else torch.device("cpu")
         self._images, self._labels = images.to(home), labels.to(home)
         self._order = Order(
             len(labels), request.batch_size, request.seed,
@@ -82,6 +82,10 @@ class ImageLoader:
         self.steps = self._order.steps
         self.targets = Targets(len(labels) if not request.train else self.steps * request.batch_size)
 
+    @property
+    def assembly(self) -> ImageLoader | None:
+        return self if self._resident else None
+
     def picks(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         return self._order.at(epoch, step)
 
@@ -90,7 +94,7 @@ class ImageLoader:
 
     def assemble(self, ids: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
         parts = [self._images.index_select(0, ids), self._labels.index_select(0, ids), random]
-        if not self.resident:
+        if not self._resident:
             pin = self._request.device.type == "cuda"
             parts = [(p.pin_memory() if pin else p).to(self._request.device, non_blocking=True) for p in parts]
         images, labels, random = parts

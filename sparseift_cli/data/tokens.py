@@ -93,8 +93,8 @@ class TokenLoader:
                 f"a sequence length of {self.seq} needs {needed}"
             )
         self._device, self._train = request.device, request.train
-        self.resident = fits_on(request.device, tokens.nbytes)
-        home = request.device if self.resident else torch.device("cpu")
+        self._resident = fits_on(request.device, tokens.nbytes)
+        home = request.device if self._resident else torch.device("cpu")
         self._tokens = tokens.to(home)
         windows = self._length - 1
         windows = windows // self.seq if request.train else -(-windows // self.seq)
@@ -112,6 +112,10 @@ class TokenLoader:
                 self._length - 1, stream.words() if whole else None, stream.bytes() if whole else None
             )
 
+    @property
+    def assembly(self) -> TokenLoader | None:
+        return self if self._resident else None
+
     def picks(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         return self._order.at(epoch, step)
 
@@ -127,7 +131,7 @@ class TokenLoader:
         x, y = found[:, :-1], found[:, 1:]
         if not self._train:
             y = y.masked_fill(places[:, 1:] > last, IGNORE)
-        if not self.resident:
+        if not self._resident:
             pin = self._device.type == "cuda"
             x, y = ((p.contiguous().pin_memory() if pin else p).to(self._device, non_blocking=True) for p in (x, y))
         return x.contiguous(), y.contiguous()

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.dtypes import BITS
-from ..checkpoint.facts import Malformed, TensorInfo
-from ..checkpoint.safetensors_file import read_header
+from ..checkpoint.facts import TensorInfo
 from ..errors import ArtifactError
 from ..runs.checkpoint import MANIFEST, STATE, TENSORS, sha256
 from ..runs.directory import CHECKPOINTS
 from .grouping import flat
 from .record import Run
+from .tensors import tensors_in
 
 CLOCKS = ("seconds", "peak_bytes")
 """Keys, at any depth, that differ between two runs on one machine."""
@@ -104,7 +104,7 @@ def _checkpoint(a: Path, b: Path, found: Exact) -> None:
         _verify(folder)
     states = [_timeless(_json(folder / STATE)) for folder in (a, b)]
     found.state = _differing(*states)
-    left, right = _tensors(a / TENSORS), _tensors(b / TENSORS)
+    left, right = tensors_in(a / TENSORS), tensors_in(b / TENSORS)
     found.tensors = len(left.keys() | right.keys())
     with _mapped(a / TENSORS) as x, _mapped(b / TENSORS) as y:
         for name in dict.fromkeys([*left, *right]):
@@ -174,14 +174,6 @@ def _verify(folder: Path) -> None:
         if not (folder / name).is_file() or sha256(folder / name) != wanted:
             raise ArtifactError(f"{folder / name} is not what its {MANIFEST} says: its SHA-256 differs",
                                 hint="the checkpoint is damaged; compare other runs, or without --exact")  # fmt: skip
-
-
-def _tensors(path: Path) -> dict[str, TensorInfo]:
-    try:
-        with path.open("rb") as file:
-            return {t.name: t for t in read_header(path, file, path.stat().st_size)[0]}
-    except Malformed as error:
-        raise ArtifactError(f"{path}: {error.what}", hint=error.hint) from None
 
 
 def _json(path: Path) -> dict[str, Any]:

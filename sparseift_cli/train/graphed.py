@@ -1,4 +1,4 @@
-"""The step as CUDA graphs: no kernel of a small network waits for Python, and Python never for the device.
+"""The step as CUDA graphs: no kernel of a small network waits for Python, and Python for the device at mask updates alone.
 
 The first steps of a run are made operation by operation: they compile the model and give every tensor its place. Then
 the step is recorded once, without being executed, and replayed from there on:
@@ -64,7 +64,9 @@ class GraphedStep:
         self._moving = GraphedUpdate(run.sparsifier) if fits and run.sparsifier is not None else None
         self._made = 0
         whole = compiled(run)
-        self._assemble = torch.compile(run.train.assemble) if whole and run.train.resident else run.train.assemble
+        self._assembly = run.train.assembly
+        if self._assembly is not None:
+            self._assemble = torch.compile(self._assembly.assemble) if whole else self._assembly.assemble
         self._lose = torch.compile(self._loss_of) if whole else self._loss_of
 
     def __call__(self, step: int) -> Tensor:
@@ -99,7 +101,8 @@ class GraphedStep:
     def _feed(self, step: int) -> None:
         """Put what is particular to `step` where the graphs read it."""
         run = self._run
-        made = run.train.picks_at(step) if run.train.resident else run.train.at(step)
+        place = divmod(step, run.train.steps_per_epoch)
+        made = run.train.batch(*place) if self._assembly is None else self._assembly.picks(*place)
         if self._inputs is None:
             self._inputs = made[0].clone(memory_format=torch.preserve_format), made[1].clone()
         else:
@@ -119,7 +122,7 @@ class GraphedStep:
     def _backward(self) -> None:
         run = self._run
         assert self._inputs is not None
-        x, y = self._assemble(*self._inputs) if run.train.resident else self._inputs
+        x, y = self._inputs if self._assembly is None else self._assemble(*self._inputs)
         micro = run.spec.training.accumulate
         self._loss.zero_()
         for part, target in zip(x.chunk(micro), y.chunk(micro), strict=True):

@@ -105,7 +105,7 @@ def test_figure4_is_told_and_drawn(sparseift, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("words", "told"),
-    [(("-o", "f.pdf"), ".svg or .png"), (("-o", "f.svg", "--json"), "has no format json"), (("-f", "github"), "GitHub"),
+    [(("-o", "f.pdf"), ".svg or .png"), (("-o", "f.svg", "--json"), "has no format json"), (("-f", "github"), "no gates to annotate"),
      (("-o", "no/f.svg"), "cannot write no/f.svg")],
 )  # fmt: skip
 def test_figure4_says_what_it_cannot_do(sparseift, words: tuple[str, ...], told: str) -> None:

@@ -204,3 +204,11 @@ def test_torchrun_and_parallel_do_not_go_together(sparseift, monkeypatch: pytest
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = sparseift("train", MLP, "--seeds", "0..1", "--parallel", "2")
     assert code == 2 and "--parallel and torchrun do not go together" in err
+
+
+@pytest.mark.parametrize("words", [("train", MLP), ("recipe", "ls"), ("recipe", "show", MLP), ("inspect", "resnet18"),
+                                   ("report", "figure4")])  # fmt: skip
+def test_only_gates_write_github_annotations(sparseift, words: tuple[str, ...]) -> None:
+    code, out, err = sparseift(*words, "--format", "github")
+    assert code == 2 and not out
+    assert "has no gates to annotate" in err and "--format table, json, csv or md" in err

@@ -8,15 +8,12 @@ import os
 import pickle
 import random
 import struct
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-
-from sparseift_cli.cli.app import main
 
 
 class Payload:
@@ -27,19 +24,6 @@ class Payload:
 
     def __reduce__(self):
         return os.system, (f"touch {self.trace}",)
-
-
-def inspect(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], path: Path, *options: str
-) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["sparseift", "inspect", str(path), *options])
-    code = 0
-    try:
-        main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    out = capsys.readouterr()
-    return code, out.out, out.err
 
 
 def header(data: dict, body: bytes = b"") -> bytes:
@@ -75,25 +59,25 @@ HOSTILE: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_file_that_is_no_checkpoint(monkeypatch, capsys, tmp_path: Path, name: str) -> None:
+def test_a_file_that_is_no_checkpoint(sparseift, tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(HOSTILE[name])
-    code, out, err = inspect(monkeypatch, capsys, path)
+    code, out, err = sparseift("inspect", str(path))
     assert code == 2 and not out and err.startswith("sparseift: ") and "Traceback" not in err
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_code_in_a_pickle_never_runs(monkeypatch, capsys, tmp_path: Path, legacy: bool) -> None:
+def test_code_in_a_pickle_never_runs(sparseift, tmp_path: Path, legacy: bool) -> None:
     trace, path = tmp_path / "ran", tmp_path / "evil.pt"
     if legacy:
         path.write_bytes(pickle.dumps(Payload(trace)))
     else:
         torch.save({"state_dict": Payload(trace)}, path)
-    code, out, err = inspect(monkeypatch, capsys, path)
+    code, out, err = sparseift("inspect", str(path))
     assert code == 2 and not out and "Traceback" not in err and not trace.exists()
 
 
-def test_zip_bomb_and_other_archives(monkeypatch, capsys, tmp_path: Path) -> None:
+def test_zip_bomb_and_other_archives(sparseift, tmp_path: Path) -> None:
     bomb = tmp_path / "bomb.pt"
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x/data.pkl", bytes(50_000_000))
@@ -102,15 +86,15 @@ def test_zip_bomb_and_other_archives(monkeypatch, capsys, tmp_path: Path) -> Non
     with zipfile.ZipFile(other, "w") as archive:
         archive.writestr("readme.txt", "no tensors")
     for path in (bomb, other, tmp_path, tmp_path / "missing.pt"):
-        code, out, err = inspect(monkeypatch, capsys, path)
+        code, out, err = sparseift("inspect", str(path))
         assert code == 2 and not out and "Traceback" not in err
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pt", "legacy"])
-def test_mutations_never_crash(monkeypatch, capsys, tmp_path: Path, kind: str) -> None:
+def test_mutations_never_crash(sparseift, tmp_path: Path, kind: str) -> None:
     """Truncated anywhere, or with bytes flipped: an answer or a clear refusal, never another exception."""
     whole = good(tmp_path, kind).read_bytes()
-    code, out, _ = inspect(monkeypatch, capsys, good(tmp_path, kind), "--values")
+    code, out, _ = sparseift("inspect", str(good(tmp_path, kind)), "--values")
     assert code == 0 and "a.weight" in out
     chance = random.Random(0)
     path = tmp_path / f"mutated.{'safetensors' if kind == 'safetensors' else 'pt'}"
@@ -122,11 +106,11 @@ def test_mutations_never_crash(monkeypatch, capsys, tmp_path: Path, kind: str) -
             if data:
                 data[chance.randrange(len(data))] = chance.randrange(256)
         path.write_bytes(data)
-        code, _, err = inspect(monkeypatch, capsys, path, "--values")
+        code, _, err = sparseift("inspect", str(path), "--values")
         assert code in (0, 2) and "Traceback" not in err
 
 
-def test_a_ten_gigabyte_header_lists_without_its_data(monkeypatch, capsys, tmp_path: Path) -> None:
+def test_a_ten_gigabyte_header_lists_without_its_data(sparseift, tmp_path: Path) -> None:
     rows, columns = 50_000, 51_200
     text = json.dumps(
         {"big.weight": {"dtype": "F32", "shape": [rows, columns], "data_offsets": [0, 4 * rows * columns]}}
@@ -135,27 +119,27 @@ def test_a_ten_gigabyte_header_lists_without_its_data(monkeypatch, capsys, tmp_p
     with path.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         stream.truncate(8 + len(text) + 4 * rows * columns)
-    code, out, _ = inspect(monkeypatch, capsys, path, "--json")
+    code, out, _ = sparseift("inspect", str(path), "--json")
     assert code == 0
     assert json.loads(out)["schema"] == "sparseift.inspect/1" and "2560000000" in out
 
 
-def test_values_find_zeros_and_patterns(monkeypatch, capsys, tmp_path: Path) -> None:
+def test_values_find_zeros_and_patterns(sparseift, tmp_path: Path) -> None:
     weight = torch.ones(8, 16)
     for row in range(8):  # two zeros in every four, elsewhere in every row
         weight[row, row % 4 :: 4] = 0
         weight[row, (row + 1 + row // 4) % 4 :: 4] = 0
     path = tmp_path / "pruned.safetensors"
     save_file({"fc.weight": weight, "fc.bias": torch.tensor([float("nan"), 1.0])}, str(path))
-    code, out, _ = inspect(monkeypatch, capsys, path, "--values", "--json")
+    code, out, _ = sparseift("inspect", str(path), "--values", "--json")
     assert code == 0 and "2:4" in out
     text = io.StringIO(out)
     row = next(r for r in json.load(text)["tensors"] if r["name"] == "fc.weight")
     assert row["zeros"] == 64
 
 
-def test_the_foreign_checkpoints(monkeypatch, capsys, shared: Path) -> None:
+def test_the_foreign_checkpoints(sparseift, shared: Path) -> None:
     folder = shared / "data" / "checkpoints"
-    code, out, _ = inspect(monkeypatch, capsys, folder / "resnet20-12fca82f.th")
+    code, out, _ = sparseift("inspect", str(folder / "resnet20-12fca82f.th"))
     assert code == 0 and "269,722 parameters" in out and "fits resnet20, exactly" in out
-    assert inspect(monkeypatch, capsys, folder / "torchtune-tiny_fair_checkpoint.pt")[0] == 0
+    assert sparseift("inspect", str(folder / "torchtune-tiny_fair_checkpoint.pt"))[0] == 0

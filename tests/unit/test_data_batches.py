@@ -250,3 +250,13 @@ def test_a_gpu_reads_what_a_cpu_reads(split: str) -> None:
         found = [loader.batch(0, step) for step in range(loader.steps_per_epoch)]
     for got, wanted in zip(found, want, strict=True):
         assert all(torch.equal(g.cpu(), w) for g, w in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("name", ["synthetic-images", "synthetic-text"])
+def test_an_assembly_makes_the_same_batches(name: str) -> None:
+    batches = Batches(open_data(name), "train", 16, seed=3, seq=8 if name.endswith("text") else None)
+    assembly = batches.assembly
+    assert assembly is not None
+    for epoch, step in ((0, 0), (0, 5), (1, 2)):
+        made, wanted = assembly.assemble(*assembly.picks(epoch, step)), batches.batch(epoch, step)
+        assert all(torch.equal(a, b) for a, b in zip(made, wanted, strict=True))

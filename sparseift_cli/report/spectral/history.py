@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...artifact import MASKS, WEIGHTS
-from ...checkpoint.facts import Malformed, TensorInfo, printable
-from ...checkpoint.safetensors_file import read_header
+from ...checkpoint.facts import TensorInfo, printable
 from ...errors import ArtifactError
 from ...runs.checkpoint import MANIFEST, TENSORS
 from ...runs.directory import CHECKPOINTS
+from ..tensors import tensors_in
 from .gaps import Spectrum, spectral, unrolled
 
 _NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
@@ -130,7 +130,7 @@ def checkpoint_layers(folder: str | Path) -> Iterator[MaskedLayer]:
     if size != wanted:
         raise ArtifactError(f"{path / TENSORS} has {size:,} bytes instead of {wanted:,}",
                             hint="use another checkpoint of the run")  # fmt: skip
-    yield from _layers(_under("masks/", tensors := _header(path / TENSORS)), _under("model/", tensors))
+    yield from _layers(_under("masks/", tensors := tensors_in(path / TENSORS)), _under("model/", tensors))
 
 
 def artifact_layers(folder: str | Path) -> Iterator[MaskedLayer]:
@@ -139,21 +139,11 @@ def artifact_layers(folder: str | Path) -> Iterator[MaskedLayer]:
     Raises:
         ArtifactError: a file is missing or not of its format.
     """
-    yield from _layers(_header(Path(folder) / MASKS), _header(Path(folder) / WEIGHTS))
+    yield from _layers(tensors_in(Path(folder) / MASKS), tensors_in(Path(folder) / WEIGHTS))
 
 
 def _under(prefix: str, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     return {name.removeprefix(prefix): info for name, info in tensors.items() if name.startswith(prefix)}
-
-
-def _header(path: Path) -> dict[str, TensorInfo]:
-    try:
-        with path.open("rb") as file:
-            return {info.name: info for info in read_header(path, file, path.stat().st_size)[0]}
-    except Malformed as error:
-        raise ArtifactError(f"{path}: {error.what}", hint=error.hint) from None
-    except OSError as error:
-        raise ArtifactError(f"{path}: {error.strerror}", hint="the folder is incomplete") from None
 
 
 def _layers(masks: Mapping[str, TensorInfo], weights: Mapping[str, TensorInfo]) -> Iterator[MaskedLayer]:

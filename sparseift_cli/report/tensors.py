@@ -1,0 +1,24 @@
+"""What stands in the header of a safetensors file of ours: names, types, shapes and where the bytes are. No tensor is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..checkpoint.facts import Malformed, TensorInfo
+from ..checkpoint.safetensors_file import read_header
+from ..errors import ArtifactError
+
+
+def tensors_in(path: Path) -> dict[str, TensorInfo]:
+    """Name -> facts, in the file's order.
+
+    Raises:
+        ArtifactError: the file is missing, cannot be read, or is not of its format.
+    """
+    try:
+        with path.open("rb") as file:
+            return {info.name: info for info in read_header(path, file, path.stat().st_size)[0]}
+    except Malformed as error:
+        raise ArtifactError(f"{path}: {error.what}", hint=error.hint) from None
+    except OSError as error:
+        raise ArtifactError(f"{path}: {error.strerror}", hint="the folder is incomplete") from None
