@@ -1,11 +1,16 @@
 """A mask update inside a CUDA graph: RigL and SET at the price of their arithmetic, whatever the number of layers.
 
-An update is some eighty small operations a layer, each of which Python would launch; recorded once, all of them replay as
-one. What differs between updates (how many weights are exchanged, the keys of random choices) lies in tensors that `feed`
-fills. Where `quick_exchange` doubts a mask, the weight keeps its old one until `settle` makes the exact exchange.
+An update is well over a hundred small kernels a layer, each of which Python would launch; recorded once, all of them replay
+as one. Most are far too small to fill a GPU, so layers go side by side, each on one of a few streams. What differs between
+updates (how many weights are exchanged, the keys of random choices) lies in tensors that `feed` fills. Where
+`quick_exchange` doubts a mask, the weight keeps its old one until `settle` makes the exact exchange.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +19,8 @@ from .exchange import exchange
 from .guard import state_of
 from .quick_exchange import quick_exchange
 from .sparsifier import Sparsifier
+
+STREAMS = 8  # layers whose exchanges run side by side
 
 
 class GraphedUpdate:
@@ -56,18 +63,25 @@ class GraphedUpdate:
     @torch.no_grad()
     def exchange(self, found_inf: Tensor) -> None:
         """Exchange weights in every mask; none where `found_inf`, the optimiser's flag, is set."""
-        regrow, doubts, churned = self._sparsifier.settings.regrow, list[Tensor](), list[Tensor]()
+        doubts, churned = list[Tensor](), list[Tensor]()
         self._moving = [i for i, moves in enumerate(self._moves) if moves and not self._blind(i)]
-        for i, w in ((i, self._weights[i]) for i in self._moving):
-            n, grows, ties = self._numbers[:, i].unbind()
-            facts = self._sparsifier.chosen_by(w, self._gradient(i), grows)
-            cells, doubt = quick_exchange(*facts, n, ties, regrow)
-            sure = (doubt == 0) & (found_inf == 0)
-            w.become(torch.where(sure, cells, facts[0]), state_of(self._sparsifier.optimizer, w.parameter), nnz=w.nnz)
-            doubts.append(doubt)
-            churned.append(torch.as_tensor(w.churned_now))
+        with branches(self._numbers.device) as branch:
+            for k, i in enumerate(self._moving):
+                with branch(k):
+                    doubt, made = self._exchange_one(i, found_inf)
+                doubts.append(doubt)
+                churned.append(made)
         if doubts:
             self._doubts, self._churned = torch.stack(doubts), torch.stack(churned)
+
+    def _exchange_one(self, i: int, found_inf: Tensor) -> tuple[Tensor, Tensor]:
+        """The doubt about a weight's new mask, and how many weights became active."""
+        w, (n, grows, ties) = self._weights[i], self._numbers[:, i].unbind()
+        facts = self._sparsifier.chosen_by(w, self._gradient(i), grows)
+        cells, doubt = quick_exchange(*facts, n, ties, self._sparsifier.settings.regrow)
+        sure = (doubt == 0) & (found_inf == 0)
+        w.become(torch.where(sure, cells, facts[0]), state_of(self._sparsifier.optimizer, w.parameter), nnz=w.nnz)
+        return doubt, torch.as_tensor(w.churned_now)
 
     # --- around a replay ---
 
@@ -98,3 +112,18 @@ class GraphedUpdate:
 
     def _gradient(self, i: int) -> Tensor | None:
         return self._gradients.get(i)
+
+
+@contextmanager
+def branches(device: torch.device) -> Iterator[Callable[[int], AbstractContextManager[Any]]]:
+    """Gives `branch`: work under `branch(k)` goes to the k-th of a few streams. Leaving the block waits for all of them."""
+    if device.type != "cuda":
+        yield lambda _: nullcontext()
+        return
+    here = torch.cuda.current_stream(device)
+    streams = [torch.cuda.Stream(device) for _ in range(STREAMS)]
+    for stream in streams:
+        stream.wait_stream(here)
+    yield lambda k: torch.cuda.stream(streams[k % STREAMS])
+    for stream in streams:
+        here.wait_stream(stream)
