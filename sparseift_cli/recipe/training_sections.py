@@ -145,6 +145,7 @@ class Evaluation(Section):
         None, description="Use the first N held-out samples only (images, or windows of model.seq tokens)."
     )
     batch_size: Count | None = Field(None, description="Samples of a batch. Default: that of the training.")
+    test: bool = Field(False, description="Measure the test split too, once, at the end: where another one is watched.")
 
 
 class Checkpoint(Section):

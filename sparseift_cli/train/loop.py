@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,8 +97,13 @@ def train(run: Prepared, folder: RunDirectory, processes: Processes, report: Rep
 
 
 def _measure(run: Prepared, progress: Progress, metrics: Metrics | None, processes: Processes, report: Report) -> None:
-    """Evaluate, and write one line."""
-    found = evaluate(run.model, run.held_out, run.spec.evaluation.metrics, processes, run.autocast)
+    """Evaluate, and write one line; the last of a run has the test split beside, where the recipe wants it."""
+    metrics_of = partial(
+        evaluate, run.model, metrics=run.spec.evaluation.metrics, processes=processes, autocast=run.autocast
+    )
+    found = metrics_of(batches=run.held_out)
+    if run.test is not None and progress.step == run.steps:
+        found |= {f"test_{name}": value for name, value in metrics_of(batches=run.test).items()}
     if run.sparsifier is not None:
         run.sparsifier.check_ranks()
     train_loss = (processes.sum(torch.stack(progress.losses)) / processes.world).mean()

@@ -49,6 +49,7 @@ class Prepared:
     dataset: DataSet
     train: Batches
     held_out: Batches
+    test: Batches | None
     model: nn.Module
     optimizer: Optimizer
     sparsifier: Sparsifier | None
@@ -84,7 +85,7 @@ def prepare(recipe: Recipe, seed: int, processes: Processes) -> Prepared:
     spec = recipe.spec
     name, root, options = opening(spec)
     dataset = open_data(name, root, **options)
-    train, held_out = _batches(spec, dataset, seed, processes)
+    train, held_out, test = _batches(spec, dataset, seed, processes)
     steps = run_steps(spec, train.steps_per_epoch * spec.training.batch_size)
     assert steps is not None
     training = _counting(recipe, steps)
@@ -108,11 +109,12 @@ def prepare(recipe: Recipe, seed: int, processes: Processes) -> Prepared:
     spent = Spent(layers, masked, spec.training.batch_size, recompute=training.recompute)
     rate = learning_rate(spec, steps, train.steps_per_epoch)
     return Prepared(
-        recipe, spec, seed, steps, dataset, train, held_out, model, optimizer, sparsifier, rate, counted, spent, done
-    )
+        recipe, spec, seed, steps, dataset, train, held_out, test, model, optimizer, sparsifier, rate, counted, spent, done,
+    )  # fmt: skip
 
 
-def _batches(spec: Spec, dataset: DataSet, seed: int, processes: Processes) -> tuple[Batches, Batches]:
+def _batches(spec: Spec, dataset: DataSet, seed: int, processes: Processes) -> tuple[Batches, Batches, Batches | None]:
+    """What is trained on, what is watched, and what is measured once at the end where the recipe says so."""
     training, data = spec.training, spec.data
     assert data is not None
     if training.batch_size % (processes.world * training.accumulate):
@@ -126,7 +128,22 @@ def _batches(spec: Spec, dataset: DataSet, seed: int, processes: Processes) -> t
     augment: Any = None if data.augment == "none" else "default"
     train = Batches(dataset, "train", training.batch_size, seed, augment=augment, limit=data.limit, **shared)
     size = spec.evaluation.batch_size or training.batch_size
-    return train, Batches(dataset, dataset.held_out, size, seed, train=False, limit=spec.evaluation.limit, **shared)
+    measured: dict[str, Any] = {"train": False, "limit": spec.evaluation.limit, **shared}
+    held_out = Batches(dataset, dataset.held_out, size, seed, **measured)
+    return train, held_out, Batches(dataset, _test(dataset), size, seed, **measured) if spec.evaluation.test else None
+
+
+def _test(dataset: DataSet) -> str:
+    """The split called test, which nobody has watched.
+
+    Raises:
+        UsageError: there is none, or it is what evaluations look at during training.
+    """
+    if "test" not in dataset.split_names or dataset.held_out == "test":
+        has = "is watched during training" if dataset.held_out == "test" else "does not exist"
+        raise UsageError(f"evaluation.test: the test split of {dataset.name} {has}",
+                         hint="leave it out: the end of every run is measured on the held-out split")  # fmt: skip
+    return "test"
 
 
 def _seq(spec: Spec, dataset: DataSet) -> int | None:

@@ -133,6 +133,8 @@ def _one(recipe: Recipe, seed: int, root: Path, resume: str | None, report: Repo
     finally:
         run.train.close()
         run.held_out.close()
+        if run.test is not None:
+            run.test.close()
 
 
 def _train(run: Prepared, found: RunDirectory | None, text: str, root: Path, report: Report, note: Note,
