@@ -30,11 +30,14 @@ from sparseift_cli.report.plots.style import to_svg
 from sparseift_cli.report.published import evidence, published, same_subject
 from sparseift_cli.report.record import Run
 from sparseift_cli.report.report import Report
+from sparseift_cli.report.statistics import mean_interval
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = "README.md"
 NAMES = {"top1": "top-1 (%)", "top5": "top-5 (%)", "loss": "validation loss", "bits_per_byte": "bits per byte"}
-HEAD = "| recipe | seeds | {metric} | best | training FLOPs | × dense | parameters | non-zero | wall time | published |"
+BESIDE = {"perplexity": "perplexity", "test_top1": "test top-1 (%)", "test_loss": "test loss",
+          "test_perplexity": "test perplexity"}  # fmt: skip
+"""What a page shows beside the metric that its recipes call best, where runs have measured it."""
 
 
 def folders(root: Path = ROOT) -> list[Path]:
@@ -108,15 +111,27 @@ def _heading(row: Mapping[str, Any]) -> str:
 
 def _table(report: Report, rows: Sequence[Mapping[str, Any]]) -> str:
     metric = rows[0]["metric"]
-    lines = [HEAD.format(metric=f"{NAMES.get(metric, metric)} {'↓' if lower_is_better(metric) else '↑'}"),
-             "| --- |" + " ---: |" * 9]  # fmt: skip
+    beside = [name for name in BESIDE if name != metric and any(row[name] is not None for row in rows)]
+    head = ["recipe", "seeds", f"{NAMES.get(metric, metric)} {'↓' if lower_is_better(metric) else '↑'}", "best",
+            *(BESIDE[name] for name in beside), "training FLOPs", "× dense", "parameters", "non-zero", "wall time",
+            "published"]  # fmt: skip
+    lines = [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
     for row in rows:
-        spread = "" if row["std"] is None else f" ± {row['std']:.2g}"
+        counted = [run for run in frames.records(report.frame) if run["group"] == row["group"] and run["counted"]]
         ratio = "" if row["flops_ratio"] is None else f"{row['flops_ratio']:.4f}"
-        cells = [row["group"], row["n"], f"{row['mean']:.4g}{spread}", f"{row['best']:.4g}", f"{row['flops'] or 0:.4g}", ratio,
+        cells = [row["group"], row["n"], _spread([run["value"] for run in counted]), f"{row['best']:.4g}",
+                 *(_spread([run[name] for run in counted]) for name in beside), f"{row['flops'] or 0:.4g}", ratio,
                  f"{row['params'] or 0:,}", f"{row['nonzero_params'] or 0:,}", _clock(row["seconds"]), _published(report, row)]  # fmt: skip
         lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
+
+
+def _spread(values: Sequence[float | None]) -> str:
+    """Mean and sample deviation of the values that are there."""
+    interval = mean_interval([v for v in values if v is not None])
+    if interval.mean is None:
+        return ""
+    return f"{interval.mean:.4g}" + ("" if interval.deviation is None else f" ± {interval.deviation:.2g}")
 
 
 def _published(report: Report, row: Mapping[str, Any]) -> str:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte"})
 METRICS = ("top1", "top5", "loss", "perplexity", "bits_per_byte")
+TEST_METRICS = tuple(f"test_{name}" for name in METRICS)
+"""The same on a test split that nobody watched: of runs with `evaluation.test`, at their end."""
 UNITS = {"top1": "points", "top5": "points", "bits_per_byte": "bits per byte"}
 """What a difference of a metric is measured in; a metric that is not here names itself."""
 

@@ -21,6 +21,7 @@ _TIES = (
     1 / 32
 )  # of all places: what may lie between the pivots because many scores are equal (bfloat16 has 128 an octave)
 _LOWEST = torch.iinfo(torch.int64).min
+_LEAST = torch.finfo(torch.float32).min  # of scores that are not -inf
 
 
 def quick_exchange(mask: Tensor, active: int, drop_scores: Tensor, grow_scores: Tensor, n: int | Tensor, key: int | Tensor,
@@ -38,8 +39,8 @@ def quick_exchange(mask: Tensor, active: int, drop_scores: Tensor, grow_scores: 
     places = torch.nonzero_static(held, size=active).view(-1)
     lost, doubt = _first(-drop[places], n, key, places, mask, low_lots=True)
     kept = held.scatter(0, places, ~lost)
-    free = torch.logical_not(held if regrow == "forbid" else kept)
-    grown, more = _first(grow.masked_fill(~free, -torch.inf), n, key ^ GROWS, None, mask)
+    taken = held if regrow == "forbid" else kept
+    grown, more = _first(grow.masked_fill(taken, -torch.inf), n, key ^ GROWS, None, mask)
     return _as(grown.logical_or_(kept), mask), doubt + more
 
 
@@ -51,20 +52,21 @@ def _first(scores: Tensor, n: Tensor, key: int | Tensor, places: Tensor | None, 
     """
     size = scores.numel()
     high, low, room = _pivots(scores, n)
-    above = scores > high
-    between = (scores <= high) & (scores >= low) & (scores > -torch.inf)
+    chosen = torch.empty(size + 1, dtype=torch.bool, device=scores.device)  # the last one is for what does not exist
+    above = torch.gt(scores, high, out=chosen[:-1])
+    between = (scores >= low.clamp(min=_LEAST)) > above
     found = torch.nonzero_static(between, size=room, fill_value=-1).view(-1)
     exists = found >= 0
     somewhere = found.clamp(min=0)
     whose = somewhere if places is None else places[somewhere]
     ranks = _ranks(scores[somewhere], key, _number(whose, like), low_lots=low_lots).masked_fill_(~exists, _LOWEST)
-    missing = n - above.count_nonzero()
+    sure = above.count_nonzero()
+    missing = n - sure
     last = ranks.sort(descending=True).values.gather(0, (missing - 1).clamp(0, room - 1).view(1))
     taken = (ranks >= last) & exists & (missing > 0)
-    chosen = torch.zeros(size + 1, dtype=torch.bool, device=scores.device)  # the last one is for what does not exist
-    chosen = chosen.scatter_(0, torch.where(exists, found, size), taken)[:-1].logical_or_(above)
     overflow = between.count_nonzero() > room
-    return chosen, (chosen.count_nonzero() - n).abs() + overflow
+    doubt = (sure + taken.count_nonzero() - n).abs() + overflow
+    return chosen.scatter_(0, torch.where(exists, found, size), taken)[:-1], doubt
 
 
 def _pivots(scores: Tensor, n: Tensor) -> tuple[Tensor, Tensor, int]:

@@ -106,31 +106,35 @@ def official_style(recipe: Path, sets: list[str], workers: int) -> tuple[Prepare
     return run, step
 
 
-def update_milliseconds(way: Way, again: int = 5) -> tuple[float, float, float]:
-    """Milliseconds that a mask update adds to a step: median, least and most of `again` updates, each beside still steps."""
+def go_to_update(way: Way) -> None:
+    """Make steps until the one that comes has a mask update."""
     assert way.run is not None
     assert way.run.sparsifier is not None
-    every, found = way.run.sparsifier.settings.schedule.delta_t, []
+    every = way.run.sparsifier.settings.schedule.delta_t
+    way.time(-way.next % every or every)
+
+
+def update_milliseconds(way: Way, again: int = 5) -> tuple[float, float, float]:
+    """Milliseconds that a mask update adds to a step: median, least and most of `again` updates, each beside still steps."""
+    found = []
     for _ in range(again):
-        way.time(-way.next % every or every)
+        go_to_update(way)
         moving = way.time(1)
         still = statistics.median(way.time(1) for _ in range(9))
         found.append(moving - still)
     return statistics.median(found), min(found), max(found)
 
 
-def profile(way: Way, top: int = 30) -> None:
-    """Which kernels the time goes to, on stderr."""
+def profile(way: Way, what: str, steps: int = 10, top: int = 30) -> None:
+    """Which kernels the time of the next steps goes to, on stderr."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        way.time(10)
+        way.time(steps)
     events = sorted(seen.key_averages(), key=lambda e: -e.self_device_time_total)
     whole = sum(e.self_device_time_total for e in events)
-    print(f"  kernels of {way.name}: {whole / 1e4:.3f} ms a step", file=sys.stderr)
+    print(f"  kernels of {way.name}: {whole / 1e3 / steps:.3f} ms {what}", file=sys.stderr)
     for event in events[:top]:
-        print(
-            f"    {event.self_device_time_total / 1e4:8.4f} ms {event.count / 10:6.1f}x {event.key[:90]}",
-            file=sys.stderr,
-        )
+        spent = event.self_device_time_total / 1e3 / steps
+        print(f"    {spent:8.4f} ms {event.count / steps:6.1f}x {event.key[:90]}", file=sys.stderr)
 
 
 def main() -> None:
@@ -170,10 +174,13 @@ def main() -> None:
                     "low": round(each[0], 3), "high": round(each[-1], 3), "n": len(each), "steps": args.steps,
                     "gpu": torch.cuda.get_device_name()}  # fmt: skip
             if args.profile:
-                profile(way)
+                profile(way, "a step")
             sparsifier = way.run.sparsifier if way.run is not None else None
             if sparsifier is not None and sparsifier.settings.algorithm.exchanges and way.next:
                 line["update_ms"] = [round(value, 3) for value in update_milliseconds(way)]
+                if args.profile:
+                    go_to_update(way)
+                    profile(way, "a step with a mask update", steps=1, top=60)
             lines.append(line)
             print(json.dumps(line), flush=True)
         ways.clear()
