@@ -56,3 +56,8 @@ def residual() -> Made:
     for name, part in parts.items():
         model.add_module(name, part)
     return model, torch.zeros(1, 3, 8, 8)
+
+
+def letters() -> Made:
+    """Bytes [B, 4] -> logits [B, 4, 256] of the byte that follows, by the byte before it alone."""
+    return nn.Sequential(nn.Embedding(256, 8), nn.Linear(8, 256)), torch.zeros(1, 4, dtype=torch.int64)
