@@ -47,6 +47,9 @@ DATA = {
     "synthetic-text": DataFacts("tokens", "text"),
 }
 
+SPLITTABLE = ("text", "cifar10", "cifar100", "mnist", "digits")
+"""Sets of which `data.validation` holds a part out."""
+
 _SGD: dict[str, Any] = {"momentum": 0.9, "nesterov": True}
 _NO_DECAY = ["norm", "bias"]
 _OPTIMIZERS: dict[str, dict[str, dict[str, Any]]] = {

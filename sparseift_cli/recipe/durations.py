@@ -42,6 +42,11 @@ def steps_per_epoch(samples: int, batch_size: int) -> int:
     return steps
 
 
+def held_out_images(samples: int, share: float | None) -> int:
+    """How many of `samples` training images `data.validation` keeps aside."""
+    return round(samples * (share or 0))
+
+
 def in_steps(value: float | str, *, run_steps: int, epoch_steps: int, unit: str) -> int:
     """A duration in optimiser steps, rounded down. `unit` is what a plain number counts: `steps` or `epochs`.
 

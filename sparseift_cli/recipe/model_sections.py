@@ -66,7 +66,9 @@ class Data(Section):
         None, description="words: keep the N most frequent. Default: all of the training text."
     )
     validation: Annotated[float, Field(ge=0.01, le=0.99)] | None = Field(
-        None, description="text in a single file: the part at its end that is held out. Default: 0.1."
+        None,
+        description="Held out to watch: of CIFAR, MNIST or digits a part of the training images, drawn once (then "
+        "evaluation.test is for the test split); of text in a single file its end, 0.1 unless told.",
     )
     workers: Annotated[int, Field(ge=0)] = Field(
         0, description="Image folders: processes that decode; 0: the main one."

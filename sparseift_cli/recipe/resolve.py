@@ -12,7 +12,7 @@ from ..errors import SparseiftError, UsageError, did_you_mean
 from ..spec import TransformSpec, member_named
 from ..zoo import registry
 from . import schema
-from .defaults import defaults
+from .defaults import SPLITTABLE, defaults
 from .strict_yaml import Problems, Spot, Value
 
 MESSAGES = {
@@ -110,8 +110,8 @@ def _check(spec: schema.Spec, tree: Mapping[str, Value], start: Spot, problems: 
     if spec.transform is None and spec.algorithm.name != "dense":
         reason = "needs a transform and its sparsity; a dense model has no masks"
         problems.add(_spot(tree, ["algorithm", "name"], start), f"algorithm: {spec.algorithm.name} {reason}")
-    if spec.data is not None and spec.data.validation is not None and spec.data.name != "text":
-        reason = "has a held-out part of its own; this is for text in a single file"
+    if spec.data is not None and spec.data.validation is not None and spec.data.name not in SPLITTABLE:
+        reason = f"has a held-out part of its own; this is for {', '.join(SPLITTABLE)}"
         problems.add(_spot(tree, ["data", "validation"], start), f"data.validation: {spec.data.name} {reason}")
     if spec.init.start == "preserve" and spec.init.checkpoint is None:
         problems.add(

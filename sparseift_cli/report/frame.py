@@ -19,7 +19,8 @@ _ABOUT = ("recipe", "model", "data", "transform", "match", "scope", "pattern", "
 _COSTS = ("flops", "dense_flops", "flops_ratio", "flops_spent", "seconds", "peak_bytes", "optimizer_bytes", "params",
           "nonzero_params")  # fmt: skip
 RUN_COLUMNS = ("path", "group", "state", "counted", "seed", "step", *_ABOUT, "value", "best", *METRICS, *TEST_METRICS,
-               "train_loss", *_COSTS, "density", "itop_rate", "started", "device", "threads", "torch", "commit", "subject")  # fmt: skip
+               "train_loss", *_COSTS, "density", "itop_rate", "started", "device", "threads", "torch", "commit",
+               "subject")  # fmt: skip
 GROUP_COLUMNS = ("group", *_ABOUT, "runs", "n", "mean", "std", "low", "high", "best", *METRICS, *TEST_METRICS,
                  *_COSTS, "device", "subject")  # fmt: skip
 """mean, std, low and high are of `metric` at the end of training, best is the mean of each run's best evaluation. All are

@@ -13,13 +13,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
+from ..data import Batches
 from ..errors import InterruptedRun
 from ..runs.directory import RunDirectory
 from ..runs.metrics import Metrics
@@ -98,12 +98,13 @@ def train(run: Prepared, folder: RunDirectory, processes: Processes, report: Rep
 
 def _measure(run: Prepared, progress: Progress, metrics: Metrics | None, processes: Processes, report: Report) -> None:
     """Evaluate, and write one line; the last of a run has the test split beside, where the recipe wants it."""
-    metrics_of = partial(
-        evaluate, run.model, metrics=run.spec.evaluation.metrics, processes=processes, autocast=run.autocast
-    )
-    found = metrics_of(batches=run.held_out)
+
+    def on(batches: Batches) -> dict[str, float]:
+        return evaluate(run.model, batches, run.spec.evaluation.metrics, processes, run.autocast)
+
+    found = on(run.held_out)
     if run.test is not None and progress.step == run.steps:
-        found |= {f"test_{name}": value for name, value in metrics_of(batches=run.test).items()}
+        found |= {f"test_{name}": value for name, value in on(run.test).items()}
     if run.sparsifier is not None:
         run.sparsifier.check_ranks()
     train_loss = (processes.sum(torch.stack(progress.losses)) / processes.world).mean()

@@ -13,9 +13,11 @@ from torch.optim import Optimizer
 
 from ..conversion import convert
 from ..data import Batches, DataSet, open_data
+from ..data.held_out import hold_out
+from ..data.images import ImageSet
 from ..errors import UsageError
 from ..flop_audit import Audit, audit
-from ..recipe.durations import in_steps
+from ..recipe.durations import held_out_images, in_steps
 from ..recipe.load import Recipe, require_data, run_steps
 from ..recipe.opening import opening
 from ..request import Request, parse_input
@@ -84,7 +86,7 @@ def prepare(recipe: Recipe, seed: int, processes: Processes) -> Prepared:
     require_data(recipe)
     spec = recipe.spec
     name, root, options = opening(spec)
-    dataset = open_data(name, root, **options)
+    dataset = _with_validation(open_data(name, root, **options), spec)
     train, held_out, test = _batches(spec, dataset, seed, processes)
     steps = run_steps(spec, train.steps_per_epoch * spec.training.batch_size)
     assert steps is not None
@@ -131,6 +133,13 @@ def _batches(spec: Spec, dataset: DataSet, seed: int, processes: Processes) -> t
     measured: dict[str, Any] = {"train": False, "limit": spec.evaluation.limit, **shared}
     held_out = Batches(dataset, dataset.held_out, size, seed, **measured)
     return train, held_out, Batches(dataset, _test(dataset), size, seed, **measured) if spec.evaluation.test else None
+
+
+def _with_validation(dataset: DataSet, spec: Spec) -> DataSet:
+    share = spec.data.validation if spec.data else None
+    if share is None or not isinstance(dataset, ImageSet):
+        return dataset  # a text's end was held out when it was opened
+    return hold_out(dataset, held_out_images(len(dataset.images("train")[1]), share))
 
 
 def _test(dataset: DataSet) -> str:

@@ -42,6 +42,8 @@ def shrunk(recipe: Recipe) -> list[str]:
     if recipe.transform.get("base_width"):  # hidden 768 -> 1536; here 96 -> 192
         sets.append(f"transform.base_width={recipe.transform['base_width'] // 8}")
     sets += [f"model.name=tests.recipe_nets:{name}", *(f"model.{k}=null" for k in ("num_classes", "input", "seq"))]
+    if spec.evaluation.test:  # made-up sets have none
+        sets.append("evaluation.test=false")
     return [*sets, f"data.name={'synthetic-text' if tokens else 'synthetic-images'}"]
 
 

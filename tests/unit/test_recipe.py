@@ -90,7 +90,7 @@ def test_all_problems_at_once_with_their_places_in_order(tmp_path: Path) -> None
     ("model: resnet18\nsparsity: .3\ntransform: {pattern: '2:4'}\n", "pattern 2:4 has density 2/4, not 7/10 (use sparsity 0.5)"),
     ("model: resnet18\nsparsity: .3\ntransform: {distribution: erk}\n", "it cannot match each layer"),
     ("model: resnet18\ndata: cifr10\n", "data.name: no data set is called 'cifr10', did you mean 'cifar10'?"),
-    ("model: resnet18\ndata: {name: cifar10, validation: .2}\n", "cifar10 has a held-out part of its own"),
+    ("model: gpt2\ndata: {name: stdlib, validation: .2}\n", "stdlib has a held-out part of its own"),
     ("model: resnet18\ndata: {name: cifar10, seq: 3}\n", "the tokens in a sample are model.seq"),
     ("model: resnet18\ncheckpoint: {best: perplexity}\n", "perplexity is not among evaluation.metrics"),
     ("model: resnet18\nevaluation: {metrics: top3}\n", "evaluation.metrics.0: 'top3' is not one of loss, top1"),
