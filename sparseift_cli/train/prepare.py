@@ -70,6 +70,12 @@ class Prepared:
         """Where the model is."""
         return next(self.model.parameters()).device
 
+    def close(self) -> None:
+        """Let go of the data's worker processes."""
+        for batches in (self.train, self.held_out, self.test):
+            if batches is not None:
+                batches.close()
+
     def autocast(self) -> AbstractContextManager[Any]:
         """Mixed precision, where the recipe asks for it."""
         dtype = _DTYPES.get(self.spec.training.precision)

@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,18 @@ Job = tuple[Recipe, int]
 """A recipe, and the seed of one run of it."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What the runs of one call share: where they go, and who hears of them."""
+
+    root: Path
+    resume: str | None
+    report: Report
+    note: Note
+    tick: Tick | None
+    tensorboard: bool
+
+
 def run_seeds(recipe: Recipe, seeds: Sequence[int], root: Path, resume: str | None, report: Report,
               note: Note, *, tensorboard: bool = False) -> list[dict[str, Any]]:  # fmt: skip
     """Train every seed of one recipe, as `run_jobs` does."""
@@ -56,7 +69,7 @@ def run_jobs(jobs: Sequence[Job], root: Path, resume: str | None, report: Report
         InterruptedRun: as `train`; or a signal came before a run was begun.
     """
     require_one_run(resume, len(jobs))
-    results = []
+    call, results = _Call(root, resume, report, note, tick, tensorboard), []
     with listening():
         for device, group in groupby(jobs, key=lambda job: job[0].spec.training.device):
             with processes(device) as ours:
@@ -66,8 +79,7 @@ def run_jobs(jobs: Sequence[Job], root: Path, resume: str | None, report: Report
                     _let_go(ours.device, compiled=before not in (None, recipe) and bool(recipe.spec.training.compile))
                     before = recipe
                     with _settings(recipe.spec.training.threads, recipe.spec.training.deterministic):
-                        mine = with_seed(recipe, seed)
-                        results.append(_one(mine, seed, root, resume, report, note, tick, ours, tensorboard))
+                        results.append(_one(with_seed(recipe, seed), seed, call, ours))
     return results
 
 
@@ -115,38 +127,33 @@ def _let_go(device: torch.device, *, compiled: bool) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def _one(recipe: Recipe, seed: int, root: Path, resume: str | None, report: Report, note: Note,
-         tick: Tick | None, ours: Processes, tensorboard: bool) -> dict[str, Any]:  # fmt: skip
+def _one(recipe: Recipe, seed: int, call: _Call, ours: Processes) -> dict[str, Any]:
     text = resolved_yaml(recipe.spec)
-    found = _existing(recipe, text, root, resume) if ours.first else None
+    found = _existing(recipe, text, call) if ours.first else None
     if found is not None:
         found.require_recipe(text)
         done = found.summary
         if done is not None:
-            note(f"{found.path} is done")
+            call.note(f"{found.path} is done")
     if ours.agree(ours.first and found is not None and found.summary is not None):
         return dict(found.summary or {}) if found is not None else {}
     run = prepare(recipe, seed, ours)
     try:
         _stop_here(ours, recipe, seed)
-        return _train(run, found, text, root, report, note, tick, ours, tensorboard)
+        return _train(run, found, text, call, ours)
     finally:
-        run.train.close()
-        run.held_out.close()
-        if run.test is not None:
-            run.test.close()
+        run.close()
 
 
-def _train(run: Prepared, found: RunDirectory | None, text: str, root: Path, report: Report, note: Note,
-           tick: Tick | None, ours: Processes, tensorboard: bool) -> dict[str, Any]:  # fmt: skip
-    recipe, seed = run.recipe, run.seed
+def _train(run: Prepared, found: RunDirectory | None, text: str, call: _Call, ours: Processes) -> dict[str, Any]:
+    recipe, seed, note = run.recipe, run.seed, call.note
     if ours.first and found is None:
         plan = run.transformation.plan.to_json() if run.transformation else None
-        found = RunDirectory.create(root, recipe.name, text, plan=plan, audit=to_json(run.audit), **_keeping(run))
+        found = RunDirectory.create(call.root, recipe.name, text, plan=plan, audit=to_json(run.audit), **_keeping(run))
     path = Path(ours.from_first(str(found.path) if found else ""))
     folder = RunDirectory.open(path, **_keeping(run))
     if not ours.first:
-        train(run, folder, ours, report)
+        train(run, folder, ours, call.report)
         return {}  # rank 0 speaks for all
     with folder.lock():
         newest = folder.checkpoints.newest()
@@ -160,23 +167,23 @@ def _train(run: Prepared, found: RunDirectory | None, text: str, root: Path, rep
         where = f"from step {begins:,}" if begins else "from the start"
         note(f"{path} (seed {seed}, {run.steps:,} steps, {ours.device}): {where}", run.steps, begins,
              f"seed {seed}")  # fmt: skip
-        board = TensorBoard(path) if tensorboard else None
+        board = TensorBoard(path) if call.tensorboard else None
 
         def tell(row: Mapping[str, Any]) -> None:
-            report(row)
+            call.report(row)
             if board is not None:
                 board(row)
 
-        summary = train(run, folder, ours, tell, tick=tick)
+        summary = train(run, folder, ours, tell, tick=call.tick)
         summary["path"] = str(path)
         folder.finish(summary)
     return summary
 
 
-def _existing(recipe: Recipe, text: str, root: Path, resume: str | None) -> RunDirectory | None:
-    if resume == "latest":
-        return RunDirectory.latest(root, recipe.name, recipe=text)
-    return None if resume is None else RunDirectory.open(Path(resume))
+def _existing(recipe: Recipe, text: str, call: _Call) -> RunDirectory | None:
+    if call.resume == "latest":
+        return RunDirectory.latest(call.root, recipe.name, recipe=text)
+    return None if call.resume is None else RunDirectory.open(Path(call.resume))
 
 
 def _keeping(run: Prepared) -> Mapping[str, Any]:
