@@ -79,6 +79,14 @@ class Expression:
         """Whether it holds for a row; a test on a value that is missing does not."""
         return any(all(bool(test.on(row)) for test in term) for term in self.terms)
 
+    @property
+    def hint(self) -> str:
+        """What to try where it holds for nothing."""
+        for test in (test for term in self.terms for test in term):
+            if test.op == "~" and not set(str(test.value)) & set("*?["):
+                return f"~ matches a whole text: {test.name} ~ '*{test.value}*' finds it anywhere"
+        return "without --filter every run is shown, with the values to filter by"
+
     def knows(self, row: Mapping[str, Any]) -> bool:
         """Whether the row has every value that is asked for."""
         return all(row.get(name) is not None for name in self.names)

@@ -67,7 +67,7 @@ def make(paths: Sequence[Path], options: Options, command: Sequence[str],
             late = wanted
     if not runs:
         raise UsageError(f"--filter '{wanted.text if wanted else ''}' leaves no run of {len(found.runs)}",
-                         hint="without --filter every run is shown, with the values to filter by")  # fmt: skip
+                         hint=wanted.hint if wanted else None)  # fmt: skip
     if "group" not in options.by:
         frame = frames.regroup(frame, options.by)
     groups = frames.groups_frame(frame, options.rules.confidence)

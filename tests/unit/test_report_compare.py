@@ -241,6 +241,9 @@ def test_sorting_and_filtering(tmp_path: Path) -> None:
     assert len(report(tmp_path, None, filter=parse("seed == 0")).runs) == 3
     with pytest.raises(UsageError, match="leaves no run of 4"):
         report(tmp_path, None, filter=parse("seed == 99"))
+    with pytest.raises(UsageError) as caught:
+        report(tmp_path, None, filter=parse("model ~ resnet"))
+    assert caught.value.hint == "~ matches a whole text: model ~ '*resnet*' finds it anywhere"
     with pytest.raises(UsageError, match="no column is called 'maen'"):
         report(tmp_path, None, sort=("-maen",))
 
