@@ -19,7 +19,7 @@ import difflib
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -38,6 +38,7 @@ RECIPE, PLAN, AUDIT, PROVENANCE = "recipe.yaml", "plan.json", "audit.json", "pro
 METRICS, CHECKPOINTS, SUMMARY, LOCK = "metrics.jsonl", "checkpoints", "summary.json", "lock"
 _RUN = re.compile(r"(\d{8}T\d{6}Z)-([0-9a-f]{8})(?:\.(\d+))?")
 _SEED = re.compile(r"^  seed: (\d+)$", re.MULTILINE)
+ReadRecipe = Callable[[Path], str]
 _SHOWN = 40  # lines of a recipe's difference
 
 
@@ -95,19 +96,23 @@ class RunDirectory:
         return RunDirectory(path, keep, better)
 
     @staticmethod
-    def latest(root: Path, name: str, *, recipe: str | None = None, keep: int = 2,
+    def latest(root: Path, name: str, *, recipe: str | None = None, read: ReadRecipe | None = None, keep: int = 2,
                better: Literal["highest", "lowest"] = "highest") -> RunDirectory | None:  # fmt: skip
         """The newest run of `name`; None where there is none.
 
         With `recipe`: the newest of this very recipe, else the newest of the same seed (`require_recipe` then tells the
-        difference). Another seed's run is no run of this one.
+        difference). Another seed's run is no run of this one. `read` as for `require_recipe`.
         """
         every = RunDirectory.all(root, name, keep=keep, better=better)
         if recipe is None:
             return next(reversed(every), None)
         digits, seed = recipe_hash(recipe), seed_of(recipe)
         same = next((run for run in reversed(every) if _hash_in(run.path) == digits), None)
-        return same or next((run for run in reversed(every) if seed_of(run.recipe) == seed), None)
+        if same is not None:
+            return same
+        candidates = [run for run in reversed(every) if seed_of(run.recipe) == seed]
+        older = (run for run in candidates if read is not None and read(run.path / RECIPE) == recipe)
+        return next(older, next(iter(candidates), None))
 
     @staticmethod
     def all(
@@ -133,13 +138,18 @@ class RunDirectory:
         """What `finish` wrote; None while the run is not done."""
         return atomic.read_json(self.path / SUMMARY) if (self.path / SUMMARY).exists() else None
 
-    def require_recipe(self, recipe: str) -> None:
+    def require_recipe(self, recipe: str, read: ReadRecipe | None = None) -> None:
         """Refuse to continue with another recipe than the run began with.
+
+        `read` gives the text of a recipe file as it is written today: a recipe of an older version lacks the keys that have
+        come since, and means their defaults.
 
         Raises:
             ArtifactError: they differ; it shows how.
         """
-        began = self.recipe
+        if self.recipe == recipe:
+            return
+        began = self.recipe if read is None else read(self.path / RECIPE)
         if began == recipe:
             return
         began_lines, now_lines = began.splitlines(), recipe.splitlines()

@@ -102,6 +102,7 @@ def _measure(run: Prepared, progress: Progress, metrics: Metrics | None, process
     def on(batches: Batches) -> dict[str, float]:
         return evaluate(run.model, batches, run.spec.evaluation.metrics, processes, run.autocast)
 
+    processes.share_buffers(run.model)
     found = on(run.held_out)
     if run.test is not None and progress.step == run.steps:
         found |= {f"test_{name}": value for name, value in on(run.test).items()}

@@ -60,6 +60,15 @@ class Processes:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, masks)
         return DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
+    @torch.no_grad()
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give every process rank 0's buffers but masks, as the next training forward would: what is saved is measured."""
+        if self.world > 1:
+            masks = {name + SUFFIX for name in masks_of(model)}
+            for name, buffer in model.named_buffers():
+                if name not in masks:
+                    dist.broadcast(buffer, 0)
+
     def without_averaging(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
         """For every micro-batch of an accumulated step but the last one."""
         return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()

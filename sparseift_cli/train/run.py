@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ..errors import InterruptedRun
+from ..errors import InterruptedRun, SparseiftError
 from ..flop_audit import to_json
-from ..recipe.load import Recipe
+from ..recipe.load import Recipe, load
 from ..recipe.write import resolved_yaml
 from ..runs.directory import RunDirectory
 from ..runs.provenance import session
@@ -131,7 +131,7 @@ def _one(recipe: Recipe, seed: int, call: _Call, ours: Processes) -> dict[str, A
     text = resolved_yaml(recipe.spec)
     found = _existing(recipe, text, call) if ours.first else None
     if found is not None:
-        found.require_recipe(text)
+        found.require_recipe(text, _as_written_today)
         done = found.summary
         if done is not None:
             call.note(f"{found.path} is done")
@@ -182,8 +182,16 @@ def _train(run: Prepared, found: RunDirectory | None, text: str, call: _Call, ou
 
 def _existing(recipe: Recipe, text: str, call: _Call) -> RunDirectory | None:
     if call.resume == "latest":
-        return RunDirectory.latest(call.root, recipe.name, recipe=text)
+        return RunDirectory.latest(call.root, recipe.name, recipe=text, read=_as_written_today)
     return None if call.resume is None else RunDirectory.open(Path(call.resume))
+
+
+def _as_written_today(path: Path) -> str:
+    """The whole text of a run's recipe; its own where this version cannot read it."""
+    try:
+        return resolved_yaml(load(path).spec)
+    except SparseiftError:
+        return path.read_text("utf-8")
 
 
 def _keeping(run: Prepared) -> Mapping[str, Any]:

@@ -22,9 +22,11 @@ from sparseift_cli.runs.directory import RunDirectory
 from sparseift_cli.runs.metrics import read_metrics
 from sparseift_cli.sparsity.attached import masks_of
 from sparseift_cli.train import loop
+from sparseift_cli.train.evaluate import evaluate
 from sparseift_cli.train.prepare import prepare
 from sparseift_cli.train.processes import Processes
 from sparseift_cli.train.run import run_jobs, run_seeds
+from sparseift_cli.train.state import unpack
 from sparseift_cli.train.step import EagerStep
 
 Write = Callable[..., Path]
@@ -191,6 +193,24 @@ def test_resuming_another_recipe_is_refused_with_the_difference(write_recipe: Wr
     assert "-  lr: 0.05" in error.value.message and "+  lr: 0.01" in error.value.message
 
 
+def test_a_run_of_an_older_version_goes_on(write_recipe: Write, tmp_path: Path) -> None:
+    """Its recipe lacks keys that have come since; a key that says something else is still told."""
+    recipe = write_recipe("rigl")
+    (done,) = run(recipe, tmp_path / "runs")
+    kept = Path(done["path"]) / "recipe.yaml"
+    older = kept.read_text().replace("  test: false\n", "")
+    assert older != kept.read_text()
+    kept.write_text(older)
+    Path(done["path"]).rename(
+        Path(done["path"]).with_name("20260101T000000Z-01234567")
+    )  # of another text, so another hash
+    (newer,) = run(recipe, tmp_path / "runs", optimizer__lr=0.01)  # the newest of the same seed, but another recipe
+    (again,) = run(recipe, tmp_path / "runs", resume="latest")
+    assert again["metrics"] == done["metrics"] != newer["metrics"]
+    with pytest.raises(ArtifactError, match="begun with another recipe"):
+        run(recipe, tmp_path / "runs", resume=newer["path"])
+
+
 def test_seeds_are_runs_of_their_own_and_resumable(write_recipe: Write, tmp_path: Path) -> None:
     recipe = write_recipe("static", steps=6)
     results = run(recipe, tmp_path / "runs", seeds=(0, 1))
@@ -287,6 +307,19 @@ def test_two_processes_compute_what_one_does(write_recipe: Write, tmp_path: Path
     assert [n for n in two if not torch.equal(resumed[n], two[n])] == []
     losses = [[row["train_loss"] for row in read_metrics(Path(r["path"]) / "metrics.jsonl")] for r in (together, again)]
     assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+def test_two_processes_measure_the_model_that_is_saved(write_recipe: Write, tmp_path: Path) -> None:
+    """Each has batch statistics of its own after a step; rank 0's are those of the checkpoint."""
+    recipe = write_recipe("rigl", net="cnn")
+    together = on_two_processes(recipe, tmp_path / "two", "--set", "evaluation.limit=200")
+    ready = prepare(load(recipe, ["evaluation.limit=200"]), 0, CPU)
+    newest = RunDirectory.open(Path(together["path"])).checkpoints.newest()
+    assert newest is not None
+    unpack(newest, ready.model, ready.optimizer, ready.sparsifier)
+    alone = evaluate(ready.model, ready.held_out, ("top1", "loss"), CPU, ready.autocast)
+    assert alone["top1"] == together["metrics"]["top1"]
+    assert alone["loss"] == pytest.approx(together["metrics"]["loss"], rel=1e-5)
 
 
 def on_two_processes(recipe: Path, root: Path, *words: str) -> dict[str, Any]:
