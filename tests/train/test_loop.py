@@ -311,9 +311,10 @@ def test_two_processes_compute_what_one_does(write_recipe: Write, tmp_path: Path
 
 def test_two_processes_measure_the_model_that_is_saved(write_recipe: Write, tmp_path: Path) -> None:
     """Each has batch statistics of its own after a step; rank 0's are those of the checkpoint."""
-    recipe = write_recipe("rigl", net="cnn")
-    together = on_two_processes(recipe, tmp_path / "two", "--set", "evaluation.limit=200")
-    ready = prepare(load(recipe, ["evaluation.limit=200"]), 0, CPU)
+    recipe = write_recipe(None, steps=20)
+    sets = ["model.name=sparseift_cli.quickstart:digits_mlp", "model.input=null", "data=digits", "evaluation.limit=200"]
+    together = on_two_processes(recipe, tmp_path / "two", *(word for one in sets for word in ("--set", one)))
+    ready = prepare(load(recipe, sets), 0, CPU)
     newest = RunDirectory.open(Path(together["path"])).checkpoints.newest()
     assert newest is not None
     unpack(newest, ready.model, ready.optimizer, ready.sparsifier)
