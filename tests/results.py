@@ -144,8 +144,11 @@ def _published(report: Report, row: Mapping[str, Any]) -> str:
 
 
 def _notes(report: Report, groups: Sequence[Mapping[str, Any]]) -> list[str]:
-    devices = dict.fromkeys(str(row["device"]) for row in groups)
-    found = [f"- Ran on {', '.join(devices)}; wall time is of training and evaluation."]
+    devices: dict[str, list[str]] = {}
+    for row in groups:
+        devices.setdefault(str(row["device"]), []).append(str(row["group"]))
+    where = "; ".join(f"{device} ({', '.join(of)})" if len(devices) > 1 else device for device, of in devices.items())
+    found = [f"- Ran on {where}. Wall time is of training and evaluation."]
     if any(_published(report, row) for row in groups if row["n"]):
         tags = ", ".join(f"[{tag}] {meaning}" for tag, meaning in evidence().items())
         found.append(f"- Published: {published()[0].source}; {tags}.")

@@ -35,6 +35,8 @@ Examples:
 
   sparseift report runs/ --filter "sparsity >= 0.5 and algorithm == rigl" --sort=-mean
 
+  sparseift report runs/ --metric test_loss --baseline dense   # of runs with evaluation.test
+
   sparseift report runs/ --group-by run --columns path,state,step,top1,loss
 
   sparseift report recipes/*/results --reference paper      # published numbers beside ours
@@ -107,6 +109,10 @@ def report(
     group_by: Annotated[
         str | None, typer.Option(help="Columns that make a group; run: a line for each.", show_default="group")
     ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(help="Judge all by this: top1, loss, test_top1, ...", show_default="each recipe's best"),
+    ] = None,
     where: Annotated[
         str | None, typer.Option("--filter", metavar="EXPR", help="Only these: NAME OP VALUE, joined by and/or.")
     ] = None,
@@ -136,7 +142,7 @@ def report(
     from .output import one_line, patient
 
     fmt = ReportFormat.json if json else fmt
-    asked = _options(baseline, reference, group_by, where, sort, flops_tolerance, allow_unequal_flops, spectral)
+    asked = _options(baseline, reference, group_by, metric, where, sort, flops_tolerance, allow_unequal_flops, spectral)
     gates = report_gates.parse(fail_if or [])
     with closing(Ticker()) if spectral else nullcontext() as ticker:
         tell = ticker.show if ticker else None
@@ -183,8 +189,8 @@ app.command("figure4", help=report_figure4.HELP)(report_figure4.figure4)
 app.command("keep", help=report_keep.HELP)(report_keep.keep)
 
 
-def _options(baseline: str | None, reference: str | None, group_by: str | None, where: str | None, sort: str | None,
-             tolerance: str, allow_unequal: bool, spectral: bool) -> Options:  # fmt: skip
+def _options(baseline: str | None, reference: str | None, group_by: str | None, metric: str | None,
+             where: str | None, sort: str | None, tolerance: str, allow_unequal: bool, spectral: bool) -> Options:  # fmt: skip
     from ..errors import UsageError
     from ..report.compare import Rules
     from ..report.filters import parse
@@ -198,7 +204,7 @@ def _options(baseline: str | None, reference: str | None, group_by: str | None, 
         raise UsageError("--baseline compares groups, and --group-by run makes none", hint="leave one of them out")
     rules = Rules(_share(tolerance), allow_unequal)
     return Options(baseline, rules, reference, by, parse(where) if where is not None else None, tuple(_names(sort) or ()),
-                   spectral)  # fmt: skip
+                   spectral, metric)  # fmt: skip
 
 
 def _share(text: str) -> float:

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-SHOWN = ("train_loss", "loss", "top1", "top5", "perplexity", "bits_per_byte")
+_METRICS = ("loss", "top1", "top5", "perplexity", "bits_per_byte")
+METRICS = (*_METRICS, *(f"test_{name}" for name in _METRICS))
+SHOWN = ("train_loss", *METRICS)
 REFRESH = 2  # times a second
 WINDOW = 60  # the rate is that of so many drawings, half a minute
 BAR = 30  # its longest

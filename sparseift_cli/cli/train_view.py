@@ -8,8 +8,7 @@ from typing import Any
 
 from .formats import Format
 from .output import Column, Sheet, integer, ratio, render
-
-METRICS = ("loss", "top1", "top5", "perplexity", "bits_per_byte")
+from .train_progress import METRICS
 
 
 def show_runs(results: Sequence[Mapping[str, Any]], fmt: Format) -> None:
@@ -27,7 +26,7 @@ def _sheet(results: Sequence[Mapping[str, Any]]) -> Sheet:
     shown = [m for m in METRICS if m in rows[0]]
     columns = [
         Column("seed", "seed", right=True),
-        *(Column(m, m, lambda v: f"{v:.4f}", right=True) for m in shown),
+        *(Column(m, m.replace("_", " "), lambda v: f"{v:.4f}", right=True) for m in shown),
         Column("flops", "FLOPs spent", integer, right=True),
         Column("flops_ratio", "x dense", ratio, right=True),
         Column("nonzero_params", "non-zero", integer, right=True, priority=2),

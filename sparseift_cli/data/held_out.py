@@ -14,26 +14,30 @@ from .permutation import Permutation
 def hold_out(dataset: ImageSet, count: int) -> ImageSet:
     """The same set with a split `valid`: `count` of its training images, drawn once for all seeds and runs.
 
+    Reads the training images, which then lie in memory twice.
+
     Raises:
-        UsageError: it has a split called valid already, or fewer training images than that.
+        UsageError: it has a split called valid already, or not so many training images.
     """
     if "valid" in dataset.split_names:
         raise UsageError(f"{dataset.name} has a validation split of its own", hint="leave out data.validation")
+    size = len(dataset.images("train")[1])
+    if not 0 < count < size:
+        raise UsageError(f"{count} of {size} training images of {dataset.name} cannot be held out",
+                         hint="choose another data.validation")  # fmt: skip
+    drawn = Permutation(size, key_of(0, dataset.name, "held out"))(torch.arange(count))
+    held = torch.zeros(size, dtype=torch.bool).index_fill_(0, drawn, True)
 
     def read(split: str) -> tuple[Tensor, Tensor]:
-        images, labels = dataset.images(split if split not in ("train", "valid") else "train")
         if split not in ("train", "valid"):
-            return images, labels
-        if not 0 < count < len(labels):
-            raise UsageError(f"{count} of {len(labels)} training images of {dataset.name} cannot be held out")
-        drawn = Permutation(len(labels), key_of(0, dataset.name, "held out"))(torch.arange(count))
-        held = torch.zeros(len(labels), dtype=torch.bool).index_fill_(0, drawn, True)
+            return dataset.images(split)
+        images, labels = dataset.images("train")
         wanted = held if split == "valid" else ~held
         return images[wanted], labels[wanted]
 
     channels, height, width = dataset.shape
-    names = [name for name in dataset.split_names if name != "train"]
+    others = [name for name in dataset.split_names if name != "train"]
     return ImageSet(
-        dataset.name, read, split_names=("train", "valid", *names), shape=(channels, height, width), classes=dataset.classes,
-        source=dataset.source, mean=dataset.mean, std=dataset.std, augment=dataset.augment,
+        dataset.name, read, split_names=("train", "valid", *others), shape=(channels, height, width),
+        classes=dataset.classes, source=dataset.source, mean=dataset.mean, std=dataset.std, augment=dataset.augment,
     )  # fmt: skip

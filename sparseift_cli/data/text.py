@@ -21,24 +21,32 @@ _SUFFIXES = (".txt", ".txt.gz", ".tokens", ".tokens.gz", ".raw", ".raw.gz")
 
 
 def open_text(
-    root: str | Path | None = None, *, level: str = "bytes", max_vocab: int | None = None, valid_percent: int = 10
+    root: str | Path | None = None,
+    *,
+    level: str = "bytes",
+    max_vocab: int | None = None,
+    valid_percent: int | None = None,
 ) -> TokenSet:
     """Text files as tokens: bytes (vocabulary 256), or words as `open_wikitext` makes them.
 
     `root` is a folder with train, valid and test files (.txt or .tokens, plain or .gz; not all need be there), or one
-    file whose last `valid_percent` are held out: whole lines.
+    file whose last `valid_percent` (10) are held out: whole lines.
 
     Raises:
-        UsageError: no such files, or text that is not UTF-8 where words are asked for.
+        UsageError: no such files, text that is not UTF-8 where words are asked for, or `valid_percent` of a folder.
     """
     one_of("level", level, ("bytes", "words"))
-    whole("valid_percent", valid_percent, 1, 99)
+    percent = whole("valid_percent", 10 if valid_percent is None else valid_percent, 1, 99)
     if root is None:
         raise UsageError(
             "the data set text needs a root", hint="name a text file, or a folder with train and valid files"
         )
     path = Path(root).expanduser()
-    texts = _halves(path, valid_percent) if path.is_file() else search("text", root, [], _files)
+    if valid_percent is not None and path.is_dir():
+        raise UsageError(
+            f"{path} is a folder, whose files say what is held out", hint="leave out the share to hold out"
+        )
+    texts = _halves(path, percent) if path.is_file() else search("text", root, [], _files)
     return _by_bytes("text", path, texts) if level == "bytes" else _by_words("text", path, texts, max_vocab)
 
 

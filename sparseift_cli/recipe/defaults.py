@@ -49,6 +49,8 @@ DATA = {
 
 SPLITTABLE = ("text", "cifar10", "cifar100", "mnist", "digits")
 """Sets of which `data.validation` holds a part out."""
+NO_TEST = ("cifar10", "cifar100", "mnist", "digits", "synthetic-images", "stdlib", "synthetic-text")
+"""Sets whose test split is watched during training, where no part of the rest is held out, and sets without one."""
 
 _SGD: dict[str, Any] = {"momentum": 0.9, "nesterov": True}
 _NO_DECAY = ["norm", "bias"]

@@ -12,7 +12,8 @@ from ..errors import SparseiftError, UsageError, did_you_mean
 from ..spec import TransformSpec, member_named
 from ..zoo import registry
 from . import schema
-from .defaults import SPLITTABLE, defaults
+from .defaults import NO_TEST, SPLITTABLE, defaults
+from .model_sections import Data
 from .strict_yaml import Problems, Spot, Value
 
 MESSAGES = {
@@ -110,9 +111,8 @@ def _check(spec: schema.Spec, tree: Mapping[str, Value], start: Spot, problems: 
     if spec.transform is None and spec.algorithm.name != "dense":
         reason = "needs a transform and its sparsity; a dense model has no masks"
         problems.add(_spot(tree, ["algorithm", "name"], start), f"algorithm: {spec.algorithm.name} {reason}")
-    if spec.data is not None and spec.data.validation is not None and spec.data.name not in SPLITTABLE:
-        reason = f"has a held-out part of its own; this is for {', '.join(SPLITTABLE)}"
-        problems.add(_spot(tree, ["data", "validation"], start), f"data.validation: {spec.data.name} {reason}")
+    if spec.data is not None:
+        _check_splits(spec.data, spec.evaluation.test, tree, start, problems)
     if spec.init.start == "preserve" and spec.init.checkpoint is None:
         problems.add(
             _spot(tree, ["init", "start"], start), "init: preserve needs the dense checkpoint: init.checkpoint"
@@ -120,6 +120,20 @@ def _check(spec: schema.Spec, tree: Mapping[str, Value], start: Spot, problems: 
     if spec.checkpoint.best is not None and spec.checkpoint.best not in spec.evaluation.metrics:
         problems.add(_spot(tree, ["checkpoint", "best"], start),
                      f"checkpoint.best: {spec.checkpoint.best} is not among evaluation.metrics")  # fmt: skip
+
+
+def _check_splits(data: Data, test: bool, tree: Mapping[str, Value], start: Spot, problems: Problems) -> None:
+    """What is held out, and what is left to be a test, as far as the name of the data tells."""
+    share, where = data.validation, _spot(tree, ["data", "validation"], start)
+    if share is not None and data.name not in SPLITTABLE:
+        reason = f"{data.name} has a held-out part of its own; this is for {', '.join(SPLITTABLE)}"
+        problems.add(where, f"data.validation: {reason}")
+    elif share is not None and data.name == "text" and round(100 * share) / 100 != share:
+        problems.add(where, f"data.validation: text is cut at a whole per cent, not at {share:g}")
+    if test and data.name in NO_TEST and not (share and data.name in SPLITTABLE):
+        held = "has no test split beside the one that is watched"
+        more = "; data.validation holds a part of the training images out instead" if data.name in SPLITTABLE else ""
+        problems.add(_spot(tree, ["evaluation", "test"], start), f"evaluation.test: {data.name} {held}{more}")
 
 
 def _check_model(given: Mapping[str, Any], tree: Mapping[str, Value], start: Spot, problems: Problems) -> None:

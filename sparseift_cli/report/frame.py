@@ -28,9 +28,12 @@ over `n` runs: finished ones, one a seed; `runs` counts every directory. Costs a
 _MIXED = "mixed"
 
 
-def runs_frame(runs: Sequence[Run]) -> pd.DataFrame:
-    """One row a run, columns RUN_COLUMNS, in the order of `runs`. Counts stay Python integers: FLOPs may exceed 64 bits."""
-    rows = [_row(run, group) for run, group in zip(runs, labels(runs), strict=True)]
+def runs_frame(runs: Sequence[Run], metric: str | None = None) -> pd.DataFrame:
+    """One row a run, columns RUN_COLUMNS, in the order of `runs`. Counts stay Python integers: FLOPs may exceed 64 bits.
+
+    `metric` is what they are judged by, if not what each recipe calls best.
+    """
+    rows = [_row(run, group, metric or primary(run)) for run, group in zip(runs, labels(runs), strict=True)]
     newest: dict[tuple[Any, ...], int] = {}
     for i, row in enumerate(rows):  # a seed that was run twice is one sample: the newest finished run of it
         if row["state"] == "finished" and row["value"] is not None:
@@ -93,9 +96,9 @@ def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     return [dict(zip(names, values, strict=True)) for values in frame.to_numpy(object).tolist()]
 
 
-def _row(run: Run, group: str) -> dict[str, Any]:
+def _row(run: Run, group: str, metric: str) -> dict[str, Any]:
     recipe, summary, last = run.recipe, run.summary or {}, run.last
-    transform, metric = recipe.get("transform") or {}, primary(run)
+    transform = recipe.get("transform") or {}
     found = [v for line in run.metrics if (v := number(line.get(metric))) is not None and v == v]
     best = number(summary.get("best"))
     if found and (best is None or metric != (recipe.get("checkpoint") or {}).get("best", metric)):
@@ -119,7 +122,7 @@ def _row(run: Run, group: str) -> dict[str, Any]:
         "params": _count(summary.get("params")), "nonzero_params": _count(summary.get("nonzero_params")),
         "started": first.get("started"), "device": session.get("device_name") or session.get("device"),
         "threads": session.get("threads"), "torch": (session.get("versions") or {}).get("torch"),
-        "commit": ((session.get("git") or {}).get("commit") or "")[:12] or None, "subject": subject(run),
+        "commit": ((session.get("git") or {}).get("commit") or "")[:12] or None, "subject": subject(run, metric),
     }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from .report import LOWER_IS_BETTER, METRICS
 
 NO_MATTER = frozenset({
     "training.seed", "training.seeds", "training.device", "training.threads",
-    "data.root", "data.download", "data.workers", "checkpoint.every", "checkpoint.keep",
+    "data.root", "data.download", "data.workers", "checkpoint.every", "checkpoint.keep", "evaluation.test",
 })  # fmt: skip
 """Where and how often, not what: runs that differ in these alone are samples of one group."""
 _SHOWN = 3  # differences in a label
@@ -53,11 +53,11 @@ def lower_is_better(metric: str) -> bool:
     return metric in LOWER_IS_BETTER
 
 
-def subject(run: Run) -> str:
+def subject(run: Run, metric: str) -> str:
     """What was learned from what, and how it was measured, as text that is equal exactly where results are comparable."""
     data = {k: v for k, v in run.recipe["data"].items() if f"data.{k}" not in NO_MATTER}
     limit = (run.recipe.get("evaluation") or {}).get("limit")
-    return json.dumps([_set(run.recipe["model"]), _set(data), limit, primary(run)], sort_keys=True, default=str)
+    return json.dumps([_set(run.recipe["model"]), _set(data), limit, metric], sort_keys=True, default=str)
 
 
 def labels(runs: Sequence[Run]) -> list[str]:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from ..errors import ArtifactError, UsageError
+from ..errors import ArtifactError, UsageError, did_you_mean
 from . import frame as frames
 from . import published
 from .collect import collect
 from .compare import Rules, compare
 from .filters import Expression
 from .grouping import namesakes, pooled
-from .report import Comparison, Report
+from .report import METRICS, TEST_METRICS, Comparison, Report
 
 if TYPE_CHECKING:
     from .spectral.history import RunSpectra
@@ -37,6 +37,15 @@ class Options:
     """Columns of groups; a minus in front sorts from the highest."""
     spectral: bool = False
     """Look at the masks of every kept checkpoint: slow for large models."""
+    metric: str | None = None
+    """What all runs are judged by; None: what each recipe calls best."""
+
+
+def _known_metric(name: str | None) -> str | None:
+    if name is not None and name not in (known := (*METRICS, *TEST_METRICS)):
+        raise UsageError(f"--metric {name}: no metric is called that",
+                         hint=did_you_mean(name, known) or f"metrics: {', '.join(known)}")  # fmt: skip
+    return name
 
 
 def make(paths: Sequence[Path], options: Options, command: Sequence[str],
@@ -53,7 +62,7 @@ def make(paths: Sequence[Path], options: Options, command: Sequence[str],
         raise kind(f"no run could be read in {', '.join(map(str, paths))}{_reasons(found.skipped)}",
                    hint="give run directories, or folders that hold some: runs/")  # fmt: skip
     runs = list(found.runs)
-    frame = frames.runs_frame(runs)
+    frame = frames.runs_frame(runs, _known_metric(options.metric))
     wanted = options.filter
     late = None
     if wanted is not None:

@@ -20,7 +20,7 @@ from .guard import state_of
 from .quick_exchange import quick_exchange
 from .sparsifier import Sparsifier
 
-STREAMS = 8  # layers whose exchanges run side by side
+STREAMS = 8  # layers whose exchanges run side by side; each stream has memory of its own for what they compute
 
 
 class GraphedUpdate:
@@ -124,6 +124,8 @@ def branches(device: torch.device) -> Iterator[Callable[[int], AbstractContextMa
     streams = [torch.cuda.Stream(device) for _ in range(STREAMS)]
     for stream in streams:
         stream.wait_stream(here)
-    yield lambda k: torch.cuda.stream(streams[k % STREAMS])
-    for stream in streams:
-        here.wait_stream(stream)
+    try:
+        yield lambda k: torch.cuda.stream(streams[k % STREAMS])
+    finally:  # a recording that fails must end with no stream left open, or its own error would hide the reason
+        for stream in streams:
+            here.wait_stream(stream)

@@ -31,7 +31,8 @@ def quick_exchange(mask: Tensor, active: int, drop_scores: Tensor, grow_scores: 
     In a CUDA graph `n` and `key` are int64 scalars on the device, read anew at every replay.
     """
     held, drop, grow = (_flat(t, mask) for t in (mask, drop_scores, grow_scores))
-    n = torch.as_tensor(n, device=mask.device)
+    if isinstance(n, int):  # filled in on the device: a copy from the host would be waited for
+        n = torch.full((), n, dtype=torch.int64, device=mask.device)
     if regrow == "forbid":
         n = n.clamp(max=mask.numel() - active)
     if not active:

@@ -51,6 +51,8 @@ def train(run: Prepared, folder: RunDirectory, processes: Processes, report: Rep
           tick: Callable[[int], None] | None = None) -> dict[str, Any]:  # fmt: skip
     """Train from the newest checkpoint of `folder` (or from step 0) to the end; the summary of the run.
 
+    The held-out split is measured now and then and at the end, the test split (where the recipe wants it) at the end alone.
+
     `report` hears of every line of metrics, `tick` of the number of steps made, after each. Rank 0 alone writes.
 
     Raises:

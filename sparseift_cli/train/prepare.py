@@ -142,7 +142,8 @@ def _batches(spec: Spec, dataset: DataSet, seed: int, processes: Processes) -> t
 
 
 def _with_validation(dataset: DataSet, spec: Spec) -> DataSet:
-    share = spec.data.validation if spec.data else None
+    assert spec.data is not None
+    share = spec.data.validation
     if share is None or not isinstance(dataset, ImageSet):
         return dataset  # a text's end was held out when it was opened
     return hold_out(dataset, held_out_images(len(dataset.images("train")[1]), share))
@@ -157,7 +158,7 @@ def _test(dataset: DataSet) -> str:
     if "test" not in dataset.split_names or dataset.held_out == "test":
         has = "is watched during training" if dataset.held_out == "test" else "does not exist"
         raise UsageError(f"evaluation.test: the test split of {dataset.name} {has}",
-                         hint="leave it out: the end of every run is measured on the held-out split")  # fmt: skip
+                         hint="leave it out: the end of a run is measured on the held-out split")  # fmt: skip
     return "test"
 
 

@@ -71,7 +71,9 @@ def test_the_last_line_has_the_test_split(tmp_path: Path, texts: str) -> None:
 
 def test_a_test_split_that_is_watched_is_none(tmp_path: Path) -> None:
     recipe = RECIPE.format(data="digits").replace("tests.nets:letters", "sparseift_cli.quickstart:digits_mlp")
-    with pytest.raises(UsageError, match="the test split of digits is watched during training"):
+    with pytest.raises(
+        UsageError, match=r"recipe.yaml:6:\d+: evaluation.test: digits has no test split beside the one"
+    ):
         trained(tmp_path, recipe.replace("perplexity", "top1"))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +57,7 @@ def test_the_two_parts_are_the_training_images(digits: ImageSet) -> None:
 @pytest.mark.parametrize("count", [0, 1442])
 def test_what_cannot_be_held_out(digits: ImageSet, count: int) -> None:
     with pytest.raises(UsageError, match=f"{count} of 1442 training images of digits cannot be held out"):
-        hold_out(digits, count).images("valid")
+        hold_out(digits, count)
     with pytest.raises(UsageError, match="has a validation split of its own"):
         hold_out(hold_out(digits, 10), 10)
 
@@ -71,3 +73,21 @@ def test_a_recipe_watches_it_and_tests_once(tmp_path: Path) -> None:
     *_, last = read_metrics(Path(summary["path"]) / "metrics.jsonl")
     assert last["top1"] * 2.88 == pytest.approx(round(last["top1"] * 2.88))  # of 288 images
     assert last["test_top1"] * 3.55 == pytest.approx(round(last["test_top1"] * 3.55))
+
+
+def test_the_command_shows_it_and_a_report_judges_by_it(sparseift: Any, tmp_path: Path) -> None:
+    """Runs with and without the measurement are one group: it changes no result."""
+    path, runs = tmp_path / "recipe.yaml", str(tmp_path / "runs")
+    path.write_text(RECIPE.format(training="epochs: 1, batch_size: 100"))
+    code, out, err = sparseift("train", str(path), "--seeds", "0..1", "--runs", runs)
+    assert code == 0 and "test top1" in out and "test_top1: " in out and " test_top1 " in err
+    code, out, _ = sparseift("train", str(path), "--seeds", "2", "--runs", runs, "--set", "evaluation.test=false")
+    assert code == 0 and "test" not in out.replace(str(tmp_path), "")
+    code, out, _ = sparseift("report", runs, "--json")
+    (group,) = json.loads(out)["groups"]
+    assert (group["metric"], group["n"]) == ("top1", 3)
+    code, out, _ = sparseift("report", runs, "--metric", "test_top1", "--json")
+    (group,) = json.loads(out)["groups"]
+    assert (group["metric"], group["n"], group["mean"]) == ("test_top1", 2, group["test_top1"])
+    code, _, err = sparseift("report", runs, "--metric", "test_tpo1")
+    assert code == 2 and "did you mean 'test_top1'?" in err

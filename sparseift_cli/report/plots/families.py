@@ -78,7 +78,10 @@ class Family:
     @property
     def metric_name(self) -> str:
         """The metric in words, with its unit and direction."""
-        name = NAMES.get(self.metric, self.metric)
+        bare = self.metric.removeprefix("test_")
+        name = NAMES.get(self.metric) or ("test " if bare != self.metric else "") + NAMES.get(bare, bare).removeprefix(
+            "validation "
+        )
         return f"{name} (lower is better)" if self.metric in LOWER_IS_BETTER else name
 
     @property
