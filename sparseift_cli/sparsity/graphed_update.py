@@ -43,7 +43,7 @@ class GraphedUpdate:
         self._numbers = torch.zeros(3, len(self._weights), dtype=torch.int64, device=device)
         self._gradients: dict[int, Tensor] = {}
         self._moving: list[int] = []
-        self._doubts = self._churned = torch.zeros(0, dtype=torch.int64, device=device)
+        self._told = torch.zeros(0, dtype=torch.int64, device=device)  # doubts of `_moving`, then what became active
         self._step = 0
 
     @staticmethod
@@ -72,7 +72,7 @@ class GraphedUpdate:
                 doubts.append(doubt)
                 churned.append(made)
         if doubts:
-            self._doubts, self._churned = torch.stack(doubts), torch.stack(churned)
+            self._told = torch.stack([*doubts, *churned])
 
     def _exchange_one(self, i: int, found_inf: Tensor) -> tuple[Tensor, Tensor]:
         """The doubt about a weight's new mask, and how many weights became active."""
@@ -96,8 +96,8 @@ class GraphedUpdate:
     @torch.no_grad()
     def settle(self) -> None:
         """Wait for the device once, make the exchanges it doubted, and count the step."""
-        sparsifier = self._sparsifier
-        for i, doubt, churned in zip(self._moving, self._doubts.tolist(), self._churned.tolist(), strict=True):
+        sparsifier, told, count = self._sparsifier, self._told.tolist(), len(self._moving)
+        for i, doubt, churned in zip(self._moving, told[:count], told[count:], strict=True):
             w = self._weights[i]
             if doubt:
                 cells = exchange(*sparsifier.exchange_of(w, self._step, self._gradient(i)))
