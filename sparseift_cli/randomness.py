@@ -37,7 +37,16 @@ def words(key: int | Tensor, counters: Tensor) -> Tensor:
 
     The key may be an int64 scalar there.
     """
-    z = counters * signed(_GOLDEN) + key
+    return mix(seeds(key, counters))
+
+
+def seeds(key: int | Tensor, counters: Tensor) -> Tensor:
+    """int64 [*], of which `mix` makes the words."""
+    return counters * signed(_GOLDEN) + key
+
+
+def mix(z: Tensor) -> Tensor:
+    """The bijection of the 64-bit words that makes them random: int64 [*] to [*]."""
     for shift, factor in _STEPS:
         z = (z ^ _shifted(z, shift)) * signed(factor)
     return z ^ _shifted(z, _LAST)

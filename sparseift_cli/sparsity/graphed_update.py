@@ -1,26 +1,20 @@
 """A mask update inside a CUDA graph: RigL and SET at the price of their arithmetic, whatever the number of layers.
 
-An update is well over a hundred small kernels a layer, each of which Python would launch; recorded once, all of them replay
-as one. Most are far too small to fill a GPU, so layers go side by side, each on one of a few streams. What differs between
-updates (how many weights are exchanged, the keys of random choices) lies in tensors that `feed` fills. Where
-`quick_exchange` doubts a mask, the weight keeps its old one until `settle` makes the exact exchange.
+An update is a hundred small kernels a layer, each of which Python would launch; recorded once, all of them replay as one.
+What differs between updates (how many weights are exchanged, the keys of random choices) lies in a tensor that `feed` fills.
+Where `quick_exchange` doubts a mask, the weight keeps its old one until `settle` makes the exact exchange.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .exchange import exchange
 from .guard import state_of
-from .quick_exchange import quick_exchange
+from .quick_exchange import NUMBERS, Exchange, numbers_of, quick_exchange
+from .side_by_side import branches
 from .sparsifier import Sparsifier
-
-STREAMS = 8  # layers whose exchanges run side by side; each stream has memory of its own for what they compute
 
 
 class GraphedUpdate:
@@ -37,10 +31,11 @@ class GraphedUpdate:
         updates = [
             t for t in range(schedule.delta_t, schedule.steps or 0, schedule.delta_t) if settings.exchanges_at(t)
         ]
-        self._moves = [any(settings.drops(w.active, t) for t in updates) for w in self._weights]
+        self._most = [max((settings.drops(w.active, t) for t in updates), default=0) for w in self._weights]
         device = sparsifier.weights[0].parameter.device
-        self._host = torch.zeros(3, len(self._weights), dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._numbers = torch.zeros(3, len(self._weights), dtype=torch.int64, device=device)
+        shape = len(self._weights), NUMBERS + 1  # of each: `numbers_of` its exchange, and the key of random growth
+        self._host = torch.zeros(shape, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._numbers = torch.zeros(shape, dtype=torch.int64, device=device)
         self._gradients: dict[int, Tensor] = {}
         self._moving: list[int] = []
         self._told = torch.zeros(0, dtype=torch.int64, device=device)  # doubts of `_moving`, then what became active
@@ -63,34 +58,37 @@ class GraphedUpdate:
     @torch.no_grad()
     def exchange(self, found_inf: Tensor) -> None:
         """Exchange weights in every mask; none where `found_inf`, the optimiser's flag, is set."""
-        doubts, churned = list[Tensor](), list[Tensor]()
-        self._moving = [i for i, moves in enumerate(self._moves) if moves and not self._blind(i)]
-        with branches(self._numbers.device) as branch:
+        self._moving = [i for i, most in enumerate(self._most) if most and not self._blind(i)]
+        if not self._moving:
+            return
+        sparsifier, device = self._sparsifier, self._numbers.device
+        wanted, churned = list[Exchange](), list[Tensor]()
+        with branches(device) as branch:
             for k, i in enumerate(self._moving):
                 with branch(k):
-                    doubt, made = self._exchange_one(i, found_inf)
-                doubts.append(doubt)
-                churned.append(made)
-        if doubts:
-            self._told = torch.stack([*doubts, *churned])
-
-    def _exchange_one(self, i: int, found_inf: Tensor) -> tuple[Tensor, Tensor]:
-        """The doubt about a weight's new mask, and how many weights became active."""
-        w, (n, grows, ties) = self._weights[i], self._numbers[:, i].unbind()
-        facts = self._sparsifier.chosen_by(w, self._gradient(i), grows)
-        cells, doubt = quick_exchange(*facts, n, ties, self._sparsifier.settings.regrow)
-        sure = (doubt == 0) & (found_inf == 0)
-        w.become(torch.where(sure, cells, facts[0]), state_of(self._sparsifier.optimizer, w.parameter), nnz=w.nnz)
-        return doubt, torch.as_tensor(w.churned_now)
+                    facts = sparsifier.chosen_by(self._weights[i], self._gradient(i), self._numbers[i, NUMBERS])
+                wanted.append(Exchange(*facts, self._numbers[i, :NUMBERS], self._most[i], sparsifier.settings.regrow))
+        cells, doubts = quick_exchange(wanted)
+        sure = (doubts == 0) & (found_inf == 0)
+        with branches(device) as branch:
+            for k, i in enumerate(self._moving):
+                w = self._weights[i]
+                with branch(k):
+                    new = torch.where(sure[k], cells[k], wanted[k].mask)
+                    w.become(new, state_of(sparsifier.optimizer, w.parameter), nnz=w.nnz)
+                churned.append(torch.as_tensor(w.churned_now))
+        self._told = torch.cat([doubts, torch.stack(churned)])
 
     # --- around a replay ---
 
     def feed(self) -> None:
         """Put what is particular to the step that comes where the graph reads it."""
         sparsifier, self._step = self._sparsifier, self._sparsifier.steps
+        settings = sparsifier.settings
         for i, w in enumerate(self._weights):
-            self._host[0, i] = sparsifier.settings.drops(w.active, self._step)
-            self._host[1, i], self._host[2, i] = sparsifier.keys_of(w, self._step)
+            grows, ties = sparsifier.keys_of(w, self._step)
+            numbers = numbers_of(w.places, w.active, settings.drops(w.active, self._step), ties, settings.regrow)
+            self._host[i] = torch.tensor([*numbers, grows])
         self._numbers.copy_(self._host, non_blocking=True)
 
     @torch.no_grad()
@@ -112,20 +110,3 @@ class GraphedUpdate:
 
     def _gradient(self, i: int) -> Tensor | None:
         return self._gradients.get(i)
-
-
-@contextmanager
-def branches(device: torch.device) -> Iterator[Callable[[int], AbstractContextManager[Any]]]:
-    """Gives `branch`: work under `branch(k)` goes to the k-th of a few streams. Leaving the block waits for all of them."""
-    if device.type != "cuda":
-        yield lambda _: nullcontext()
-        return
-    here = torch.cuda.current_stream(device)
-    streams = [torch.cuda.Stream(device) for _ in range(STREAMS)]
-    for stream in streams:
-        stream.wait_stream(here)
-    try:
-        yield lambda k: torch.cuda.stream(streams[k % STREAMS])
-    finally:  # a recording that fails must end with no stream left open, or its own error would hide the reason
-        for stream in streams:
-            here.wait_stream(stream)

@@ -32,7 +32,7 @@ from .exchange import Regrow, exchange, extend, prune
 from .find import find_weights, unwrapped
 from .guard import all_finite, clear_unwritten, keeps_zeros, multiply_, require_finite, skipped_inside, state_of
 from .mask import generator_for
-from .quick_exchange import quick_exchange
+from .quick_exchange import Exchange, numbers_of, on_device, quick_exchange
 from .ranks import check_ranks
 from .saliency import MaskLayout
 from .schedule import Decay
@@ -44,7 +44,9 @@ if TYPE_CHECKING:
     from ..plan import Plan
 
 SCHEMA = "sparseift.sparsifier/1"
-Exchange = tuple[Tensor, int, Tensor, Tensor, int, int, Regrow]
+QUICK_ON = frozenset({"cuda"})
+"""Devices where masks are exchanged by `quick_exchange`; a CPU has nobody to wait for."""
+Arguments = tuple[Tensor, int, Tensor, Tensor, int, int, Regrow]
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,16 +277,30 @@ class Sparsifier:
         return bool(self.settings.drops(w.active, pending.step)) and w.active < w.places and not blind
 
     def _exchange(self, weights: list[SparseWeight], pending: _Pending) -> None:
-        t, on_gpu = pending.step, [w for w in weights if w.parameter.is_cuda]
-        found = [quick_exchange(*self.exchange_of(w, t, pending.gradients.get(w.name))) for w in on_gpu]
-        doubts = torch.stack([doubt for _, doubt in found]).tolist() if found else []  # the one wait for the device
-        sure = {w: cells for w, (cells, _), doubt in zip(on_gpu, found, doubts, strict=True) if not doubt}
+        t, there = pending.step, [w for w in weights if w.parameter.device.type in QUICK_ON]
+        sure = self._exchange_quickly(there, pending) if there else {}
         for w in weights:
             gradient = pending.gradients.pop(w.name, None)
             cells = sure[w] if w in sure else exchange(*self.exchange_of(w, t, gradient))
             w.become(cells, state_of(self.optimizer, w.parameter), nnz=w.nnz)
 
-    def exchange_of(self, w: SparseWeight, t: int, gradient: Tensor | None) -> Exchange:
+    def _exchange_quickly(self, weights: list[SparseWeight], pending: _Pending) -> dict[SparseWeight, Tensor]:
+        """The cells of those weights of which there is no doubt."""
+        t, regrow = pending.step, self.settings.regrow
+        drops = [self.settings.drops(w.active, t) for w in weights]
+        rows = [
+            numbers_of(w.places, w.active, n, self.keys_of(w, t)[1], regrow)
+            for w, n in zip(weights, drops, strict=True)
+        ]
+        numbers = on_device(rows, weights[0].parameter.device)
+        chosen = [self.chosen_by(w, pending.gradients.get(w.name), self.keys_of(w, t)[0]) for w in weights]
+        found, doubts = quick_exchange(
+            [Exchange(*facts, row, n, regrow) for facts, row, n in zip(chosen, numbers, drops, strict=True)]
+        )
+        told = doubts.tolist()  # the one wait for the device
+        return {w: cells for w, cells, doubt in zip(weights, found, told, strict=True) if not doubt}
+
+    def exchange_of(self, w: SparseWeight, t: int, gradient: Tensor | None) -> Arguments:
         """The arguments of `exchange` for a weight at the update of step `t`."""
         keys = self.keys_of(w, t)
         return (*self.chosen_by(w, gradient, keys[0]), self.settings.drops(w.active, t), keys[1], self.settings.regrow)

@@ -61,6 +61,30 @@ def test_equals_the_sparsifiers_own_update(algorithm: str, cls: Any, regrow: str
     assert moved
 
 
+@pytest.mark.parametrize("regrow", ["allow", "forbid"])
+@pytest.mark.parametrize("algorithm", ["rigl", "set"])
+def test_the_quick_exchange_is_the_exact_one(monkeypatch: pytest.MonkeyPatch, algorithm: str, regrow: str) -> None:
+    """What a GPU does at an update of a loop without graphs, here on the CPU."""
+    nets = [sparse_net(), sparse_net()]
+    optimizers = [torch.optim.AdamW(net.parameters(), lr=0.01) for net in nets]
+    both = [make(net, o, algorithm, regrow=regrow) for net, o in zip(nets, optimizers, strict=True)]
+    x, y = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0)), torch.arange(4)
+    moved = 0
+    for _ in range(STEPS):
+        before = both[0].masks()["fc.weight"].clone()
+        for devices, net, sparsifier, o in zip((set(), {"cpu"}), nets, both, optimizers, strict=True):
+            monkeypatch.setattr("sparseift_cli.sparsity.sparsifier.QUICK_ON", devices)
+            nn.functional.cross_entropy(net(x), y).backward()
+            sparsifier.step()
+            o.step()
+            o.zero_grad()
+        assert both[0].statistics() == both[1].statistics()
+        assert all(torch.equal(mask, both[1].masks()[name]) for name, mask in both[0].masks().items())
+        assert all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
+        moved += not torch.equal(both[0].masks()["fc.weight"], before)
+    assert moved
+
+
 @pytest.mark.parametrize("algorithm", ["rigl", "set"])
 def test_a_layer_without_a_part_in_the_step_takes_nobody_elses_gradient(algorithm: str) -> None:
     nets = [sparse_net(), sparse_net()]

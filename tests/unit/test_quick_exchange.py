@@ -8,7 +8,8 @@ from torch import Tensor
 
 from sparseift_cli.sparsity.exchange import Regrow, exchange
 from sparseift_cli.sparsity.mask import generator_for
-from sparseift_cli.sparsity.quick_exchange import quick_exchange
+from sparseift_cli.sparsity.quick_exchange import Exchange, numbers_of, on_device, quick_exchange
+from sparseift_cli.sparsity.quick_selection import SAMPLE
 
 SHAPES = [(40, 50), (700, 900), (96, 64, 3, 3)]
 
@@ -18,6 +19,13 @@ def case(shape: tuple[int, ...], density: float, seed: int = 0) -> tuple[Tensor,
     mask = torch.rand(shape, generator=generator) < density
     drop, grow = (torch.randn(shape, generator=generator).abs() for _ in range(2))
     return mask, int(mask.count_nonzero()), drop, grow
+
+
+def quick(mask: Tensor, active: int, drop: Tensor, grow: Tensor, n: int, key: int, regrow: Regrow = "allow",
+          most: int | None = None) -> tuple[Tensor, int]:  # fmt: skip
+    numbers = on_device([numbers_of(mask.numel(), active, n, key, regrow)], mask.device)[0]
+    found, doubts = quick_exchange([Exchange(mask, active, drop, grow, numbers, n if most is None else most, regrow)])
+    return found[0], int(doubts)
 
 
 @pytest.mark.parametrize("form", ["distinct", "bfloat16", "few values", "channels_last"])
@@ -36,7 +44,7 @@ def test_equals_the_exact_exchange(
     elif form == "channels_last" and len(shape) == 4:
         mask, drop = (t.to(memory_format=torch.channels_last) for t in (mask, drop))  # grow stays as it is
     n = max(1, int(share * active))
-    found, doubt = quick_exchange(mask, active, drop, grow, n, 7, regrow)
+    found, doubt = quick(mask, active, drop, grow, n, 7, regrow)
     assert found.stride() == mask.stride()
     if form != "few values":  # a third of all places tie with the pivot there: the guess may be told to be wrong
         assert doubt == 0
@@ -48,7 +56,7 @@ def test_equals_the_exact_exchange(
 def test_scores_of_either_sign_and_both_zeros(sign: int) -> None:
     mask, active, drop, _ = case((40, 50), 0.3)
     grow = torch.randn(40, 50, generator=generator_for(3)).mul(2).round().mul(sign)  # with -0.0
-    found, doubt = quick_exchange(mask, active, drop, grow, active // 2, 7)
+    found, doubt = quick(mask, active, drop, grow, active // 2, 7)
     assert doubt == 0 and torch.equal(found, exchange(mask, active, drop, grow, active // 2, 7))
 
 
@@ -58,8 +66,8 @@ def test_a_sample_that_misleads_is_doubted() -> None:
     mask = torch.zeros(size, dtype=torch.bool)
     mask[1:200_001] = True
     drop, grow = (torch.rand(size, generator=generator_for(s), dtype=torch.float64).float() for s in (1, 2))
-    grow[:: size >> 14 | 1] += 5
-    found, doubt = quick_exchange(mask, 200_000, drop, grow, 60_000, 7)
+    grow[torch.arange(SAMPLE) * size // SAMPLE] += 5
+    found, doubt = quick(mask, 200_000, drop, grow, 60_000, 7)
     expected = exchange(mask, 200_000, drop, grow, 60_000, 7)
     assert doubt > 0 or torch.equal(found, expected)
     assert doubt > 0
@@ -68,11 +76,11 @@ def test_a_sample_that_misleads_is_doubted() -> None:
 def test_fewer_free_places_than_the_sample_sees_are_doubted_or_right() -> None:
     mask, _, drop, grow = case((700, 900), 0.999)
     active = int(mask.count_nonzero())
-    found, doubt = quick_exchange(mask, active, drop, grow, 10_000, 7, "forbid")
+    found, doubt = quick(mask, active, drop, grow, 10_000, 7, "forbid")
     assert doubt > 0 or torch.equal(found, exchange(mask, active, drop, grow, 10_000, 7, "forbid"))
 
 
-@pytest.mark.parametrize("active", [0, 1, 50, 99, 100])
+@pytest.mark.parametrize("active", [1, 50, 99, 100])
 def test_any_number_may_be_exchanged(active: int) -> None:
     generator = generator_for(active)
     mask = torch.zeros(10, 10, dtype=torch.bool)
@@ -80,5 +88,25 @@ def test_any_number_may_be_exchanged(active: int) -> None:
     drop, grow = (torch.rand(10, 10, generator=generator).mul(9).floor() for _ in range(2))
     for n in range(active + 1):
         for regrow in ("allow", "forbid"):
-            found, doubt = quick_exchange(mask, active, drop, grow, torch.tensor(n), 7, regrow)
+            found, doubt = quick(mask, active, drop, grow, n, 7, regrow, most=active)
             assert doubt == 0 and torch.equal(found, exchange(mask, active, drop, grow, n, 7, regrow)), (n, regrow)
+
+
+def test_a_network_s_masks_are_those_of_each_alone() -> None:
+    """Small and large, row-major and channels_last, one exchange beside another; keys of any size and sign."""
+    cases = [(*case(shape, density, seed), 5 + 1000 * seed, -(1 << 62) + seed)
+             for seed, (shape, density) in enumerate([((40, 50), 0.3), ((96, 64, 3, 3), 0.2), ((700, 900), 0.6), ((9,), 0.5)])]  # fmt: skip
+    cases = [(m, a, d, g, min(n, a), key) for m, a, d, g, n, key in cases]
+    last = torch.channels_last
+    cases[1] = (
+        cases[1][0].to(memory_format=last),
+        cases[1][1],
+        *(t.to(memory_format=last) for t in cases[1][2:4]),
+        *cases[1][4:],
+    )
+    rows = on_device([numbers_of(m.numel(), a, n, key, "allow") for m, a, _, _, n, key in cases], torch.device("cpu"))
+    wanted = [Exchange(m, a, d, g, row, n) for (m, a, d, g, n, _), row in zip(cases, rows, strict=True)]
+    found, doubts = quick_exchange(wanted)
+    assert doubts.tolist() == [0, 0, 0, 0]
+    for mask, (m, a, d, g, n, key) in zip(found, cases, strict=True):
+        assert torch.equal(mask, exchange(m, a, d, g, n, key))

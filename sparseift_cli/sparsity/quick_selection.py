@@ -1,0 +1,151 @@
+"""The n highest of many scores, for many tensors at once, in a few passes and without waiting for the device.
+
+To find the n-th of many scores it sorts a sample, which gives two pivots that almost surely enclose the answer; what lies
+above them is taken, what lies below is not, and only what lies between is sorted, ties and all. Beside each mask there is
+a doubt: zero where all went well.
+
+Inside a CUDA graph every kernel costs about a microsecond however small it is. So what can be worked out on the host is
+(`numbers_of`), and what is alike for all tensors is done for all of them in one kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, floor, sqrt
+
+import torch
+from torch import Tensor
+
+from ..randomness import mix, seeds
+from .memory_order import row_major
+from .side_by_side import branches
+
+SAMPLE = 4094  # scores of a tensor that are looked at; with the two ends 4,096, which one kernel sorts for all tensors
+_SMALL = 1 << 16  # scores that are sorted whole
+_SIGMAS = 5  # from the expected place in the sample to each pivot
+_TIES = 1 / 32  # of all scores: what may lie between the pivots because many are equal (bfloat16 has 128 an octave)
+_LOWEST = torch.iinfo(torch.int64).min
+_HIGHEST = torch.iinfo(torch.int64).max
+_LEAST = torch.finfo(torch.float32).min  # of scores that are not -inf
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """Take the n highest of `scores` [N], float32 without NaN. Scores of -inf stand for what may not be taken."""
+
+    scores: Tensor
+    numbers: Tensor
+    """`numbers_of` it: int64 [4] on the device; in a CUDA graph read anew at every replay."""
+    most: int
+    """n is never more."""
+    like: Tensor
+    """The tensor of whose places these are the scores."""
+    places: Tensor | None = None
+    """Which of its places [N], in memory order; None: all of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidates:
+    """What one search has after its pivots: `chosen` [1 + N], of which the first is for what does not exist."""
+
+    chosen: Tensor
+    found: Tensor
+    """Where the scores between the pivots stand [room + 1], -1 where there are no more."""
+    scores: Tensor
+    seeds: Tensor
+
+
+def numbers_of(size: int, n: int, key: int) -> list[int]:
+    """What a search for the n highest of `size` scores needs to know: n, key of ties, where in the sample the pivots stand."""
+    if size <= _SMALL:
+        return [n, key, 0, SAMPLE + 1]
+    share = min(max(n / size, 0.0), 1.0)
+    margin = _SIGMAS * sqrt(SAMPLE * share * (1 - share)) + 2
+    first, last = floor(share * SAMPLE - margin), ceil(share * SAMPLE + margin)
+    return [n, key, max(0, first + 1), min(last, SAMPLE) + 1]
+
+
+@torch.no_grad()
+def highest(searches: Sequence[Search], *, low_lots: bool = False) -> tuple[list[Tensor], Tensor]:
+    """Each search's mask [N], and its doubt: int64 [len(searches)], 0 where the mask is the right one.
+
+    Between equal scores the higher lots (`selection.lots`) come first, or the lower ones.
+    """
+    device, each = searches[0].scores.device, list(enumerate(searches))
+    numbers = torch.stack([s.numbers for s in searches])
+    pivots = _pivots(searches, numbers)
+    with branches(device) as branch:
+        candidates = list[_Candidates]()
+        for k, search in each:
+            with branch(k):
+                candidates.append(_between(search, pivots[k]))
+    found = torch.cat([c.found for c in candidates])
+    ranks = _ranks(
+        torch.cat([c.scores for c in candidates]), torch.cat([c.seeds for c in candidates]), low_lots=low_lots
+    )
+    ranks.masked_fill_(found < 0, _LOWEST)
+    rooms = [len(c.found) for c in candidates]
+    ways = list(zip(candidates, ranks.split(rooms), (found + 1).split(rooms), strict=True))
+    counts = list[Tensor]()
+    with branches(device) as branch:
+        for k, (candidate, own, spots) in enumerate(ways):
+            with branch(k):
+                counts += _take(candidate.chosen, searches[k].numbers[0], own, spots)
+    taken = torch.stack(counts).view(-1, 2).sum(1)
+    overflows = torch.stack([c.found[-1] for c in candidates]) >= 0
+    return [c.chosen[1:] for c in candidates], (taken - numbers[:, 0]).abs_().add_(overflows)
+
+
+def _pivots(searches: Sequence[Search], numbers: Tensor) -> Tensor:
+    """Two scores for each search, [len(searches), 2], between which its n-th highest almost surely lies."""
+    samples = torch.empty(len(searches), SAMPLE + 2, device=numbers.device)
+    samples[:, 0], samples[:, -1] = torch.inf, -torch.inf
+    spots = torch.arange(SAMPLE, device=numbers.device)
+    with branches(numbers.device) as branch:
+        for k, search in enumerate(searches):
+            with branch(k):
+                torch.index_select(search.scores, 0, spots * len(search.scores) // SAMPLE, out=samples[k, 1:-1])
+    return samples.sort(dim=1, descending=True).values.gather(1, numbers[:, 2:]).clamp_(min=_LEAST)
+
+
+def _between(search: Search, pivots: Tensor) -> _Candidates:
+    scores, size = search.scores, len(search.scores)
+    high, low = pivots[:1], pivots[1:]
+    chosen = torch.empty(1 + size, dtype=torch.bool, device=scores.device)
+    chosen[:1] = False
+    above = torch.gt(scores, high, out=chosen[1:])
+    found = torch.nonzero_static((scores >= low) > above, size=_room(size, search.most) + 1, fill_value=-1).view(-1)
+    somewhere = found.clamp(min=0)
+    whose = somewhere if search.places is None else search.places[somewhere]
+    return _Candidates(chosen, found, scores[somewhere], seeds(search.numbers[1], row_major(whose, search.like)))
+
+
+def _room(size: int, most: int) -> int:
+    """How many scores may lie between the pivots: the widest guess, and ties."""
+    if size <= _SMALL:
+        return size
+    share = min(most / size, 0.5)
+    widest = 2 * (_SIGMAS * sqrt(SAMPLE * share * (1 - share)) + 2) + _SIGMAS * SAMPLE**0.25
+    return min(size, int((widest / SAMPLE + _TIES) * size))
+
+
+def _ranks(scores: Tensor, seeded: Tensor, *, low_lots: bool) -> Tensor:
+    """int64 [*] in the order of the scores [*], and of their lots (or against it) where those are equal."""
+    bits = (scores + 0.0).view(torch.int32).to(torch.int64)  # + 0: there are two zeros, which are equal
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # floats compare as their bits do, negative ones backwards
+    lot = mix(seeded) >> 32 & 0xFFFFFFFF
+    return (ordered << 32) + (0xFFFFFFFF - lot if low_lots else lot)
+
+
+def _take(chosen: Tensor, n: Tensor, ranks: Tensor, spots: Tensor) -> tuple[Tensor, Tensor]:
+    """Complete `chosen` [1 + N] with the first of those between the pivots; how many were above them, and how many these are."""
+    above = chosen.sum()
+    missing = n - above
+    last = ranks.sort(descending=True).values.gather(0, (missing - 1).clamp_(0, len(ranks) - 1).view(1))
+    last = last.clamp_(min=_LOWEST + 1).masked_fill_(
+        missing <= 0, _HIGHEST
+    )  # nothing that does not exist, nothing too much
+    taken = ranks >= last
+    chosen.scatter_(0, spots, taken)
+    return above, taken.sum()
