@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .exchange import exchange
 from .guard import state_of
-from .quick_exchange import NUMBERS, Exchange, numbers_of, quick_exchange
+from .quick_exchange import NUMBERS, Exchange, exchange_numbers, in_groups, quick_exchange
 from .side_by_side import branches
 from .sparsifier import Sparsifier
 
@@ -22,23 +22,24 @@ class GraphedUpdate:
 
     Recording:  `keep_gradients()`, mask them, the optimiser's step, `exchange(found_inf)`.
     Each time:  `feed()`, replay, `settle()`.
+
+    A weight that becomes infinite in the very step of an update is told by the loss of the next one.
     """
 
     def __init__(self, sparsifier: Sparsifier) -> None:
         self._sparsifier = sparsifier
         self._weights = [w for w in sparsifier.weights if w.moves and w.active < w.places]
         settings, schedule = sparsifier.settings, sparsifier.settings.schedule
-        updates = [
-            t for t in range(schedule.delta_t, schedule.steps or 0, schedule.delta_t) if settings.exchanges_at(t)
-        ]
-        self._most = [max((settings.drops(w.active, t) for t in updates), default=0) for w in self._weights]
+        first = schedule.delta_t  # the first update is the largest
+        self._most = [settings.drops(w.active, first) if settings.exchanges_at(first) else 0 for w in self._weights]
         device = sparsifier.weights[0].parameter.device
-        shape = len(self._weights), NUMBERS + 1  # of each: `numbers_of` its exchange, and the key of random growth
+        shape = len(self._weights), NUMBERS + 1  # of each: `exchange_numbers`, and the key of random growth
         self._host = torch.zeros(shape, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._numbers = torch.zeros(shape, dtype=torch.int64, device=device)
         self._gradients: dict[int, Tensor] = {}
         self._moving: list[int] = []
-        self._told = torch.zeros(0, dtype=torch.int64, device=device)  # doubts of `_moving`, then what became active
+        self._told = torch.zeros(0, dtype=torch.int64, device=device)
+        """The optimiser's flag, the doubts of `_moving`, and how many weights became active in each."""
         self._step = 0
 
     @staticmethod
@@ -61,48 +62,66 @@ class GraphedUpdate:
         self._moving = [i for i, most in enumerate(self._most) if most and not self._blind(i)]
         if not self._moving:
             return
+        told = [self._exchange_group(self._moving[group.start : group.stop], found_inf)
+                for group in in_groups([self._weights[i].places for i in self._moving])]  # fmt: skip
+        self._told = torch.cat(
+            [found_inf.to(torch.int64).view(1), *(doubts for doubts, _ in told), *(c for _, c in told)]
+        )
+
+    def _exchange_group(self, group: list[int], found_inf: Tensor) -> tuple[Tensor, Tensor]:
+        """The doubts about these weights' new masks, and how many weights became active in each: int64 [len(group)] both."""
         sparsifier, device = self._sparsifier, self._numbers.device
         wanted, churned = list[Exchange](), list[Tensor]()
         with branches(device) as branch:
-            for k, i in enumerate(self._moving):
+            for k, i in enumerate(group):
                 with branch(k):
                     facts = sparsifier.chosen_by(self._weights[i], self._gradient(i), self._numbers[i, NUMBERS])
                 wanted.append(Exchange(*facts, self._numbers[i, :NUMBERS], self._most[i], sparsifier.settings.regrow))
         cells, doubts = quick_exchange(wanted)
         sure = (doubts == 0) & (found_inf == 0)
         with branches(device) as branch:
-            for k, i in enumerate(self._moving):
+            for k, i in enumerate(group):
                 w = self._weights[i]
+                before = w.churned_now
                 with branch(k):
                     new = torch.where(sure[k], cells[k], wanted[k].mask)
                     w.become(new, state_of(sparsifier.optimizer, w.parameter), nnz=w.nnz)
                 churned.append(torch.as_tensor(w.churned_now))
-        self._told = torch.cat([doubts, torch.stack(churned)])
+                w.churned_now = before  # a recording computes nothing: `settle` brings the number
+        return doubts, torch.stack(churned)
 
     # --- around a replay ---
 
     def feed(self) -> None:
-        """Put what is particular to the step that comes where the graph reads it."""
+        """Put what is particular to the step that comes where the graph reads it; `settle` was called after the step before."""
         sparsifier, self._step = self._sparsifier, self._sparsifier.steps
         settings = sparsifier.settings
         for i, w in enumerate(self._weights):
             grows, ties = sparsifier.keys_of(w, self._step)
-            numbers = numbers_of(w.places, w.active, settings.drops(w.active, self._step), ties, settings.regrow)
+            numbers = exchange_numbers(w.places, w.active, settings.drops(w.active, self._step), ties, settings.regrow)
             self._host[i] = torch.tensor([*numbers, grows])
         self._numbers.copy_(self._host, non_blocking=True)
 
     @torch.no_grad()
-    def settle(self) -> None:
-        """Wait for the device once, make the exchanges it doubted, and count the step."""
-        sparsifier, told, count = self._sparsifier, self._told.tolist(), len(self._moving)
-        for i, doubt, churned in zip(self._moving, told[:count], told[count:], strict=True):
-            w = self._weights[i]
-            if doubt:
-                cells = exchange(*sparsifier.exchange_of(w, self._step, self._gradient(i)))
-                w.become(cells, state_of(sparsifier.optimizer, w.parameter), nnz=w.nnz)
-            else:
-                w.churned_now = churned
+    def settle(self) -> bool:
+        """Wait for the device once, make the exchanges it doubted, and count the step.
+
+        False where the optimiser's flag was set: then nothing has moved, and the step is not counted.
+        """
+        sparsifier, count = self._sparsifier, len(self._moving)
+        if self._moving:
+            flag, *told = self._told.tolist()
+            if flag:
+                return False
+            for i, doubt, churned in zip(self._moving, told[:count], told[count:], strict=True):
+                w = self._weights[i]
+                if doubt:
+                    cells = exchange(*sparsifier.exchange_of(w, self._step, self._gradient(i)))
+                    w.become(cells, state_of(sparsifier.optimizer, w.parameter), nnz=w.nnz)
+                else:
+                    w.churned_now = churned
         sparsifier.count_step(dense_gradients=sparsifier.settings.algorithm.uses_gradient)
+        return True
 
     def _blind(self, i: int) -> bool:
         """A layer without a part in this step has no gradient to grow by."""

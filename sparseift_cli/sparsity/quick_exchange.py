@@ -6,19 +6,19 @@ So a network's masks cost one wait, for all of these numbers together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from . import quick_selection
 from .exchange import GROWS, Regrow
 from .memory_order import flat, unflat
-from .quick_selection import Search, highest
+from .quick_selection import Search, highest, search_numbers
 from .side_by_side import branches
 
 NUMBERS = 8
+AT_ONCE = 1 << 27  # places: 2.5 GB
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,18 +30,29 @@ class Exchange:
     drop_scores: Tensor
     grow_scores: Tensor
     numbers: Tensor
-    """`numbers_of` it: int64 [NUMBERS] on the device; in a CUDA graph read anew at every replay."""
+    """`exchange_numbers`: int64 [NUMBERS] on the device; in a CUDA graph read anew at every replay."""
     most: int
     """No more places than that are exchanged."""
     regrow: Regrow = "allow"
 
 
-def numbers_of(size: int, active: int, n: int, key: int, regrow: Regrow) -> list[int]:
+def exchange_numbers(size: int, active: int, n: int, key: int, regrow: Regrow) -> list[int]:
     """What differs between two exchanges of n of the `active` places of a mask of `size`."""
     if regrow == "forbid":
         n = min(n, size - active)
-    of = quick_selection.numbers_of
-    return [*of(active, n, key), *of(size, n, key ^ GROWS)]
+    return [*search_numbers(active, n, key), *search_numbers(size, n, key ^ GROWS)]
+
+
+def in_groups(sizes: Sequence[int]) -> Iterator[range]:
+    """Which masks, of so many places, are exchanged at once: an exchange holds some twenty bytes a place until it is done."""
+    first = total = 0
+    for i, size in enumerate(sizes):
+        if i > first and total + size > AT_ONCE:
+            yield range(first, i)
+            first, total = i, 0
+        total += size
+    if sizes:
+        yield range(first, len(sizes))
 
 
 def on_device(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:

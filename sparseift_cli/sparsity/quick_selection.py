@@ -5,7 +5,7 @@ above them is taken, what lies below is not, and only what lies between is sorte
 a doubt: zero where all went well.
 
 Inside a CUDA graph every kernel costs about a microsecond however small it is. So what can be worked out on the host is
-(`numbers_of`), and what is alike for all tensors is done for all of them in one kernel.
+(`search_numbers`), and what is alike for all tensors is done for all of them in one kernel.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Search:
 
     scores: Tensor
     numbers: Tensor
-    """`numbers_of` it: int64 [4] on the device; in a CUDA graph read anew at every replay."""
+    """`search_numbers`: int64 [4] on the device; in a CUDA graph read anew at every replay."""
     most: int
     """n is never more."""
     like: Tensor
@@ -47,16 +47,18 @@ class Search:
 
 @dataclass(frozen=True, slots=True)
 class _Candidates:
-    """What one search has after its pivots: `chosen` [1 + N], of which the first is for what does not exist."""
+    """What one search has after its pivots: `chosen` [N + 1], of which the last is for what does not exist."""
 
     chosen: Tensor
     found: Tensor
-    """Where the scores between the pivots stand [room + 1], -1 where there are no more."""
+    """Where the scores between the pivots stand [room + 1], N where there are no more."""
+    missing: Tensor
+    """Where there are no more [room + 1]."""
     scores: Tensor
     seeds: Tensor
 
 
-def numbers_of(size: int, n: int, key: int) -> list[int]:
+def search_numbers(size: int, n: int, key: int) -> list[int]:
     """What a search for the n highest of `size` scores needs to know: n, key of ties, where in the sample the pivots stand."""
     if size <= _SMALL:
         return [n, key, 0, SAMPLE + 1]
@@ -72,7 +74,7 @@ def highest(searches: Sequence[Search], *, low_lots: bool = False) -> tuple[list
 
     Between equal scores the higher lots (`selection.lots`) come first, or the lower ones.
     """
-    device, each = searches[0].scores.device, list(enumerate(searches))
+    each, device = list(enumerate(searches)), searches[0].scores.device
     numbers = torch.stack([s.numbers for s in searches])
     pivots = _pivots(searches, numbers)
     with branches(device) as branch:
@@ -80,27 +82,28 @@ def highest(searches: Sequence[Search], *, low_lots: bool = False) -> tuple[list
         for k, search in each:
             with branch(k):
                 candidates.append(_between(search, pivots[k]))
-    found = torch.cat([c.found for c in candidates])
     ranks = _ranks(
         torch.cat([c.scores for c in candidates]), torch.cat([c.seeds for c in candidates]), low_lots=low_lots
     )
-    ranks.masked_fill_(found < 0, _LOWEST)
-    rooms = [len(c.found) for c in candidates]
-    ways = list(zip(candidates, ranks.split(rooms), (found + 1).split(rooms), strict=True))
-    counts = list[Tensor]()
+    ranks.masked_fill_(torch.cat([c.missing for c in candidates]), _LOWEST)
+    own = ranks.split([len(c.found) for c in candidates])
+    certain, more = list[Tensor](), list[Tensor]()
     with branches(device) as branch:
-        for k, (candidate, own, spots) in enumerate(ways):
+        for k, search in each:
             with branch(k):
-                counts += _take(candidate.chosen, searches[k].numbers[0], own, spots)
-    taken = torch.stack(counts).view(-1, 2).sum(1)
-    overflows = torch.stack([c.found[-1] for c in candidates]) >= 0
-    return [c.chosen[1:] for c in candidates], (taken - numbers[:, 0]).abs_().add_(overflows)
+                above, between = _take(candidates[k], search.numbers[0], own[k])
+            certain.append(above)
+            more.append(between)
+    taken = torch.stack(certain) + torch.stack(more)
+    overflows = ~torch.stack([c.missing[-1] for c in candidates])
+    return [c.chosen[:-1] for c in candidates], (taken - numbers[:, 0]).abs_().add_(overflows)
 
 
 def _pivots(searches: Sequence[Search], numbers: Tensor) -> Tensor:
     """Two scores for each search, [len(searches), 2], between which its n-th highest almost surely lies."""
-    samples = torch.empty(len(searches), SAMPLE + 2, device=numbers.device)
-    samples[:, 0], samples[:, -1] = torch.inf, -torch.inf
+    samples = torch.empty(len(searches), SAMPLE + 2, dtype=torch.float32, device=numbers.device)
+    samples[:, 0].fill_(torch.inf)
+    samples[:, -1].fill_(-torch.inf)
     spots = torch.arange(SAMPLE, device=numbers.device)
     with branches(numbers.device) as branch:
         for k, search in enumerate(searches):
@@ -112,13 +115,13 @@ def _pivots(searches: Sequence[Search], numbers: Tensor) -> Tensor:
 def _between(search: Search, pivots: Tensor) -> _Candidates:
     scores, size = search.scores, len(search.scores)
     high, low = pivots[:1], pivots[1:]
-    chosen = torch.empty(1 + size, dtype=torch.bool, device=scores.device)
-    chosen[:1] = False
-    above = torch.gt(scores, high, out=chosen[1:])
-    found = torch.nonzero_static((scores >= low) > above, size=_room(size, search.most) + 1, fill_value=-1).view(-1)
-    somewhere = found.clamp(min=0)
+    chosen = torch.empty(size + 1, dtype=torch.bool, device=scores.device)
+    above = torch.gt(scores, high, out=chosen[:-1])
+    found = torch.nonzero_static((scores >= low) > above, size=_room(size, search.most) + 1, fill_value=size).view(-1)
+    somewhere = found.clamp(max=size - 1)
     whose = somewhere if search.places is None else search.places[somewhere]
-    return _Candidates(chosen, found, scores[somewhere], seeds(search.numbers[1], row_major(whose, search.like)))
+    seeded = seeds(search.numbers[1], row_major(whose, search.like))
+    return _Candidates(chosen, found, found == size, scores[somewhere], seeded)
 
 
 def _room(size: int, most: int) -> int:
@@ -138,14 +141,16 @@ def _ranks(scores: Tensor, seeded: Tensor, *, low_lots: bool) -> Tensor:
     return (ordered << 32) + (0xFFFFFFFF - lot if low_lots else lot)
 
 
-def _take(chosen: Tensor, n: Tensor, ranks: Tensor, spots: Tensor) -> tuple[Tensor, Tensor]:
-    """Complete `chosen` [1 + N] with the first of those between the pivots; how many were above them, and how many these are."""
-    above = chosen.sum()
-    missing = n - above
-    last = ranks.sort(descending=True).values.gather(0, (missing - 1).clamp_(0, len(ranks) - 1).view(1))
-    last = last.clamp_(min=_LOWEST + 1).masked_fill_(
-        missing <= 0, _HIGHEST
-    )  # nothing that does not exist, nothing too much
+def _take(candidates: _Candidates, n: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
+    """Complete `chosen` with the first of those between the pivots; how many lay above them, and how many these are."""
+    certain = candidates.chosen[:-1]
+    above = certain.sum(
+        dtype=torch.int32 if len(certain) < 1 << 31 else torch.int64
+    )  # it copies them to that dtype first
+    wanted = n - above
+    last = ranks.sort(descending=True).values.gather(0, (wanted - 1).clamp_(0, len(ranks) - 1).view(1))
+    # what does not exist is never taken, and nothing is where the ones above are enough
+    last = last.clamp_(min=_LOWEST + 1).masked_fill_(wanted <= 0, _HIGHEST)
     taken = ranks >= last
-    chosen.scatter_(0, spots, taken)
+    candidates.chosen.scatter_(0, candidates.found, taken)
     return above, taken.sum()

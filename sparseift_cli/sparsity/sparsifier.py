@@ -32,7 +32,7 @@ from .exchange import Regrow, exchange, extend, prune
 from .find import find_weights, unwrapped
 from .guard import all_finite, clear_unwritten, keeps_zeros, multiply_, require_finite, skipped_inside, state_of
 from .mask import generator_for
-from .quick_exchange import Exchange, numbers_of, on_device, quick_exchange
+from .quick_exchange import Exchange, exchange_numbers, in_groups, on_device, quick_exchange
 from .ranks import check_ranks
 from .saliency import MaskLayout
 from .schedule import Decay
@@ -277,8 +277,10 @@ class Sparsifier:
         return bool(self.settings.drops(w.active, pending.step)) and w.active < w.places and not blind
 
     def _exchange(self, weights: list[SparseWeight], pending: _Pending) -> None:
-        t, there = pending.step, [w for w in weights if w.parameter.device.type in QUICK_ON]
-        sure = self._exchange_quickly(there, pending) if there else {}
+        t, sure = pending.step, dict[SparseWeight, Tensor]()
+        for device in dict.fromkeys(w.parameter.device for w in weights):
+            if device.type in QUICK_ON:
+                sure |= self._exchange_quickly([w for w in weights if w.parameter.device == device], pending)
         for w in weights:
             gradient = pending.gradients.pop(w.name, None)
             cells = sure[w] if w in sure else exchange(*self.exchange_of(w, t, gradient))
@@ -287,18 +289,20 @@ class Sparsifier:
     def _exchange_quickly(self, weights: list[SparseWeight], pending: _Pending) -> dict[SparseWeight, Tensor]:
         """The cells of those weights of which there is no doubt."""
         t, regrow = pending.step, self.settings.regrow
-        drops = [self.settings.drops(w.active, t) for w in weights]
-        rows = [
-            numbers_of(w.places, w.active, n, self.keys_of(w, t)[1], regrow)
-            for w, n in zip(weights, drops, strict=True)
-        ]
+        keys, drops = [self.keys_of(w, t) for w in weights], [self.settings.drops(w.active, t) for w in weights]
+        rows = [exchange_numbers(w.places, w.active, n, ties, regrow)
+                for w, n, (_, ties) in zip(weights, drops, keys, strict=True)]  # fmt: skip
         numbers = on_device(rows, weights[0].parameter.device)
-        chosen = [self.chosen_by(w, pending.gradients.get(w.name), self.keys_of(w, t)[0]) for w in weights]
-        found, doubts = quick_exchange(
-            [Exchange(*facts, row, n, regrow) for facts, row, n in zip(chosen, numbers, drops, strict=True)]
-        )
-        told = doubts.tolist()  # the one wait for the device
-        return {w: cells for w, cells, doubt in zip(weights, found, told, strict=True) if not doubt}
+        cells, doubts = list[Tensor](), list[Tensor]()
+        for group in in_groups([w.places for w in weights]):
+            chosen = [self.chosen_by(weights[i], pending.gradients.get(weights[i].name), keys[i][0]) for i in group]
+            found, doubted = quick_exchange([
+                Exchange(*facts, numbers[i], drops[i], regrow) for i, facts in zip(group, chosen, strict=True)
+            ])  # fmt: skip
+            cells += found
+            doubts.append(doubted)
+        told = torch.cat(doubts).tolist()  # the one wait for the device
+        return {w: found for w, found, doubt in zip(weights, cells, told, strict=True) if not doubt}
 
     def exchange_of(self, w: SparseWeight, t: int, gradient: Tensor | None) -> Arguments:
         """The arguments of `exchange` for a weight at the update of step `t`."""

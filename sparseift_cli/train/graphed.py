@@ -84,8 +84,8 @@ class GraphedStep:
             elif self._moving is not None:
                 self._moving.feed()
                 third.replay()
-                self.check()
-                self._moving.settle()
+                if not self._moving.settle():
+                    self.check()
             else:
                 self._update()
         self._look(step)

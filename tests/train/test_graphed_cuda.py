@@ -22,9 +22,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 RECIPE = """
 model: resnet18_cifar
 data: {{name: synthetic-images, limit: 1024}}
-transform: {{member: wide, match: model, width_multiple: 8}}
+transform: {{member: wide, match: model, width_multiple: 8, pattern: {pattern}}}
 sparsity: 0.75
-algorithm: {{name: {algorithm}, delta_t: 5, drop_fraction: 0.3, stop: 0.75}}
+algorithm: {{name: {algorithm}, delta_t: 5, drop_fraction: 0.3, stop: 0.75, regrow: {regrow}}}
 optimizer: {optimizer}
 training: {{steps: 40, batch_size: 32, {training}}}
 """
@@ -40,9 +40,12 @@ def deterministic(monkeypatch: pytest.MonkeyPatch) -> Any:
     torch.use_deterministic_algorithms(False)
 
 
-def ready(tmp_path: Path, training: str = "clip: 1.0", algorithm: str = "rigl", optimizer: str = SGD) -> Prepared:
+def ready(tmp_path: Path, training: str = "clip: 1.0", algorithm: str = "rigl", optimizer: str = SGD,
+          pattern: str = "unstructured", regrow: str = "allow") -> Prepared:  # fmt: skip
     path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE.format(training=training, algorithm=algorithm, optimizer=optimizer))
+    path.write_text(
+        RECIPE.format(training=training, algorithm=algorithm, optimizer=optimizer, pattern=pattern, regrow=regrow)
+    )
     return prepare(load(path), 0, Processes(torch.device("cuda")))
 
 
@@ -53,13 +56,22 @@ def eager(run: Prepared) -> EagerStep:
 @pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
 @pytest.mark.parametrize("algorithm", ["static", "rigl", "set", "gmp", "granet"])
 def test_replayed_steps_are_the_eager_ones(tmp_path: Path, deterministic: None, algorithm: str, optimizer: str) -> None:
-    runs = [ready(tmp_path, algorithm=algorithm, optimizer=optimizer) for _ in range(2)]
+    compare([ready(tmp_path, algorithm=algorithm, optimizer=optimizer) for _ in range(2)])
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "4x4"])
+def test_replayed_updates_of_blocks_and_without_regrowth(tmp_path: Path, deterministic: None, pattern: str) -> None:
+    compare([ready(tmp_path, pattern=pattern, regrow="forbid") for _ in range(2)])
+
+
+def compare(runs: list[Prepared]) -> None:
     steps = eager(runs[0]), GraphedStep(runs[1])
     for step in range(40):
         losses = [float(make(step)) for make in steps]
         assert losses[0] == pytest.approx(losses[1], rel=1e-6), step
         assert runs[0].sparsifier is not None and runs[1].sparsifier is not None
         assert runs[0].sparsifier.last == runs[1].sparsifier.last
+        assert runs[0].sparsifier.statistics() == runs[1].sparsifier.statistics(), step
         masks = [run.sparsifier.masks() for run in runs if run.sparsifier is not None]
         assert all(torch.equal(mask, masks[1][name]) for name, mask in masks[0].items()), step
         for w in runs[1].sparsifier.weights:

@@ -12,6 +12,11 @@ from sparseift_cli.sparsity.graphed_update import GraphedUpdate
 from tests.sparse_net import STEPS, assert_zeros, make, sparse_net
 
 
+@pytest.fixture(autouse=True, params=[1 << 27, 1], ids=["at once", "one by one"])
+def _at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparseift_cli.sparsity.quick_exchange.AT_ONCE", request.param)
+
+
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("regrow", ["allow", "forbid"])
 @pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW])
@@ -45,8 +50,10 @@ def test_equals_the_sparsifiers_own_update(algorithm: str, cls: Any, regrow: str
             update.keep_gradients()
             fed.mask_gradients()
             optimizers[1].step()
+            churned = {w.name: w.churned_now for w in fed.weights}
             update.exchange(unset)
-            update.settle()
+            assert {w.name: w.churned_now for w in fed.weights} == churned  # a recording would know nothing yet
+            assert update.settle()
         for o in optimizers:
             o.zero_grad()
         assert plain.last == fed.last
@@ -120,10 +127,12 @@ def test_a_step_that_diverged_moves_no_mask() -> None:
         sparsifier.count_still_step()
     for w in sparsifier.weights:
         w.parameter.grad = torch.full_like(w.parameter, torch.nan)
-    before = {name: mask.clone() for name, mask in sparsifier.masks().items()}
+    before, steps = {name: mask.clone() for name, mask in sparsifier.masks().items()}, sparsifier.steps
     update.feed()
     update.keep_gradients()
     update.exchange(torch.ones(()))
+    assert not update.settle()
+    assert sparsifier.steps == steps
     assert all(torch.equal(mask, before[name]) for name, mask in sparsifier.masks().items())
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparseift_cli.sparsity.exchange import Regrow, exchange
 from sparseift_cli.sparsity.mask import generator_for
-from sparseift_cli.sparsity.quick_exchange import Exchange, numbers_of, on_device, quick_exchange
+from sparseift_cli.sparsity.quick_exchange import Exchange, exchange_numbers, in_groups, on_device, quick_exchange
 from sparseift_cli.sparsity.quick_selection import SAMPLE
 
 SHAPES = [(40, 50), (700, 900), (96, 64, 3, 3)]
@@ -23,7 +23,7 @@ def case(shape: tuple[int, ...], density: float, seed: int = 0) -> tuple[Tensor,
 
 def quick(mask: Tensor, active: int, drop: Tensor, grow: Tensor, n: int, key: int, regrow: Regrow = "allow",
           most: int | None = None) -> tuple[Tensor, int]:  # fmt: skip
-    numbers = on_device([numbers_of(mask.numel(), active, n, key, regrow)], mask.device)[0]
+    numbers = on_device([exchange_numbers(mask.numel(), active, n, key, regrow)], mask.device)[0]
     found, doubts = quick_exchange([Exchange(mask, active, drop, grow, numbers, n if most is None else most, regrow)])
     return found[0], int(doubts)
 
@@ -104,9 +104,29 @@ def test_a_network_s_masks_are_those_of_each_alone() -> None:
         *(t.to(memory_format=last) for t in cases[1][2:4]),
         *cases[1][4:],
     )
-    rows = on_device([numbers_of(m.numel(), a, n, key, "allow") for m, a, _, _, n, key in cases], torch.device("cpu"))
+    rows = on_device(
+        [exchange_numbers(m.numel(), a, n, key, "allow") for m, a, _, _, n, key in cases], torch.device("cpu")
+    )
     wanted = [Exchange(m, a, d, g, row, n) for (m, a, d, g, n, _), row in zip(cases, rows, strict=True)]
     found, doubts = quick_exchange(wanted)
     assert doubts.tolist() == [0, 0, 0, 0]
     for mask, (m, a, d, g, n, key) in zip(found, cases, strict=True):
         assert torch.equal(mask, exchange(m, a, d, g, n, key))
+
+
+def test_masks_are_exchanged_in_groups_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparseift_cli.sparsity.quick_exchange.AT_ONCE", 10)
+    assert [list(group) for group in in_groups([4, 6, 1, 50, 3, 7, 1])] == [[0, 1], [2], [3], [4, 5], [6]]
+    assert list(in_groups([])) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_does_not_matter(dtype: torch.dtype) -> None:
+    mask, active, drop, grow = case((40, 50), 0.3)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found, doubt = quick(mask, active, drop, grow, 20, 7)
+    finally:
+        torch.set_default_dtype(before)
+    assert doubt == 0 and torch.equal(found, exchange(mask, active, drop, grow, 20, 7))
