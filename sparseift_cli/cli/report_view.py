@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..metric_names import METRICS
 from ..report import curves
 from ..report import frame as frames
 from ..report.make import HIDDEN, Options, sort
 from ..report.published import Beside, evidence
-from ..report.report import METRICS, TEST_METRICS, Comparison, Report
+from ..report.report import Comparison, Report
 from ..report.terminal import bar, sparkline, speaks_unicode
 from . import report_spectra
 from .formats import Format
@@ -286,7 +287,7 @@ def clean(value: Any) -> Any:
 
 
 def _column(name: str, *, asked: bool = False) -> Column:
-    head, show, right, priority = _HEADS.get(name, (name, _plain, name in (*METRICS, *TEST_METRICS), 5))
+    head, show, right, priority = _HEADS.get(name, (name, _plain, name in METRICS, 5))
     style = (lambda v: _STATES.get(v, "")) if name == "state" else None
     return Column(name, head, show, right, 0 if asked else priority, style)
 

@@ -15,12 +15,12 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..metric_names import METRICS
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-_METRICS = ("loss", "top1", "top5", "perplexity", "bits_per_byte")
-METRICS = (*_METRICS, *(f"test_{name}" for name in _METRICS))
 SHOWN = ("train_loss", *METRICS)
 REFRESH = 2  # times a second
 WINDOW = 60  # the rate is that of so many drawings, half a minute

@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..metric_names import METRICS
 from .formats import Format
 from .output import Column, Sheet, integer, ratio, render
-from .train_progress import METRICS
 
 
 def show_runs(results: Sequence[Mapping[str, Any]], fmt: Format) -> None:

@@ -8,20 +8,20 @@ from typing import Any, cast
 import pandas as pd
 
 from ..errors import UsageError, did_you_mean
+from ..metric_names import METRICS
 from . import statistics
 from .grouping import labels, lower_is_better, primary, subject
 from .read import number
 from .record import Run
-from .report import METRICS, TEST_METRICS
 
 _ABOUT = ("recipe", "model", "data", "transform", "match", "scope", "pattern", "widths", "sparsity", "algorithm", "steps",
           "epochs", "metric")  # fmt: skip
 _COSTS = ("flops", "dense_flops", "flops_ratio", "flops_spent", "seconds", "peak_bytes", "optimizer_bytes", "params",
           "nonzero_params")  # fmt: skip
-RUN_COLUMNS = ("path", "group", "state", "counted", "seed", "step", *_ABOUT, "value", "best", *METRICS, *TEST_METRICS,
+RUN_COLUMNS = ("path", "group", "state", "counted", "seed", "step", *_ABOUT, "value", "best", *METRICS,
                "train_loss", *_COSTS, "density", "itop_rate", "started", "device", "threads", "torch", "commit",
                "subject")  # fmt: skip
-GROUP_COLUMNS = ("group", *_ABOUT, "runs", "n", "mean", "std", "low", "high", "best", *METRICS, *TEST_METRICS,
+GROUP_COLUMNS = ("group", *_ABOUT, "runs", "n", "mean", "std", "low", "high", "best", *METRICS,
                  *_COSTS, "device", "subject")  # fmt: skip
 """mean, std, low and high are of `metric` at the end of training, best is the mean of each run's best evaluation. All are
 over `n` runs: finished ones, one a seed; `runs` counts every directory. Costs are means too; FLOPs are of a whole run."""
@@ -115,7 +115,7 @@ def _row(run: Run, group: str, metric: str) -> dict[str, Any]:
         "sparsity": number(transform.get("sparsity", 0)),
         "algorithm": str((recipe.get("algorithm") or {}).get("name") or "dense"), "steps": planned_steps(run),
         "epochs": epochs, "metric": metric, "value": number(last.get(metric)), "best": best,
-        **{m: number(last.get(m)) for m in (*METRICS, *TEST_METRICS, "train_loss", "density", "itop_rate")},
+        **{m: number(last.get(m)) for m in (*METRICS, "train_loss", "density", "itop_rate")},
         **{name: _count(last.get(name)) for name in ("peak_bytes", "optimizer_bytes")},
         "flops": audited, "dense_flops": dense, "flops_ratio": audited / dense if audited and dense else None,
         "flops_spent": _count(flops.get("spent", last.get("flops"))), "seconds": number(last.get("seconds")),
@@ -156,7 +156,7 @@ def _grouped(label: str, part: pd.DataFrame, confidence: float) -> dict[str, Any
         "group": label, **{name: _common(column(of, name)) for name in (*_ABOUT, "device", "subject")},
         "runs": len(part), "n": len(counted),
         "mean": interval.mean, "std": interval.deviation, "low": interval.low, "high": interval.high,
-        **{name: mean(column(counted, name)) for name in ("best", *METRICS, *TEST_METRICS, *_COSTS)},
+        **{name: mean(column(counted, name)) for name in ("best", *METRICS, *_COSTS)},
     }  # fmt: skip
 
 

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..metric_names import LOWER_IS_BETTER, METRICS
 from .record import Run
-from .report import LOWER_IS_BETTER, METRICS
 
 NO_MATTER = frozenset({
     "training.seed", "training.seeds", "training.device", "training.threads",

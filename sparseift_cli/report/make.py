@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from ..errors import ArtifactError, UsageError, did_you_mean
+from ..metric_names import METRICS
 from . import frame as frames
 from . import published
 from .collect import collect
 from .compare import Rules, compare
 from .filters import Expression
 from .grouping import namesakes, pooled
-from .report import METRICS, TEST_METRICS, Comparison, Report
+from .report import Comparison, Report
 
 if TYPE_CHECKING:
     from .spectral.history import RunSpectra
@@ -42,9 +43,9 @@ class Options:
 
 
 def _known_metric(name: str | None) -> str | None:
-    if name is not None and name not in (known := (*METRICS, *TEST_METRICS)):
+    if name is not None and name not in METRICS:
         raise UsageError(f"--metric {name}: no metric is called that",
-                         hint=did_you_mean(name, known) or f"metrics: {', '.join(known)}")  # fmt: skip
+                         hint=did_you_mean(name, METRICS) or f"metrics: {', '.join(METRICS)}")  # fmt: skip
     return name
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from ..metric_names import TEST
 from .record import Run
 
 if TYPE_CHECKING:
@@ -15,11 +16,6 @@ if TYPE_CHECKING:
     from .published import Beside
     from .spectral.history import RunSpectra
 
-METRICS = ("top1", "top5", "loss", "perplexity", "bits_per_byte")
-TEST_METRICS = tuple(f"test_{name}" for name in METRICS)
-"""The same on a test split that nobody watched: of runs with `evaluation.test`, at their end."""
-_LOWER = ("loss", "perplexity", "bits_per_byte")
-LOWER_IS_BETTER = frozenset({*_LOWER, *(f"test_{name}" for name in _LOWER)})
 _UNITS = {
     "top1": "points",
     "top5": "points",
@@ -27,7 +23,7 @@ _UNITS = {
     "loss": "loss",
     "perplexity": "perplexity",
 }
-UNITS = {**_UNITS, **{f"test_{name}": unit for name, unit in _UNITS.items()}}
+UNITS = {**_UNITS, **{TEST + name: unit for name, unit in _UNITS.items()}}
 """What a difference of a metric is measured in; a metric that is not here names itself."""
 
 Outcome = Literal["better", "worse", "no difference shown", "no claim", "refused"]

@@ -30,7 +30,7 @@ class GraphedUpdate:
         self._sparsifier = sparsifier
         self._weights = [w for w in sparsifier.weights if w.moves and w.active < w.places]
         settings, schedule = sparsifier.settings, sparsifier.settings.schedule
-        first = schedule.delta_t  # the first update is the largest
+        first = schedule.delta_t  # the first update is the largest: every decay falls, or stays
         self._most = [settings.drops(w.active, first) if settings.exchanges_at(first) else 0 for w in self._weights]
         device = sparsifier.weights[0].parameter.device
         shape = len(self._weights), NUMBERS + 1  # of each: `exchange_numbers`, and the key of random growth

@@ -18,7 +18,7 @@ from .quick_selection import Search, highest, search_numbers
 from .side_by_side import branches
 
 NUMBERS = 8
-AT_ONCE = 1 << 27  # places: 2.5 GB
+AT_ONCE = 1 << 27  # places: 2.7 GB
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ To find the n-th of many scores it sorts a sample, which gives two pivots that a
 above them is taken, what lies below is not, and only what lies between is sorted, ties and all. Beside each mask there is
 a doubt: zero where all went well.
 
-Inside a CUDA graph every kernel costs about a microsecond however small it is. So what can be worked out on the host is
+A kernel costs its start however little it does, inside a CUDA graph too. So what can be worked out on the host is
 (`search_numbers`), and what is alike for all tensors is done for all of them in one kernel.
 """
 

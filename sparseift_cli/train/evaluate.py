@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from ..data import Batches
 from .processes import Processes
 
-LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte"})
-
 
 def logits_of(output: Any) -> Tensor:
     """The logits in what a model returned: a tensor, a mapping or object with `logits`, or the first of several outputs."""

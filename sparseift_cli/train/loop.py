@@ -21,11 +21,12 @@ from torch.amp.grad_scaler import GradScaler
 
 from ..data import Batches
 from ..errors import InterruptedRun
+from ..metric_names import LOWER_IS_BETTER, TEST
 from ..runs.directory import RunDirectory
 from ..runs.metrics import Metrics
 from ..sparsity.guard import all_finite
 from ..sparsity.statistics import total
-from .evaluate import LOWER_IS_BETTER, evaluate
+from .evaluate import evaluate
 from .graphed import GraphedStep, can_be_graphed
 from .prepare import Prepared
 from .processes import Processes
@@ -107,7 +108,7 @@ def _measure(run: Prepared, progress: Progress, metrics: Metrics | None, process
     processes.share_buffers(run.model)
     found = on(run.held_out)
     if run.test is not None and progress.step == run.steps:
-        found |= {f"test_{name}": value for name, value in on(run.test).items()}
+        found |= {TEST + name: value for name, value in on(run.test).items()}
     if run.sparsifier is not None:
         run.sparsifier.check_ranks()
     train_loss = (processes.sum(torch.stack(progress.losses)) / processes.world).mean()

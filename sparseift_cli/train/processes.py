@@ -56,15 +56,14 @@ class Processes:
         """
         if self.world == 1:
             return model
-        masks = [name + SUFFIX for name in masks_of(model)]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, masks)
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, _masks(model))
         return DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     @torch.no_grad()
     def share_buffers(self, model: nn.Module) -> None:
         """Give every process rank 0's buffers but masks, as the next training forward would: what is saved is measured."""
         if self.world > 1:
-            masks = {name + SUFFIX for name in masks_of(model)}
+            masks = set(_masks(model))
             for name, buffer in model.named_buffers():
                 if name not in masks:
                     dist.broadcast(buffer, 0)
@@ -72,6 +71,11 @@ class Processes:
     def without_averaging(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
         """For every micro-batch of an accumulated step but the last one."""
         return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
+
+
+def _masks(model: nn.Module) -> list[str]:
+    """The buffers that no process sends to another."""
+    return [name + SUFFIX for name in masks_of(model)]
 
 
 @contextmanager

@@ -15,11 +15,11 @@ import torch
 
 from ..errors import InterruptedRun, SparseiftError
 from ..flop_audit import to_json
+from ..metric_names import LOWER_IS_BETTER
 from ..recipe.load import Recipe, load
 from ..recipe.write import resolved_yaml
 from ..runs.directory import RunDirectory
 from ..runs.provenance import session
-from .evaluate import LOWER_IS_BETTER
 from .loop import Report, train
 from .parallel import require_one_run
 from .prepare import Prepared, prepare, with_seed

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+from ...metric_names import LOWER_IS_BETTER, TEST
 from ..record import Run
-from ..report import LOWER_IS_BETTER, Report
+from ..report import Report
 from .style import BASELINE, Look, look
 
 NAMES = {
@@ -78,7 +79,7 @@ class Family:
     @property
     def metric_name(self) -> str:
         """The metric in words, with its unit and direction."""
-        bare = self.metric.removeprefix("test_")
+        bare = self.metric.removeprefix(TEST)
         name = NAMES.get(self.metric) or ("test " if bare != self.metric else "") + NAMES.get(bare, bare).removeprefix(
             "validation "
         )
