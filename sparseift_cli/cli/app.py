@@ -11,7 +11,7 @@ import typer
 
 from ..errors import SparseiftError
 from ..version import __version__
-from . import flops, inspect, recipe, report, train, transform
+from . import flops, inspect, quick_help, recipe, report, train, transform
 
 app = typer.Typer(
     name="sparseift",
@@ -53,6 +53,7 @@ def main() -> None:
     """Entry point of the script: every error the user can act on is two lines on stderr and the right exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # LANG=C, or a file name that is no text: shown escaped, as on stderr
         sys.stdout.reconfigure(errors="backslashreplace")
+    quick_help.prepare(sys.argv[1:])
     try:
         app()
     except SparseiftError as error:
