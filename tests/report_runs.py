@@ -52,6 +52,7 @@ def make_run(
     epochs: int = 2, steps: int | None = None, metric: str = "top1", flops: int | None = 10**15, finished: bool = True,
     packed: bool = False, audit: Mapping[str, Any] | None = None, spent: int | None = None, data_hash: str = "d0", stamp: int = 0,
     plan: Mapping[str, Any] | None = None, device: str = "cpu", more: Mapping[str, Any] | None = None,
+    at_once: int = 1,
 ) -> Path:  # fmt: skip
     """`root/name/<date>-<hash>/` with one evaluation for each of `values`; finished unless asked otherwise."""
     steps = steps or 390 * epochs
@@ -76,6 +77,7 @@ def make_run(
         (folder / "metrics.jsonl").write_text(text)
     session = {"started": begun.isoformat(), "from_step": 0, "command": ["sparseift"], "versions": {"torch": "2.13.0"},
                "git": {"commit": "c0ffee" * 5, "dirty": False}, "device": device, "threads": 2, "seed": seed,
+               "at_once": at_once,
                "data": {data: data_hash}}  # fmt: skip
     write(folder / "provenance.json", {"schema": "sparseift.provenance/1", "sessions": [session]})
     write(folder / "audit.json", audit or {"schema": "sparseift.flops/1", "training": {"steps": steps}})

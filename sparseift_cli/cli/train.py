@@ -146,8 +146,9 @@ def _run_parallel(jobs: Jobs, sets: list[str], parallel: int, runs: Path, resume
 
     several = len({recipe.name for recipe, _ in jobs}) > 1
     children = [
-        Child(r.path, sets, seed, f"{r.name} seed {seed}" if several else f"seed {seed}", r.spec.training.threads)
+        Child(r.path, sets, seed, f"{r.name} seed {seed}" if several else f"seed {seed}", own.threads, own.device)
         for r, seed in jobs
+        for own in [r.spec.training]
     ]
     try:
         with progress(several=True) as told:

@@ -19,10 +19,10 @@ _ABOUT = ("recipe", "model", "data", "transform", "match", "scope", "pattern", "
 _COSTS = ("flops", "dense_flops", "flops_ratio", "flops_spent", "seconds", "peak_bytes", "optimizer_bytes", "params",
           "nonzero_params")  # fmt: skip
 RUN_COLUMNS = ("path", "group", "state", "counted", "seed", "step", *_ABOUT, "value", "best", *METRICS,
-               "train_loss", *_COSTS, "density", "itop_rate", "started", "device", "threads", "torch", "commit",
-               "subject")  # fmt: skip
+               "train_loss", *_COSTS, "density", "itop_rate", "started", "device", "threads", "at_once",
+               "torch", "commit", "subject")  # fmt: skip
 GROUP_COLUMNS = ("group", *_ABOUT, "runs", "n", "mean", "std", "low", "high", "best", *METRICS,
-                 *_COSTS, "device", "subject")  # fmt: skip
+                 *_COSTS, "device", "at_once", "subject")  # fmt: skip
 """mean, std, low and high are of `metric` at the end of training, best is the mean of each run's best evaluation. All are
 over `n` runs: finished ones, one a seed; `runs` counts every directory. Costs are means too; FLOPs are of a whole run."""
 _MIXED = "mixed"
@@ -121,7 +121,8 @@ def _row(run: Run, group: str, metric: str) -> dict[str, Any]:
         "flops_spent": _count(flops.get("spent", last.get("flops"))), "seconds": number(last.get("seconds")),
         "params": _count(summary.get("params")), "nonzero_params": _count(summary.get("nonzero_params")),
         "started": first.get("started"), "device": session.get("device_name") or session.get("device"),
-        "threads": session.get("threads"), "torch": (session.get("versions") or {}).get("torch"),
+        "threads": session.get("threads"), "at_once": session.get("at_once") or 1,
+        "torch": (session.get("versions") or {}).get("torch"),
         "commit": ((session.get("git") or {}).get("commit") or "")[:12] or None, "subject": subject(run, metric),
     }  # fmt: skip
 
@@ -153,7 +154,7 @@ def _grouped(label: str, part: pd.DataFrame, confidence: float) -> dict[str, Any
     of = counted if len(counted) else part  # with no finished run there is still something to name
     interval = statistics.mean_interval(numbers(column(counted, "value")), confidence)
     return {
-        "group": label, **{name: _common(column(of, name)) for name in (*_ABOUT, "device", "subject")},
+        "group": label, **{name: _common(column(of, name)) for name in (*_ABOUT, "device", "at_once", "subject")},
         "runs": len(part), "n": len(counted),
         "mean": interval.mean, "std": interval.deviation, "low": interval.low, "high": interval.high,
         **{name: mean(column(counted, name)) for name in ("best", *METRICS, *_COSTS)},

@@ -46,8 +46,10 @@ def _is_session(session: Any) -> bool:
         return False
     named = [session.get(k) for k in ("started", "device", "device_name")]
     named += [(session.get("git") or {}).get("commit"), (session.get("versions") or {}).get("torch")]
-    return all(isinstance(text, str | NoneType) for text in named) and isinstance(
-        session.get("threads"), int | NoneType
+    return (
+        all(isinstance(text, str | NoneType) for text in named)
+        and isinstance(session.get("threads"), int | NoneType)
+        and isinstance(session.get("at_once"), int | NoneType)
     )
 
 

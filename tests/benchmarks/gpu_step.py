@@ -106,6 +106,20 @@ def official_style(recipe: Path, sets: list[str], workers: int) -> tuple[Prepare
     return run, step
 
 
+def beside(ways: list[Way], steps: int) -> float:
+    """Milliseconds in which each of these makes a step, each on a stream of its own."""
+    streams = [torch.cuda.Stream() for _ in ways]
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(steps):
+        for way, stream in zip(ways, streams, strict=True):
+            with torch.cuda.stream(stream):
+                way.make(way.next)
+            way.next += 1
+    torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - began) / steps
+
+
 def go_to_update(way: Way) -> None:
     """Make steps until the one that comes has a mask update."""
     assert way.run is not None
@@ -137,6 +151,23 @@ def profile(way: Way, what: str, steps: int = 10, top: int = 30) -> None:
         print(f"    {spent:8.4f} ms {event.count / steps:6.1f}x {event.key[:90]}", file=sys.stderr)
 
 
+def side_by_side(recipe: Path, first: Way, count: int, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """`count` runs of the last way at once, and the first of them alone, in turns."""
+    crew = [first]
+    while len(crew) < count:
+        run, make = ours(recipe, [*args.set, *(WAYS[first.name] or [])])
+        crew.append(Way(first.name, make, run))
+        crew[-1].time(10)
+    alone, together = list[float](), list[float]()
+    for _ in range(args.rounds):
+        alone.append(first.time(args.steps))
+        together.append(beside(crew, args.steps))
+    for label, at_once, found in (("alone", 1, alone), (f"{count} on streams", count, together)):
+        yield {"recipe": recipe.stem, "sets": args.set, "way": f"{first.name}, {label}", "ms": round(statistics.median(found), 3),
+               "low": round(min(found), 3), "high": round(max(found), 3), "n": len(found), "steps": args.steps, "at_once": at_once,
+               "gpu": torch.cuda.get_device_name()}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipes", nargs="*", default=["dense", "wide75_rigl"])
@@ -146,6 +177,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--beside", type=int, nargs="*", default=[], help="so many copies at once, each on a stream")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     lines = []
@@ -183,6 +215,10 @@ def main() -> None:
                     profile(way, "a step with a mask update", steps=1, top=60)
             lines.append(line)
             print(json.dumps(line), flush=True)
+        for count in args.beside:
+            for line in side_by_side(FOLDER / f"{name}.yaml", ways[-1], count, args):
+                lines.append(line)
+                print(json.dumps(line), flush=True)
         ways.clear()
         gc.collect()
         torch.cuda.empty_cache()

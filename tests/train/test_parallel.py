@@ -31,7 +31,7 @@ Write = Callable[..., Path]
 ONE_THREAD = "training.threads=1"
 
 
-def quiet(*_: Any) -> None:
+def quiet(*_: Any, **__: Any) -> None:
     """A report to nobody."""
 
 
@@ -135,6 +135,27 @@ def test_runs_whose_parent_was_killed_save_and_stop(write_recipe: Write, tmp_pat
                 time.sleep(0.05)
 
 
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_runs_at_once_share_a_gpu_and_say_how_many_they_were(
+    write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    @contextmanager
+    def shared_gpu(note: Any) -> Iterator[dict[str, str]]:
+        yield {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}  # a variable that provenance tells
+
+    monkeypatch.setattr(parallel, "shared_gpu", shared_gpu)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    children = [
+        parallel.Child(write_recipe("static", steps=3), [], seed, f"seed {seed}", device=device) for seed in range(2)
+    ]
+    watch: Any = SimpleNamespace(note=quiet, row=quiet, tick=quiet, end=quiet)
+    results = parallel.run_parallel(children, 2, tmp_path / "runs", None, watch)
+    for result in results:
+        session = json.loads((Path(result["path"]) / "provenance.json").read_text())["sessions"][0]
+        assert session["at_once"] == 2
+        assert session["environment"].get("CUBLAS_WORKSPACE_CONFIG") == (":16:8" if device == "auto" else None)
+
+
 def test_several_recipes_train_in_turn_each_with_its_own_threads(write_recipe: Write, tmp_path: Path) -> None:
     before = torch.get_num_threads()
     jobs = [(load(write_recipe("static", steps=5), ["training.threads=3"]), 0), (load(write_recipe("set", steps=5)), 1)]
@@ -142,6 +163,7 @@ def test_several_recipes_train_in_turn_each_with_its_own_threads(write_recipe: W
     assert [(r["recipe"], r["seed"]) for r in results] == [("static_sgd", 0), ("set_sgd", 1)]
     sessions = [json.loads((Path(r["path"]) / "provenance.json").read_text())["sessions"][0] for r in results]
     assert [s["threads"] for s in sessions] == [3, before]
+    assert [s["at_once"] for s in sessions] == [1, 1]
     assert torch.get_num_threads() == before
 
 

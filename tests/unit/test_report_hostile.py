@@ -49,6 +49,7 @@ ODD = {
     "commit": ("provenance.json", {"sessions": [SESSION | {"git": {"commit": 7}}]}),
     "started": ("provenance.json", {"sessions": [SESSION | {"started": 5}]}),
     "device": ("provenance.json", {"sessions": [SESSION | {"device": ["cpu"]}]}),
+    "at once": ("provenance.json", {"sessions": [SESSION | {"at_once": "many"}]}),
     "torch": ("provenance.json", {"sessions": [SESSION | {"versions": {"torch": [1]}}]}),
     "row": ("audit.json", {"layers": [None]}),
     "macs": ("audit.json", {"layers": [LAYER | {"dense_macs": "x"}]}),
