@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from ..data import Batches
 from .processes import Processes
 
+TOGETHER = 8  # batches after which several processes agree whether one of them was asked to stop: it costs a wait
+
 
 def logits_of(output: Any) -> Tensor:
     """The logits in what a model returned: a tensor, a mapping or object with `logits`, or the first of several outputs."""
@@ -34,13 +36,21 @@ def loss_of(logits: Tensor, target: Tensor, *, smoothing: float = 0.0, reduction
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Batches, metrics: Sequence[str], processes: Processes,
-             autocast: Callable[[], AbstractContextManager[Any]]) -> dict[str, float]:  # fmt: skip
-    """The metrics (and the loss) over epoch 0 of `batches`, in eval mode; the model is in train mode afterwards."""
+             autocast: Callable[[], AbstractContextManager[Any]],
+             asked: Callable[[], int] = lambda: 0) -> dict[str, float] | None:  # fmt: skip
+    """The metrics (and the loss) over epoch 0 of `batches`, in eval mode; the model is in train mode afterwards.
+
+    None where a signal `asked` the run to stop before the end: a large evaluation takes longer than a cluster waits.
+    """
+    every = 1 if processes.world == 1 else TOGETHER
     model.eval()
     device = next(model.parameters()).device
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # summed loss, hits among 1 and among 5
     ranks = max((int(m[3:]) for m in metrics if m.startswith("top")), default=0)
-    for x, y in batches:
+    for i, (x, y) in enumerate(batches):
+        if i % every == 0 and asked():
+            model.train()
+            return None
         if not len(x):
             continue
         with autocast():

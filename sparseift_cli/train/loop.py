@@ -6,6 +6,8 @@ for step in range(start, steps):
     sparsifier.step()                      masks the gradients, keeps dense ones at a mask update
     clip, optimizer.step()                 a hook exchanges weights at a mask update
     now and then: evaluate, write a line of metrics, write a checkpoint
+
+A signal that comes before an evaluation or in the midst of it saves at once: the evaluation is `due` when the run goes on.
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ class Progress:
     """What a run carries along beside its tensors."""
 
     step: int = 0
+    due: bool = False
+    """The evaluation after `step` is still to be made."""
     seconds: float = 0.0
     best: float | None = None
     losses: list[Tensor] = field(default_factory=list)  # of the steps since the last line of metrics
@@ -73,42 +77,56 @@ def train(run: Prepared, folder: RunDirectory, processes: Processes, report: Rep
     evaluate_every = run.every(run.spec.evaluation.every)
     save_every = run.every(run.spec.checkpoint.every)
     began = time.perf_counter() - progress.seconds
-    while progress.step < run.steps:
-        step = progress.step
-        torch.manual_seed(_stream(run.seed, step, processes.rank))
-        loss = make_step(step)
-        run.spent.add(run.sparsifier.last if run.sparsifier else None)
-        progress.step = step + 1
-        if tick is not None:
-            tick(progress.step)
-        progress.losses.append(loss)
-        at_end = progress.step == run.steps
+    while progress.step < run.steps or progress.due:
+        if not progress.due:
+            step = progress.step
+            torch.manual_seed(_stream(run.seed, step, processes.rank))
+            loss = make_step(step)
+            run.spent.add(run.sparsifier.last if run.sparsifier else None)
+            progress.step = step + 1
+            if tick is not None:
+                tick(progress.step)
+            progress.losses.append(loss)
+            progress.due = progress.step == run.steps or progress.step % evaluate_every == 0
         stopping = stop_requested(processes)
-        measuring = at_end or progress.step % evaluate_every == 0
-        saving = at_end or stopping or progress.step % save_every == 0
-        if measuring or saving:
+        saving = progress.step == run.steps or progress.step % save_every == 0
+        if stopping or progress.due or saving:
             make_step.check()
             progress.seconds = time.perf_counter() - began
-        if measuring:
-            _measure(run, progress, metrics, processes, report)
-        if saving:
+        if progress.due:
+            processes.share_buffers(run.model)
+            if not stopping:
+                progress.due = not _measure(run, progress, metrics, processes, report)
+                stopping = stop_requested(processes) if progress.due else 0
+        if stopping or saving:
             _save(run, progress, folder, metrics, scaler, processes)
-        if stopping and not at_end:
-            raise InterruptedRun(f"stopped after step {progress.step} of {run.steps}; the checkpoint is in {folder.path}",
-                                 stopping)  # fmt: skip
+        if stopping:
+            before = ", before its evaluation" if progress.due else ""
+            raise InterruptedRun(
+                f"stopped after step {progress.step} of {run.steps}{before}; the checkpoint is in {folder.path}",
+                stopping,
+            )
     return _summary(run, progress)
 
 
-def _measure(run: Prepared, progress: Progress, metrics: Metrics | None, processes: Processes, report: Report) -> None:
-    """Evaluate, and write one line; the last of a run has the test split beside, where the recipe wants it."""
+def _measure(run: Prepared, progress: Progress, metrics: Metrics | None, processes: Processes, report: Report) -> bool:
+    """Evaluate, and write one line; the last of a run has the test split beside, where the recipe wants it.
 
-    def on(batches: Batches) -> dict[str, float]:
-        return evaluate(run.model, batches, run.spec.evaluation.metrics, processes, run.autocast)
+    False where a signal came before the end of it: then nothing is written, and `progress` is as before.
+    """
 
-    processes.share_buffers(run.model)
+    def on(batches: Batches) -> dict[str, float] | None:
+        wanted = run.spec.evaluation.metrics
+        return evaluate(run.model, batches, wanted, processes, run.autocast, lambda: stop_requested(processes))
+
     found = on(run.held_out)
+    if found is None:
+        return False
     if run.test is not None and progress.step == run.steps:
-        found |= {TEST + name: value for name, value in on(run.test).items()}
+        tested = on(run.test)
+        if tested is None:
+            return False
+        found |= {TEST + name: value for name, value in tested.items()}
     if run.sparsifier is not None:
         run.sparsifier.check_ranks()
     train_loss = (processes.sum(torch.stack(progress.losses)) / processes.world).mean()
@@ -137,6 +155,7 @@ def _measure(run: Prepared, progress: Progress, metrics: Metrics | None, process
     if metrics is not None:
         metrics.append(row)
         report(row)
+    return True
 
 
 def _score(run: Prepared, row: Mapping[str, Any]) -> float | None:
@@ -160,6 +179,7 @@ def _save(run: Prepared, progress: Progress, folder: RunDirectory, metrics: Metr
     tensors, state = pack(run.model, run.optimizer, run.sparsifier)
     state |= {
         "step": progress.step,
+        "due": progress.due,
         "spent": run.spent.state(),
         "seconds": progress.seconds,
         "best": progress.best,
@@ -178,6 +198,7 @@ def _restore(progress: Progress, run: Prepared, scaler: GradScaler, state: Mappi
     share = processes.world if processes.first else 0  # the mean of all ranks is saved, and their sum comes back
     progress.losses = [torch.tensor(share * loss, device=device) for loss in state["losses"]]
     progress.last = dict(state["last"])
+    progress.due = bool(state.get("due", False))  # checkpoints of older versions were all made after the evaluation
     run.spent.restore(state["spent"])
     if scaler.is_enabled():
         scaler.load_state_dict(dict(state["scaler"]))

@@ -155,15 +155,16 @@ def test_a_score_that_is_no_number_is_never_the_best(
     assert summary["best"] == 20.0
 
 
-def test_a_signal_saves_and_the_run_goes_on(
-    write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def sigterm_in(step: int) -> Callable[[int], None]:
+    """A `tick` that is no more polite."""
+    return lambda made: os.kill(os.getpid(), signal.SIGTERM) if made == step else None
+
+
+def test_a_signal_saves_and_the_run_goes_on(write_recipe: Write, tmp_path: Path) -> None:
     recipe = write_recipe("rigl")
     (whole,) = run(recipe, tmp_path / "whole")
-    turns = iter([0] * 6 + [15] + [0] * 100)
-    monkeypatch.setattr(loop, "stop_requested", lambda _: next(turns))
     with pytest.raises(InterruptedRun) as stopped:
-        run(recipe, tmp_path / "runs")
+        run_jobs([(load(recipe), 0)], tmp_path / "runs", None, quiet, quiet, tick=sigterm_in(7))
     assert stopped.value.exit_code == 143 and "step 7 of 12" in stopped.value.message
     (again,) = run(recipe, tmp_path / "runs", resume="latest")
     have, want = final_state(again["path"]), final_state(whole["path"])
@@ -171,15 +172,17 @@ def test_a_signal_saves_and_the_run_goes_on(
     assert run(recipe, tmp_path / "runs", resume="latest") == [again]  # done: read, not repeated
 
 
-def test_every_step_is_told_from_where_the_run_goes_on(
-    write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_step_is_told_from_where_the_run_goes_on(write_recipe: Write, tmp_path: Path) -> None:
     recipe = load(write_recipe("rigl"))
     ticks: list[int] = []
-    turns = iter([0] * 6 + [15] + [0] * 100)
-    monkeypatch.setattr(loop, "stop_requested", lambda _: next(turns))
+    stop = sigterm_in(7)
+
+    def tick(step: int) -> None:
+        ticks.append(step)
+        stop(step)
+
     with pytest.raises(InterruptedRun):
-        run_jobs([(recipe, 0)], tmp_path / "runs", None, quiet, quiet, tick=ticks.append)
+        run_jobs([(recipe, 0)], tmp_path / "runs", None, quiet, quiet, tick=tick)
     assert ticks == [*range(1, 8)]
     run_jobs([(recipe, 0)], tmp_path / "runs", "latest", quiet, quiet, tick=ticks.append)
     assert ticks == [*range(1, 13)]

@@ -1,4 +1,4 @@
-"""Signals at odd moments: twice, between two runs, and to the workers that decode images."""
+"""Signals at odd moments: twice, between two runs, amid an evaluation, and to the workers that decode images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,15 @@ from PIL import Image
 from sparseift_cli.data import Batches, open_data
 from sparseift_cli.errors import InterruptedRun
 from sparseift_cli.recipe.load import load
+from sparseift_cli.runs.directory import RunDirectory
+from sparseift_cli.runs.metrics import read_metrics
+from sparseift_cli.train import loop
+from sparseift_cli.train.evaluate import evaluate
 from sparseift_cli.train.run import run_jobs
 from sparseift_cli.train.signals import listening
 
 Write = Callable[..., Path]
+CNN = "sparseift_cli.quickstart:digits_cnn"
 
 
 def quiet(*_: Any) -> None:
@@ -49,18 +54,71 @@ def test_a_second_signal_ends_at_once_with_the_code_of_the_first(first: int, cod
 
 
 def test_no_run_is_begun_after_a_signal(write_recipe: Write, tmp_path: Path) -> None:
-    """It comes in the last step of the first run, which is done all the same."""
+    """It comes after the last evaluation of the first run, which is done all the same."""
     recipe = load(write_recipe("static", steps=5))
 
-    def tick(step: int) -> None:
-        if step == 5:
+    def report(row: Mapping[str, Any]) -> None:
+        if row["step"] == 5:
             signal_myself(signal.SIGTERM)
 
     with pytest.raises(InterruptedRun, match="stopped before static_sgd seed 1 was begun") as stopped:
-        run_jobs([(recipe, 0), (recipe, 1)], tmp_path / "runs", None, quiet, quiet, tick=tick)
+        run_jobs([(recipe, 0), (recipe, 1)], tmp_path / "runs", None, report, quiet)
     assert stopped.value.exit_code == 143
     (only,) = (tmp_path / "runs" / "static_sgd").iterdir()
     assert (only / "summary.json").exists()
+
+
+def signal_at(monkeypatch: pytest.MonkeyPatch, batch: int) -> list[int]:
+    """SIGTERM before this batch of all that evaluations look at; as many entries as batches were looked at."""
+    seen: list[int] = []
+
+    def watched(*args: Any) -> Any:
+        *rest, asked = args
+
+        def ask() -> int:
+            seen.append(len(seen))
+            if len(seen) == batch:
+                signal_myself(signal.SIGTERM)
+            return asked()
+
+        return evaluate(*rest, ask)
+
+    monkeypatch.setattr(loop, "evaluate", watched)
+    return seen
+
+
+def told(path: str | Path) -> list[dict[str, Any]]:
+    rows = read_metrics(Path(path) / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in ("seconds", "peak_bytes")} for row in rows]
+
+
+@pytest.mark.parametrize("save", [1, 100])
+def test_an_evaluation_that_a_signal_ended_is_made_when_the_run_goes_on(
+    write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: int
+) -> None:
+    """Whatever it was in the midst of: the first batch, the last, the last evaluation, the test split."""
+    sets = ["evaluation.every=4", "evaluation.batch_size=8", "evaluation.limit=24", "evaluation.test=true"]
+    recipe = load(
+        write_recipe("rigl", steps=10, save=save),
+        [*sets, "data.name=digits", "data.validation=0.1", "model.input=1x8x8", f"model.name={CNN}"],
+    )
+    seen = signal_at(monkeypatch, 0)
+    (whole,) = run_jobs([(recipe, 0)], tmp_path / "whole", None, quiet, quiet)
+    want = RunDirectory.open(Path(whole["path"])).checkpoints.newest()
+    assert want is not None
+    for batch in (1, 3, 5, len(seen) - 3, len(seen)):
+        root = tmp_path / str(batch)
+        signal_at(monkeypatch, batch)
+        with pytest.raises(InterruptedRun, match="before its evaluation; the checkpoint is in") as stopped:
+            run_jobs([(recipe, 0)], root, None, quiet, quiet)
+        assert stopped.value.exit_code == 143
+        signal_at(monkeypatch, 0)
+        (again,) = run_jobs([(recipe, 0)], root, "latest", quiet, quiet)
+        have = RunDirectory.open(Path(again["path"])).checkpoints.newest()
+        assert have is not None
+        assert [n for n, t in want.tensors.items() if not torch.equal(have.tensors[n], t)] == []
+        assert told(again["path"]) == told(whole["path"])
+        assert (again["best"], again["flops"]) == (whole["best"], whole["flops"])
 
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="nobody says who sent a signal here")
