@@ -148,7 +148,7 @@ def _notes(report: Report, groups: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in groups:
         devices.setdefault(str(row["device"]), []).append(str(row["group"]))
     where = "; ".join(f"{device} ({', '.join(of)})" if len(devices) > 1 else device for device, of in devices.items())
-    crowded = [f"{row['group']} ({row['at_once']} at once)" for row in groups if row["at_once"] != 1]
+    crowded = [f"{row['group']} ({row['at_once']} at once)" for row in groups if row["at_once"] not in (None, 1)]
     beside = f" Longer for sharing the device: {', '.join(crowded)}." if crowded else ""
     found = [f"- Ran on {where}. Wall time is of training and evaluation.{beside}"]
     if any(_published(report, row) for row in groups if row["n"]):

@@ -77,6 +77,7 @@ def train(
         bool, typer.Option("--no-compile", help="Operation after operation, as a check on the fast path.")
     ] = False,
     events: Annotated[bool, typer.Option("--events", hidden=True)] = False,
+    at_once: Annotated[int, typer.Option("--at-once", hidden=True)] = 1,
     fmt: options.FormatOption = Format.table,
     json: options.Json = False,
 ) -> None:
@@ -107,7 +108,7 @@ def train(
     if parallel > 1 and len(jobs) > 1:
         _run_parallel(jobs, sets, parallel, runs, resume, fmt, tensorboard)
     elif events:
-        _run_child(jobs, runs, resume, fmt, tensorboard)
+        _run_child(jobs, runs, resume, fmt, tensorboard, at_once)
     else:
         _run(jobs, runs, resume, fmt, tensorboard)
 
@@ -124,14 +125,16 @@ def _run(jobs: Jobs, runs: Path, resume: str | None, fmt: Format, tensorboard: b
     show_runs(results, fmt)
 
 
-def _run_child(jobs: Jobs, runs: Path, resume: str | None, fmt: Format, tensorboard: bool) -> None:
+def _run_child(jobs: Jobs, runs: Path, resume: str | None, fmt: Format, tensorboard: bool, at_once: int) -> None:
     from ..train.parallel import Events
     from ..train.run import run_jobs
     from .train_view import show_runs
 
     told = Events()
     try:
-        results = run_jobs(jobs, runs, resume, told.row, told.note, tick=told.tick, tensorboard=tensorboard)
+        results = run_jobs(
+            jobs, runs, resume, told.row, told.note, tick=told.tick, tensorboard=tensorboard, at_once=at_once
+        )
     except SparseiftError as error:
         told.error(error)
         raise typer.Exit(error.exit_code) from None
@@ -146,9 +149,8 @@ def _run_parallel(jobs: Jobs, sets: list[str], parallel: int, runs: Path, resume
 
     several = len({recipe.name for recipe, _ in jobs}) > 1
     children = [
-        Child(r.path, sets, seed, f"{r.name} seed {seed}" if several else f"seed {seed}", own.threads, own.device)
+        Child(r.path, sets, seed, f"{r.name} seed {seed}" if several else f"seed {seed}", r.spec.training.threads)
         for r, seed in jobs
-        for own in [r.spec.training]
     ]
     try:
         with progress(several=True) as told:

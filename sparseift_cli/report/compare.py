@@ -185,10 +185,10 @@ def _notes(base: Row, row: Row, before: Sequence[Row], after: Sequence[Row], pai
             notes.append(
                 f"{what}: {', '.join(sides[1])} against {', '.join(sides[0])}; wall time and bits differ by it"
             )
-    crowds = [sorted({int(run["at_once"]) for run in runs}) for runs in (before, after)]
-    if crowds[0] != crowds[1]:
+    crowds = [sorted({int(run["at_once"]) for run in runs if run["at_once"]}) for runs in (before, after)]
+    if all(crowds) and crowds[0] != crowds[1]:
         here, there = (" or ".join(map(str, crowd)) for crowd in reversed(crowds))
-        notes.append(f"runs at once on a device: {here} against {there}; wall time differs by it")
+        notes.append(f"runs at once (--parallel): {here} against {there}; wall time differs by it")
     for side in (base, row):
         spent, audited = side["flops_spent"], side["flops"]
         if spent and audited and abs(spent / audited - 1) > TOLERANCE:

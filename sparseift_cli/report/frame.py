@@ -105,8 +105,8 @@ def _row(run: Run, group: str, metric: str) -> dict[str, Any]:
         best = min(found) if lower_is_better(metric) else max(found)
     flops = summary.get("flops") or {}
     audited, dense = _count(flops.get("audited")), _count(flops.get("dense"))
-    session = ((run.provenance or {}).get("sessions") or [{}])[-1]
-    first = ((run.provenance or {}).get("sessions") or [{}])[0]
+    sessions = (run.provenance or {}).get("sessions") or [{}]
+    first, session = sessions[0], sessions[-1]
     epochs = number(last.get("epoch")) if summary else number(recipe["training"].get("epochs"))
     return {
         "path": str(run.path), "group": group, "state": run.state, "counted": False, "seed": run.seed,
@@ -121,7 +121,7 @@ def _row(run: Run, group: str, metric: str) -> dict[str, Any]:
         "flops_spent": _count(flops.get("spent", last.get("flops"))), "seconds": number(last.get("seconds")),
         "params": _count(summary.get("params")), "nonzero_params": _count(summary.get("nonzero_params")),
         "started": first.get("started"), "device": session.get("device_name") or session.get("device"),
-        "threads": session.get("threads"), "at_once": session.get("at_once") or 1,
+        "threads": session.get("threads"), "at_once": max((s["at_once"] for s in sessions if s.get("at_once")), default=None),
         "torch": (session.get("versions") or {}).get("torch"),
         "commit": ((session.get("git") or {}).get("commit") or "")[:12] or None, "subject": subject(run, metric),
     }  # fmt: skip

@@ -49,8 +49,12 @@ def _is_session(session: Any) -> bool:
     return (
         all(isinstance(text, str | NoneType) for text in named)
         and isinstance(session.get("threads"), int | NoneType)
-        and isinstance(session.get("at_once"), int | NoneType)
+        and _counts(session.get("at_once"))
     )
+
+
+def _counts(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
 
 
 def _are_totals(totals: Any) -> bool:

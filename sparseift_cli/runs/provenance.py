@@ -23,15 +23,14 @@ PACKAGES = ("torch", "numpy", "safetensors", "pydantic", "triton")
 BITS = {"device": "device", "threads": "CPU threads", "cpu_capability": "CPU capability", "versions.torch": "torch",
         "processes": "processes"}  # fmt: skip
 """What the bits of a result depend on, by dotted key, and what people call it."""
-AT_ONCE = "SPARSEIFT_AT_ONCE"
-"""The variable by which `train --parallel` tells a run how many share its device: its wall time depends on that."""
 
 
 def session(*, device: str, seed: int, data: Mapping[str, str] | None = None, command: Sequence[str] | None = None,
-            step: int = 0, processes: int = 1) -> dict[str, Any]:  # fmt: skip
+            step: int = 0, processes: int = 1, at_once: int = 1) -> dict[str, Any]:  # fmt: skip
     """An entry of provenance.json: this process, now, about to run from `step` on.
 
     `data` maps what was read to its SHA-256 (or whatever identifies it); `device` is PyTorch's name for it.
+    `at_once`: how many runs `train --parallel` keeps going beside each other, which lengthens the wall time of each.
     """
     import torch
 
@@ -48,7 +47,7 @@ def session(*, device: str, seed: int, data: Mapping[str, str] | None = None, co
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "processes": processes,
-        "at_once": int(os.environ.get(AT_ONCE, "1")),
+        "at_once": at_once,
         "environment": {k: v for k, v in sorted(os.environ.items()) if k in _TELLING},
         "seed": seed,
         "data": dict(data or {}),

@@ -1,6 +1,6 @@
 """Several runs at once, each a process of its own; this one watches, passes signals on and collects. No torch here.
 
-    sparseift train RECIPE --seeds K --events --json      what a child is; its progress is lines of JSON on stderr
+    sparseift train RECIPE --seeds K --events --at-once=N --json      what a child is; its progress is lines of JSON on stderr
 
 A child has a session of its own, so Ctrl-C reaches it once, from here. When this process dies, a child notices at its next
 line of progress, saves and stops.
@@ -18,15 +18,13 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Protocol
 
 from ..errors import InterruptedRun, SparseiftError, UsageError
-from ..runs.provenance import AT_ONCE
-from .gpu_sharing import shared_gpu
 
 MARK = "@sparseift "
 """How a line of progress begins; every other line on a child's stderr is somebody else's and is shown as it is."""
@@ -43,8 +41,6 @@ class Child:
     label: str
     threads: int | None = None
     """training.threads, where the recipe has it."""
-    device: str = "auto"
-    """training.device."""
 
 
 class Watch(Protocol):
@@ -114,14 +110,8 @@ def run_parallel(children: Sequence[Child], at_once: int, root: Path, resume: st
     each = f", {threads} CPU thread{'s'[: threads > 1]} each (on a CPU, bits depend on their number)" if divided else ""
     watch.note(f"{len(children)} runs, {at_once} at a time{each}")
     more = ["--runs", str(root), *(["--resume", resume] if resume else []), *(["--tensorboard"] if tensorboard else [])]
-    gpu = any(c.device.startswith(("auto", "cuda")) for c in children)
-    crew = _Crew(more, threads, watch)
-    with (
-        crew.forwarding(),
-        shared_gpu(watch.note) if gpu else nullcontext({}) as places,
-        ThreadPoolExecutor(at_once) as pool,
-    ):
-        crew.environment = {**places, AT_ONCE: str(at_once)}
+    crew = _Crew([*more, f"--at-once={at_once}"], threads, watch)
+    with crew.forwarding(), ThreadPoolExecutor(at_once) as pool:
         futures = [pool.submit(crew.run, child) for child in children]
         wait(futures)  # signals are handled in between
     return _collected(children, [f.result() for f in futures], crew.stopped)
@@ -145,8 +135,6 @@ class _Crew:
     def __init__(self, more: Sequence[str], threads: int, watch: Watch) -> None:
         self.stopped = 0
         """The first signal that came."""
-        self.environment: dict[str, str] = {}
-        """Variables of the children, beside those of this process."""
         self._more, self._threads, self._watch = more, threads, watch
         self._running: set[subprocess.Popen[str]] = set()
         self._lock = threading.RLock()  # a second signal may come while the first is handled
@@ -195,8 +183,7 @@ class _Crew:
         sets = [word for pair in child.sets for word in ("--set", pair)]
         command = [sys.executable, "-m", "sparseift_cli", "train", *sets, "--seeds", str(child.seed), *self._more,
                    "--json", "--events", "--", str(child.recipe)]  # fmt: skip
-        environment = {"OMP_NUM_THREADS": str(self._threads)} if child.threads is None else {}
-        environment |= {**os.environ, **self.environment}
+        environment = {"OMP_NUM_THREADS": str(self._threads), **os.environ} if child.threads is None else None
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=result, stderr=subprocess.PIPE, env=environment,
             encoding="utf-8", errors="replace", start_new_session=True,

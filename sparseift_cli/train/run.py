@@ -44,6 +44,7 @@ class _Call:
     note: Note
     tick: Tick | None
     tensorboard: bool
+    at_once: int
 
 
 def run_seeds(recipe: Recipe, seeds: Sequence[int], root: Path, resume: str | None, report: Report,
@@ -53,14 +54,14 @@ def run_seeds(recipe: Recipe, seeds: Sequence[int], root: Path, resume: str | No
 
 
 def run_jobs(jobs: Sequence[Job], root: Path, resume: str | None, report: Report, note: Note, *,
-             tick: Tick | None = None, tensorboard: bool = False) -> list[dict[str, Any]]:  # fmt: skip
+             tick: Tick | None = None, tensorboard: bool = False, at_once: int = 1) -> list[dict[str, Any]]:  # fmt: skip
     """Train one after the other; the summaries (empty on all ranks but the first).
 
     Runs that are done already are read, not repeated.
 
     `resume`: None begins new runs; `latest` goes on with the newest run of each recipe and seed where there is one; a
     folder names one run. `report` hears of every line of metrics, `note` of what begins and what was skipped, `tick` of
-    every step.
+    every step. `at_once` runs of as many processes are going beside each other, this one's among them.
 
     Raises:
         UsageError, CheckFailed: as `prepare`.
@@ -69,7 +70,7 @@ def run_jobs(jobs: Sequence[Job], root: Path, resume: str | None, report: Report
         InterruptedRun: as `train`; or a signal came before a run was begun.
     """
     require_one_run(resume, len(jobs))
-    call, results = _Call(root, resume, report, note, tick, tensorboard), []
+    call, results = _Call(root, resume, report, note, tick, tensorboard, at_once), []
     with listening():
         for device, group in groupby(jobs, key=lambda job: job[0].spec.training.device):
             with processes(device) as ours:
@@ -161,7 +162,7 @@ def _train(run: Prepared, found: RunDirectory | None, text: str, call: _Call, ou
         for skipped in newest.skipped if newest else ():
             note(f"passed over checkpoint {skipped}")
         facts = session(device=str(ours.device), seed=seed, data={run.dataset.name: run.dataset.sha256}, step=begins,
-                        processes=ours.world)  # fmt: skip
+                        processes=ours.world, at_once=call.at_once)  # fmt: skip
         for difference in folder.begin(facts):
             note(f"not as before, so bits may differ: {difference}")
         where = f"from step {begins:,}" if begins else "from the start"

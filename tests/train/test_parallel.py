@@ -53,6 +53,11 @@ def runs_of(root: Path) -> dict[str | None, RunDirectory]:
     return {seed_of(run.recipe): run for folder in root.iterdir() for run in RunDirectory.all(root, folder.name)}
 
 
+def session_of(result: Any) -> Any:
+    """The first session of the provenance of a run, given its summary."""
+    return json.loads((Path(result["path"]) / "provenance.json").read_text())["sessions"][0]
+
+
 def wait_for_lines(process: subprocess.Popen[str], *wanted: str) -> None:
     """Read stderr until each of `wanted` was in a line of it."""
     missing = set(wanted)
@@ -78,6 +83,7 @@ def test_runs_at_once_have_the_bits_of_runs_in_turn(write_recipe: Write, tmp_pat
         newest = [RunDirectory.open(Path(r["path"])).checkpoints.newest() for r in (one, other)]
         assert newest[0].tensors.keys() == newest[1].tensors.keys()
         assert [n for n, t in newest[0].tensors.items() if not torch.equal(t, newest[1].tensors[n])] == []
+        assert [session_of(r)["at_once"] for r in (one, other)] == [1, 2]
         assert one["metrics"]["loss"] == other["metrics"]["loss"] and one["flops"] == other["flops"]
     assert "\x1b" not in done.stderr and "\r" not in done.stderr and "@sparseift" not in done.stderr
     assert "\nseed 1: step 8/8  train_loss" in done.stderr and "\nseed 0: step 8/8  train_loss" in done.stderr
@@ -135,35 +141,13 @@ def test_runs_whose_parent_was_killed_save_and_stop(write_recipe: Write, tmp_pat
                 time.sleep(0.05)
 
 
-@pytest.mark.parametrize("device", ["auto", "cpu"])
-def test_runs_at_once_share_a_gpu_and_say_how_many_they_were(
-    write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
-) -> None:
-    @contextmanager
-    def shared_gpu(note: Any) -> Iterator[dict[str, str]]:
-        yield {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}  # a variable that provenance tells
-
-    monkeypatch.setattr(parallel, "shared_gpu", shared_gpu)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    children = [
-        parallel.Child(write_recipe("static", steps=3), [], seed, f"seed {seed}", device=device) for seed in range(2)
-    ]
-    watch: Any = SimpleNamespace(note=quiet, row=quiet, tick=quiet, end=quiet)
-    results = parallel.run_parallel(children, 2, tmp_path / "runs", None, watch)
-    for result in results:
-        session = json.loads((Path(result["path"]) / "provenance.json").read_text())["sessions"][0]
-        assert session["at_once"] == 2
-        assert session["environment"].get("CUBLAS_WORKSPACE_CONFIG") == (":16:8" if device == "auto" else None)
-
-
 def test_several_recipes_train_in_turn_each_with_its_own_threads(write_recipe: Write, tmp_path: Path) -> None:
     before = torch.get_num_threads()
     jobs = [(load(write_recipe("static", steps=5), ["training.threads=3"]), 0), (load(write_recipe("set", steps=5)), 1)]
     results = run_jobs(jobs, tmp_path / "runs", None, quiet, quiet)
     assert [(r["recipe"], r["seed"]) for r in results] == [("static_sgd", 0), ("set_sgd", 1)]
-    sessions = [json.loads((Path(r["path"]) / "provenance.json").read_text())["sessions"][0] for r in results]
+    sessions = [session_of(r) for r in results]
     assert [s["threads"] for s in sessions] == [3, before]
-    assert [s["at_once"] for s in sessions] == [1, 1]
     assert torch.get_num_threads() == before
 
 

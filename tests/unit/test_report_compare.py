@@ -189,7 +189,7 @@ def test_other_machines_and_overspent_budgets_are_noted(tmp_path: Path) -> None:
     seeds(tmp_path, "net_wide75_rigl", [71.0, 73.5, 75.5], member="wide", device="cuda:0", spent=2 * 10**15, at_once=3)
     notes = compared(tmp_path).notes
     assert any(note.startswith("device: cuda:0 against cpu") for note in notes)
-    assert "runs at once on a device: 3 against 1; wall time differs by it" in notes
+    assert "runs at once (--parallel): 3 against 1; wall time differs by it" in notes
     assert any("spent 2.0000x" in note for note in notes)
 
 

@@ -209,3 +209,19 @@ def test_elements() -> None:
 )
 def test_a_run_without_its_command(sessions: dict | None) -> None:
     assert command(Run(Path("r"), "r", "finished", 0, {}, [], provenance=sessions)) is None
+
+
+def test_the_command_of_a_run_of_several_at_once_is_what_repeats_it_alone() -> None:
+    given = [
+        "/lib/sparseift_cli/__main__.py",
+        "train",
+        "--seeds",
+        "12",
+        "--events",
+        "--at-once=3",
+        "--json",
+        "--",
+        "r.yaml",
+    ]
+    run = Run(Path("r"), "r", "finished", 0, {}, [], provenance={"sessions": [{"command": given}]})
+    assert command(run) == "sparseift train --seeds 12 r.yaml"

@@ -12,7 +12,7 @@ from ..record import Run
 from ..report import Report
 from .element import Child, Safe, element, folded, join, listing, numbers, plain, table, words
 
-_INNER = ("--events", "--json", "--")  # how `train --parallel` starts a run
+_INNER = ("--events", "--at-once=", "--json", "--")  # how `train --parallel` starts a run
 
 
 def provenance(report: Report) -> Safe | None:
@@ -23,7 +23,7 @@ def provenance(report: Report) -> Safe | None:
         *plain("run", "recipe", "state"),
         *numbers("seed"),
         *plain("started", "commit", "device"),
-        *numbers("threads"),
+        *numbers("threads", "at once"),
         *plain("torch"),
     ]
     parts = [table("Every run, by directory", columns, [_run(run) for run in report.runs])]
@@ -95,7 +95,7 @@ def command(run: Run) -> str | None:
         return None
     first, *rest = map(str, given)
     name = PurePath(first).name
-    rest = [word for word in rest if word not in _INNER] if "--events" in rest else rest
+    rest = [word for word in rest if word.rstrip("0123456789") not in _INNER] if "--events" in rest else rest
     return shlex.join(["sparseift" if name == "__main__.py" else name, *rest])
 
 
@@ -105,6 +105,7 @@ def _run(run: Run) -> list[Child]:
     dirty = " + changes" if (session.get("git") or {}).get("dirty") else ""
     return [run.path.name, run.name, run.state, _text(run.seed), _text(session.get("started")), commit + dirty,
             _text(session.get("device_name") or session.get("device")), _text(session.get("threads")),
+            _text(session.get("at_once")),
             _text((session.get("versions") or {}).get("torch"))]  # fmt: skip
 
 
