@@ -77,7 +77,7 @@ def train(
         bool, typer.Option("--no-compile", help="Operation after operation, as a check on the fast path.")
     ] = False,
     events: Annotated[bool, typer.Option("--events", hidden=True)] = False,
-    at_once: Annotated[int, typer.Option("--at-once", hidden=True)] = 1,
+    at_once: Annotated[int, typer.Option("--at-once", hidden=True, min=1)] = 1,
     fmt: options.FormatOption = Format.table,
     json: options.Json = False,
 ) -> None:

@@ -181,14 +181,15 @@ def test_start_up_is_light(root: Path) -> None:
     assert not found & {"torch", "pandas", "numpy", "pydantic", "sympy", "yaml", "fvcore", "safetensors"}
 
 
-def test_help_is_drawn_without_a_markdown_parser_which_is_there_for_others(root: Path) -> None:
+def test_help_is_drawn_without_a_markdown_parser_and_tracebacks_which_are_there_for_others(root: Path) -> None:
     call = "import sys\nsys.argv = ['sparseift', '--help']\nfrom sparseift_cli.cli.app import main\n"
     found = loaded(f"{call}main()", root)
-    assert "rich" in found and "markdown_it" not in found
+    assert "rich" in found and not {"markdown_it", "pygments"} & found
     after = (
-        f"{call}try:\n    main()\nexcept SystemExit:\n    from rich.markdown import Markdown\n    Markdown('# real')"
+        f"{call}try:\n    main()\nexcept SystemExit:\n    from rich.markdown import Markdown\n    Markdown('# real')\n"
+        "    from rich.traceback import Traceback\n    Traceback"
     )
-    assert "markdown_it" in loaded(after, root)
+    assert {"markdown_it", "pygments"} <= loaded(after, root)
 
 
 @pytest.mark.parametrize(
