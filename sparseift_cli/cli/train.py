@@ -27,7 +27,7 @@ Examples:
 
   sparseift train recipe.yaml --set optimizer.lr=0.05 --seeds 0..2
 
-  sparseift train a.yaml b.yaml --seeds 0..2 --parallel 3        # six runs, three at a time on one device
+  sparseift train a.yaml b.yaml --seeds 0..2 --parallel 3        # six runs, three at a time
 
   sparseift train recipe.yaml --resume latest                    # goes on where it stopped, to the bit
 
@@ -36,8 +36,8 @@ Examples:
   torchrun --nproc-per-node 2 -m sparseift_cli train recipe.yaml
 """
 PARALLEL = (
-    "Train so many runs at once, each a process of its own on the same device. They share the CPU's threads, and on a "
-    "CPU bits depend on their number: with --set training.threads=1 they are those of runs in turn."
+    "Train so many runs at once, each a process of its own; several GPUs get them in turn. They share the CPU's threads, "
+    "and on a CPU bits depend on their number: with --set training.threads=1 they are those of runs in turn."
 )
 NO_COMPILE = ("training.compile=false", "training.cuda_graph=false")
 """What --no-compile sets: no torch.compile, and no step that is replayed as a CUDA graph."""
@@ -78,6 +78,7 @@ def train(
     ] = False,
     events: Annotated[bool, typer.Option("--events", hidden=True)] = False,
     at_once: Annotated[int, typer.Option("--at-once", hidden=True, min=1)] = 1,
+    seat: Annotated[int, typer.Option("--seat", hidden=True, min=0)] = 0,
     fmt: options.FormatOption = Format.table,
     json: options.Json = False,
 ) -> None:
@@ -108,7 +109,7 @@ def train(
     if parallel > 1 and len(jobs) > 1:
         _run_parallel(jobs, sets, parallel, runs, resume, fmt, tensorboard)
     elif events:
-        _run_child(jobs, runs, resume, fmt, tensorboard, at_once)
+        _run_child(jobs, runs, resume, fmt, tensorboard, (seat, at_once))
     else:
         _run(jobs, runs, resume, fmt, tensorboard)
 
@@ -125,15 +126,18 @@ def _run(jobs: Jobs, runs: Path, resume: str | None, fmt: Format, tensorboard: b
     show_runs(results, fmt)
 
 
-def _run_child(jobs: Jobs, runs: Path, resume: str | None, fmt: Format, tensorboard: bool, at_once: int) -> None:
+def _run_child(
+    jobs: Jobs, runs: Path, resume: str | None, fmt: Format, tensorboard: bool, seat: tuple[int, int]
+) -> None:
     from ..train.parallel import Events
+    from ..train.processes import Seat
     from ..train.run import run_jobs
     from .train_view import show_runs
 
     told = Events()
     try:
         results = run_jobs(
-            jobs, runs, resume, told.row, told.note, tick=told.tick, tensorboard=tensorboard, at_once=at_once
+            jobs, runs, resume, told.row, told.note, tick=told.tick, tensorboard=tensorboard, seat=Seat(*seat)
         )
     except SparseiftError as error:
         told.error(error)

@@ -1,6 +1,8 @@
 """Several runs at once, each a process of its own; this one watches, passes signals on and collects. No torch here.
 
-    sparseift train RECIPE --seeds K --events --at-once=N --json      what a child is; its progress is lines of JSON on stderr
+    sparseift train RECIPE --seeds K --events --at-once=N --seat=I --json     what a child is; its progress: JSON on stderr
+
+The child takes the GPU of its seat, of the N among which they are dealt: this process never asks what GPUs there are.
 
 A child has a session of its own, so Ctrl-C reaches it once, from here. When this process dies, a child notices at its next
 line of progress, saves and stops.
@@ -110,7 +112,7 @@ def run_parallel(children: Sequence[Child], at_once: int, root: Path, resume: st
     each = f", {threads} CPU thread{'s'[: threads > 1]} each (on a CPU, bits depend on their number)" if divided else ""
     watch.note(f"{len(children)} runs, {at_once} at a time{each}")
     more = ["--runs", str(root), *(["--resume", resume] if resume else []), *(["--tensorboard"] if tensorboard else [])]
-    crew = _Crew([*more, f"--at-once={at_once}"], threads, watch)
+    crew = _Crew(more, at_once, threads, watch)
     with crew.forwarding(), ThreadPoolExecutor(at_once) as pool:
         futures = [pool.submit(crew.run, child) for child in children]
         wait(futures)  # signals are handled in between
@@ -132,10 +134,11 @@ def _collected(children: Sequence[Child], outcomes: Sequence[_Outcome], stopped:
 class _Crew:
     """The children that run now."""
 
-    def __init__(self, more: Sequence[str], threads: int, watch: Watch) -> None:
+    def __init__(self, more: Sequence[str], at_once: int, threads: int, watch: Watch) -> None:
         self.stopped = 0
         """The first signal that came."""
-        self._more, self._threads, self._watch = more, threads, watch
+        self._more, self._threads, self._watch = [*more, f"--at-once={at_once}"], threads, watch
+        self._seats = list(range(at_once))
         self._running: set[subprocess.Popen[str]] = set()
         self._lock = threading.RLock()  # a second signal may come while the first is handled
 
@@ -163,7 +166,9 @@ class _Crew:
             with self._lock:
                 if self.stopped:
                     return _Outcome(128 + self.stopped, message="not begun")
-                process = self._start(child, result)
+                seat = min(self._seats)  # as many as threads of the pool: one is free
+                self._seats.remove(seat)
+                process = self._start(child, seat, result)
                 self._running.add(process)
             assert process.stderr is not None
             listener = threading.Thread(target=self._listen, args=(child, process.stderr, outcome), daemon=True)
@@ -171,6 +176,7 @@ class _Crew:
             code = process.wait()
             with self._lock:
                 self._running.discard(process)
+                self._seats.append(seat)
             listener.join(5)  # what the child itself started may hold its stderr open
             result.seek(0)
             self._close(outcome, code, result.read())
@@ -179,10 +185,10 @@ class _Crew:
             self._watch.note(f"failed, exit code {outcome.code}", run=child.label)
         return outcome
 
-    def _start(self, child: Child, result: IO[str]) -> subprocess.Popen[str]:
+    def _start(self, child: Child, seat: int, result: IO[str]) -> subprocess.Popen[str]:
         sets = [word for pair in child.sets for word in ("--set", pair)]
         command = [sys.executable, "-m", "sparseift_cli", "train", *sets, "--seeds", str(child.seed), *self._more,
-                   "--json", "--events", "--", str(child.recipe)]  # fmt: skip
+                   f"--seat={seat}", "--json", "--events", "--", str(child.recipe)]  # fmt: skip
         environment = {"OMP_NUM_THREADS": str(self._threads), **os.environ} if child.threads is None else None
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=result, stderr=subprocess.PIPE, env=environment,

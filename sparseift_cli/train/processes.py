@@ -17,12 +17,33 @@ from ..sparsity.attached import SUFFIX, masks_of
 
 
 @dataclass(frozen=True, slots=True)
+class Seat:
+    """A run's place among the `of` that `train --parallel` keeps going at once. Seats are dealt to the GPUs in turn."""
+
+    index: int = 0
+    of: int = 1
+
+    def local(self, gpus: int) -> int:
+        """Which of `gpus` this seat is at."""
+        return self.index % gpus
+
+    def neighbours(self, gpus: int) -> int:
+        """How many runs share its GPU, itself among them."""
+        return len(range(self.local(gpus), self.of, gpus))
+
+
+ALONE = Seat()
+
+
+@dataclass(frozen=True, slots=True)
 class Processes:
     """This process among `world` of them; rank 0 is the one that writes."""
 
     device: torch.device
     rank: int = 0
     world: int = 1
+    at_once: int = 1
+    """How many runs share the device."""
 
     @property
     def first(self) -> bool:
@@ -79,8 +100,10 @@ def _masks(model: nn.Module) -> list[str]:
 
 
 @contextmanager
-def processes(wanted: str) -> Iterator[Processes]:
+def processes(wanted: str, seat: Seat = ALONE) -> Iterator[Processes]:
     """Join the other processes, where torchrun started several; `wanted` is the recipe's device.
+
+    `auto` and `cuda` are the GPU of the local rank or, where runs go on beside each other, of the `seat`.
 
     Raises:
         UsageError: no such device.
@@ -88,11 +111,12 @@ def processes(wanted: str) -> Iterator[Processes]:
     world, rank, local = (
         int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
     )
-    device = pick_device(wanted, local)
+    gpus = max(1, torch.cuda.device_count()) if wanted in ("auto", "cuda") else 1
+    device = pick_device(wanted, local if world > 1 else seat.local(gpus))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world == 1:
-        yield Processes(device)
+        yield Processes(device, at_once=seat.neighbours(gpus))
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:

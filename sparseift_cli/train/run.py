@@ -23,7 +23,7 @@ from ..runs.provenance import session
 from .loop import Report, train
 from .parallel import require_one_run
 from .prepare import Prepared, prepare, with_seed
-from .processes import Processes, processes
+from .processes import ALONE, Processes, Seat, processes
 from .signals import listening, stop_requested
 from .tensorboard import TensorBoard
 
@@ -44,7 +44,6 @@ class _Call:
     note: Note
     tick: Tick | None
     tensorboard: bool
-    at_once: int
 
 
 def run_seeds(recipe: Recipe, seeds: Sequence[int], root: Path, resume: str | None, report: Report,
@@ -54,14 +53,14 @@ def run_seeds(recipe: Recipe, seeds: Sequence[int], root: Path, resume: str | No
 
 
 def run_jobs(jobs: Sequence[Job], root: Path, resume: str | None, report: Report, note: Note, *,
-             tick: Tick | None = None, tensorboard: bool = False, at_once: int = 1) -> list[dict[str, Any]]:  # fmt: skip
+             tick: Tick | None = None, tensorboard: bool = False, seat: Seat = ALONE) -> list[dict[str, Any]]:  # fmt: skip
     """Train one after the other; the summaries (empty on all ranks but the first).
 
     Runs that are done already are read, not repeated.
 
     `resume`: None begins new runs; `latest` goes on with the newest run of each recipe and seed where there is one; a
     folder names one run. `report` hears of every line of metrics, `note` of what begins and what was skipped, `tick` of
-    every step. `at_once` runs of as many processes are going beside each other, this one's among them.
+    every step. `seat`: which of the runs that go on beside each other, each in a process of its own, this process makes.
 
     Raises:
         UsageError, CheckFailed: as `prepare`.
@@ -70,10 +69,10 @@ def run_jobs(jobs: Sequence[Job], root: Path, resume: str | None, report: Report
         InterruptedRun: as `train`; or a signal came before a run was begun.
     """
     require_one_run(resume, len(jobs))
-    call, results = _Call(root, resume, report, note, tick, tensorboard, at_once), []
+    call, results = _Call(root, resume, report, note, tick, tensorboard), []
     with listening():
         for device, group in groupby(jobs, key=lambda job: job[0].spec.training.device):
-            with processes(device) as ours:
+            with processes(device, seat) as ours:
                 before: Recipe | None = None
                 for recipe, seed in group:
                     _stop_here(ours, recipe, seed)
@@ -162,7 +161,7 @@ def _train(run: Prepared, found: RunDirectory | None, text: str, call: _Call, ou
         for skipped in newest.skipped if newest else ():
             note(f"passed over checkpoint {skipped}")
         facts = session(device=str(ours.device), seed=seed, data={run.dataset.name: run.dataset.sha256}, step=begins,
-                        processes=ours.world, at_once=call.at_once)  # fmt: skip
+                        processes=ours.world, at_once=ours.at_once)  # fmt: skip
         for difference in folder.begin(facts):
             note(f"not as before, so bits may differ: {difference}")
         where = f"from step {begins:,}" if begins else "from the start"

@@ -28,6 +28,7 @@ from sparseift_cli.train.processes import Processes
 from sparseift_cli.train.run import run_jobs, run_seeds
 from sparseift_cli.train.state import unpack
 from sparseift_cli.train.step import EagerStep
+from tests.two_processes import on_two_processes
 
 Write = Callable[..., Path]
 CPU = Processes(torch.device("cpu"))
@@ -324,16 +325,6 @@ def test_two_processes_measure_the_model_that_is_saved(write_recipe: Write, tmp_
     alone = evaluate(ready.model, ready.held_out, ("top1", "loss"), CPU, ready.autocast)
     assert alone["top1"] == together["metrics"]["top1"]
     assert alone["loss"] == pytest.approx(together["metrics"]["loss"], rel=1e-5)
-
-
-def on_two_processes(recipe: Path, root: Path, *words: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               "-m", "sparseift_cli", "train", str(recipe), "--runs", str(root), "--json", *words]  # fmt: skip
-    env = {**os.environ, "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
-    (summary,) = json.loads(done.stdout)["runs"]
-    return summary
 
 
 def test_masks_are_not_sent_with_every_forward(write_recipe: Write, tmp_path: Path) -> None:

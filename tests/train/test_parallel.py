@@ -85,6 +85,7 @@ def test_runs_at_once_have_the_bits_of_runs_in_turn(write_recipe: Write, tmp_pat
         assert [n for n, t in newest[0].tensors.items() if not torch.equal(t, newest[1].tensors[n])] == []
         assert [session_of(r)["at_once"] for r in (one, other)] == [1, 2]
         assert one["metrics"]["loss"] == other["metrics"]["loss"] and one["flops"] == other["flops"]
+    assert {w for r in at_once for w in session_of(r)["command"] if "--seat" in w} == {"--seat=0", "--seat=1"}
     assert "\x1b" not in done.stderr and "\r" not in done.stderr and "@sparseift" not in done.stderr
     assert "\nseed 1: step 8/8  train_loss" in done.stderr and "\nseed 0: step 8/8  train_loss" in done.stderr
 
@@ -167,7 +168,7 @@ def test_a_changed_recipe_is_held_against_the_run_of_its_own_seed(write_recipe: 
 def test_what_a_child_says_last_does_not_hide_why_it_failed() -> None:
     told: list[str] = []
     watch: Any = SimpleNamespace(note=lambda text, run: told.append(text))
-    crew, child = parallel._Crew([], 1, watch), parallel.Child(Path("x.yaml"), [], 0, "seed 0")
+    crew, child = parallel._Crew([], 1, 1, watch), parallel.Child(Path("x.yaml"), [], 0, "seed 0")
     error = f'{parallel.MARK}{{"kind": "error", "message": "x is in use", "hint": "wait"}}'
     for lines, message in (
         (["Traceback", "ValueError: 3"], "ValueError: 3"),

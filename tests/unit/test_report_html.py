@@ -219,6 +219,7 @@ def test_the_command_of_a_run_of_several_at_once_is_what_repeats_it_alone() -> N
         "12",
         "--events",
         "--at-once=3",
+        "--seat=2",
         "--json",
         "--",
         "r.yaml",

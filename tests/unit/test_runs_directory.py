@@ -103,6 +103,11 @@ def test_sessions_say_what_changed(tmp_path: Path) -> None:
     assert run.begin(session) == []
     changed: dict[str, Any] = {**session, "threads": 99, "data": {"cifar100": "cd", "new": "x"}}
     assert run.begin(changed) == [f"CPU threads: {session['threads']} before, 99 now", "data cifar100 has changed"]
+    elsewhere = [
+        {**session, "device": f"cuda:{i}", "device_name": name} for i, name in enumerate(["H100", "H100", "H200"])
+    ]
+    assert provenance.differences(elsewhere[0], elsewhere[1]) == []
+    assert provenance.differences(elsewhere[1], elsewhere[2]) == ["device: H100 before, H200 now"]
     written = json.loads((run.path / "provenance.json").read_text())
     assert written["schema"] == "sparseift.provenance/1"
     assert len(written["sessions"]) == 3

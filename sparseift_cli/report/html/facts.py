@@ -12,7 +12,7 @@ from ..record import Run
 from ..report import Report
 from .element import Child, Safe, element, folded, join, listing, numbers, plain, table, words
 
-_INNER = ("--events", "--at-once=", "--json", "--")  # how `train --parallel` starts a run
+_INNER = ("--events", "--at-once=", "--seat=", "--json", "--")  # how `train --parallel` starts a run
 
 
 def provenance(report: Report) -> Safe | None:
