@@ -154,7 +154,7 @@ def _outcome(interval: statistics.Interval, lower: bool) -> tuple[Outcome, str]:
 
 def _verdict(metric: str, interval: statistics.Interval, n: tuple[int, int], ratio: float | None, equal: bool,
              paired: bool, outcome: Outcome, why: str) -> str:  # fmt: skip
-    unit, digits = UNITS.get(metric, metric), _digits(interval)
+    unit, digits = UNITS.get(metric, metric), _digits(interval, percent=UNITS.get(metric) == "points")
     told = [f"{_signed(interval.mean, digits)} {unit}"]
     if interval.low is not None and interval.high is not None:
         told[0] += f" [{_number(interval.low, digits)}, {_number(interval.high, digits)}]"
@@ -196,11 +196,11 @@ def _notes(base: Row, row: Row, before: Sequence[Row], after: Sequence[Row], pai
     return notes
 
 
-def _digits(interval: statistics.Interval) -> int:
+def _digits(interval: statistics.Interval, percent: bool) -> int:
     """Decimals that show the half-width with one digit, and no bound that is not 0 as 0."""
     low, high = interval.low, interval.high
     if low is None or high is None or not math.isfinite(high - low):
-        return 2 if abs(interval.mean or 1) >= 1 else 4
+        return 2 if percent or abs(interval.mean or 1) >= 1 else 4
     half = (high - low) / 2
     digits = max(1, -math.floor(math.log10(half))) if half > 0 else 2
     while digits < 8 and any(v and float(f"{v:.{digits}f}") == 0 for v in (low, high)):

@@ -156,15 +156,27 @@ def test_page_says_what_the_runs_say(house: Path) -> None:
     (folder,) = results.folders(house)
     text = results.page(folder, "recipes/resnet18_cifar100/results")
     assert "## resnet18_cifar on cifar100, 200 epochs" not in text  # the runs say that they had two evaluations' worth
-    assert "| resnet18_cifar100_dense | 3 | 77 ± 0.5 | 77 | 1e+15 | 1.0000 | 1,000 | 250 | 20.0 s | 77 [n] |" in text
     assert (
-        "| resnet18_cifar100_wide90_rigl | 3 | 80 ± 0.5 | 80 | 1.1e+15 | 1.1000 | 1,000 | 250 | 20.0 s | 80.1 [n] |"
+        "| resnet18_cifar100_dense | 3 | 77.00 ± 0.50 | 77.00 | 1.000e+15 | 1.0000 | 1,000 | 250 | 20.0 s | 77 [n] |"
+        in text
+    )
+    assert (
+        "| resnet18_cifar100_wide90_rigl | 3 | 80.00 ± 0.50 | 80.00 | 1.100e+15 | 1.1000 | 1,000 | 250 | 20.0 s | 80.1 [n] |"
         in text
     )
     assert "+3.00 points" in text and "1.1000x training FLOPs (unequal)" in text and "arXiv:2303.11525" in text
     (line,) = (line for line in text.splitlines() if line.startswith("sparseift train resnet18_cifar100/wide90_rigl"))
     assert line.endswith("--seeds 0..2") and "--set" in line  # these runs have few of the recipe's own values
     assert text.splitlines().count("sparseift") >= 1  # the recorded command of the other one
+
+
+def test_page_tells_which_runs_shared_a_device(house: Path) -> None:
+    (folder,) = results.folders(house)
+    assert "sharing the device" not in results.page(folder, "recipes/x/results")
+    seeds(house / "beside", "resnet18_cifar100_wide75_set", [79.0], member="wide", epochs=200, at_once=3)
+    keep([house / "beside"], folder)
+    told = "Longer for sharing the device: resnet18_cifar100_wide75_set (3 at once)."
+    assert told in results.page(folder, "recipes/x/results")
 
 
 def test_page_that_is_not_current_is_told(house: Path, capsys: pytest.CaptureFixture[str]) -> None:
