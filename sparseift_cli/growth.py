@@ -124,7 +124,7 @@ def _eligible(table: LayerTable, spec: TransformSpec, solution: Solution) -> set
     for layer in table.layers:
         deselected = layer.weighted and layer.role == "body" and not selected(layer, spec)
         boundary = spec.scope == "inner" and layer.weighted and layer.role in ("input", "output")
-        if deselected or boundary:
+        if deselected or boundary or layer.kind == "experts":  # experts stay dense, so wider ones would cost more
             for width in layer.inputs.variables | layer.outputs.variables:
                 free -= set(solution.drivers(width))
     if spec.scope == "inner":

@@ -67,7 +67,7 @@ def trace(model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any] |
     """
     untraceable = None
     try:
-        found = symbolise.run(model, inputs, kwargs, symbolic=symbolic)
+        found = _symbolised(model, inputs, kwargs, symbolic)
     except Exception as symbolic_error:
         try:
             found = symbolise.run(model, inputs, kwargs, symbolic=False)
@@ -82,6 +82,20 @@ def trace(model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any] |
         first_line = (str(symbolic_error).strip() or "no message").splitlines()[0]
         untraceable = f"{type(symbolic_error).__name__}: {first_line}"
     return _Builder(model, found).build(name, input_shape, untraceable)
+
+
+def _symbolised(
+    model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any] | None, symbolic: bool
+) -> symbolise.Trace:
+    """The run with the sizes in configuration objects as variables, else as plain numbers: they then change by value."""
+    try:
+        return symbolise.run(model, inputs, kwargs, symbolic=symbolic)
+    except Exception:
+        if not symbolic or not any(
+            symbolise.is_config(value) for m in model.modules() for value in m.__dict__.values()
+        ):
+            raise
+        return symbolise.run(model, inputs, kwargs, configs=False)
 
 
 class _Builder:

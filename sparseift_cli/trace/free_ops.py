@@ -36,7 +36,7 @@ _NAMES = """
     median mode unique2 _unique2 bincount count_nonzero allclose equal is_same_size
     item _local_scalar_dense sym_size sym_stride sym_numel sym_storage_offset size stride
     grid_sampler_2d isin bucketize searchsorted glu prelu _prelu_kernel rrelu_with_noise_functional celu mish softplus
-    unbind_copy narrow_copy _assert_async _assert_tensor_metadata
+    histc floor_divide unbind_copy narrow_copy _assert_async _assert_tensor_metadata
 """
 _FREE = frozenset(f"aten.{name}" for name in _NAMES.split())
 

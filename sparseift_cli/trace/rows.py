@@ -99,13 +99,16 @@ class RowBuilder:
         return "input" if row.first else "body"
 
     def _host(self, row: Row) -> str | None:
-        """The class that holds the weight, where nothing but itself can stand in its place."""
+        """The class that holds the weight, or reads it, where nothing but that weight can stand in its place."""
         key = row.weight or ""
         path, _, name = key.rpartition(".")
         module = self.modules.get(path)
         if isinstance(module, nn.MultiheadAttention):
             whole = module._qkv_same_embed_dim and module.bias_k is None and not module.add_zero_attn
             return None if whole and name == "in_proj_weight" else type(module).__name__
+        user = None if row.user is None else self.modules[row.user]
+        if user is not None and not isinstance(user, nn.MultiheadAttention):
+            return type(user).__name__
         known = isinstance(module, (nn.Linear, _ConvNd)) and not isinstance(module, _ConvTransposeNd)
         return None if name == "weight" and (known or type(module).__name__ == "Conv1D") else type(module).__name__
 
@@ -161,6 +164,8 @@ def row_name(row: Row) -> str:
 def _note(row: Row, role: Role) -> str | None:
     if row.weight is None and row.kind in ("linear", "conv", "matmul", "conv_transpose"):
         return "the weight is computed in forward, not a parameter"
+    if row.kind == "experts":
+        return "experts: what a non-zero costs depends on the routing"
     if row.partial and role == "body":
         return "its calls use parts of the weight, so its non-zeros have no one price"
     return None

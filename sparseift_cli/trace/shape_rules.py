@@ -165,16 +165,39 @@ def _attention(rules: ShapeRules, query: Tensor, key: Tensor, value: Tensor, att
         if enable_gqa and i == query.dim() - 3:
             rules.facts.exact_quotient(poly_of(query.shape[i]), poly_of(key.shape[i]))
             note_order(rules.facts, "product", query.shape[i], [key.shape[i], query.shape[i] // key.shape[i]])
-        else:
+        elif not _is_one(key.shape[i]):  # one head for all queries is broadcast
             rules.tie(query.shape[i], key.shape[i])
         rules.tie(key.shape[i], value.shape[i])
     if attn_mask is not None:
         for have, want in zip(reversed(attn_mask.shape), reversed((*query.shape[:-1], key.shape[-2])), strict=False):
-            if not (isinstance(have, int) and have == 1):
+            if not _is_one(have):
                 rules.tie(have, want)
     out = rules.made(query, (*query.shape[:-1], value.shape[-1]), key, value, counted=True)
     rules.recorder.attend(query, key, value, out, is_causal, by_size=scale is None)
     return out
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+def _grouped_mm(rules: ShapeRules, mat_a: Tensor, mat_b: Tensor, *_: Any, **__: Any) -> Any:
+    """Experts: mat_a is [S, in], sorted by expert, and mat_b [experts, in, out]. Whatever the routing, S in out MACs."""
+    if mat_a.dim() != 2 or mat_b.dim() != 3:
+        return NotImplemented
+    rules.tie(mat_a.shape[1], mat_b.shape[1])
+    out = rules.made(mat_a, (mat_a.shape[0], mat_b.shape[2]), mat_b, counted=True)
+    experts, inputs, outputs = map(poly_of, mat_b.shape)
+    rules.recorder.weighted("experts", mat_a, mat_b, out, numel(out.shape) * inputs, inputs, experts * outputs)
+    return out
+
+
+def _chosen(rules: ShapeRules, input: Tensor, *args: Any, **options: Any) -> Any:
+    """topk: its indices name experts, so that a router must have one output for each. PyTorch answers."""
+    dim = options.get("dim", args[1] if len(args) > 1 else -1)
+    if input.dim() and isinstance(input.shape[dim], torch.SymInt):
+        rules.facts.freeze(poly_of(input.shape[dim]), "its places are chosen from")
+    return NotImplemented
 
 
 def _multi_head_attention(rules: ShapeRules, query: Tensor, key: Tensor, value: Tensor, embed_dim: Any, num_heads: Any,
@@ -279,6 +302,13 @@ _RULES: dict[Any, Rule] = {
     F.layer_norm: _layer_norm,
     F.rms_norm: _rms_norm,
     F.scaled_dot_product_attention: _attention,
+    **{
+        getattr(holder, name): _grouped_mm
+        for holder, name in ((F, "grouped_mm"), (torch, "_grouped_mm"))
+        if hasattr(holder, name)
+    },
+    torch.topk: _chosen,
+    Tensor.topk: _chosen,
     F.multi_head_attention_forward: _multi_head_attention,
     F.embedding: _embedding,
     F.dropout: _dropout,

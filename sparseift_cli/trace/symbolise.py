@@ -63,6 +63,11 @@ NOT_WIDTHS = frozenset(
         "num_layers",
         "vocab_size",
         "num_classes",
+        "num_experts",
+        "num_local_experts",
+        "n_routed_experts",
+        "num_experts_per_tok",
+        "top_k",
         "_version",
     ]
 )
@@ -93,16 +98,17 @@ class Trace:
 
 
 def run(model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, *,
-        symbolic: bool = True) -> Trace:  # fmt: skip
+        symbolic: bool = True, configs: bool = True) -> Trace:  # fmt: skip
     """Run `model(*inputs, **kwargs)` on fake tensors; real or meta ones, only their shapes and dtypes are used.
 
-    Without `symbolic` all sizes stay plain numbers: the count is the same, the widths stay unknown.
+    Without `symbolic` all sizes stay plain numbers: the count is the same, the widths stay unknown. Without `configs` only
+    those do that stand in a configuration object: some check the type of what is put into them.
     """
     facts = Facts()
     trace = Trace(facts, Recorder())
     training = [m for m in model.modules() if m.training]
     try:
-        with _as_it_was(model), fake_mode(facts), _in_place_of_parameters(model, trace, symbolic):
+        with _as_it_was(model), fake_mode(facts), _in_place_of_parameters(model, _StandIns(trace, symbolic, configs)):
             _forward(model.eval(), inputs, kwargs or {}, trace, trace.recorder)
             if _unseen(model, trace.recorder):
                 with suppress(Exception):  # a train mode that needs targets: what only it reaches stays as it is
@@ -131,12 +137,11 @@ def _unseen(model: nn.Module, recorder: Recorder) -> bool:
 
 
 @contextmanager
-def _in_place_of_parameters(model: nn.Module, trace: Trace, symbolic: bool) -> Iterator[None]:
-    stand_ins = _StandIns(trace, symbolic)
+def _in_place_of_parameters(model: nn.Module, stand_ins: _StandIns) -> Iterator[None]:
     try:
         for path, module in model.named_modules():
             stand_ins.for_tensors(module, f"{path}." if path else "")
-            if symbolic:
+            if stand_ins.symbolic:
                 stand_ins.for_numbers(module, f"{path}." if path else "")
         yield
     finally:
@@ -160,9 +165,10 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
 class _StandIns:
     """Fake tensors for parameters and buffers, symbolic ints for numbers; all of it is taken back at the end."""
 
-    def __init__(self, trace: Trace, symbolic: bool) -> None:
+    def __init__(self, trace: Trace, symbolic: bool, configs: bool) -> None:
         self.trace = trace
         self.symbolic = symbolic
+        self.with_configs = configs
         self.undo: list[tuple[dict[str, Any], str, Any]] = []
         self.made: dict[int, Tensor] = {}
         self.configs: set[int] = set()
@@ -193,7 +199,7 @@ class _StandIns:
         """Ints of the module, and of a configuration that it holds (once, however many modules hold it)."""
         self._numbers(prefix, module.__dict__)
         for key, config in list(module.__dict__.items()):
-            if is_config(config) and id(config) not in self.configs:
+            if self.with_configs and is_config(config) and id(config) not in self.configs:
                 self.configs.add(id(config))
                 self._numbers(f"{prefix}{key}.", config.__dict__)
 

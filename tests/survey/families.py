@@ -19,7 +19,12 @@ from sparseift_cli.zoo import registry
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = {"vocab_size": 101, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+FEW = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 GQA = {"num_key_value_heads": 2}
+HEADS = {"head_dim": 16}
+IMAGE = {"image_size": 32, "num_labels": 10}
+SEQ2SEQ = {"d_model": 48, **{f"{side}_{what}": n for side in ("encoder", "decoder")
+                             for what, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 96))}}  # fmt: skip
 
 # class, config, options: the attention of each is as in the published models (GQA, MQA, fused QKV, partial rotary, ...)
 TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -38,8 +43,53 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert": ("BertForMaskedLM", "BertConfig", TEXT | SMALL),
     "roberta": ("RobertaForMaskedLM", "RobertaConfig", TEXT | SMALL),
     "t5": ("T5ForConditionalGeneration", "T5Config", TEXT | {"d_model": 48, "d_kv": 12, "d_ff": 96, "num_layers": 2, "num_heads": 4}),
-    "vit": ("ViTForImageClassification", "ViTConfig", SMALL | {"image_size": 32, "patch_size": 8, "num_labels": 10}),
-}  # fmt: skip
+    "bart": ("BartForConditionalGeneration", "BartConfig", TEXT | SEQ2SEQ),
+    "falcon": ("FalconForCausalLM", "FalconConfig", TEXT | FEW),
+    "falcon_grouped": ("FalconForCausalLM", "FalconConfig", TEXT | FEW | {"num_kv_heads": 2, "new_decoder_architecture": True}),
+    "gptj": ("GPTJForCausalLM", "GPTJConfig", TEXT | {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 8}),
+    "gpt_neo": (
+        "GPTNeoForCausalLM",
+        "GPTNeoConfig",
+        TEXT | {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+    ),
+    "bloom": ("BloomForCausalLM", "BloomConfig", TEXT | {"hidden_size": 64, "n_layer": 2, "n_head": 4}),
+    "mpt": ("MptForCausalLM", "MptConfig", TEXT | {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}),
+    "phi3": ("Phi3ForCausalLM", "Phi3Config", TEXT | SMALL | GQA),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", TEXT | SMALL | GQA | HEADS),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", TEXT | SMALL | GQA | HEADS),
+    "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", TEXT | SMALL | GQA),
+    "granite": ("GraniteForCausalLM", "GraniteConfig", TEXT | SMALL | GQA),
+    "starcoder2": ("Starcoder2ForCausalLM", "Starcoder2Config", TEXT | SMALL | GQA),
+    "stablelm": ("StableLmForCausalLM", "StableLmConfig", TEXT | SMALL | GQA),
+    "cohere": ("CohereForCausalLM", "CohereConfig", TEXT | SMALL | GQA),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", TEXT | SMALL | GQA | {"num_local_experts": 4}),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        TEXT | SMALL | GQA | HEADS | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    ),
+    "mamba": ("MambaForCausalLM", "MambaConfig", TEXT | {"hidden_size": 64, "num_hidden_layers": 2}),
+    "distilbert": ("DistilBertForMaskedLM", "DistilBertConfig", {"vocab_size": 101, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 96}),
+    "electra": ("ElectraForMaskedLM", "ElectraConfig", TEXT | SMALL | {"embedding_size": 64}),
+    "deberta_v2": ("DebertaV2ForMaskedLM", "DebertaV2Config", TEXT | SMALL),
+    "albert": ("AlbertForMaskedLM", "AlbertConfig", TEXT | SMALL | {"embedding_size": 32}),
+    "modernbert": ("ModernBertForMaskedLM", "ModernBertConfig", TEXT | SMALL | {"cls_token_id": 1, "sep_token_id": 2}),
+} | (IMAGES := {
+    "vit": ("ViTForImageClassification", "ViTConfig", SMALL | IMAGE | {"patch_size": 8}),
+    "deit": ("DeiTForImageClassification", "DeiTConfig", SMALL | IMAGE | {"patch_size": 8}),
+    "dinov2": ("Dinov2ForImageClassification", "Dinov2Config", SMALL | IMAGE | {"patch_size": 8}),
+    "swin": (
+        "SwinForImageClassification",
+        "SwinConfig",
+        IMAGE | {"patch_size": 2, "embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},
+    ),
+    "convnextv2": (
+        "ConvNextV2ForImageClassification",
+        "ConvNextV2Config",
+        IMAGE | {"patch_size": 2, "hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 1, 1]},
+    ),
+    "resnet": ("ResNetForImageClassification", "ResNetConfig", {"embedding_size": 16, "hidden_sizes": [32, 64], "depths": [2, 2], "num_labels": 10}),
+})  # fmt: skip
 LLAMA_1B = TEXT | {
     "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
@@ -69,7 +119,7 @@ def torchvision() -> Iterator[Subject]:
 
 
 def transformers() -> Iterator[Subject]:
-    """The twelve families."""
+    """Families built small."""
     for name in TRANSFORMERS:
         yield Subject(name, lambda d, n=name: hugging_face(n, d), kwargs=lambda d, n=name: hugging_face_input(n, d))
 
@@ -85,12 +135,12 @@ def hugging_face(name: str, device: str) -> nn.Module:
 
 def hugging_face_input(name: str, device: str) -> dict[str, Tensor]:
     """Keyword arguments of one forward: random tokens or pixels."""
-    if name == "vit":
+    if name in IMAGES:
         return {"pixel_values": torch.randn(2, 3, 32, 32, device=device)}
     ids = torch.zeros(2, 16, dtype=torch.int64, device=device)
     if device != "meta":
         ids = torch.randint(3, 101, (2, 16))
-    return {"input_ids": ids} | ({"decoder_input_ids": ids} if name == "t5" else {})
+    return {"input_ids": ids} | ({"decoder_input_ids": ids} if name in ("t5", "bart") else {})
 
 
 def zoo() -> Iterator[Subject]:

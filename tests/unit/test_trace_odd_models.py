@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sparseift_cli.errors import UsageError
 from sparseift_cli.flop_audit import audit
 from sparseift_cli.plan import make_plan
-from sparseift_cli.spec import TransformSpec
+from sparseift_cli.spec import Member, TransformSpec
 from sparseift_cli.table import LayerTable
 from sparseift_cli.trace.build import layer_table
 
@@ -44,6 +44,35 @@ def split_heads(n: Net, x: Tensor) -> Tensor:
     return n.out((scores @ v).transpose(1, 2).reshape(b, t, d))
 
 
+def multi_query(n: Net, x: Tensor) -> Tensor:
+    """Four heads of queries, one of keys and one of values, from one projection, as in Falcon."""
+    b, t, _ = x.shape
+    heads = n.qkv(x).view(b, t, 4 + 2, -1).transpose(1, 2)
+    mixed = F.scaled_dot_product_attention(heads[:, :-2], heads[:, [-2]], heads[:, [-1]])
+    return n.out(mixed.transpose(1, 2).reshape(b, t, -1))
+
+
+class Experts(nn.Module):
+    """Two of four experts for each token, as one product over tokens sorted by expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.router, self.head = nn.Linear(16, 16), nn.Linear(16, 4), nn.Linear(16, 3)
+        self.mid = nn.Linear(16, 16)
+        self.up, self.down = nn.Parameter(torch.randn(4, 32, 16)), nn.Parameter(torch.randn(4, 16, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid(F.relu(self.first(x)))
+        tokens = x.flatten(0, 1)
+        shares, chosen = self.router(tokens).softmax(-1).topk(2, dim=-1)
+        order = chosen.flatten().argsort()
+        sizes = torch.histc(chosen.flatten().float(), bins=4, min=0, max=3)
+        ends = sizes.cumsum(0).to(torch.int32)
+        inner = F.relu(F.grouped_mm(tokens[order // 2], self.up.transpose(1, 2), offs=ends))
+        each = F.grouped_mm(inner, self.down.transpose(1, 2), offs=ends) * shares.flatten()[order, None]
+        return self.head(torch.zeros_like(tokens).index_add(0, order // 2, each).view(x.shape))
+
+
 def conv(i: int, o: int, **k: int) -> nn.Conv2d:
     return nn.Conv2d(i, o, 3, padding=1, **k)
 
@@ -60,6 +89,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "grouped": (lambda: nn.Sequential(conv(3, 8), conv(8, 8, groups=2), conv(8, 8, groups=8), conv(8, 5)), IMAGE),
     "flatten": (lambda: nn.Sequential(conv(3, 6), nn.Flatten(), nn.Linear(6 * 64, 10), nn.ReLU(), nn.Linear(10, 3)), IMAGE),
     "attention": (lambda: Net(split_heads, qkv=nn.Linear(16, 48), out=nn.Linear(16, 3)), TOKENS),
+    "multi-query": (lambda: Net(multi_query, qkv=nn.Linear(16, 24), out=nn.Linear(16, 3)), TOKENS),
     "multihead": (lambda: Net(lambda n, x: n.out(n.a(x, x, x)[0]), a=nn.MultiheadAttention(16, 4, batch_first=True), out=nn.Linear(16, 3)), TOKENS),
     "encoder-layer": (lambda: nn.Sequential(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), nn.Linear(16, 3)), TOKENS),
     "einsum": (lambda: Net(lambda n, x: n.b(torch.einsum("btd,od->bto", x, n.a.weight)), a=nn.Linear(16, 8, bias=False), b=nn.Linear(8, 3)), TOKENS),
@@ -82,6 +112,7 @@ def test_macs_and_parameters(name: str) -> None:
     build, shape = MODELS[name]
     model = build()
     table = traced(model, shape)
+    assert table.untraceable is None
     # on meta: on real CPU tensors PyTorch's counter reports 0 for fused attention
     with FlopCounterMode(display=False) as counter:
         model.to("meta")(torch.zeros(shape, dtype=next(model.parameters()).dtype, device="meta", requires_grad=True))
@@ -101,6 +132,29 @@ def test_wide_keeps_every_row_iso_flop(name: str, sparsity: str) -> None:
     rows = [r for r in plan.layers if r.status == "transformed"]
     assert rows
     assert all(r.dense_macs - r.uses < r.macs <= r.dense_macs for r in rows)
+
+
+def test_experts_keep_their_widths_and_say_why() -> None:
+    """10 tokens go to two experts each, and each of those 20 costs 16 x 32 MACs a product."""
+    table = traced(Experts(), TOKENS)
+    rows = {row.name: row for row in table.layers}
+    assert [rows[n].macs.evaluate(table.sizes) for n in ("up", "down", "router")] == [20 * 16 * 32, 20 * 32 * 16, 640]
+    plan = make_plan(table, TransformSpec(sparsity="0.75"))
+    assert {p.layer.name: (p.status, p.macs) for p in plan.layers if p.layer.name in ("up", "down", "router")} == {
+        "up": ("untouched", 10240), "down": ("untouched", 10240), "router": ("untouched", 640)}  # fmt: skip
+    assert "routing" in next(p.reason for p in plan.layers if p.layer.name == "up")
+    assert [p.layer.name for p in plan.layers if p.status == "transformed"] == ["mid"]
+
+
+@pytest.mark.parametrize("member", ["sparse_parallel", "sparse_factorized", "sparse_doped"])
+def test_a_weight_that_other_code_reads_stays(member: Member) -> None:
+    """A Mamba mixer multiplies with its layers' weights by itself."""
+    model = Net(lambda n, x: n.c(n.b(F.relu(n.a(x))) @ n.read.weight.T), a=nn.Linear(16, 16), b=nn.Linear(16, 16),
+                read=nn.Linear(16, 16), c=nn.Linear(16, 3))  # fmt: skip
+    plan = make_plan(traced(model, TOKENS), TransformSpec(member=member, sparsity="0.75"))
+    status = {p.layer.name: (p.status, p.reason) for p in plan.layers}
+    assert status["b"][0] == "transformed"
+    assert status["read"] == ("untouched", "its weight is used by Net: only Sparse Wide reaches it")
 
 
 def test_rnn_is_never_silently_free() -> None:

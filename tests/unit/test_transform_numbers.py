@@ -20,6 +20,15 @@ class PretrainedConfig:
         self.__dict__.update(sizes)
 
 
+class StrictConfig(PretrainedConfig):
+    """Lets nothing in that is no int, as those of Hugging Face with fields do."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if type(value) is not int:
+            raise TypeError(f"{name}: {value}")
+        super().__setattr__(name, value)
+
+
 class Rotary(nn.Module):
     def __init__(self, config: PretrainedConfig, base: float, scaled: bool) -> None:
         super().__init__()
@@ -44,9 +53,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Decoder(nn.Module):
-    def __init__(self, *, scaled: bool = False) -> None:
+    def __init__(self, *, scaled: bool = False, config: type[PretrainedConfig] = PretrainedConfig) -> None:
         super().__init__()
-        self.config: Any = PretrainedConfig(
+        self.config: Any = config(
             hidden_size=32, intermediate_size=80, num_attention_heads=4, head_dim=8, vocab_size=50
         )
         c = self.config
@@ -101,3 +110,19 @@ def test_scaled_frequencies_are_refused_by_name() -> None:
     new, _ = sparseift.transform(Decoder(scaled=True), IDS, sparsity=0.75, heads="scale_count")
     assert new(IDS).isfinite().all()
     assert len(new.rotary.inv_freq) == 4
+
+
+class Copying(Decoder):
+    """Makes a configuration of another in its forward, as encoder-decoders of Hugging Face do for their caches."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.config.num_attention_heads = self.config.num_attention_heads
+        return super().forward(ids)
+
+
+def test_a_configuration_that_takes_ints_alone_gets_its_new_sizes_by_value() -> None:
+    new, _ = sparseift.transform(Copying(config=StrictConfig), IDS, sparsity=0.75)
+    assert {n: vars(new.config)[n] for n in ("hidden_size", "intermediate_size", "vocab_size")} == {
+        "hidden_size": 64, "intermediate_size": 160, "vocab_size": 50}  # fmt: skip
+    assert new(IDS).isfinite().all()
+    sparseift.audit(new, IDS)
