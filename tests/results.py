@@ -119,8 +119,8 @@ def _table(report: Report, rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         counted = [run for run in frames.records(report.frame) if run["group"] == row["group"] and run["counted"]]
         ratio = "" if row["flops_ratio"] is None else f"{row['flops_ratio']:.4f}"
-        cells = [row["group"], row["n"], _spread([run["value"] for run in counted]), f"{row['best']:#.4g}",
-                 *(_spread([run[name] for run in counted]) for name in beside), f"{row['flops'] or 0:#.4g}", ratio,
+        cells = [row["group"], row["n"], _spread([run["value"] for run in counted]), _digits(row["best"]),
+                 *(_spread([run[name] for run in counted]) for name in beside), f"{row['flops']:#.4g}" if row["flops"] else "", ratio,
                  f"{row['params'] or 0:,}", f"{row['nonzero_params'] or 0:,}", _clock(row["seconds"]), _published(report, row)]  # fmt: skip
         lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
@@ -131,8 +131,12 @@ def _spread(values: Sequence[float | None]) -> str:
     interval = mean_interval([v for v in values if v is not None])
     if interval.mean is None:
         return ""
-    beside = "" if interval.deviation is None else f" ± {interval.deviation:#.2g}".rstrip(".")
-    return f"{interval.mean:#.4g}".rstrip(".") + beside
+    return _digits(interval.mean) + ("" if interval.deviation is None else f" ± {_digits(interval.deviation, 2)}")
+
+
+def _digits(value: float, digits: int = 4) -> str:
+    """So many of them, zeros at the end too."""
+    return f"{value:#.{digits}g}".rstrip(".")
 
 
 def _published(report: Report, row: Mapping[str, Any]) -> str:

@@ -200,7 +200,7 @@ def _digits(interval: statistics.Interval, percent: bool) -> int:
     """Decimals that show the half-width with one digit, and no bound that is not 0 as 0."""
     low, high = interval.low, interval.high
     if low is None or high is None or not math.isfinite(high - low):
-        return 2 if percent or abs(interval.mean or 1) >= 1 else 4
+        return 2 if abs(interval.mean or 1) >= (0.005 if percent else 1) else 4
     half = (high - low) / 2
     digits = max(1, -math.floor(math.log10(half))) if half > 0 else 2
     while digits < 8 and any(v and float(f"{v:.{digits}f}") == 0 for v in (low, high)):

@@ -64,8 +64,13 @@ _TELLING = (
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What may change the bits of a resumed run, and data that is not the same, in words."""
-    found = [(name, _bits(before, key), _bits(now, key)) for key, name in BITS.items()]
+    """What may change the bits of a resumed run, and data that is not the same, in words.
+
+    A GPU is known by its model where both sessions name one, not by its number in the machine.
+    """
+    keys = {"device_name" if key == "device" and before.get("device_name") and now.get("device_name") else key: name
+            for key, name in BITS.items()}  # fmt: skip
+    found = [(name, _at(before, key), _at(now, key)) for key, name in keys.items()]
     said = [f"{name}: {then} before, {today} now" for name, then, today in found if then != today]
     old, new = before.get("data") or {}, now.get("data") or {}
     said += [f"data {name} has changed" for name in sorted(old.keys() & new.keys()) if old[name] != new[name]]
@@ -96,11 +101,6 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _bits(entry: Mapping[str, Any], key: str) -> Any:
-    """The value at a key of BITS; a GPU is known by its model, not by its number in the machine."""
-    return (key == "device" and entry.get("device_name")) or _at(entry, key)
 
 
 def _at(entry: Mapping[str, Any], key: str) -> Any:

@@ -82,7 +82,9 @@ class Row:
     projection: bool = False  # makes a query, key or value, or reads an attention product
     first: bool = False  # reads the model's input, not another layer's output
     causal: tuple[int, int] | None = None
-    user: str | None = None  # the module that multiplies with the weight, where that is not the one that holds it
+    users: set[str] = field(
+        default_factory=set[str]
+    )  # modules that multiply with the weight, but the one that holds it
     order: int = 0
 
 
@@ -165,7 +167,7 @@ class Recorder(TorchDispatchMode):
             row.grad_inputs += macs * Poly.const(into_x + (0 if owned else into_weight))
             row.grad_weight += macs * Poly.const(into_weight if owned else 0)
         if owned and self.stack[-1] != owned[0].rpartition(".")[0]:
-            row.user = self.stack[-1]
+            row.users.add(self.stack[-1])
         if owned and _stored(weight) != (whole := numel(owned[1].shape)):
             row.partial, row.outputs = True, whole.divided_by(inputs) or outputs
         row.projection |= ATTENTION in makers_of(x)

@@ -106,9 +106,9 @@ class RowBuilder:
         if isinstance(module, nn.MultiheadAttention):
             whole = module._qkv_same_embed_dim and module.bias_k is None and not module.add_zero_attn
             return None if whole and name == "in_proj_weight" else type(module).__name__
-        user = None if row.user is None else self.modules[row.user]
-        if user is not None and not isinstance(user, nn.MultiheadAttention):
-            return type(user).__name__
+        for user in sorted(row.users):
+            if not isinstance(self.modules[user], nn.MultiheadAttention):
+                return type(self.modules[user]).__name__
         known = isinstance(module, (nn.Linear, _ConvNd)) and not isinstance(module, _ConvTransposeNd)
         return None if name == "weight" and (known or type(module).__name__ == "Conv1D") else type(module).__name__
 

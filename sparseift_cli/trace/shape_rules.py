@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .choices import Choices
 from .flow import parts_of, write
 from .layouts import WATCHED, note_index, note_order
 from .record import ATTENTION, FROM_LAYER, NEEDS_GRAD, Recorder, conv, flags_of, makers_of, mark, matmul, numel
@@ -31,8 +32,12 @@ class ShapeRules(TorchFunctionMode):
         super().__init__()
         self.facts = facts
         self.recorder = recorder
+        self.choices = Choices(facts)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.choices.follow(func, args, kwargs or {}, self._answer(func, args, kwargs))
+
+    def _answer(self, func: Any, args: Any, kwargs: Any) -> Any:
         rule = _RULES.get(func)
         if rule is not None:
             answer = rule(self, *args, **(kwargs or {}))
@@ -192,14 +197,6 @@ def _grouped_mm(rules: ShapeRules, mat_a: Tensor, mat_b: Tensor, *_: Any, **__: 
     return out
 
 
-def _chosen(rules: ShapeRules, input: Tensor, *args: Any, **options: Any) -> Any:
-    """topk: its indices name experts, so that a router must have one output for each. PyTorch answers."""
-    dim = options.get("dim", args[1] if len(args) > 1 else -1)
-    if input.dim() and isinstance(input.shape[dim], torch.SymInt):
-        rules.facts.freeze(poly_of(input.shape[dim]), "its places are chosen from")
-    return NotImplemented
-
-
 def _multi_head_attention(rules: ShapeRules, query: Tensor, key: Tensor, value: Tensor, embed_dim: Any, num_heads: Any,
                           in_proj_weight: Tensor | None, *_: Any, **options: Any) -> Any:  # fmt: skip
     """What nn.MultiheadAttention does inside, where no function is seen: only notes, PyTorch answers."""
@@ -307,8 +304,6 @@ _RULES: dict[Any, Rule] = {
         for holder, name in ((F, "grouped_mm"), (torch, "_grouped_mm"))
         if hasattr(holder, name)
     },
-    torch.topk: _chosen,
-    Tensor.topk: _chosen,
     F.multi_head_attention_forward: _multi_head_attention,
     F.embedding: _embedding,
     F.dropout: _dropout,

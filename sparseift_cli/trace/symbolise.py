@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any, cast
 
 import torch
@@ -260,6 +261,30 @@ def is_activation(module: nn.Module) -> bool:
     return not (module._parameters or module._modules) and any(word in name for word in _ACTIVATIONS)
 
 
+def _seen_without_hooks(module: nn.Module, path: str, recorder: Recorder) -> Callable[[], None]:
+    """Tell the recorder of `module.forward(x)` too, which runs no hook; what takes that back."""
+    forward, before = module.forward, module.__dict__.get("forward")
+
+    @wraps(forward)
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        if recorder.stack[-1] == path:
+            return forward(*args, **kwargs)
+        recorder.enter(path)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            recorder.leave()
+
+    def take_back() -> None:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before
+
+    module.__dict__["forward"] = seen
+    return take_back
+
+
 @contextmanager
 def _following_modules(model: nn.Module, recorder: Recorder) -> Iterator[None]:
     """Tell the recorder which module runs."""
@@ -285,6 +310,11 @@ def _following_modules(model: nn.Module, recorder: Recorder) -> Iterator[None]:
             recorder.leave()
 
     handles: list[Callable[[], None]] = [
+        *(
+            _seen_without_hooks(m, names[id(m)], recorder)
+            for m in model.modules()
+            if isinstance(m, (nn.Linear, _ConvNd))
+        ),
         hooks.register_module_forward_pre_hook(before).remove,
         hooks.register_module_forward_hook(after, always_call=True).remove,
     ]

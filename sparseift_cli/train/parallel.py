@@ -168,7 +168,11 @@ class _Crew:
                     return _Outcome(128 + self.stopped, message="not begun")
                 seat = min(self._seats)  # as many as threads of the pool: one is free
                 self._seats.remove(seat)
-                process = self._start(child, seat, result)
+                try:
+                    process = self._start(child, seat, result)
+                except BaseException:
+                    self._seats.append(seat)
+                    raise
                 self._running.add(process)
             assert process.stderr is not None
             listener = threading.Thread(target=self._listen, args=(child, process.stderr, outcome), daemon=True)

@@ -108,11 +108,10 @@ def processes(wanted: str, seat: Seat = ALONE) -> Iterator[Processes]:
     Raises:
         UsageError: no such device.
     """
-    world, rank, local = (
-        int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
-    )
-    gpus = max(1, torch.cuda.device_count()) if wanted in ("auto", "cuda") else 1
-    device = pick_device(wanted, local if world > 1 else seat.local(gpus))
+    world, rank = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", "1"), ("RANK", "0")))
+    local = os.environ.get("LOCAL_RANK")
+    gpus = torch.cuda.device_count() if wanted in ("auto", "cuda") and torch.cuda.is_available() else 1
+    device = pick_device(wanted, seat.local(gpus) if local is None else int(local))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world == 1:

@@ -137,8 +137,8 @@ class _Becomes:
             elif name in _HEAD_DIM:
                 new = self.head_dim.get(value)
             elif by_value and not any(word in name for word in _COUNTS):
-                grown = self.by_value.get(value, set()) - {value}
-                new = next(iter(grown)) if len(grown) == 1 else None
+                sizes = self.by_value.get(value, set())  # with that of a width that stayed there is no telling
+                new = next(iter(sizes)) if len(sizes) == 1 else None
             else:
                 continue
             if new is not None and new != value:

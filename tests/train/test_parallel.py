@@ -165,6 +165,20 @@ def test_a_changed_recipe_is_held_against_the_run_of_its_own_seed(write_recipe: 
     assert run_seeds(load(recipe), [0], tmp_path, "latest", quiet, quiet) == [first]
 
 
+def test_a_run_that_cannot_be_started_gives_its_seat_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seats: list[int] = []
+
+    def start(crew: Any, child: parallel.Child, seat: int, result: Any) -> Any:
+        seats.append(seat)
+        raise BlockingIOError("no more processes")
+
+    monkeypatch.setattr(parallel._Crew, "_start", start)
+    children = [parallel.Child(Path("x.yaml"), [], seed, f"seed {seed}") for seed in range(5)]
+    with pytest.raises(BlockingIOError, match="no more processes"):
+        parallel.run_parallel(children, 2, tmp_path, None, SimpleNamespace(note=quiet, end=quiet))
+    assert len(seats) == 5 and set(seats) <= {0, 1}
+
+
 def test_what_a_child_says_last_does_not_hide_why_it_failed() -> None:
     told: list[str] = []
     watch: Any = SimpleNamespace(note=lambda text, run: told.append(text))

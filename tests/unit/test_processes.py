@@ -35,6 +35,16 @@ def test_runs_that_name_their_gpu_share_it(three_gpus: None) -> None:
     assert taken("cpu", 2) == [("cpu", 2)] * 2
 
 
+def test_a_local_rank_is_taken_where_there_is_one(three_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert taken("auto", 1) == [("cuda:2", 1)]
+
+
+def test_gpus_that_cannot_be_used_share_nothing_out(three_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert taken("auto", 3) == [("cpu", 3)] * 3
+
+
 def test_a_machine_without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -52,11 +53,22 @@ def multi_query(n: Net, x: Tensor) -> Tensor:
     return n.out(mixed.transpose(1, 2).reshape(b, t, -1))
 
 
-class Experts(nn.Module):
-    """Two of four experts for each token, as one product over tokens sorted by expert."""
+ROUTERS: dict[str, Callable[[Tensor], Any]] = {
+    "topk": lambda p: p.topk(2, dim=-1),
+    "sort": lambda p: [t[:, :2] for t in p.sort(dim=-1, descending=True)],
+    "argsort": lambda p: (p[:, :2], torch.argsort(p, -1)[:, :2]),
+    "max": lambda p: [t[:, None].expand(-1, 2) for t in p.max(-1)],
+    "argmax": lambda p: (p[:, :2], p.argmax(-1)[:, None].expand(-1, 2)),
+    "multinomial": lambda p: (p[:, :2], torch.multinomial(p, 2)),
+}
 
-    def __init__(self) -> None:
+
+class Experts(nn.Module):
+    """Two of four experts for each token (or the best), as one product over tokens sorted by expert."""
+
+    def __init__(self, router: str = "topk") -> None:
         super().__init__()
+        self.choose = ROUTERS[router]
         self.first, self.router, self.head = nn.Linear(16, 16), nn.Linear(16, 4), nn.Linear(16, 3)
         self.mid = nn.Linear(16, 16)
         self.up, self.down = nn.Parameter(torch.randn(4, 32, 16)), nn.Parameter(torch.randn(4, 16, 32))
@@ -64,7 +76,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid(F.relu(self.first(x)))
         tokens = x.flatten(0, 1)
-        shares, chosen = self.router(tokens).softmax(-1).topk(2, dim=-1)
+        shares, chosen = self.choose(self.router(tokens).softmax(-1))
         order = chosen.flatten().argsort()
         sizes = torch.histc(chosen.flatten().float(), bins=4, min=0, max=3)
         ends = sizes.cumsum(0).to(torch.int32)
@@ -146,6 +158,27 @@ def test_experts_keep_their_widths_and_say_why() -> None:
     assert [p.layer.name for p in plan.layers if p.status == "transformed"] == ["mid"]
 
 
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_router_keeps_as_many_outputs_as_there_are_experts(router: str) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), Experts(router))
+    plan = make_plan(traced(model, TOKENS), TransformSpec(sparsity="0.75"))
+    rows = {p.layer.name: p for p in plan.layers}
+    assert rows["2.router"].layer.outputs.evaluate(plan.sizes) == 4 and "1" in {
+        n for n in rows if rows[n].status == "transformed"
+    }
+
+
+def test_places_whose_values_alone_are_read_may_grow() -> None:
+    """The quarter of the units that is largest (k winners take all), and a maximum over channels."""
+    winners = Net(lambda n, x: n.c(F.relu((y := n.b(n.a(x))) * (y >= y.topk(y.shape[-1] // 4, dim=-1)[0][..., -1:]))),
+                  a=nn.Linear(16, 32), b=nn.Linear(32, 32), c=nn.Linear(32, 3))  # fmt: skip
+    largest = Net(lambda n, x: n.c((y := n.b(n.a(x))) - y.max(-1, keepdim=True).values),
+                  a=nn.Linear(16, 32), b=nn.Linear(32, 32), c=nn.Linear(32, 3))  # fmt: skip
+    for model in (winners, largest):
+        plan = make_plan(traced(model, TOKENS), TransformSpec(sparsity="0.75"))
+        assert [p.layer.name for p in plan.layers if p.status == "transformed"] == ["b"]
+
+
 @pytest.mark.parametrize("member", ["sparse_parallel", "sparse_factorized", "sparse_doped"])
 def test_a_weight_that_other_code_reads_stays(member: Member) -> None:
     """A Mamba mixer multiplies with its layers' weights by itself."""
@@ -155,6 +188,15 @@ def test_a_weight_that_other_code_reads_stays(member: Member) -> None:
     status = {p.layer.name: (p.status, p.reason) for p in plan.layers}
     assert status["b"][0] == "transformed"
     assert status["read"] == ("untouched", "its weight is used by Net: only Sparse Wide reaches it")
+
+
+def test_a_layer_called_without_hooks_is_no_weight_that_other_code_reads() -> None:
+    model = Net(
+        lambda n, x: n.c(n.b.forward(F.relu(n.a(x)))), a=nn.Linear(16, 16), b=nn.Linear(16, 16), c=nn.Linear(16, 3)
+    )
+    plan = make_plan(traced(model, TOKENS), TransformSpec(member="sparse_parallel", sparsity="0.75"))
+    assert [p.layer.name for p in plan.layers if p.status == "transformed"] == ["b"]
+    assert "forward" not in vars(model.b)
 
 
 def test_rnn_is_never_silently_free() -> None:

@@ -126,3 +126,17 @@ def test_a_configuration_that_takes_ints_alone_gets_its_new_sizes_by_value() -> 
         "hidden_size": 64, "intermediate_size": 160, "vocab_size": 50}  # fmt: skip
     assert new(IDS).isfinite().all()
     sparseift.audit(new, IDS)
+
+
+def test_a_configured_size_that_stands_for_two_widths_stays() -> None:
+    """A window of 16 tokens, beside a width of 16 that grows and one that does not."""
+    model = Decoder()
+    model.config.window = 50  # the rows of the embedding and the outputs, which stay
+    model.config.other = 80  # the hidden width alone
+    new, _ = sparseift.transform(model, IDS, sparsity=0.75)
+    config: Any = new.config
+    assert (config.window, config.other) == (50, 160)
+    model.keep = nn.Linear(80, 50)  # not reached in the forward: it stays
+    model.config.other = 80
+    kept, _ = sparseift.transform(model, IDS, sparsity=0.75)
+    assert vars(kept.config)["other"] == 80
