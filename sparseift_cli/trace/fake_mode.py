@@ -8,10 +8,13 @@ the real module. Afterwards nothing of the stand-in is left. Private API: this f
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.abc import Loader
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -21,15 +24,30 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 _NAMES = ("torch._dynamo", "torch._dynamo.config")
 
 
+class _Flags(ModuleType):
+    """torch._dynamo.config: the flags that FakeTensorMode reads; the real module has the others."""
+
+    def __init__(self, stand_in: _StandIn) -> None:
+        super().__init__("torch._dynamo.config")
+        self.__dict__.update(
+            fake_tensor_cache_enabled=False, fake_tensor_cache_crosscheck_enabled=False, _custom_ops_profile=None
+        )
+        self.__dict__["stand_in"] = stand_in
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.__dict__["stand_in"].make_way().config, name)
+
+
 class _StandIn(ModuleType):
-    """torch._dynamo as far as FakeTensorMode looks at it."""
+    """torch._dynamo as far as FakeTensorMode looks at it, and a finder of its submodules."""
+
+    __path__: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__("torch._dynamo")
-        self.config = ModuleType("torch._dynamo.config")
-        self.config.__dict__.update(
-            fake_tensor_cache_enabled=False, fake_tensor_cache_crosscheck_enabled=False, _custom_ops_profile=None
-        )
+        self.config = _Flags(self)
         self.left_alone: list[Any] = []
         self.__dict__["disable"] = self._disable
 
@@ -41,6 +59,7 @@ class _StandIn(ModuleType):
     def install(self) -> None:
         sys.modules.update(zip(_NAMES, (self, self.config), strict=True))
         torch.__dict__["_dynamo"] = self
+        sys.meta_path.insert(0, self)  # pyright: ignore[reportArgumentType]
 
     def remove(self) -> None:
         for name, module in zip(_NAMES, (self, self.config), strict=True):
@@ -48,15 +67,39 @@ class _StandIn(ModuleType):
                 del sys.modules[name]
         if torch.__dict__.get("_dynamo") is self:
             del torch.__dict__["_dynamo"]
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)  # pyright: ignore[reportArgumentType]
         for fn in self.left_alone:
             fn.__dict__.pop("__dynamo_disable", None)
         self.left_alone.clear()
 
+    def make_way(self) -> ModuleType:
+        """The real torch._dynamo, in the place of this one."""
+        self.remove()
+        return importlib.import_module("torch._dynamo")
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """Asked for a submodule (a constant made in a forward needs one): the real package, which may have loaded it."""
+        if not name.startswith("torch._dynamo."):
+            return None
+        self.make_way()
+        return ModuleSpec(name, _Loaded()) if name in sys.modules else importlib.util.find_spec(name)
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        self.remove()
-        return getattr(importlib.import_module("torch._dynamo"), name)
+        return getattr(self.make_way(), name)
+
+
+class _Loaded(Loader):
+    """Gives a module that is there already, as it is."""
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        self.spec = sys.modules[spec.name].__spec__
+        return sys.modules[spec.name]
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self.spec
 
 
 @contextmanager

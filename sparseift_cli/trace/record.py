@@ -311,7 +311,8 @@ def matmul(rec: Recorder, a: Tensor, b: Tensor, out: Tensor) -> None:
         layer = (
             owned[1].dim() == 2 and "weight" in owned[0].rpartition(".")[2]
         )  # else a free parameter, as relative positions
-        rec.weighted("linear" if layer else "matmul", x, weight, out, macs, inner, outputs)
+        stacked = owned[1].dim() == a.dim() == 3  # experts in one tensor, each with a batch of its own
+        rec.weighted("linear" if layer else "experts" if stacked else "matmul", x, weight, out, macs, inner, outputs)
     elif a.dim() == 3:
         part = "av" if rec.stack[-1] in rec.softmaxed else "qk"
         rec.product(part, a, b, out if part == "av" else None, macs)

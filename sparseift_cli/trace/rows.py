@@ -165,7 +165,7 @@ def _note(row: Row, role: Role) -> str | None:
     if row.weight is None and row.kind in ("linear", "conv", "matmul", "conv_transpose"):
         return "the weight is computed in forward, not a parameter"
     if row.kind == "experts":
-        return "experts: what a non-zero costs depends on the routing"
+        return "experts stacked in one tensor stay dense: what a non-zero costs depends on the routing"
     if row.partial and role == "body":
         return "its calls use parts of the weight, so its non-zeros have no one price"
     return None
