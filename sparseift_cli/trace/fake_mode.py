@@ -43,10 +43,9 @@ class _Flags(ModuleType):
 class _StandIn(ModuleType):
     """torch._dynamo as far as FakeTensorMode looks at it, and a finder of its submodules."""
 
-    __path__: tuple[str, ...] = ()
-
     def __init__(self) -> None:
         super().__init__("torch._dynamo")
+        self.__path__ = []  # a package: `find_spec` is asked for what it holds
         self.config = _Flags(self)
         self.left_alone: list[Any] = []
         self.__dict__["disable"] = self._disable
@@ -59,7 +58,7 @@ class _StandIn(ModuleType):
     def install(self) -> None:
         sys.modules.update(zip(_NAMES, (self, self.config), strict=True))
         torch.__dict__["_dynamo"] = self
-        sys.meta_path.insert(0, self)  # pyright: ignore[reportArgumentType]
+        sys.meta_path.insert(0, self)
 
     def remove(self) -> None:
         for name, module in zip(_NAMES, (self, self.config), strict=True):
@@ -68,7 +67,7 @@ class _StandIn(ModuleType):
         if torch.__dict__.get("_dynamo") is self:
             del torch.__dict__["_dynamo"]
         if self in sys.meta_path:
-            sys.meta_path.remove(self)  # pyright: ignore[reportArgumentType]
+            sys.meta_path.remove(self)
         for fn in self.left_alone:
             fn.__dict__.pop("__dynamo_disable", None)
         self.left_alone.clear()
