@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..poly import Poly
-from .flow import OPAQUE, VALUE, Flow, write
+from .flow import OPAQUE, VALUE, Flow, parts_of, write
 from .free_ops import costs_no_macs
 from .symint import poly_of
 
@@ -111,6 +111,8 @@ class Recorder(TorchDispatchMode):
         self.contracted: dict[str, list[Poly]] = {}  # module -> dims that its attention products sum over
         self.queries: dict[str, int | None] = {}  # weight key -> which part of its output is the query
         self.scores: dict[str, tuple[str, Poly, bool]] = {}  # the same key -> module, head dim, is it scaled by that
+        self.shapes: dict[str, tuple[Poly, ...]] = {}  # weight key -> shape of its last product
+        self.more: set[str] = set()  # paths of layers whose forward is not one product of their weight
         self.flow = Flow()
 
     def beside(self) -> Recorder:
@@ -134,6 +136,20 @@ class Recorder(TorchDispatchMode):
 
     def leave(self) -> None:
         self.stack.pop()
+
+    def returned(self, output: Any, *, by_input: bool) -> None:
+        """The layer that runs returned `output`; `by_input`: its input was all that it was given.
+
+        Anything but the product of its weight, or that plus its bias, is more than a layer that is put in its place would
+        compute: a second output, an adapter that is added, an activation.
+        """
+        path = self.stack[-1]
+        key, bias = (f"{path}.{name}" if path else name for name in ("weight", "bias"))
+        if by_input and isinstance(output, Tensor) and parts_of(output) - {VALUE + bias} == frozenset([key]):
+            made, shape = self.shapes[key], tuple(map(poly_of, output.shape))
+            if shape[-1] == made[-1] and numel(output.shape) == math.prod(made, start=Poly.const(1)):
+                return  # `x @ W.T` flattens x in between; a transposed output ends with another dim
+        self.more.add(path)
 
     def own(self, key: str, parameter: Tensor, requires_grad: bool) -> None:
         mark(parameter, NEEDS_GRAD if requires_grad else 0)
@@ -175,6 +191,7 @@ class Recorder(TorchDispatchMode):
         write(out, frozenset([owned[0] if owned else OPAQUE]))
         if owned:
             self.flow.read(owned[0], x)
+            self.shapes[owned[0]] = tuple(map(poly_of, out.shape))
         row.first |= bool(flags_of(x) & FROM_INPUT) and not flags_of(x) & FROM_LAYER
         return row
 

@@ -38,6 +38,10 @@ class RowBuilder:
         self.modules = dict(model.named_modules())
         first: dict[int, str] = {}
         self.tied = {k: first.setdefault(id(p), k) for k, p in model.named_parameters(remove_duplicate=False)}
+        self.holders: dict[str, list[nn.Module]] = {}  # by the first key of a parameter: a shared layer is there once
+        for key, first_key in self.tied.items():
+            if (holder := self.modules.get(key.rpartition(".")[0])) is not None:
+                self.holders.setdefault(first_key, []).append(holder)
         self.by_module: dict[str, list[str]] = {}
         for key in trace.shapes:
             if key in self.tied:
@@ -109,8 +113,16 @@ class RowBuilder:
         for user in sorted(row.users):
             if not isinstance(self.modules[user], nn.MultiheadAttention):
                 return type(self.modules[user]).__name__
+        if holder := self._other_holder(key, module):
+            return type(holder).__name__
         known = isinstance(module, (nn.Linear, _ConvNd)) and not isinstance(module, _ConvTransposeNd)
+        known = known and path not in self.recorder.more and not _has_more_parameters(module)
         return None if name == "weight" and (known or type(module).__name__ == "Conv1D") else type(module).__name__
+
+    def _other_holder(self, key: str, module: nn.Module | None) -> nn.Module | None:
+        """A module that keeps the parameter too, beside `module`: an adapter around a layer, with `weight = layer.weight`."""
+        holders = self.holders.get(self.tied.get(key, key), [])
+        return next((holder for holder in holders if holder is not module), None)
 
     def _per_mac(self, row: Row, gradients: Poly) -> Fraction | int:
         sizes = self.trace.facts.sizes
@@ -169,6 +181,11 @@ def _note(row: Row, role: Role) -> str | None:
     if row.partial and role == "body":
         return "its calls use parts of the weight, so its non-zeros have no one price"
     return None
+
+
+def _has_more_parameters(layer: nn.Module | None) -> bool:
+    """Low-rank adapters, a learned scale: what stands in for `layer` has its weight and bias, and no place for more."""
+    return layer is not None and any(name not in ("weight", "bias") for name, _ in layer.named_parameters())
 
 
 def _kind_without_macs(module: nn.Module) -> tuple[str, Role]:

@@ -262,18 +262,21 @@ def is_activation(module: nn.Module) -> bool:
 
 
 def _seen_without_hooks(module: nn.Module, path: str, recorder: Recorder) -> Callable[[], None]:
-    """Tell the recorder of `module.forward(x)` too, which runs no hook; what takes that back."""
+    """Tell the recorder of `module.forward(x)` too, which runs no hook, and what it returned; what takes that back."""
     forward, before = module.forward, module.__dict__.get("forward")
 
     @wraps(forward)
     def seen(*args: Any, **kwargs: Any) -> Any:
-        if recorder.stack[-1] == path:
-            return forward(*args, **kwargs)
-        recorder.enter(path)
+        called = recorder.stack[-1] == path
+        if not called:
+            recorder.enter(path)
         try:
-            return forward(*args, **kwargs)
+            output = forward(*args, **kwargs)
+            recorder.returned(output, by_input=len(args) == 1 and not kwargs)
+            return output
         finally:
-            recorder.leave()
+            if not called:
+                recorder.leave()
 
     def take_back() -> None:
         if before is None:

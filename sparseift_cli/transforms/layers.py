@@ -104,24 +104,31 @@ def sync_sizes(module: nn.Module) -> None:
         return
     shape = tuple(weight.shape)
     if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = shape
+        _report(module, out_features=shape[0], in_features=shape[1])
     elif isinstance(module, _ConvNd):
-        first, second = (1, 0) if module.transposed else (0, 1)
-        module.out_channels, module.in_channels = shape[first], shape[second]
+        outputs, inputs = (shape[1], shape[0]) if module.transposed else (shape[0], shape[1])
         if module.transposed:
-            module.out_channels *= module.groups
+            outputs *= module.groups
         else:
-            module.in_channels *= module.groups
+            inputs *= module.groups
+        _report(module, out_channels=outputs, in_channels=inputs)
     elif isinstance(module, _NormBase):
-        module.num_features = shape[0]
+        _report(module, num_features=shape[0])
     elif isinstance(module, nn.GroupNorm):
-        module.num_channels = shape[0]
+        _report(module, num_channels=shape[0])
     elif isinstance(module, nn.Embedding):
-        module.num_embeddings, module.embedding_dim = shape
+        _report(module, num_embeddings=shape[0], embedding_dim=shape[1])
     elif type(module).__name__ == "Conv1D":
         for name, size in zip(("nx", "nf"), shape, strict=True):
             if name in module.__dict__:
                 module.__dict__[name] = size
+
+
+def _report(module: nn.Module, **sizes: int) -> None:
+    """Set what `module` says of its sizes, but where its class works them out: a property follows by itself."""
+    for name, size in sizes.items():
+        if not isinstance(getattr(type(module), name, None), property):
+            setattr(module, name, size)
 
 
 def _linear(inputs: int, outputs: int, bias: bool, like_weight: Tensor) -> nn.Module:
