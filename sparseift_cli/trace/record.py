@@ -251,12 +251,18 @@ class Recorder(TorchDispatchMode):
         row.calls += 1
         return row
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, causal: bool, *, by_size: bool = False) -> None:
-        """softmax(Q K^T) V: B x heads x T_q x T_k x d multiply-accumulates each way (q: [..., T_q, d], v: [..., T_k, d_v])."""
-        pairs = numel(q.shape[:-1]) * poly_of(k.shape[-2])
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, causal: bool, *, by_size: bool = False,
+               batch: Sequence[Any] | None = None) -> None:  # fmt: skip
+        """softmax(Q K^T) V: B x heads x T_q x T_k x d multiply-accumulates each way (q: [..., T_q, d], v: [..., T_k, d_v]).
+
+        `batch`: the sizes before T_q and T_k that the scores have, where they are not those of q: a query that is shared
+        by all samples meets the keys of each. Those of the second product are those of `out`.
+        """
+        keys = poly_of(k.shape[-2])
+        scores = numel(q.shape[:-2] if batch is None else batch) * poly_of(q.shape[-2]) * keys
         lengths = (int(q.shape[-2]), int(k.shape[-2])) if causal else None
-        self.product("qk", q, k, None, pairs * poly_of(q.shape[-1]), lengths, by_size=by_size)
-        self.product("av", q, v, out, pairs * poly_of(v.shape[-1]), lengths)
+        self.product("qk", q, k, None, scores * poly_of(q.shape[-1]), lengths, by_size=by_size)
+        self.product("av", q, v, out, numel(out.shape) * keys, lengths)
 
     # --- primitive ops ---
 

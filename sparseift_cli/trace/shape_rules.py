@@ -166,20 +166,36 @@ def _attention(rules: ShapeRules, query: Tensor, key: Tensor, value: Tensor, att
                dropout_p: float = 0.0, is_causal: bool = False, scale: Any = None, enable_gqa: bool = False) -> Any:  # fmt: skip
     rules.tie(query.shape[-1], key.shape[-1])
     rules.tie(key.shape[-2], value.shape[-2])
-    for i in range(query.dim() - 2):
-        if enable_gqa and i == query.dim() - 3:
-            rules.facts.exact_quotient(poly_of(query.shape[i]), poly_of(key.shape[i]))
-            note_order(rules.facts, "product", query.shape[i], [key.shape[i], query.shape[i] // key.shape[i]])
-        elif not _is_one(key.shape[i]):  # one head for all queries is broadcast
-            rules.tie(query.shape[i], key.shape[i])
-        rules.tie(key.shape[i], value.shape[i])
+    keys, values = list(key.shape[:-2]), list(value.shape[:-2])
+    if enable_gqa:  # each head of keys and values is read by several heads of queries
+        heads = query.shape[-3]
+        for shared in [key.shape[-3]] if key.shape[-3] == value.shape[-3] else [key.shape[-3], value.shape[-3]]:
+            rules.facts.exact_quotient(poly_of(heads), poly_of(shared))
+            note_order(rules.facts, "product", heads, [shared, heads // shared])
+        keys[-1] = values[-1] = heads
+    scores = _broadcast(rules, query.shape[:-2], keys)
     if attn_mask is not None:
-        for have, want in zip(reversed(attn_mask.shape), reversed((*query.shape[:-1], key.shape[-2])), strict=False):
+        for have, want in zip(
+            reversed(attn_mask.shape), reversed((*scores, query.shape[-2], key.shape[-2])), strict=False
+        ):
             if not _is_one(have):
                 rules.tie(have, want)
-    out = rules.made(query, (*query.shape[:-1], value.shape[-1]), key, value, counted=True)
-    rules.recorder.attend(query, key, value, out, is_causal, by_size=scale is None)
+    shape = (*_broadcast(rules, scores, values), query.shape[-2], value.shape[-1])
+    out = rules.made(query, shape, key, value, counted=True)
+    rules.recorder.attend(query, key, value, out, is_causal, by_size=scale is None, batch=scores)
     return out
+
+
+def _broadcast(rules: ShapeRules, a: Sequence[Any], b: Sequence[Any]) -> list[Any]:
+    """The sizes that `a` and `b` have together, from the last one on: a 1, or no size at all, takes the other's."""
+    longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
+    sizes = list(longer)
+    for i in range(1, len(shorter) + 1):
+        if _is_one(sizes[-i]):
+            sizes[-i] = shorter[-i]
+        elif not _is_one(shorter[-i]):
+            rules.tie(sizes[-i], shorter[-i])
+    return sizes
 
 
 def _is_one(size: Any) -> bool:

@@ -55,6 +55,20 @@ def multi_query(n: Net, x: Tensor) -> Tensor:
     return n.out(mixed.transpose(1, 2).reshape(b, t, -1))
 
 
+def latent(n: Net, x: Tensor) -> Tensor:
+    """Three learned queries that every sample shares, as in Perceiver."""
+    b, t, _ = x.shape
+    q = n.q(n._parameters["latents"]).view(1, 3, 4, -1).transpose(1, 2)
+    k, v = n.kv(x).view(b, t, 2, 4, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    return n.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, 3, -1))
+
+
+def latent_net() -> Net:
+    net = Net(latent, q=nn.Linear(16, 16), kv=nn.Linear(16, 32), out=nn.Linear(16, 3))
+    net.register_parameter("latents", nn.Parameter(torch.randn(1, 3, 16)))
+    return net
+
+
 ROUTERS: dict[str, Callable[[Tensor], Any]] = {
     "topk": lambda p: p.topk(2, dim=-1),
     "sort": lambda p: [t[:, :2] for t in p.sort(dim=-1, descending=True)],
@@ -104,6 +118,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "flatten": (lambda: nn.Sequential(conv(3, 6), nn.Flatten(), nn.Linear(6 * 64, 10), nn.ReLU(), nn.Linear(10, 3)), IMAGE),
     "attention": (lambda: Net(split_heads, qkv=nn.Linear(16, 48), out=nn.Linear(16, 3)), TOKENS),
     "multi-query": (lambda: Net(multi_query, qkv=nn.Linear(16, 24), out=nn.Linear(16, 3)), TOKENS),
+    "shared queries": (latent_net, TOKENS),
     "multihead": (lambda: Net(lambda n, x: n.out(n.a(x, x, x)[0]), a=nn.MultiheadAttention(16, 4, batch_first=True), out=nn.Linear(16, 3)), TOKENS),
     "encoder-layer": (lambda: nn.Sequential(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), nn.Linear(16, 3)), TOKENS),
     "einsum": (lambda: Net(lambda n, x: n.b(torch.einsum("btd,od->bto", x, n.a.weight)), a=nn.Linear(16, 8, bias=False), b=nn.Linear(8, 3)), TOKENS),
