@@ -56,8 +56,12 @@ def opened(name: str, sets: list[str] | None = None) -> Recipe:
 @app.command(help="List the shipped recipes.\n\nExample:\n\n  sparseift recipe ls --format json")
 def ls(fmt: options.FormatOption = Format.table, json: options.Json = False) -> None:
     from ..recipe.catalog import shipped
+    from ..recipe.durations import in_words
     from ..recipe.load import load
     from .output import Column, Sheet, integer, render
+
+    def steps(value: int | str) -> str:
+        return value if isinstance(value, str) else integer(value)
 
     rows: list[dict[str, Any]] = []
     for entry in shipped():
@@ -66,7 +70,8 @@ def ls(fmt: options.FormatOption = Format.table, json: options.Json = False) -> 
         rows.append({
             "name": entry.name, "model": spec.model.name, "data": spec.data.name if spec.data else None,
             "transform": recipe.transform.get("member"), "sparsity": spec.transform.sparsity if spec.transform else None,
-            "algorithm": spec.algorithm.name, "steps": recipe.training.get("steps"), "about": entry.headline,
+            "algorithm": spec.algorithm.name, "steps": recipe.training.get("steps"), "epochs": spec.training.epochs,
+            "about": entry.headline,
         })  # fmt: skip
     columns = [
         Column("name", "recipe"),
@@ -75,12 +80,14 @@ def ls(fmt: options.FormatOption = Format.table, json: options.Json = False) -> 
         Column("transform", "transform", priority=3),
         Column("sparsity", "sparsity", right=True, priority=3),
         Column("algorithm", "algorithm", priority=3),
-        Column("steps", "steps", integer, right=True, priority=2),
+        Column("steps", "steps", steps, right=True, priority=2),
         Column("about", "what it shows", priority=1),
     ]
     notes = ["See all of one: sparseift recipe show NAME. Its FLOPs: sparseift flops NAME."]
     payload = {"schema": "sparseift.recipes/1", "recipes": rows}
-    render([Sheet("Shipped recipes", columns, rows, notes)], payload, without_github(fmt, json, "recipe ls"))
+    # how many steps an epoch of text has, only the text itself says: neither it nor the model is opened for a list
+    shown = [r if r["steps"] is not None else r | {"steps": in_words(r["epochs"], "epoch")} for r in rows]
+    render([Sheet("Shipped recipes", columns, shown, notes)], payload, without_github(fmt, json, "recipe ls"))
 
 
 @app.command(help="Print a recipe with every value, where it comes from, and what it means.\n\nThe output is a recipe.\n\n"

@@ -64,6 +64,11 @@ def in_steps(value: float | str, *, run_steps: int, epoch_steps: int, unit: str)
     return floor(exact + _ROUNDING)
 
 
+def in_words(number: float, unit: str) -> str:
+    """A length as a recipe may write it: `1 epoch`, `0.5 epochs`. `unit` in the singular."""
+    return f"{number:g} {unit}{'' if number == 1 else 's'}"
+
+
 def part_of_run(stop: int, steps: int) -> float:
     """The shortest decimal x in [0, 1] with ceil(x * steps) = stop: 17209 of 21511 is 0.8."""
     for digits in range(1, 12):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import pytest
 
 from sparseift_cli.cli import app as command
 from sparseift_cli.recipe.catalog import headline, shipped
+from sparseift_cli.recipe.durations import in_words
 from sparseift_cli.recipe.load import find, load
 
 
@@ -36,6 +39,26 @@ def test_ls_names_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     for fmt in ("table", "csv", "md"):
         assert run("recipe", "ls", "--format", fmt) == 0
         assert "resnet18_cifar100/wide90_rigl" in capsys.readouterr().out
+
+
+def test_ls_says_how_long_every_recipe_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where steps depend on how much text there is, the length stands in the recipe's own unit."""
+    assert run("recipe", "ls", "--json") == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["recipes"]}
+    lengths = {name: (rows[name]["steps"], rows[name]["epochs"]) for name in ("gpt_wikitext2/dense", "resnet18/dense")}
+    assert lengths == {"gpt_wikitext2/dense": (None, 1), "resnet18/dense": (450_360, 90)}
+    assert rows["gpt3_small/dense"]["epochs"] is None
+    assert run("recipe", "ls", "--format", "csv") == 0
+    cells = {row["name"]: row["steps"] for row in csv.DictReader(io.StringIO(capsys.readouterr().out))}
+    assert cells["gpt_wikitext2/wide50_rigl"] == "1 epoch" and cells["resnet18/dense"] == "450360"
+    assert all(cells.values())
+    assert run("recipe", "ls") == 0
+    assert "450,360" in (table := capsys.readouterr().out) and "1 epoch " in table
+
+
+@pytest.mark.parametrize(("epochs", "words"), [(1.0, "1 epoch"), (2.0, "2 epochs"), (0.5, "0.5 epochs")])
+def test_epochs_in_words(epochs: float, words: str) -> None:
+    assert in_words(epochs, "epoch") == words
 
 
 def test_show_prints_a_recipe_with_origins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
