@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError, did_you_mean
@@ -60,6 +60,23 @@ def find(source: str) -> Path | None:
         return None
     names = [p.relative_to(recipes_dir()).as_posix() for p in sorted(recipes_dir().glob("*/*.yaml"))]
     raise UsageError(f"no recipe {source}", hint=did_you_mean(source, names) or "see: sparseift recipe ls")
+
+
+def for_others(given: str) -> str:
+    """How another person names the recipe at the absolute path `given`, as `find` takes it; any other text as it is.
+
+    A shipped recipe by its name, also one of another machine's installation; a file below the working directory by its
+    path from there. The file is not looked at: `given` may be what a run of somebody else says of itself.
+    """
+    path = PurePath(given)
+    if path.suffix not in (".yaml", ".yml") or not path.is_absolute():
+        return given
+    top, here = recipes_dir(), Path.cwd()
+    if path.is_relative_to(here) and not path.is_relative_to(top):
+        return path.relative_to(here).as_posix()
+    names = {p.relative_to(top).with_suffix("").as_posix() for p in top.glob("*/*.yaml")}
+    name = "/".join(path.with_suffix("").parts[-2:])
+    return name if path.parent.parent.name == "recipes" and name in names else given
 
 
 def load(path: Path, sets: Sequence[str] = ()) -> Recipe:

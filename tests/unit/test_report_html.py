@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import re
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from sparseift_cli.locations import recipes_dir
+from sparseift_cli.recipe.load import find
 from sparseift_cli.report.html.element import Safe, element, table
 from sparseift_cli.report.html.facts import command
 from sparseift_cli.report.html.page import OUTCOMES, page
@@ -226,3 +229,24 @@ def test_the_command_of_a_run_of_several_at_once_is_what_repeats_it_alone() -> N
     ]
     run = Run(Path("r"), "r", "finished", 0, {}, [], provenance={"sessions": [{"command": given}]})
     assert command(run) == "sparseift train --seeds 12 r.yaml"
+
+
+def test_the_command_names_a_recipe_as_others_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train --parallel` gives each of its processes an absolute path; elsewhere that is nowhere."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    shipped, elsewhere = recipes_dir() / "quickstart" / "digits_mlp_dense.yaml", tmp_path / "b.yaml"
+    given = {
+        str(shipped): "quickstart/digits_mlp_dense",
+        "/usr/lib/python3/sparseift_cli/recipes/resnet18/wide90_rigl.yaml": "resnet18/wide90_rigl",
+        "/usr/lib/recipes/resnet18/mine.yaml": "/usr/lib/recipes/resnet18/mine.yaml",
+        str(Path.cwd() / "mine" / "a.yaml"): "mine/a.yaml",
+        str(Path.cwd() / "recipes" / "resnet18" / "dense.yaml"): "recipes/resnet18/dense.yaml",
+        str(elsewhere): str(elsewhere),
+        "c.yaml": "c.yaml",
+        f"data.root={tmp_path}": f"data.root={tmp_path}",
+        "model.name=a//b.yaml": "model.name=a//b.yaml",
+    }
+    run = Run(Path("r"), "r", "finished", 0, {}, [], provenance={"sessions": [{"command": ["sparseift", "train", *given]}]})  # fmt: skip
+    assert command(run) == shlex.join(["sparseift", "train", *given.values()])
+    assert find(given[str(shipped)]) == shipped

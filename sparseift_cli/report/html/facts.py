@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from ...recipe.load import for_others
 from ..published import evidence
 from ..record import Run
 from ..report import Report
@@ -88,7 +89,9 @@ def published(report: Report) -> Safe | None:
 
 
 def command(run: Run) -> str | None:
-    """What started a run, ready for a shell: the program without its folder on that machine, no options of our own use."""
+    """What started a run, ready for a shell: no options of our own use, the program without its folder on that machine,
+    and recipes as they are called on others.
+    """
     sessions = (run.provenance or {}).get("sessions") or [{}]
     given = sessions[0].get("command")
     if not isinstance(given, Sequence) or isinstance(given, str) or not given:
@@ -96,7 +99,7 @@ def command(run: Run) -> str | None:
     first, *rest = map(str, given)
     name = PurePath(first).name
     rest = [word for word in rest if word.rstrip("0123456789") not in _INNER] if "--events" in rest else rest
-    return shlex.join(["sparseift" if name == "__main__.py" else name, *rest])
+    return shlex.join(["sparseift" if name == "__main__.py" else name, *map(for_others, rest)])
 
 
 def _run(run: Run) -> list[Child]:
