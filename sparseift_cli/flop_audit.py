@@ -85,6 +85,12 @@ class Audit:
             else None
         )
 
+    @property
+    def nonzero_after_training(self) -> int:
+        """Non-zero parameters when training ends: the plan's, or all where it trains without masks (algorithm `dense`)."""
+        made = self.transformed or self.dense
+        return made.params if self.training.algorithm == "dense" else made.nonzero_params
+
     def owners(self) -> dict[str, int]:
         """MACs above (or below) the dense model's by who causes them; they sum to the whole difference exactly."""
         owed: dict[str, int] = dict.fromkeys(OWNERS, 0)

@@ -65,7 +65,7 @@ def make_run(
         model=model, data=data, transform=transform, algorithm=algorithm, lr=lr, epochs=epochs, seed=seed, metrics=metric,
         best=metric))  # fmt: skip
     rows = [
-        {"step": steps * (i + 1) // len(values) if finished else i + 1, "epoch": float(i + 1), "lr": lr,
+        {"step": steps * (i + 1) // len(values) if finished else i + 1, "epoch": epochs * (i + 1) / len(values), "lr": lr,
          "train_loss": 1.0 / (i + 1), "loss": 2.0 / (i + 1), metric: value, "flops": flops, "seconds": 10.0 * (i + 1),
          "peak_bytes": 2**28, "optimizer_bytes": 2**20, **(more or {})}
         for i, value in enumerate(values)

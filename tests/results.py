@@ -81,7 +81,7 @@ def _page(report: Report, drawn: Mapping[str, tuple[str, str]], shown: str, thou
         f"# Results of {PurePosixPath(shown).parent.name}",
         "Written by `make results` from the runs kept in this folder, which hold recipe, audit, provenance and every evaluation.\n"
         "Means and sample deviations are over seeds, at the end of training; FLOPs are audited, of a whole run, mask updates\n"
-        "included; × dense: over the dense model's.",
+        "included; × dense: over those of the dense model in as many steps.",
     ]
     for subject in dict.fromkeys((row["subject"], row["steps"]) for row in groups):
         rows = [row for row in groups if (row["subject"], row["steps"]) == subject and row["n"]]
@@ -142,7 +142,8 @@ def _digits(value: float, digits: int = 4) -> str:
 def _published(report: Report, row: Mapping[str, Any]) -> str:
     """The published number of the same model, data, transform, sparsity and algorithm, with its tag."""
     if row["transform"] == row["algorithm"] == "dense":
-        found = [(p.dense, p.evidence) for p in published() if p.dense is not None and same_subject(p, row)]
+        found = [(p.dense, p.evidence) for p in published()
+                 if p.dense is not None and same_subject(p, row) and p.epochs in (None, round(row["epochs"] or 0))]  # fmt: skip
     else:
         found = [(b.published.value, b.published.evidence) for b in report.reference if b.group == row["group"]]
     return ", ".join(dict.fromkeys(f"{value:g} [{tag}]" for value, tag in found if value is not None))
@@ -153,14 +154,23 @@ def _notes(report: Report, groups: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in groups:
         devices.setdefault(str(row["device"]), []).append(str(row["group"]))
     where = "; ".join(f"{device} ({', '.join(of)})" if len(devices) > 1 else device for device, of in devices.items())
-    crowded = [f"{row['group']} ({row['at_once']} at once)" for row in groups if row["at_once"] not in (None, 1)]
-    beside = f" Longer for sharing the device: {', '.join(crowded)}." if crowded else ""
-    found = [f"- Ran on {where}. Wall time is of training and evaluation.{beside}"]
+    found = [f"- Ran on {where}. Wall time is of training and evaluation.{_crowds(report, groups)}"]
     if any(_published(report, row) for row in groups if row["n"]):
         tags = ", ".join(f"[{tag}] {meaning}" for tag, meaning in evidence().items())
         found.append(f"- Published: {published()[0].source}; {tags}.")
     found += [f"- {b.group}: {b.note}." for b in report.reference if b.group and b.note]
     return [*found, *(f"- {note}." for note in report.notes)]
+
+
+def _crowds(report: Report, groups: Sequence[Mapping[str, Any]]) -> str:
+    """Which runs shared a device, and how many there were at once: `2 at once`; `1 or 2 at once` where seeds differ."""
+    crowds: dict[str, list[str]] = {}
+    for row in groups:
+        seen = sorted({run["at_once"] or 1 for run in frames.records(report.frame) if run["group"] == row["group"]})
+        if seen != [1]:
+            crowds.setdefault(" or ".join(map(str, seen)), []).append(str(row["group"]))
+    told = "; ".join(f"{', '.join(of)} ({count} at once)" for count, of in crowds.items())
+    return f" Longer for sharing the device: {told}." if told else ""
 
 
 def commands(runs: Sequence[Run]) -> list[str]:

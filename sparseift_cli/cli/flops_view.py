@@ -16,6 +16,9 @@ from ..table import LayerTable
 from .formats import Format
 from .output import Column, Sheet, integer, ratio, render
 
+WITHOUT_MASKS = (
+    "Trained without masks (algorithm dense): forward MACs and non-zeros are the plan's, not what is trained."
+)
 CONTROL = "Scope none: nothing is widened and FLOPs fall with the sparsity. A control, no iso-FLOP transform."
 STYLES = {"transformed": "green", "boundary": "yellow", "untouched": "dim", "mixed": ""}
 
@@ -219,6 +222,8 @@ def _notes(result: Audit) -> list[str]:
         notes.append(
             f"Training: {ratio(still)}x dense while masks update, {ratio(float(result.training_ratio or 0))}x over the run."
         )
+    if result.training.algorithm == "dense":
+        notes.append(WITHOUT_MASKS)
     if plan.scale is not None:
         notes.append(f"Matched: the transformed layers cost {float(plan.scale):.5f}x their dense FLOPs.")
         if plan.scale < Fraction(1, 2):

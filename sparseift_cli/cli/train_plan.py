@@ -73,7 +73,7 @@ def plan_facts(recipe: Recipe, steps: int | None, tflops: float | None) -> list[
     facts += [
         ("ratio", float(made.training_macs / result.dense.training_macs), "training FLOPs over the dense model's"),
         ("params", made.params, "parameters"),
-        ("nonzero_params", made.nonzero_params, "of them not zero"),
+        ("nonzero_params", result.nonzero_after_training, "of them not zero when training ends"),
         ("weight_bytes", 4 * made.params * (2 + states), "bytes of weights, gradients and optimiser state (float32)"),
     ]
     if masked:

@@ -219,7 +219,7 @@ def _summary(run: Prepared, progress: Progress) -> dict[str, Any]:
             "dense": round(2 * run.audit.dense.training_macs * run.steps * run.spec.training.batch_size),
         },
         "params": audited.params,
-        "nonzero_params": audited.nonzero_params,
+        "nonzero_params": run.audit.nonzero_after_training,
         "seconds": round(progress.seconds, 3),
     }
 

@@ -58,6 +58,7 @@ def test_every_recipe_trains(name: str, root: Path, tmp_path: Path, monkeypatch:
     assert metrics["step"] == 2 and math.isfinite(metrics["train_loss"])
     newest = RunDirectory.open(Path(summary["path"])).checkpoints.newest()
     assert newest is not None and newest.step == 2
+    assert (summary["nonzero_params"] == summary["params"]) == (recipe.spec.algorithm.name == "dense")
     if recipe.spec.transform is not None and recipe.spec.algorithm.name != "dense":
         assert 0 < metrics["density"] < 1
         assert (metrics["churn"] > 0) == (recipe.spec.algorithm.name in ("rigl", "set"))
@@ -67,4 +68,5 @@ def test_every_recipe_trains(name: str, root: Path, tmp_path: Path, monkeypatch:
 def test_every_recipe_can_be_planned_at_its_full_size(name: str) -> None:
     recipe = load(FOLDER / f"{name}.yaml")
     facts = {fact: value for fact, value, _ in plan_facts(recipe, run_steps(recipe.spec), None)}
-    assert facts["params"] >= facts["nonzero_params"] > 0
+    assert 0 < facts["nonzero_params"] <= facts["params"]
+    assert (facts["nonzero_params"] == facts["params"]) == (recipe.spec.algorithm.name == "dense")

@@ -155,7 +155,7 @@ def house(tmp_path: Path) -> Path:
 def test_page_says_what_the_runs_say(house: Path) -> None:
     (folder,) = results.folders(house)
     text = results.page(folder, "recipes/resnet18_cifar100/results")
-    assert "## resnet18_cifar on cifar100, 200 epochs" not in text  # the runs say that they had two evaluations' worth
+    assert "## resnet18_cifar on cifar100, 200 epochs, 78,000 steps" in text
     assert (
         "| resnet18_cifar100_dense | 3 | 77.00 ± 0.50 | 77.00 | 1.000e+15 | 1.0000 | 1,000 | 250 | 20.0 s | 77 [n] |"
         in text
@@ -175,8 +175,32 @@ def test_page_tells_which_runs_shared_a_device(house: Path) -> None:
     assert "sharing the device" not in results.page(folder, "recipes/x/results")
     seeds(house / "beside", "resnet18_cifar100_wide75_set", [79.0], member="wide", epochs=200, at_once=3)
     keep([house / "beside"], folder)
-    told = "Longer for sharing the device: resnet18_cifar100_wide75_set (3 at once)."
+    seeds(house / "mixed", "resnet18_cifar100_wide75_rigl", [79.0], member="wide", epochs=200)
+    seeds(house / "mixed", "resnet18_cifar100_wide75_rigl", [79.5], member="wide", epochs=200, at_once=3, stamp=1)
+    seeds(
+        house / "mixed",
+        "resnet18_cifar100_wide75_static",
+        [78.0],
+        member="wide",
+        algorithm="static",
+        epochs=200,
+        at_once=3,
+    )
+    keep([house / "beside", house / "mixed"], folder)
+    told = ("Longer for sharing the device: resnet18_cifar100_wide75_rigl (1 or 3 at once); "
+            "resnet18_cifar100_wide75_set, resnet18_cifar100_wide75_static (3 at once).")  # fmt: skip
     assert told in results.page(folder, "recipes/x/results")
+
+
+def test_published_number_stands_beside_training_of_its_length_only(house: Path) -> None:
+    (folder,) = results.folders(house)
+    seeds(house / "long", "resnet18_cifar100_dense_long", [78.0], epochs=400)
+    keep([house / "long"], folder)
+    lines = results.page(folder, "recipes/x/results").splitlines()
+    dense, long = (
+        [line for line in lines if line.startswith(f"| resnet18_cifar100_dense{more} |")] for more in ("", "_long")
+    )
+    assert len(dense) == len(long) == 1 and dense[0].endswith("| 77 [n] |") and long[0].endswith("|  |")
 
 
 def test_page_that_is_not_current_is_told(house: Path, capsys: pytest.CaptureFixture[str]) -> None:
