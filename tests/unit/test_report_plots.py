@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 import matplotlib
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.container import BarContainer
 
 from sparseift_cli.errors import UsageError
@@ -75,16 +76,36 @@ def test_masks_are_drawn_of_who_has_them(two: Report) -> None:
 def test_accuracy_against_flops(two: Report) -> None:
     ends, ways = tradeoff.accuracy_against_flops(family(two)).axes
     mean = lines_of(ends)["wide75 (n = 3)"]
-    assert (list(mean.get_xdata()), list(mean.get_ydata())) == ([3.0], [83.0])
+    assert (list(mean.get_xdata()), list(mean.get_ydata())) == ([83.0], [1])  # the second line from above
     seeds = next(line for line in ends.lines if len(line.get_xdata()) == 3)
-    assert list(seeds.get_ydata()) == [80.0, 81.0, 82.0]
-    assert list(lines_of(ends)["dense budget"].get_xdata()) == [3.0, 3.0]
-    assert ends.collections[0].get_segments()[0][:, 1].tolist() == [80.0, 82.0]
+    assert list(seeds.get_xdata()) == [80.0, 81.0, 82.0]
+    assert ends.collections[0].get_segments()[0][:, 0].tolist() == [80.0, 82.0]
+    names = [tick.get_text() for tick in ends.get_yticklabels()]
+    assert names == ["dense\n3.000 GFLOPs, n = 3", "wide75\n3.000 GFLOPs, n = 3"]
+    assert ends.get_ylim() == (1.5, -0.5) and ends.get_xlabel() == "top-1 accuracy (%)"
+    assert list(lines_of(ways)["dense budget"].get_xdata()) == [3.0, 3.0]
     assert ways.get_xlabel() == "training FLOPs spent (GFLOPs)"
     assert ways.get_xlim()[0] == 0
-    left, right = ends.get_xlim()  # all budgets are 3: equal ones do not seem to differ
-    assert left < 2.99 < 3.01 < right
     assert "wide75 (n = 3): 83.00 at 3 GFLOPs" in tradeoff.described(family(two))
+
+
+def test_two_seeds_have_no_interval_drawn() -> None:
+    """It would be 12.7 deviations wide and leave nothing to be seen of the others."""
+    few = report(
+        [run("net_dense", seed, dense=True) for seed in range(3)]
+        + [run("net_wide75", seed, dense=False) for seed in range(2)]
+    )
+    ends, _ = tradeoff.accuracy_against_flops(family(few)).axes
+    assert len(ends.collections) == 1 and ends.collections[0].get_color()[0].tolist()[:3] == list(to_rgb(style.INK))
+
+
+def test_the_dense_budget_is_that_of_most_runs() -> None:
+    """One control that trains twice as long does not move the line."""
+    runs = [run("net_dense", seed, dense=True) for seed in range(3)]
+    long = run("net_long", 0, dense=True)
+    assert long.summary is not None
+    long.summary["flops"] = {"dense": 6 * 10**9}
+    assert tradeoff.dense_budget(family(report([*runs, long]))) == tradeoff.dense_budget(family(report(runs)))
 
 
 def test_flops_per_layer_are_the_audit(two: Report) -> None:

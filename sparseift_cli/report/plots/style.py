@@ -94,13 +94,17 @@ def house() -> Iterator[None]:
         yield
 
 
-def new_figure(title: str, height: float, rows: int = 1, *, same_x: bool = True) -> tuple[Figure, list[Axes]]:
-    """A figure WIDTH x `height` inches, a title over all of it, `rows` axes above one another. Call it inside `house()`."""
+def new_figure(title: str, height: float, rows: int = 1, *, same_x: bool = True,
+               heights: Sequence[float] | None = None) -> tuple[Figure, list[Axes]]:  # fmt: skip
+    """A figure WIDTH x `height` inches, a title over all of it, `rows` axes above one another. Call it inside `house()`.
+
+    `heights`: their shares of the height, in any unit; equal ones without.
+    """
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasAgg(figure)
     lines = textwrap.wrap(title, _TITLE_LETTERS, break_long_words=True)
     figure.suptitle("\n".join(lines), x=0.01, horizontalalignment="left")
-    axes = figure.subplots(rows, 1, squeeze=False, sharex=same_x and rows > 1)
+    axes = figure.subplots(rows, 1, squeeze=False, sharex=same_x and rows > 1, height_ratios=heights)
     return figure, [row[0] for row in axes]
 
 

@@ -1,64 +1,69 @@
-"""Accuracy against training FLOPs: the article's Figure 4, of one's own runs."""
+"""How good runs became and what they spent: the article's Figure 4, of one's own runs."""
 
 from __future__ import annotations
 
 import statistics
+import textwrap
+from collections import Counter
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .families import Family, Group, is_number, scaled
-from .style import INK, house, legend_below, new_figure
+from .style import INK, MUTED, house, new_figure
 
-_SPAN = 0.01  # ten times the tolerance within which budgets are compared
+FEWEST = 3  # seeds that an interval is drawn of: two give one 12.7 deviations wide, which would squeeze all else
+_LETTERS = 22  # of a recipe's name on a line
+_LINE, _AROUND = 0.18, 0.75  # inches: a line of a recipe's label above; titles and axis around them
+_WAYS = 2.65  # inches: the part below
 
 
 def accuracy_against_flops(family: Family) -> Figure:
     """Above, where runs ended; below, how they got there.
 
-    Above: every counted run a small hollow mark, every recipe's mean a large one with its 95 % interval over the seeds.
-    Below: the mean of the seeds at every evaluation, FLOPs from 0. x: training FLOPs spent, forward, backward and mask
-    updates; y: the family's metric. The dotted line is the dense model's budget: iso-FLOP runs end on it.
+    Above: a line for each recipe, with the FLOPs that it spent; every counted run a small hollow mark, their mean a large one
+    with its 95 % interval over the seeds. Iso-FLOP runs stand at one place of an axis of FLOPs, one over the other. Below:
+    the mean of the seeds at every evaluation, FLOPs from 0. x: training FLOPs spent, forward, backward and mask updates; y:
+    the family's metric. The dotted line is the dense model's budget: iso-FLOP runs end on it.
     """
     spent = (line.get("flops") for g in family.groups for r in g.runs for line in r.metrics)
     largest = max(filter(is_number, spent), default=0)
     divisor, unit = scaled(largest)
     budget = dense_budget(family)
     short = family.metric_name.partition(" (")[0]
+    ended = [group for group in family.groups if group.finals(family.metric)]
+    labels = [_named(group, family.metric, divisor, unit) for group in ended]
+    tallest = max((label.count("\n") + 1 for label in labels), default=1)
+    above = _AROUND + _LINE * tallest * max(1, len(ended))
     with house():
-        figure, (ends, ways) = new_figure(f"{family.title}: {short} by FLOPs", 5.3, rows=2, same_x=False)
-        for group in family.groups:
-            _draw_end(ends, group, family.metric, divisor)
-            _draw_way(ways, group, family.metric, divisor)
-        for axes in (ends, ways):
-            if budget is not None:
-                axes.axvline(budget / divisor, color=INK, linewidth=0.9, linestyle=":", zorder=1, label="dense budget")
-            axes.set_ylabel(family.axis)
-            axes.set_xlabel(f"training FLOPs spent ({unit})")
-        ends.set_title("at the end: mean with 95 % interval; hollow: seeds")
-        ends.margins(x=0.12)
-        _widen(ends)
-        ends.ticklabel_format(style="plain", useOffset=False)
+        figure, (ends, ways) = new_figure(f"{family.title}: {short} by FLOPs", above + _WAYS, rows=2, same_x=False,
+                                          heights=(above, _WAYS))  # fmt: skip
+        for place, group in enumerate(ended):
+            _draw_end(ends, group, family.metric, place)
+        ends.set_yticks(range(len(ended)), labels)
+        ends.set_ylim(max(len(ended), 1) - 0.5, -0.5)
+        ends.tick_params(axis="y", length=0)
+        ends.grid(axis="y", visible=False)
+        ends.set_title("at the end: mean and seeds")
+        ends.set_xlabel(family.axis.replace("\n", " "))
+        ends.ticklabel_format(axis="x", style="plain", useOffset=False)
         ends.locator_params(axis="x", nbins=5)
-        ways.set_title("on the way: mean of n seeds")
+        for group in family.groups:
+            _draw_way(ways, group, family.metric, divisor)
+        if budget is not None:
+            ways.axvline(budget / divisor, color=INK, linewidth=0.9, linestyle=":", zorder=1, label="dense budget")
+        ways.set_title("on the way; dotted: the dense budget")
+        ways.set_xlabel(f"training FLOPs spent ({unit})")
+        ways.set_ylabel(family.axis)
         ways.set_xlim(left=0)
-        legend_below(figure, *ends.get_legend_handles_labels())
     return figure
 
 
-def _widen(axes: Axes) -> None:
-    """Show at least `_SPAN` of the budget: on a finer scale budgets that are equal would seem to differ."""
-    left, right = axes.get_xlim()
-    short = _SPAN * right - (right - left)
-    if short > 0:
-        axes.set_xlim(left - short / 2, right + short / 2)
-
-
 def dense_budget(family: Family) -> float | None:
-    """What the dense model spends over the same run: a summary's own figure; the mean where summaries differ."""
+    """What the dense model spends over the same run, as summaries say; that of most runs where lengths differ."""
     found = [run.summary["flops"]["dense"] for g in family.groups for run in g.runs
              if run.summary and is_number((run.summary.get("flops") or {}).get("dense"))]  # fmt: skip
-    return statistics.fmean(found) if found else None
+    return Counter(found).most_common(1)[0][0] if found else None
 
 
 def described(family: Family) -> str:
@@ -73,20 +78,23 @@ def described(family: Family) -> str:
     return f"{family.metric_name} against training FLOPs. " + ("; ".join(parts) or "No run has finished") + "."
 
 
-def _draw_end(axes: Axes, group: Group, metric: str, divisor: float) -> None:
-    ends = [(flops / divisor, value) for flops, value in group.finals(metric)]
-    if not ends:
-        return
+def _named(group: Group, metric: str, divisor: float, unit: str) -> str:
+    """A recipe on the axis: its name, what it spent, and the number of seeds."""
+    flops = statistics.fmean(f for f, _ in group.finals(metric))
+    return f"{textwrap.fill(group.short, _LETTERS)}\n{flops / divisor:#.4g} {unit}, n = {len(group.counted)}"
+
+
+def _draw_end(axes: Axes, group: Group, metric: str, place: int) -> None:
+    values = [value for _, value in group.finals(metric)]
     look = group.look
-    axes.plot(*zip(*ends, strict=True), linestyle="", marker=look.marker, markersize=4, markerfacecolor="none",
+    axes.axhline(place, color=MUTED, linewidth=0.4, zorder=1)
+    axes.plot(values, [place] * len(values), linestyle="", marker=look.marker, markersize=4, markerfacecolor="none",
               markeredgecolor=look.color, markeredgewidth=0.9, zorder=3)  # fmt: skip
-    flops, mean = statistics.fmean(f for f, _ in ends), statistics.fmean(v for _, v in ends)
     low, high = group.row.get("low"), group.row.get("high")
-    if is_number(low) and is_number(high):
-        axes.vlines([flops], [low], [high], color=look.color, linewidth=1.2, zorder=2)
-    axes.plot(
-        [flops], [mean], linestyle="", marker=look.marker, markersize=8, color=look.color, zorder=4, label=group.label
-    )
+    if len(values) >= FEWEST and is_number(low) and is_number(high):
+        axes.hlines([place], [low], [high], color=look.color, linewidth=1.2, zorder=2)
+    axes.plot([statistics.fmean(values)], [place], linestyle="", marker=look.marker, markersize=8, color=look.color,
+              zorder=4, label=group.label)  # fmt: skip
 
 
 def _draw_way(axes: Axes, group: Group, metric: str, divisor: float) -> None:
