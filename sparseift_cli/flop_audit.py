@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from math import prod
 from typing import Any
 
 from .errors import UsageError
@@ -13,7 +14,7 @@ from .plan import Plan, dense_layers, make_plan
 from .poly import Poly
 from .spec import TrainingSpec, TransformSpec
 from .table import LayerTable
-from .training_cost import dense_training_macs, training_macs, training_macs_while_updating
+from .training_cost import dense_training_macs, run_macs, training_macs_while_updating
 
 SCHEMA = "sparseift.flops/1"
 OWNERS: tuple[str, ...] = (
@@ -146,7 +147,7 @@ def audit(
     stored = sum(row.params for row in plan.layers)
     transformed = Totals(
         forward_macs=sum(row.macs for row in plan.layers),
-        training_macs=training_macs(plan.layers, training),
+        training_macs=run_macs(plan.layers, training, prod(spec.block or (1,))),
         params=stored,
         activations=sum(row.activations for row in plan.layers),
         nonzero_params=stored - sum(row.weights - row.nnz for row in plan.layers),

@@ -245,6 +245,20 @@ class Schedule:
         return Fraction(sum((self.end - t) ** 3 for t in at), self.end**3 * self.steps) if self.end else Fraction(0)
 
 
+def nonzeros_at(step: int, start: int, final: int, schedule: Schedule) -> int:
+    """The non-zeros (or blocks) that step `step` computes with, on the cubic way from `start` down to `final`.
+
+    final + floor((start - final) (1 - progress)^3), Zhu & Gupta 2017 ("To prune, or not to prune", eq. 1). Progress moves
+    every `delta_t` steps, from 0 at step 0, and is 1 from `schedule.end` on; steps between have the number of the last
+    multiple of `delta_t`. Integers throughout, so the number is exact: never above the formula's, within one of it.
+    """
+    end = schedule.end
+    if step >= end or start <= final:
+        return final
+    left = end - step // schedule.delta_t * schedule.delta_t
+    return final + (start - final) * left**3 // end**3
+
+
 START_DENSITY: dict[Algorithm, Fraction] = {"gmp": Fraction(1), "granet": Fraction(1, 2)}
 
 

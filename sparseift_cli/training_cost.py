@@ -10,10 +10,11 @@ lies outside of blocks, such as stem and head, keeps its activations and makes o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
-from .isoflop import Algorithm, Schedule, StepCost, mean_step, updating_step
-from .layer_plan import LayerPlan
+from .isoflop import START_DENSITY, Algorithm, Schedule, StepCost, mean_step, nonzeros_at, updating_step
+from .layer_plan import LayerPlan, Part
 from .spec import TrainingSpec
 from .table import Layer
 
@@ -37,6 +38,36 @@ def _forwards(layer: Layer, recompute: bool) -> int:
     return 2 if recompute and layer.block else 1
 
 
+@dataclass(frozen=True, slots=True)
+class Price:
+    """MACs of one training step per non-zero of a weight: of the whole step, and of its weight gradient alone."""
+
+    step: Fraction
+    gradient: Fraction
+
+
+def prices(plan: LayerPlan, *, recompute: bool = False) -> tuple[Fraction, dict[str, Price]]:
+    """What a transformed layer's step costs with the parts that have no mask, and the prices of the others, by part."""
+    cost = step_cost(plan, plan.macs, recompute=recompute)
+    fixed, found = Fraction(0), dict[str, Price]()
+    for part in plan.parts:
+        share = Fraction(part.nnz, plan.nnz)
+        gradient = cost.grad_weight * share
+        whole = cost.forward * share + _grad_input(plan, part.name, cost.grad_input, share) + gradient
+        if part.dense:
+            fixed += whole
+        else:
+            found[part.name] = Price(Fraction(whole) / part.nnz, Fraction(gradient) / part.nnz)
+    return fixed, found
+
+
+def _grad_input(plan: LayerPlan, part: str, grad_input: Fraction | int, share: Fraction) -> Fraction:
+    """A part's share of a layer's input gradients: all of it V's where the layer itself reads a frozen input."""
+    if plan.layer.grad_inputs or not grad_input:
+        return Fraction(grad_input) * share
+    return Fraction(grad_input) if part == "V" else Fraction(0)
+
+
 def dense_training_macs(layers: Sequence[LayerPlan], training: TrainingSpec) -> Fraction | int:
     """MACs of one training step (one sample batch) of the model one started from."""
     total: Fraction | int = 0
@@ -58,6 +89,40 @@ def training_macs(
             total += mean(training.algorithm, training.schedule, sparse, dense)
         else:
             total += step_cost(plan, plan.macs, recompute=training.recompute).total
+    return total
+
+
+def run_macs(layers: Sequence[LayerPlan], training: TrainingSpec, unit: int = 1) -> Fraction:
+    """Mean MACs of a training step over a run, to the non-zero: what the run will have spent, over its steps.
+
+    `training_macs` prices the means of the schedules; gradual pruning has a whole number of non-zeros at every step, so with
+    known steps those are added up. `unit`: the weights of a block, which are pruned together.
+    """
+    start, steps = START_DENSITY.get(training.algorithm), training.schedule.steps
+    if start is None or not steps:
+        return training_macs(layers, training)
+    pruned = [plan for plan in layers if plan.status == "transformed"]
+    total = training_macs([plan for plan in layers if plan.status != "transformed"], training)
+    for plan in pruned:
+        fixed, found = prices(plan, recompute=training.recompute)
+        total += fixed
+        for part in plan.parts:
+            if part.name in found:
+                first = max(part.nnz // unit, int(start * part.shape.weights / unit))
+                total += _gradual(found[part.name], part, training, first, unit) / steps
+    return total
+
+
+def _gradual(price: Price, part: Part, training: TrainingSpec, first: int, unit: int) -> Fraction:
+    """MACs of all steps of a weight that is pruned from `first` units on. GraNet's updates need a dense weight gradient."""
+    schedule, steps = training.schedule, training.schedule.steps or 0
+    total = Fraction(0)
+    for t in [*range(0, schedule.end, schedule.delta_t), schedule.end]:
+        following = min(t + schedule.delta_t, schedule.end) if t < schedule.end else steps
+        nnz = unit * nonzeros_at(t, first, part.nnz // unit, schedule)
+        total += (following - t) * nnz * price.step
+        if training.algorithm == "granet" and 0 < t < schedule.end:
+            total += (part.shape.weights - nnz) * price.gradient
     return total
 
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import ClassVar
 
-from ..isoflop import START_DENSITY, Schedule
+from ..isoflop import START_DENSITY, Schedule, nonzeros_at
 from .algorithm import MaskAlgorithm
-from .schedule import nonzeros_at
 
 
 class GMP(MaskAlgorithm):

@@ -11,9 +11,8 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import ClassVar
 
-from ..isoflop import START_DENSITY, Schedule
+from ..isoflop import START_DENSITY, Schedule, nonzeros_at
 from .rigl import RigL
-from .schedule import nonzeros_at
 
 
 class GraNet(RigL):

@@ -1,7 +1,7 @@
-"""When masks change, by how much, and how many non-zeros a pruned weight has at a step. Pure functions of the step; no torch.
+"""When masks change, and by how much. Pure functions of the step; no torch.
 
 `isoflop.Schedule` says at which steps: every `delta_t` of them, 0 < t < stop * steps. `end` is the first step at which
-nothing changes any more.
+nothing changes any more. How many non-zeros a pruned weight has at a step: `isoflop.nonzeros_at`.
 """
 
 from __future__ import annotations
@@ -42,17 +42,3 @@ def drop_fraction(decay: Decay, initial: float, step: int, schedule: Schedule) -
 def drops(active: int, fraction: float) -> int:
     """How many of `active` weights (or blocks) are exchanged: floor(fraction * active), as in RigL's code."""
     return min(active, floor(fraction * active + _ROUNDING))
-
-
-def nonzeros_at(step: int, start: int, final: int, schedule: Schedule) -> int:
-    """The non-zeros (or blocks) that step `step` computes with, on the cubic way from `start` down to `final`.
-
-    final + floor((start - final) (1 - progress)^3), Zhu & Gupta 2017 ("To prune, or not to prune", eq. 1). Progress moves
-    every `delta_t` steps, from 0 at step 0, and is 1 from `schedule.end` on; steps between have the number of the last
-    multiple of `delta_t`. Integers throughout, so the number is exact: never above the formula's, within one of it.
-    """
-    end = schedule.end
-    if step >= end or start <= final:
-        return final
-    left = end - step // schedule.delta_t * schedule.delta_t
-    return final + (start - final) * left**3 // end**3

@@ -1,29 +1,19 @@
 """FLOPs that a run has really spent: what each step computed with, added up in exact integers.
 
 The audit says beforehand what a run will cost; this adds up what happened, from the non-zeros of every step and the steps
-that needed dense weight gradients. For static, SET and RigL both are equal to the FLOP at the end of a run.
+that needed dense weight gradients. Both are equal to the FLOP at the end of a run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 from ..layer_plan import LayerPlan
 from ..sparsity.sparsifier import StepRecord
-from ..training_cost import step_cost
+from ..training_cost import Price, prices, step_cost
 from ..transforms.edits import Masked
-
-
-@dataclass(frozen=True, slots=True)
-class _Price:
-    """MACs of one step of one sample, per non-zero of a weight, and of its weight gradient alone."""
-
-    weights: int
-    step: Fraction
-    gradient: Fraction
 
 
 class Spent:
@@ -34,25 +24,18 @@ class Spent:
     ) -> None:
         self.batch_size = batch_size
         self.macs = Fraction(0)
-        self._prices: dict[str, _Price] = {}
+        self._prices: dict[str, tuple[Price, int]] = {}  # by key; with the number of weights
         self._fixed = Fraction(0)
         self._known: tuple[Any, bool, Fraction] | None = None  # the last step's: most are like the one before
-        by_part = {(m.layer, m.part): m.key for m in masked}
+        keys = {(m.layer, m.part): m.key for m in masked}
         for row in layers:
-            cost = step_cost(row, row.macs, recompute=recompute)
             if row.status != "transformed":
-                self._fixed += cost.total
+                self._fixed += step_cost(row, row.macs, recompute=recompute).total
                 continue
-            for part in row.parts:
-                share = Fraction(part.nnz, row.nnz)
-                key = by_part.get((row.layer.name, part.name))
-                grad_input = _grad_input(row, part.name, cost.grad_input, share)
-                whole = cost.forward * share + grad_input + cost.grad_weight * share
-                if key is None:
-                    self._fixed += whole
-                else:
-                    gradient = cost.grad_weight * share / part.nnz
-                    self._prices[key] = _Price(part.shape.weights, Fraction(whole) / part.nnz, Fraction(gradient))
+            fixed, found = prices(row, recompute=recompute)
+            self._fixed += fixed
+            weights = {part.name: part.shape.weights for part in row.parts}
+            self._prices |= {keys[row.layer.name, part]: (price, weights[part]) for part, price in found.items()}
 
     def add(self, record: StepRecord | None) -> None:
         """One optimiser step; without a record (a dense model) all of it is fixed."""
@@ -64,11 +47,11 @@ class Spent:
     def _of(self, record: StepRecord | None) -> Fraction:
         total = self._fixed
         if record is not None:
-            for key, price in self._prices.items():
+            for key, (price, weights) in self._prices.items():
                 nnz = record.nnz[key]
                 total += price.step * nnz
                 if record.dense_gradients:
-                    total += price.gradient * (price.weights - nnz)
+                    total += price.gradient * (weights - nnz)
         return total
 
     @property
@@ -83,10 +66,3 @@ class Spent:
     def restore(self, state: str) -> None:
         """From a checkpoint."""
         self.macs = Fraction(state)
-
-
-def _grad_input(row: LayerPlan, part: str, grad_input: Fraction | int, share: Fraction) -> Fraction:
-    """A part's share of a layer's input gradients: all of it V's where the layer itself reads a frozen input."""
-    if row.layer.grad_inputs or not grad_input:
-        return Fraction(grad_input) * share
-    return Fraction(grad_input) if part == "V" else Fraction(0)

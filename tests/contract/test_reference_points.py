@@ -155,6 +155,37 @@ def test_schedules_against_a_loop_over_the_steps(algorithm: Any, steps: int, del
     assert mean_step(algorithm, Schedule(delta_t, Fraction(stop), steps), sparse, dense) * steps == total
 
 
+@pytest.mark.parametrize("algorithm", ["gmp", "granet"])
+@pytest.mark.parametrize(
+    "options",
+    [{"sparsity": "0.75"}, {"sparsity": "0.75", "pattern": "4x4"}, {"sparsity": "0.9", "member": "sparse_doped"}],
+    ids=str,
+)
+def test_gradual_pruning_of_a_known_length_is_counted_to_the_non_zero(algorithm: Any, options: dict[str, str]) -> None:
+    """Every step with the whole number of non-zeros, or of blocks, that it has: not the mean of the cubic curve."""
+    steps, delta_t, end = 97, 10, 73  # ceil(.75 * 97)
+    training = TrainingSpec(algorithm=algorithm, steps=steps, delta_t=delta_t)
+    result = planned("resnet18", training, **options)
+    assert result.plan is not None and result.transformed is not None
+    unit = 16 if "pattern" in options else 1
+    total = 0
+    for row in result.plan.layers:
+        ways = 1 + row.layer.grad_inputs + row.layer.grad_weight
+        if row.status != "transformed":
+            total += steps * row.macs * ways
+            continue
+        for part in row.parts:
+            final = part.nnz // unit
+            first = final if part.dense else max(final, part.shape.weights // unit // (1 if algorithm == "gmp" else 2))
+            for t in range(steps):
+                left = max(0, end - t // delta_t * delta_t) if t < end else 0
+                nnz = unit * (final + (first - final) * left**3 // end**3)
+                total += row.uses * nnz * ways
+                if algorithm == "granet" and 0 < t < end and t % delta_t == 0 and not part.dense:
+                    total += row.uses * (part.shape.weights - nnz) * row.layer.grad_weight
+    assert result.transformed.training_macs * steps == total
+
+
 @pytest.mark.parametrize(("sparsity", "expected", "dense_layers"), [
     ("0.8", {"conv1": 0.142805, "layer1.0.conv2": 0.638095, "layer3.0.conv2": 0.912562, "layer4.0.conv2": 0.956534, "fc": 0.851824}, 8),
     ("0.9", {"conv1": 0.579962, "layer1.0.conv2": 0.822662, "layer3.0.conv2": 0.957154, "layer4.0.conv2": 0.978701, "fc": 0.927392}, 1),

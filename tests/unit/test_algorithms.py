@@ -12,12 +12,12 @@ from torch import Tensor
 
 from sparseift_cli.errors import UsageError
 from sparseift_cli.isoflop import ALGORITHMS as COSTED
-from sparseift_cli.isoflop import Schedule, StepCost, mean_step
+from sparseift_cli.isoflop import Schedule, StepCost, mean_step, nonzeros_at
 from sparseift_cli.randomness import key_of
 from sparseift_cli.sparsity.algorithms import ALGORITHMS, algorithm_named
 from sparseift_cli.sparsity.exchange import exchange, extend, prune
 from sparseift_cli.sparsity.mask import generator_for
-from sparseift_cli.sparsity.schedule import drop_fraction, drops, nonzeros_at, updates_at
+from sparseift_cli.sparsity.schedule import drop_fraction, drops, updates_at
 from sparseift_cli.sparsity.selection import best
 
 
