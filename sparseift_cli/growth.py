@@ -84,7 +84,8 @@ def grow(table: LayerTable, spec: TransformSpec) -> Growth:
     """Choose the new sizes. With scope none they are the dense ones, and `reach` is what scope all could grow.
 
     Raises:
-        UsageError: no width can grow, or `width_multiple` rounds one back to its dense size.
+        UsageError: no width can grow, `width_multiple` rounds one back to its dense size, or one that is a difference of
+            others has no size.
     """
     solution = solve(table.widths, table.equations, spec.heads)
     candidates = _eligible(table, spec, solution)
@@ -114,7 +115,13 @@ def grow(table: LayerTable, spec: TransformSpec) -> Growth:
                 hint="use a smaller --width-multiple or a higher sparsity",
             )
         grown.append(Grown(free.id, free.size, size, free.size * float(square) ** 0.5, sides[free.id]))
-    sizes = solution.sizes({g.id: g.size for g in grown})
+    try:
+        sizes = solution.sizes({g.id: g.size for g in grown})
+    except ValueError as error:  # a width is a difference of others, and they do not grow alike
+        raise UsageError(
+            f"the widths of {table.model} do not grow together at sparsity {spec.sparsity}: {error}",
+            hint="another sparsity or --width-multiple, or --exclude the layers around it",
+        ) from None
     return Growth(table, spec, solution, tuple(grown), sizes, frozenset(candidates))
 
 

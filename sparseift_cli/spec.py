@@ -52,7 +52,9 @@ class TransformSpec:
     inner: Literal["activation", "norm", "linear"] = "activation"  # Sparse Factorized: what stands between U and V
     norm: Literal["model", "batch_norm", "none"] = "model"  # inside Parallel and Factorized convolutions
     activation: str = (
-        "model"  # there too: the one that follows in the model, a function of torch.nn.functional, or none
+        # there too: the one that follows in the model (in Parallel, behind a norm: that reads the layer itself, with no sum in
+        # between), a function of torch.nn.functional, or none
+        "model"
     )
     projections: Literal["untouched", "transformed"] = "untouched"  # of attention, under the local members
     pattern: str = "unstructured"  # or N:M, or RxC blocks

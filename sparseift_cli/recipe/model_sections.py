@@ -110,7 +110,9 @@ class Transform(Section):
     )
     norm: Literal["model", "batch_norm", "none"] = Field("model", description="Norm inside a member.")
     activation: str = Field(
-        "model", description="Activation inside a member: the model's, none, or one of torch.nn.functional."
+        "model",
+        description="Activation inside a member: the model's (parallel: behind a norm, that of the layer itself), none, or one "
+        "of torch.nn.functional.",
     )
     projections: Literal["untouched", "transformed"] = Field(
         "untouched", description="Attention projections under parallel, factorized and doped."

@@ -3,8 +3,10 @@
 Facts of that code: an experiment's lists are a grid of runs. Its launch scripts fix the drop fraction at 0.3 and a mask
 update every 100 steps whatever the YAML says; mask updates end at 80 % of the run. Sparse Wide takes int(width * sqrt(k)) with
 k = round(1/(1-s)) and then searches the density at which the whole model meets `flop_budget`: here `match: model` with that
-`base_width`. CIFAR: multistep x0.2 at epochs 60, 120, 160, Nesterov momentum, decay on everything, parallel branches summed
-before their activation. ImageNet: cosine, plain momentum, no decay on norms and biases, 8 processes.
+`base_width`. The other members replace the 3x3 convolutions of a block and leave the 1x1 ones of shortcuts as they are. CIFAR:
+multistep x0.2 at epochs 60, 120, 160, Nesterov momentum, decay on everything; a parallel branch is a convolution with its
+BatchNorm, and the activation follows the sum. ImageNet: cosine, plain momentum, no decay on norms and biases, 8 processes; a
+parallel branch ends with a ReLU.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ MEMBERS = {
 }
 STEM = 64  # channels of the stem of both ResNets
 PROCESSES = 8
+SHORTCUTS = "*.downsample.0"  # 1x1 convolutions, as the zoo's ResNets call them
 IGNORED = "the authors' launch script does not pass this on"
 REASONS = {
     "log_interval": "the log has every step that is evaluated",
@@ -124,8 +127,10 @@ def _transform(member: str, sparsity: float, left: dict[str, Any], *, cifar: boo
     found: dict[str, Any] = {"member": member}
     if member == "wide":
         found |= {"match": "model", "base_width": int(STEM * sqrt(round(1 / (1 - sparsity))))}
-    elif member == "parallel" and cifar:
-        found["branch_activation"] = "sum"
+        return found
+    found["exclude"] = [SHORTCUTS]
+    if member == "parallel":
+        found["activation"] = "none" if cifar else "relu"
     elif member == "factorized":
         found["inner"] = {"linear": "linear", "nonlinear_norelu": "norm", "nonlinear_relu": "activation"}[
             str(left.pop("uv_layer", "linear"))]  # fmt: skip

@@ -247,6 +247,7 @@ class _Builder:
             attributes=attributes,
             layouts=layouts,
             activations=self._activations(rows),
+            followers={row_name(r): seen for r in rows if r.weight and (seen := self.recorder.followers.get(r.weight))},
             contracted={
                 module: tuple(self._named(p) for p in dict.fromkeys(dims) if known(p))
                 for module, dims in self.recorder.contracted.items()

@@ -72,6 +72,19 @@ def write(tensor: Tensor, parts: Parts) -> Tensor:
     return tensor
 
 
+def layer_of(tensor: Tensor) -> str | None:
+    """The weight whose product this is, with its bias and behind its norm at most: None for any other tensor."""
+    behind = getattr(tensor, "_sparseift_layer", None)
+    weights = [part for part in parts_of(tensor) if not part.startswith(VALUE)]
+    return behind or (weights[0] if len(weights) == 1 and weights[0] != OPAQUE and NORM not in weights[0] else None)
+
+
+def normed(tensor: Tensor, out: Tensor) -> Tensor:
+    """Note that `out` is `tensor` behind a norm; returns it."""
+    out._sparseift_layer = layer_of(tensor)  # type: ignore[attr-defined]
+    return out
+
+
 def is_layer_norm(module: nn.Module) -> bool:
     """A norm over the channels of each token by itself, of whatever library: LayerNorm, RMSNorm and their like."""
     name = type(module).__name__.lower()
@@ -128,5 +141,6 @@ class Flow:
             parts = frozenset([OPAQUE])
         for tensor in results:
             write(tensor, parts)
+            tensor._sparseift_layer = None  # type: ignore[attr-defined]  # y += x is y still, and no longer a layer's
             if tensor._base is not None and parts_of(tensor._base):  # y[:, :2] = x writes into y through a view
                 write(tensor._base, parts_of(tensor._base) | parts)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..poly import Poly
-from .flow import OPAQUE, VALUE, Flow, parts_of, write
+from .flow import OPAQUE, VALUE, Flow, layer_of, parts_of, write
 from .free_ops import costs_no_macs
 from .symint import poly_of
 
@@ -108,6 +108,7 @@ class Recorder(TorchDispatchMode):
         self.softmaxed: set[str] = set()
         self.uncounted: dict[str, None] = {}
         self.activations: list[tuple[int, str]] = []  # (time, function name or module:path)
+        self.followers: dict[str, str] = {}  # weight key -> what reads its layer, or that layer's norm, directly
         self.contracted: dict[str, list[Poly]] = {}  # module -> dims that its attention products sum over
         self.queries: dict[str, int | None] = {}  # weight key -> which part of its output is the query
         self.scores: dict[str, tuple[str, Poly, bool]] = {}  # the same key -> module, head dim, is it scaled by that
@@ -128,8 +129,11 @@ class Recorder(TorchDispatchMode):
         self.first_seen.setdefault(module, self.clock)
         self.stack.append(module)
 
-    def activated(self, name: str) -> None:
-        """An activation function ran: its name, or `module:` and the path of the module that is one."""
+    def activated(self, name: str, args: Any) -> None:
+        """An activation function ran on `args`: its name, or `module:` and the path of the module that is one."""
+        x = next((t for t in tree_leaves(args) if isinstance(t, Tensor)), None)
+        if x is not None and (key := layer_of(x)):
+            self.followers.setdefault(key, name)  # the module that is one comes before the function that it calls
         self.clock += 1
         if not (self.activations and name[:7] != "module:" and self.activations[-1][1] == f"module:{self.stack[-1]}"):
             self.activations.append((self.clock, name))

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .choices import Choices
-from .flow import parts_of, write
+from .flow import normed, parts_of, write
 from .layouts import WATCHED, note_index, note_order
 from .record import ATTENTION, FROM_LAYER, NEEDS_GRAD, Recorder, conv, flags_of, makers_of, mark, matmul, numel
 from .recurrent import RECURRENT
@@ -125,7 +125,7 @@ def _per_channel(rules: ShapeRules, input: Tensor, parameters: Sequence[Tensor |
     for parameter in parameters:
         if parameter is not None:
             rules.tie(parameter.shape[0], input.shape[1])
-    return rules.made(input, input.shape, *parameters)
+    return normed(input, rules.made(input, input.shape, *parameters))
 
 
 def _batch_norm(rules: ShapeRules, input: Tensor, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
@@ -238,7 +238,7 @@ def _activation(name: str) -> Rule:
 
     def rule(rules: ShapeRules, input: Tensor, *_: Any, **options: Any) -> Any:
         given = ",".join(f"{k}={v}" for k, v in options.items() if k != "inplace")
-        rules.recorder.activated(f"{name}:{given}" if given else name)
+        rules.recorder.activated(f"{name}:{given}" if given else name, input)
         out = rules.made(input, input.shape)
         return mark(out, flags_of(out), makers_of(out) - {ATTENTION})
 

@@ -35,7 +35,8 @@ class Structure:
     `shapes`: parameters and buffers by state_dict key. `attributes`: ints by (path of their owner, name, index into a
     tuple or None); an owner is a module or a configuration object, as in `config`. `layouts` say how a width is taken
     apart and put together by views, concatenations and slices. `activations` name what follows a row: a function of
-    torch.nn.functional, or `module:` and the path of an activation module. `contracted` are the dims that attention
+    torch.nn.functional, or `module:` and the path of an activation module; `followers` those alone that read a row, or its
+    norm, with nothing in between: no addition of a residual stream. `contracted` are the dims that attention
     products sum over, by the module that runs them. `queries`: weight key -> index of the query in a fused projection;
     `scores`: the same keys -> the product that the query goes into.
 
@@ -49,6 +50,7 @@ class Structure:
     attributes: Mapping[tuple[str, str, int | None], Poly]
     layouts: Mapping[Poly, Layout] = field(default_factory=dict)
     activations: Mapping[str, str] = field(default_factory=dict)
+    followers: Mapping[str, str] = field(default_factory=dict)
     contracted: Mapping[str, tuple[Poly, ...]] = field(default_factory=dict)
     queries: Mapping[str, int | None] = field(default_factory=dict)
     scores: Mapping[str, Score] = field(default_factory=dict)

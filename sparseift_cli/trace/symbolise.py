@@ -302,7 +302,7 @@ def _following_modules(model: nn.Module, recorder: Recorder) -> Iterator[None]:
         if depth[-1]:
             recorder.enter(names[id(module)])
             if id(module) in activations:
-                recorder.activated(f"module:{names[id(module)]}")
+                recorder.activated(f"module:{names[id(module)]}", args)
             if id(module) in norms:
                 recorder.flow.enter_norm(names[id(module)], args)
 

@@ -1,7 +1,9 @@
 """Sparse Parallel: several sparse copies of a layer, their outputs summed (Sparse-IFT, section 3.2 and figure 2).
 
 With a non-linearity per branch (`branch_activation: each`, the figure of the article) the branches compute different
-functions; without one (`sum`) their masks are disjoint, or they would fold into one matrix.
+functions; without one (`sum`) their masks are disjoint, or they would fold into one matrix. A convolution's branch ends with the
+model's kind of norm and with the activation that follows the layer itself, if one does: none in front of a residual sum, nor in a
+shortcut. The authors' code has the norm alone on CIFAR (`activation: none`) and a ReLU in every branch on ImageNet.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from sparseift_cli.errors import UsageError
 from sparseift_cli.recipe.foreign import Imported
 from sparseift_cli.recipe.importing import as_recipe, read_foreign
 from sparseift_cli.recipe.load import Recipe, load
+from sparseift_cli.spec import TransformSpec
 
 MODEL = """
   name: gpt3
@@ -288,9 +289,9 @@ def test_authors_imagenet_experiment(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("changes", "want"), [
-    ({"sparse_wide": "sparse_parallel", "rigl": "static"}, {"member": "sparse_parallel", "branch_activation": "sum", "match": "layer"}),
+    ({"sparse_wide": "sparse_parallel", "rigl": "static"}, {"member": "sparse_parallel", "branch_activation": "each", "activation": "none", "match": "layer"}),
     ({"sparse_wide": "sparse_factorized\nuv_layer: nonlinear_norelu"}, {"member": "sparse_factorized", "inner": "norm"}),
-    ({"sparse_wide": "sparse_factorized"}, {"inner": "linear"}),
+    ({"sparse_wide": "sparse_factorized"}, {"inner": "linear", "exclude": ("*.downsample.0",)}),
     ({"sparse_wide": "sparse_doped"}, {"member": "sparse_doped"}),
 ])  # fmt: skip
 def test_authors_other_members(tmp_path: Path, changes: dict[str, str], want: dict[str, Any]) -> None:
@@ -300,6 +301,22 @@ def test_authors_other_members(tmp_path: Path, changes: dict[str, str], want: di
     imported, recipe = grid(tmp_path, CIFAR_BASE, text)[0]
     assert want.items() <= recipe.transform.items()
     assert ("sift_family" in {n.key for n in imported.notes}) == (want.get("member") == "sparse_doped")
+
+
+@pytest.mark.parametrize(
+    ("base", "text", "activation"), [(CIFAR_BASE, CIFAR, "none"), (IMAGENET_BASE, IMAGENET, "relu")]
+)
+def test_authors_parallel_blocks(tmp_path: Path, base: str, text: str, activation: str) -> None:
+    """Their blocks replace the two 3x3 convolutions; a branch ends with BatchNorm on CIFAR, and with ReLU on ImageNet."""
+    _, recipe = grid(tmp_path, base, text.replace("sparse_wide", "sparse_parallel"))[0]
+    from sparseift_cli.flop_audit import audit
+    from sparseift_cli.source import Request, load_table
+
+    assert recipe.transform["activation"] == activation
+    plan = audit(load_table(Request(recipe.model)), TransformSpec.of(recipe.transform)).plan
+    assert plan is not None
+    left = {row.layer.name for row in plan.layers if row.layer.kernel and row.status == "untouched"}
+    assert left == {"conv1", *(f"layer{i}.0.downsample.0" for i in (2, 3, 4))}
 
 
 def test_authors_dense_baseline_and_oddities(tmp_path: Path) -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from sparseift_cli.errors import UsageError
+from sparseift_cli.growth import grow
 from sparseift_cli.poly import Poly
+from sparseift_cli.source import Request, load_table
+from sparseift_cli.spec import TransformSpec
 from sparseift_cli.table import Width
-from sparseift_cli.widths import solve
+from sparseift_cli.widths import Solution, solve
 
 a, b, c, d, e = (Poly.var(i) for i in range(5))
 
@@ -54,3 +58,17 @@ def test_rope_keeps_the_head_dim_even() -> None:
     solution = solve(ws, [a - b * c, c - Poly.const(2) * d])
     assert [f.id for f in solution.free] == [3]
     assert solution.sizes({3: 11}) == [88, 4, 22, 11]
+
+
+def test_widths_that_do_not_grow_together_are_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """timm's halonet26t at 50 %: a difference of two widths came to nothing, and the user got a traceback."""
+
+    def sizes(self: Solution, chosen: dict[int, int]) -> list[int]:
+        raise ValueError("width 76 would become 0")
+
+    table = load_table(Request("resnet18"))
+    monkeypatch.setattr(Solution, "sizes", sizes)
+    with pytest.raises(
+        UsageError, match=r"widths of resnet18 do not grow together at sparsity 0\.5: width 76 would become 0"
+    ):
+        grow(table, TransformSpec(sparsity="0.5"))
