@@ -68,7 +68,7 @@ def ends(model: nn.Module, size: int, **options: Any) -> dict[str, list[str]]:
     new, _ = sparseift.transform(model, torch.randn(2, 3, size, size), member="parallel", sparsity=0.75, **options)
     new(torch.randn(2, 3, size, size)).sum().backward()
     return {
-        name: [type(module).__name__ for module in member.branches[0]][1:]
+        name: [type(module).__name__ for module in member.branches[0].children()][1:]
         for name, member in new.named_modules()
         if isinstance(member, SparseParallel)
     }
@@ -111,5 +111,5 @@ def test_what_a_residual_stream_takes_stays_linear(name: str, last: str, inner: 
     with torch.device("meta"):
         model, _ = sparseift.transform(zoo.build(name), torch.randn(2, 3, 32, 32), member="parallel", sparsity=0.75)
     found = {n: m for n, m in model.named_modules() if isinstance(m, SparseParallel)}
-    behind = {n: [type(part).__name__ for part in found[n].branches[0]][1:] for n in (last, inner)}  # type: ignore[arg-type]
+    behind = {n: [type(part).__name__ for part in found[n].branches[0].children()][1:] for n in (last, inner)}
     assert behind[last] == ["BatchNorm2d"] and len(behind[inner]) == 2
