@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from math import prod
 from typing import Any
 
 from .errors import UsageError
@@ -14,7 +13,7 @@ from .plan import Plan, dense_layers, make_plan
 from .poly import Poly
 from .spec import TrainingSpec, TransformSpec
 from .table import LayerTable
-from .training_cost import dense_training_macs, run_macs, training_macs_while_updating
+from .training_cost import dense_training_macs, opened, run_macs, training_macs_while_updating
 
 SCHEMA = "sparseift.flops/1"
 OWNERS: tuple[str, ...] = (
@@ -88,9 +87,14 @@ class Audit:
 
     @property
     def nonzero_after_training(self) -> int:
-        """Non-zero parameters when training ends: the plan's, or all where it trains without masks (algorithm `dense`)."""
-        made = self.transformed or self.dense
-        return made.params if self.training.algorithm == "dense" else made.nonzero_params
+        """Non-zero parameters when training ends: the plan's, or what training without masks (algorithm `dense`) opens."""
+        if self.plan is None or self.transformed is None:
+            return self.dense.nonzero_params
+        if self.training.algorithm != "dense":
+            return self.transformed.nonzero_params
+        rows = [row for row in self.plan.layers if row.status == "transformed"]
+        more = sum(opened(row, p, "dense", self.plan.spec.block) - p.nnz for row in rows for p in row.parts)
+        return self.transformed.nonzero_params + more
 
     def owners(self) -> dict[str, int]:
         """MACs above (or below) the dense model's by who causes them; they sum to the whole difference exactly."""
@@ -147,7 +151,7 @@ def audit(
     stored = sum(row.params for row in plan.layers)
     transformed = Totals(
         forward_macs=sum(row.macs for row in plan.layers),
-        training_macs=run_macs(plan.layers, training, prod(spec.block or (1,))),
+        training_macs=run_macs(plan.layers, training, spec.block),
         params=stored,
         activations=sum(row.activations for row in plan.layers),
         nonzero_params=stored - sum(row.weights - row.nnz for row in plan.layers),

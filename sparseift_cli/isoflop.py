@@ -46,6 +46,10 @@ class Shape:
         """Number of weights, biases apart."""
         return self.taps * self.inputs * self.outputs // self.groups
 
+    def blocks(self, rows: int, columns: int) -> int:
+        """Whole blocks of rows (outputs) x columns (inputs and taps); none crosses from one group to the next."""
+        return self.groups * (self.outputs // self.groups // rows) * (self.taps * self.inputs // self.groups // columns)
+
     @property
     def rank(self) -> Fraction:
         """r0, the rank per group at which U V costs what the dense layer costs: D_in D_out / (D_in + D_out)."""

@@ -91,9 +91,7 @@ def _room(plan: LayerPlan, spec: TransformSpec) -> int:
     rows, columns = spec.block
     room = 0
     for part in plan.parts:
-        s = part.shape
-        blocks = s.groups * (s.outputs // s.groups // rows) * (s.taps * s.inputs // s.groups // columns)
-        room += part.shape.weights if part.dense else blocks * rows * columns
+        room += part.shape.weights if part.dense else part.shape.blocks(rows, columns) * rows * columns
     return room
 
 
@@ -215,7 +213,7 @@ def _refuse(layers: Sequence[LayerPlan], spec: TransformSpec, training: Training
         raise CheckFailed(
             f"no density matches the model's training FLOPs with {training.algorithm} at sparsity {spec.sparsity}: without a "
             f"single non-zero a step already costs {2 * float(floor_macs):,.0f} FLOPs, {float(floor_macs / dense):.3f}x the "
-            f"dense model's {2 * dense:,}",
+            f"dense model's {2 * float(dense):,.0f}",
             hint=hint,
         )
     dense = sum(p.dense_macs for p in layers)

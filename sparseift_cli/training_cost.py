@@ -92,30 +92,44 @@ def training_macs(
     return total
 
 
-def run_macs(layers: Sequence[LayerPlan], training: TrainingSpec, unit: int = 1) -> Fraction:
+def run_macs(layers: Sequence[LayerPlan], training: TrainingSpec, block: tuple[int, int] | None = None) -> Fraction:
     """Mean MACs of a training step over a run, to the non-zero: what the run will have spent, over its steps.
 
-    `training_macs` prices the means of the schedules; gradual pruning has a whole number of non-zeros at every step, so with
-    known steps those are added up. `unit`: the weights of a block, which are pruned together.
+    `training_macs` prices the means of the schedules. Gradual pruning has a whole number of non-zeros at every step, so with
+    known steps those are added up; and what `dense` opens are the weights that train and lie in whole blocks (`block`: rows,
+    columns).
     """
-    start, steps = START_DENSITY.get(training.algorithm), training.schedule.steps
-    if start is None or not steps:
+    gradual = training.algorithm in START_DENSITY and training.schedule.steps
+    if not gradual and training.algorithm != "dense":
         return training_macs(layers, training)
-    pruned = [plan for plan in layers if plan.status == "transformed"]
     total = training_macs([plan for plan in layers if plan.status != "transformed"], training)
-    for plan in pruned:
-        fixed, found = prices(plan, recompute=training.recompute)
-        total += fixed
-        for part in plan.parts:
-            if part.name in found:
-                first = max(part.nnz // unit, int(start * part.shape.weights / unit))
-                total += _gradual(found[part.name], part, training, first, unit) / steps
+    for plan in layers:
+        if plan.status == "transformed":
+            fixed, found = prices(plan, recompute=training.recompute)
+            total += fixed
+            for part in plan.parts:
+                if part.name in found:
+                    first = opened(plan, part, training.algorithm, block)
+                    unit = 1 if block is None else block[0] * block[1]
+                    total += _mean(found[part.name], part, training, first // unit, unit)
     return total
 
 
-def _gradual(price: Price, part: Part, training: TrainingSpec, first: int, unit: int) -> Fraction:
-    """MACs of all steps of a weight that is pruned from `first` units on. GraNet's updates need a dense weight gradient."""
-    schedule, steps = training.schedule, training.schedule.steps or 0
+def opened(plan: LayerPlan, part: Part, algorithm: Algorithm, block: tuple[int, int] | None) -> int:
+    """The non-zeros of a part at step 0: those attached, or more where the algorithm starts denser. A frozen weight keeps its."""
+    start = Fraction(1) if algorithm == "dense" else START_DENSITY.get(algorithm)
+    if start is None or part.dense or not plan.layer.grad_weight:
+        return part.nnz
+    rows, columns = block or (1, 1)
+    cells = min(part.shape.blocks(rows, columns), int(start * part.shape.weights / (rows * columns)))
+    return max(part.nnz, cells * rows * columns)
+
+
+def _mean(price: Price, part: Part, training: TrainingSpec, first: int, unit: int) -> Fraction:
+    """Mean MACs of a step of a weight that starts with `first` units. GraNet's updates need a dense weight gradient."""
+    schedule, steps = training.schedule, training.schedule.steps
+    if training.algorithm == "dense" or not steps:
+        return price.step * first * unit
     total = Fraction(0)
     for t in [*range(0, schedule.end, schedule.delta_t), schedule.end]:
         following = min(t + schedule.delta_t, schedule.end) if t < schedule.end else steps
@@ -123,7 +137,7 @@ def _gradual(price: Price, part: Part, training: TrainingSpec, first: int, unit:
         total += (following - t) * nnz * price.step
         if training.algorithm == "granet" and 0 < t < schedule.end:
             total += (part.shape.weights - nnz) * price.gradient
-    return total
+    return total / steps
 
 
 def training_macs_while_updating(layers: Sequence[LayerPlan], training: TrainingSpec) -> Fraction:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError, did_you_mean
@@ -66,14 +66,20 @@ def for_others(given: str) -> str:
     """How another person names the recipe at the absolute path `given`, as `find` takes it; any other text as it is.
 
     A shipped recipe by its name, also one of another machine's installation; a file below the working directory by its
-    path from there. The file is not looked at: `given` may be what a run of somebody else says of itself.
+    path from there; any other file of this machine as it is.
     """
-    path = PurePath(given)
+    path = Path(given)
     if path.suffix not in (".yaml", ".yml") or not path.is_absolute():
         return given
-    top, here = recipes_dir(), Path.cwd()
-    if path.is_relative_to(here) and not path.is_relative_to(top):
+    top = recipes_dir()
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # somebody deleted it
+        here = path
+    if path != here and path.is_relative_to(here) and not path.is_relative_to(top):
         return path.relative_to(here).as_posix()
+    if path.suffix != ".yaml" or (path.exists() and not path.is_relative_to(top)):
+        return given
     names = {p.relative_to(top).with_suffix("").as_posix() for p in top.glob("*/*.yaml")}
     name = "/".join(path.with_suffix("").parts[-2:])
     return name if path.parent.parent.name == "recipes" and name in names else given

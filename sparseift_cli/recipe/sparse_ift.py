@@ -28,6 +28,7 @@ MEMBERS = {
 }
 STEM = 64  # channels of the stem of both ResNets
 PROCESSES = 8
+BETWEEN = {"linear": "linear", "nonlinear_norelu": "norm", "nonlinear_relu": "activation"}  # uv_layer: U and V
 SHORTCUTS = "*.downsample.0"  # 1x1 convolutions, as the zoo's ResNets call them
 IGNORED = "the authors' launch script does not pass this on"
 REASONS = {
@@ -132,8 +133,9 @@ def _transform(member: str, sparsity: float, left: dict[str, Any], *, cifar: boo
     if member == "parallel":
         found["activation"] = "none" if cifar else "relu"
     elif member == "factorized":
-        found["inner"] = {"linear": "linear", "nonlinear_norelu": "norm", "nonlinear_relu": "activation"}[
-            str(left.pop("uv_layer", "linear"))]  # fmt: skip
+        between = str(left.pop("uv_layer", "linear"))
+        one_of("uv_layer", between, tuple(BETWEEN))
+        found["inner"] = BETWEEN[between]
     return found
 
 

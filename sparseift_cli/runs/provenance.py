@@ -21,8 +21,8 @@ from ..version import __version__
 SCHEMA = "sparseift.provenance/1"
 PACKAGES = ("torch", "numpy", "safetensors", "pydantic", "triton")
 BITS = {"device": "device", "threads": "CPU threads", "cpu_capability": "CPU capability", "versions.torch": "torch",
-        "processes": "processes"}  # fmt: skip
-"""What the bits of a result depend on, by dotted key, and what people call it."""
+        "processes": "processes", "versions.sparseift": "sparseift", "git.commit": "commit of sparseift"}  # fmt: skip
+"""What the bits of a result depend on, by dotted key, and what people call it. Another commit may transform otherwise."""
 
 
 def session(*, device: str, seed: int, data: Mapping[str, str] | None = None, command: Sequence[str] | None = None,

@@ -247,7 +247,7 @@ class _Builder:
             attributes=attributes,
             layouts=layouts,
             activations=self._activations(rows),
-            followers={row_name(r): seen for r in rows if r.weight and (seen := self.recorder.followers.get(r.weight))},
+            followers=self._followers(rows),
             contracted={
                 module: tuple(self._named(p) for p in dict.fromkeys(dims) if known(p))
                 for module, dims in self.recorder.contracted.items()
@@ -271,6 +271,12 @@ class _Builder:
             ),
             output=tree_map_only(Tensor, lambda t: tuple(int(d) for d in t.shape), _plain(self.trace.outputs[0])),
         )
+
+    def _followers(self, rows: list[Row]) -> dict[str, str]:
+        """The activation that reads a row's layer, where nothing else reads it as a summand."""
+        found = {row_name(r): self.recorder.followers.get(r.weight) for r in rows
+                 if r.weight and r.weight not in self.recorder.flow.summed}  # fmt: skip
+        return {name: activation for name, activation in found.items() if activation}
 
     def _activations(self, rows: list[Row]) -> dict[str, str]:
         """What follows each row: the next activation function that runs, or the last one where none does."""

@@ -73,10 +73,16 @@ def write(tensor: Tensor, parts: Parts) -> Tensor:
 
 
 def layer_of(tensor: Tensor) -> str | None:
-    """The weight whose product this is, with its bias and behind its norm at most: None for any other tensor."""
+    """The weight whose product this is: with its bias, behind its norm, and moved, sliced or pooled; None for any other."""
     behind = getattr(tensor, "_sparseift_layer", None)
     weights = [part for part in parts_of(tensor) if not part.startswith(VALUE)]
     return behind or (weights[0] if len(weights) == 1 and weights[0] != OPAQUE and NORM not in weights[0] else None)
+
+
+def _is_parameter(tensor: Tensor) -> bool:
+    """A bias, a scale: what belongs to the layer beside it."""
+    parts = parts_of(tensor)
+    return bool(parts) and all(part.startswith(VALUE) for part in parts)
 
 
 def normed(tensor: Tensor, out: Tensor) -> Tensor:
@@ -98,6 +104,7 @@ class Flow:
         self.streams: dict[str, Parts] = {}
         self.reads: dict[str, Parts] = {}
         self.exposed: set[str] = set()
+        self.summed: set[str] = set()  # keys of weights whose layer meets something else in a sum, a product or a list
         self.inside = 0  # norms on the stack of modules
 
     def enter_norm(self, path: str, args: Any) -> None:
@@ -132,7 +139,12 @@ class Flow:
             return
         shaped = [t for t in tensors if t.dim() and t.is_floating_point()]
         parts: Parts = frozenset().union(*map(parts_of, shaped))
-        if packet in _LINEAR or is_view(op) or (packet in _SCALED and len(shaped) == 1):
+        linear = packet in _LINEAR or is_view(op) or (packet in _SCALED and len(shaped) == 1)
+        carried = getattr(shaped[0], "_sparseift_layer", None) if linear and len(shaped) == 1 else None
+        met = [t for t in shaped if not _is_parameter(t)] if packet in _LINEAR or packet in _SCALED else []
+        if len(met) > 1:
+            self.summed |= {key for t in met if (key := layer_of(t))}
+        if linear:
             if len(shaped) > 1 and not all(map(parts_of, shaped)):
                 parts |= {OPAQUE}  # a constant, or the model's input
         elif parts:
@@ -141,6 +153,6 @@ class Flow:
             parts = frozenset([OPAQUE])
         for tensor in results:
             write(tensor, parts)
-            tensor._sparseift_layer = None  # type: ignore[attr-defined]  # y += x is y still, and no longer a layer's
+            tensor._sparseift_layer = carried  # type: ignore[attr-defined]  # y += x is y still, and no longer a layer's
             if tensor._base is not None and parts_of(tensor._base):  # y[:, :2] = x writes into y through a view
                 write(tensor._base, parts_of(tensor._base) | parts)

@@ -7,7 +7,8 @@ primitive ops that a LayerNorm or Linear turns into.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -155,7 +156,7 @@ def _layer_norm(
         for parameter in (weight, bias):
             if parameter is not None:
                 rules.tie(parameter.shape[-1 - i], size)
-    return rules.made(input, input.shape, weight, bias)
+    return normed(input, rules.made(input, input.shape, weight, bias))
 
 
 def _rms_norm(rules: ShapeRules, input: Tensor, normalized_shape: Any, weight: Any = None, *_: Any, **__: Any) -> Any:
@@ -236,13 +237,30 @@ def _embedding(rules: ShapeRules, input: Tensor, weight: Tensor, *_: Any, **__: 
 def _activation(name: str) -> Rule:
     """Behind a non-linearity, what reads an attention product no longer folds into it."""
 
-    def rule(rules: ShapeRules, input: Tensor, *_: Any, **options: Any) -> Any:
-        given = ",".join(f"{k}={v}" for k, v in options.items() if k != "inplace")
-        rules.recorder.activated(f"{name}:{given}" if given else name, input)
+    def rule(rules: ShapeRules, input: Tensor, *args: Any, **options: Any) -> Any:
+        rules.recorder.activated(_with_options(name, args, options), input)
         out = rules.made(input, input.shape)
         return mark(out, flags_of(out), makers_of(out) - {ATTENTION})
 
     return rule
+
+
+def _activation_in_place(name: str, op: Callable[..., Any]) -> Rule:
+    """`y.relu_()`: y stays the tensor that it is."""
+
+    def rule(rules: ShapeRules, input: Tensor, *args: Any, **options: Any) -> Any:
+        rules.recorder.activated(_with_options(name, args, options), input)
+        return op(input, *args, **options)
+
+    return rule
+
+
+def _with_options(name: str, args: Sequence[Any], options: Mapping[str, Any]) -> str:
+    """`leaky_relu:negative_slope=0.2`: a function of torch.nn.functional and what was given to it beside the input."""
+    names = list(signature(getattr(F, name)).parameters)[1:] if args else []
+    given = {**dict(zip(names, args, strict=False)), **options}
+    told = ",".join(f"{k}={v}" for k, v in given.items() if k != "inplace")
+    return f"{name}:{told}" if told else name
 
 
 def _dropout(rules: ShapeRules, input: Tensor, *_: Any, **__: Any) -> Any:
@@ -300,7 +318,8 @@ def _detach(rules: ShapeRules, input: Tensor) -> Any:
         return mark(input.view(input.shape), flags_of(input) & ~NEEDS_GRAD, makers_of(input))
 
 
-_ACTIVATIONS = ("relu", "relu6", "gelu", "silu", "hardswish", "mish", "elu", "selu", "leaky_relu")
+_ACTIVATIONS = ("relu", "relu6", "gelu", "silu", "hardswish", "hardtanh", "mish", "elu", "selu", "leaky_relu")
+_IN_PLACE = ("relu", "leaky_relu", "elu", "selu", "hardtanh")
 
 _RULES: dict[Any, Rule] = {
     **RECURRENT,
@@ -328,6 +347,8 @@ _RULES: dict[Any, Rule] = {
     **{getattr(F, name): _activation(name) for name in _ACTIVATIONS},
     torch.relu: _activation("relu"),
     Tensor.relu: _activation("relu"),
+    Tensor.relu_: _activation_in_place("relu", Tensor.relu_),
+    **{getattr(F, f"{n}_"): _activation_in_place(n, getattr(F, f"{n}_")) for n in _IN_PLACE},
     F.pad: _pad,
     F.interpolate: _interpolate,
     Tensor.__getitem__: _getitem,

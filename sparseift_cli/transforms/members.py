@@ -22,6 +22,7 @@ MODULES: dict[str, type[nn.Module]] = {
     "elu": nn.ELU,
     "selu": nn.SELU,
     "leaky_relu": nn.LeakyReLU,
+    "hardtanh": nn.Hardtanh,
 }
 
 

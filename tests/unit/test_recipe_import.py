@@ -319,6 +319,12 @@ def test_authors_parallel_blocks(tmp_path: Path, base: str, text: str, activatio
     assert left == {"conv1", *(f"layer{i}.0.downsample.0" for i in (2, 3, 4))}
 
 
+def test_authors_unknown_layer_between_factors(tmp_path: Path) -> None:
+    text = CIFAR.replace("sparse_wide", "sparse_factorized\nuv_layer: nonlinear_rleu")
+    with pytest.raises(UsageError, match="nonlinear_rleu"):
+        grid(tmp_path, CIFAR_BASE, text)
+
+
 def test_authors_dense_baseline_and_oddities(tmp_path: Path) -> None:
     ((_, recipe),) = grid(tmp_path, CIFAR_BASE, "seed: [0, 1]\nmodel: resnet_18\nblock_name: Block\n")
     assert (recipe.transform, recipe.spec.algorithm.name, recipe.spec.training.seeds) == ({}, "dense", (0, 1))

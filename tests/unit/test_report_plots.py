@@ -100,6 +100,15 @@ def test_two_seeds_have_no_interval_drawn() -> None:
     assert len(ends.collections) == 1 and ends.collections[0].get_color()[0].tolist()[:3] == list(to_rgb(style.INK))
 
 
+def test_runs_that_go_on_are_named_below() -> None:
+    going = [run("net_wide75", seed, dense=False, state="running") for seed in range(2)]
+    whole = tradeoff.accuracy_against_flops(family(report([run("net_dense", 0, dense=True), *going])))
+    assert [t.get_text() for t in whole.legends[0].get_texts()] == ["wide75 (n = 0)"]
+    assert [t.get_text() for t in whole.axes[0].get_yticklabels()] == ["dense\n3.000 GFLOPs, n = 1"]
+    (ways,) = tradeoff.accuracy_against_flops(family(report(going))).axes
+    assert len(lines_of(ways)) >= 1 and ways.get_ylabel() == "top-1 accuracy\n(%)"
+
+
 def test_the_dense_budget_is_that_of_most_runs() -> None:
     """One control that trains twice as long does not move the line."""
     runs = [run("net_dense", seed, dense=True) for seed in range(3)]

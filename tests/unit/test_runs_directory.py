@@ -108,6 +108,10 @@ def test_sessions_say_what_changed(tmp_path: Path) -> None:
     ]
     assert provenance.differences(elsewhere[0], elsewhere[1]) == []
     assert provenance.differences(elsewhere[1], elsewhere[2]) == ["device: H100 before, H200 now"]
+    newer = {**session, "git": {"commit": "c0ffee", "dirty": False}}
+    assert provenance.differences({**session, "git": {"commit": "beef", "dirty": False}}, newer) == [
+        "commit of sparseift: beef before, c0ffee now"
+    ]
     written = json.loads((run.path / "provenance.json").read_text())
     assert written["schema"] == "sparseift.provenance/1"
     assert len(written["sessions"]) == 3

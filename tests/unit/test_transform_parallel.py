@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -94,7 +95,76 @@ def test_without_a_norm_every_branch_has_an_activation_or_they_would_fold() -> N
     assert ends(PlainConvs(), 12) == {"b": ["LeakyReLU"], "c": ["ReLU"], "d": ["GELU"]}
 
 
-@pytest.mark.parametrize("norm", [nn.GroupNorm(4, 16), nn.InstanceNorm2d(16, affine=True), None], ids=str)
+class Layered(nn.Module):
+    """LayerNorm over the channels of an image, moved to the end and back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Used(nn.Module):
+    """A convolution with BatchNorm whose output goes to `use`, with the input of the convolution."""
+
+    def __init__(self, use: Callable[[Tensor, Tensor], Tensor], *, norm: bool = True) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.conv, self.norm = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16) if norm else nn.Identity()
+        self.head, self.use = nn.Linear(16, 10), use
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.stem(x)))
+        return self.head(self.use(self.norm(self.conv(x)), x).mean((2, 3)))
+
+
+def part_of(y: Tensor, x: Tensor) -> Tensor:
+    y[:, :8] += x[:, :8]
+    return F.relu(y)
+
+
+def flat_of(y: Tensor, x: Tensor) -> Tensor:
+    y.view(-1).add_(x.reshape(-1))
+    return F.relu(y)
+
+
+def in_place(y: Tensor, x: Tensor) -> Tensor:
+    y.relu_()
+    return y
+
+
+@pytest.mark.parametrize(
+    ("use", "last"),
+    [
+        (part_of, None),
+        (flat_of, None),
+        (lambda y, x: F.relu(y) + y, None),
+        (lambda y, x: F.relu(torch.cat([y, x], 1)[:, :16]), None),
+        (lambda y, x: F.relu(y + F.avg_pool2d(y, 3, 1, 1)), None),
+        (lambda y, x: F.relu(y) + x, "ReLU"),
+        (in_place, "ReLU"),
+        (lambda y, x: F.leaky_relu_(y, 0.2), "LeakyReLU(negative_slope=0.2)"),
+        (lambda y, x: F.hardtanh(y, 0, 6), "Hardtanh(min_val=0, max_val=6)"),
+        (lambda y, x: F.relu(0.5 * F.dropout(y, 0.1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2), "ReLU"),
+    ],
+)
+def test_what_else_reads_a_layer_decides(use: Callable[[Tensor, Tensor], Tensor], last: str | None) -> None:
+    new, _ = sparseift.transform(Used(use), torch.randn(2, 3, 8, 8), member="parallel", sparsity=0.75)
+    (member,) = (m for m in new.modules() if isinstance(m, SparseParallel))
+    found = [str(module) for module in member.branches[0].children()][2:]
+    assert [f.replace("0.0", "0").replace("6.0", "6").removesuffix("()") for f in found] == ([last] if last else [])
+
+
+def test_a_stream_that_is_normed_before_it_is_read_again_is_not_rectified() -> None:
+    def use(y: Tensor, x: Tensor) -> Tensor:
+        return F.relu(F.instance_norm(y)) + y
+
+    assert ends(Used(use, norm=False), 8) == {"conv": ["BatchNorm2d"]}
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(4, 16), nn.InstanceNorm2d(16, affine=True), Layered(), None], ids=str)
 def test_an_activation_behind_any_norm_is_seen(norm: nn.Module | None) -> None:
     assert ends(Normed(norm), 8) == {"conv": ["BatchNorm2d", "SiLU"]}
 

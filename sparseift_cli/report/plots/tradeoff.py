@@ -5,12 +5,13 @@ from __future__ import annotations
 import statistics
 import textwrap
 from collections import Counter
+from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .families import Family, Group, is_number, scaled
-from .style import INK, MUTED, house, new_figure
+from .style import INK, MUTED, house, legend_below, new_figure
 
 FEWEST = 3  # seeds that an interval is drawn of: two give one 12.7 deviations wide, which would squeeze all else
 _LETTERS = 22  # of a recipe's name on a line
@@ -33,30 +34,42 @@ def accuracy_against_flops(family: Family) -> Figure:
     short = family.metric_name.partition(" (")[0]
     ended = [group for group in family.groups if group.finals(family.metric)]
     labels = [_named(group, family.metric, divisor, unit) for group in ended]
-    tallest = max((label.count("\n") + 1 for label in labels), default=1)
-    above = _AROUND + _LINE * tallest * max(1, len(ended))
+    above = _AROUND + _LINE * len(labels) * max((label.count("\n") + 1 for label in labels), default=0)
     with house():
-        figure, (ends, ways) = new_figure(f"{family.title}: {short} by FLOPs", above + _WAYS, rows=2, same_x=False,
-                                          heights=(above, _WAYS))  # fmt: skip
-        for place, group in enumerate(ended):
-            _draw_end(ends, group, family.metric, place)
-        ends.set_yticks(range(len(ended)), labels)
-        ends.set_ylim(max(len(ended), 1) - 0.5, -0.5)
-        ends.tick_params(axis="y", length=0)
-        ends.grid(axis="y", visible=False)
-        ends.set_title("at the end: mean and seeds")
-        ends.set_xlabel(family.axis.replace("\n", " "))
-        ends.ticklabel_format(axis="x", style="plain", useOffset=False)
-        ends.locator_params(axis="x", nbins=5)
+        rows = (above, _WAYS) if ended else (_WAYS,)
+        figure, axes = new_figure(
+            f"{family.title}: {short} by FLOPs", sum(rows), rows=len(rows), same_x=False, heights=rows
+        )
+        if ended:
+            _draw_ends(axes[0], ended, family, labels)
+        ways = axes[-1]
         for group in family.groups:
             _draw_way(ways, group, family.metric, divisor)
         if budget is not None:
             ways.axvline(budget / divisor, color=INK, linewidth=0.9, linestyle=":", zorder=1, label="dense budget")
-        ways.set_title("on the way; dotted: the dense budget")
+        ways.set_title("on the way" + ("; dotted: the dense budget" if budget is not None else ""))
         ways.set_xlabel(f"training FLOPs spent ({unit})")
         ways.set_ylabel(family.axis)
         ways.set_xlim(left=0)
+        named = {group.label for group in ended} | {"dense budget"}
+        unnamed = [
+            (line, name) for line, name in zip(*ways.get_legend_handles_labels(), strict=True) if name not in named
+        ]
+        legend_below(figure, [line for line, _ in unnamed], [name for _, name in unnamed])
     return figure
+
+
+def _draw_ends(axes: Axes, ended: Sequence[Group], family: Family, labels: Sequence[str]) -> None:
+    for place, group in enumerate(ended):
+        _draw_end(axes, group, family.metric, place)
+    axes.set_yticks(range(len(ended)), labels)
+    axes.set_ylim(len(ended) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+    axes.set_title("at the end: mean and seeds")
+    axes.set_xlabel(family.axis.replace("\n", " "))
+    axes.ticklabel_format(axis="x", style="plain", useOffset=False)
+    axes.locator_params(axis="x", nbins=5)
 
 
 def dense_budget(family: Family) -> float | None:
@@ -80,8 +93,8 @@ def described(family: Family) -> str:
 
 def _named(group: Group, metric: str, divisor: float, unit: str) -> str:
     """A recipe on the axis: its name, what it spent, and the number of seeds."""
-    flops = statistics.fmean(f for f, _ in group.finals(metric))
-    return f"{textwrap.fill(group.short, _LETTERS)}\n{flops / divisor:#.4g} {unit}, n = {len(group.counted)}"
+    spent = [flops for flops, _ in group.finals(metric)]
+    return f"{textwrap.fill(group.short, _LETTERS)}\n{statistics.fmean(spent) / divisor:#.4g} {unit}, n = {len(spent)}"
 
 
 def _draw_end(axes: Axes, group: Group, metric: str, place: int) -> None:
@@ -105,4 +118,4 @@ def _draw_way(axes: Axes, group: Group, metric: str, divisor: float) -> None:
     look = group.look
     if points:
         axes.plot(*zip(*points, strict=True), color=look.color, linestyle=look.dashes, marker=look.marker, markersize=4,
-                  markevery=max(1, len(points) // 10))  # fmt: skip
+                  markevery=max(1, len(points) // 10), label=group.label)  # fmt: skip
