@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..errors import UsageError
@@ -75,6 +76,12 @@ def trace(model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any] |
             tensors = [t for t in tree_leaves((inputs, dict(kwargs or {}))) if isinstance(t, Tensor)]
             shapes = ", ".join("x".join(map(str, t.shape)) for t in tensors)
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+                raise UsageError(
+                    f"{name} computes with the values of tensors, not with their shapes alone ({first_line}), so its FLOPs are "
+                    "not known before it runs",
+                    hint="no .item(), .tolist(), `if tensor` or indexing by a mask in forward; torch.where keeps shapes",
+                ) from error
             raise UsageError(
                 f"{name} does not run on input {shapes}: {type(error).__name__}: {first_line}",
                 hint="give the input that the model expects: --input 3x224x224, or --seq 128 for token ids",

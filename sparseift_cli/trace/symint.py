@@ -28,6 +28,8 @@ class Facts:
     fake_tensor_cache: dict[Any, Any]
     settings = None
     _translation_validation_enabled = False
+    allow_scalar_outputs = False  # what is computed, no trace of shapes knows
+    allow_dynamic_output_shape_ops = False
     pending_fresh_unbacked_symbols: Sequence[Any] = ()
 
     def __init__(self) -> None:

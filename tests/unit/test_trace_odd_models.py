@@ -376,3 +376,22 @@ def test_a_forward_that_needs_the_real_dynamo_gets_it(body: str) -> None:
     """In a process of its own: one test that loads torch._dynamo would hide it from the rest."""
     done = subprocess.run([sys.executable, "-c", FRESH.format(body=body)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda y: y * y.sum().item(),
+        lambda y: y if y.sum() > 0 else -y,
+        lambda y: y[y.sum(1) > 0],
+        lambda y: y[(y > 0).any(1).nonzero().flatten()],
+        lambda y: torch.cat(y.split(torch.bincount(torch.tensor([0, 1])).tolist(), 0)),
+    ],
+    ids=["item", "branch", "mask", "nonzero", "tolist"],
+)
+def test_a_forward_that_depends_on_values_is_refused_in_words(use: Callable[[Tensor], Tensor]) -> None:
+    """It was `does not run on input`, with an AttributeError of a class of ours."""
+    net = Net(lambda s, x: s.c(use(torch.relu(s.a(x)))), a=nn.Linear(8, 16), c=nn.Linear(16, 4))
+    with pytest.raises(UsageError, match="computes with the values of tensors") as error:
+        layer_table(net, (torch.zeros(2, 8),), name="net", input_shape=(2, 8))
+    assert "torch.where" in (error.value.hint or "")
