@@ -236,6 +236,9 @@ def test_the_command_names_a_recipe_as_others_can(tmp_path: Path, monkeypatch: p
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     shipped, elsewhere = recipes_dir() / "quickstart" / "digits_mlp_dense.yaml", tmp_path / "b.yaml"
+    edited = tmp_path / "recipes" / "resnet18" / "wide90_rigl.yaml"  # somebody's own, called as a shipped one
+    edited.parent.mkdir(parents=True)
+    edited.touch()
     given = {
         str(shipped): "quickstart/digits_mlp_dense",
         "/usr/lib/python3/sparseift_cli/recipes/resnet18/wide90_rigl.yaml": "resnet18/wide90_rigl",
@@ -243,6 +246,8 @@ def test_the_command_names_a_recipe_as_others_can(tmp_path: Path, monkeypatch: p
         str(Path.cwd() / "mine" / "a.yaml"): "mine/a.yaml",
         str(Path.cwd() / "recipes" / "resnet18" / "dense.yaml"): "recipes/resnet18/dense.yaml",
         str(elsewhere): str(elsewhere),
+        str(edited): str(edited),
+        "/usr/lib/recipes/resnet18/wide90_rigl.yml": "/usr/lib/recipes/resnet18/wide90_rigl.yml",
         "c.yaml": "c.yaml",
         f"data.root={tmp_path}": f"data.root={tmp_path}",
         "model.name=a//b.yaml": "model.name=a//b.yaml",

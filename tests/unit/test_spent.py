@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import sparseift_cli as sparseift
+from sparseift_cli.errors import CheckFailed
 from sparseift_cli.flop_audit import audit
 from sparseift_cli.spec import TrainingSpec
 from sparseift_cli.train.spent import Spent
@@ -96,3 +97,21 @@ def test_odd_schedules(algorithm: str, steps: int, delta_t: int, stop: str) -> N
     training = TrainingSpec(algorithm=algorithm, steps=steps, delta_t=delta_t, stop=stop)
     spent, audited = both(frozen(), algorithm, training, sparsity="0.5")
     assert spent == audited
+
+
+def test_a_training_budget_with_fractions_is_refused_in_whole_flops() -> None:
+    """A layer that is called twice, on the input and behind itself, computes half of its input gradients."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(torch.relu(self.b(torch.relu(self.a(torch.relu(self.a(x)))))))
+
+    training = TrainingSpec(algorithm="snfs", steps=10)
+    with pytest.raises(CheckFailed, match=r"the dense model's [\d,]+$"):
+        sparseift.transform(
+            Twice(), torch.randn(2, 16), member="factorized", sparsity="0.9", match="train", training=training
+        )
