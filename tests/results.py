@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from sparseift_cli.recipe.catalog import shipped
+from sparseift_cli.recipe.durations import in_words
 from sparseift_cli.recipe.load import load
 from sparseift_cli.recipe.write import flow, resolved_yaml
 from sparseift_cli.report import frame as frames
@@ -104,8 +105,7 @@ def _page(report: Report, drawn: Mapping[str, tuple[str, str]], shown: str, thou
 
 
 def _heading(row: Mapping[str, Any]) -> str:
-    count = f"{row['epochs']:g}" if isinstance(row["epochs"], float) and row["epochs"] >= 1 else ""
-    epochs = f"{count} epoch{'' if count == '1' else 's'}, " if count else ""
+    epochs = f"{in_words(row['epochs'], 'epoch')}, " if isinstance(row["epochs"], float) and row["epochs"] >= 1 else ""
     return f"## {str(row['model']).rpartition(':')[2]} on {row['data']}, {epochs}{row['steps']:,} steps"
 
 

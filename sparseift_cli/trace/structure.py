@@ -36,7 +36,7 @@ class Structure:
     tuple or None); an owner is a module or a configuration object, as in `config`. `layouts` say how a width is taken
     apart and put together by views, concatenations and slices. `activations` name what follows a row: a function of
     torch.nn.functional, or `module:` and the path of an activation module; `followers` those alone that read a row, or its
-    norm, as it is: of no row that a residual stream takes. `contracted` are the dims that attention
+    norm, moved, sliced or pooled at most: of no row that a sum or a list takes too. `contracted` are the dims that attention
     products sum over, by the module that runs them. `queries`: weight key -> index of the query in a fused projection;
     `scores`: the same keys -> the product that the query goes into.
 

@@ -162,3 +162,9 @@ def test_version_and_help(sparseift) -> None:
     assert sparseift("--version")[1].startswith("sparseift ")
     for command in ((), ("flops",), ("inspect",)):
         assert "Usage" in sparseift(*command, "--help")[1]
+
+
+def test_what_trains_without_masks_says_that_its_non_zeros_are_the_plans(sparseift) -> None:
+    told = "Trained without masks"
+    assert told in sparseift("flops", "resnet18_cifar100/wide75_unmasked", "--summary")[1]
+    assert told not in sparseift("flops", "resnet18_cifar100/wide75_rigl", "--summary")[1]

@@ -23,9 +23,9 @@ def accuracy_against_flops(family: Family) -> Figure:
     """Above, where runs ended; below, how they got there.
 
     Above: a line for each recipe, with the FLOPs that it spent; every counted run a small hollow mark, their mean a large one
-    with its 95 % interval over the seeds. Iso-FLOP runs stand at one place of an axis of FLOPs, one over the other. Below:
-    the mean of the seeds at every evaluation, FLOPs from 0. x: training FLOPs spent, forward, backward and mask updates; y:
-    the family's metric. The dotted line is the dense model's budget: iso-FLOP runs end on it.
+    with its 95 % interval over `FEWEST` seeds or more. Iso-FLOP runs stand at one place of an axis of FLOPs, one over the
+    other. Below: the mean of the seeds at every evaluation, FLOPs from 0. x: training FLOPs spent, forward, backward and mask
+    updates; y: the family's metric. The dotted line is the dense model's budget: iso-FLOP runs end on it.
     """
     spent = (line.get("flops") for g in family.groups for r in g.runs for line in r.metrics)
     largest = max(filter(is_number, spent), default=0)
@@ -66,7 +66,7 @@ def _draw_ends(axes: Axes, ended: Sequence[Group], family: Family, labels: Seque
     axes.set_ylim(len(ended) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
-    axes.set_title("at the end: mean and seeds")
+    axes.set_title(f"mean, seeds, 95 % interval (n ≥ {FEWEST})")
     axes.set_xlabel(family.axis.replace("\n", " "))
     axes.ticklabel_format(axis="x", style="plain", useOffset=False)
     axes.locator_params(axis="x", nbins=5)
