@@ -58,7 +58,7 @@ class Audit:
     dense: Totals
     plan: Plan | None = None
     transformed: Totals | None = None
-    training_while_updating: Fraction | None = None
+    training_while_updating: Fraction | None = None  # RigL's mean step while masks change; else that of the whole run
 
     @property
     def forward_ratio(self) -> Fraction | None:
@@ -156,7 +156,10 @@ def audit(
         activations=sum(row.activations for row in plan.layers),
         nonzero_params=stored - sum(row.weights - row.nnz for row in plan.layers),
     )
-    return Audit(table, causal, training, dense, plan, transformed, training_macs_while_updating(plan.layers, training))
+    updating = transformed.training_macs
+    if training.algorithm == "rigl":
+        updating = training_macs_while_updating(plan.layers, training)
+    return Audit(table, causal, training, dense, plan, transformed, updating)
 
 
 def with_causal(table: LayerTable, causal: str) -> LayerTable:

@@ -296,7 +296,5 @@ def mean_step(algorithm: Algorithm, schedule: Schedule, sparse: StepCost, dense:
 
 
 def updating_step(algorithm: Algorithm, schedule: Schedule, sparse: StepCost, dense: StepCost) -> Fraction:
-    """The mean step of RigL while its masks still change (elsewhere: the mean step of the whole run)."""
-    if algorithm != "rigl":
-        return mean_step(algorithm, schedule, sparse, dense)
+    """The mean step of RigL, whatever `algorithm` says, while its masks still change."""
     return sparse.total + Fraction(dense.grad_weight - sparse.grad_weight) / schedule.delta_t

@@ -141,5 +141,5 @@ def _mean(price: Price, part: Part, training: TrainingSpec, first: int, unit: in
 
 
 def training_macs_while_updating(layers: Sequence[LayerPlan], training: TrainingSpec) -> Fraction:
-    """The mean step while masks still change (RigL's first `stop` part of a run)."""
+    """RigL's mean step while masks still change: the first `stop` part of a run."""
     return training_macs(layers, training, mean=updating_step)

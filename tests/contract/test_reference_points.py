@@ -184,6 +184,7 @@ def test_gradual_pruning_of_a_known_length_is_counted_to_the_non_zero(algorithm:
                 if algorithm == "granet" and 0 < t < end and t % delta_t == 0 and not part.dense:
                     total += row.uses * (part.shape.weights - nnz) * row.layer.grad_weight
     assert result.transformed.training_macs * steps == total
+    assert result.training_while_updating == result.transformed.training_macs
 
 
 @pytest.mark.parametrize(("sparsity", "expected", "dense_layers"), [
