@@ -15,12 +15,13 @@ from .guard import state_of
 from .quick_exchange import NUMBERS, Exchange, exchange_numbers, in_groups, quick_exchange
 from .side_by_side import branches
 from .sparsifier import Sparsifier
+from .words import as_words
 
 
 class GraphedUpdate:
     """The update of a `Sparsifier` whose numbers of non-zeros stay as they are.
 
-    Recording:  `keep_gradients()`, mask them, the optimiser's step, `exchange(found_inf)`.
+    Recording:  `mask_gradients(whole)`, the optimiser's step, `exchange(found_inf)`.
     Each time:  `feed()`, replay, `settle()`.
 
     A weight that becomes infinite in the very step of an update is told by the loss of the next one.
@@ -50,16 +51,23 @@ class GraphedUpdate:
     # --- recorded ---
 
     @torch.no_grad()
-    def keep_gradients(self) -> None:
-        """Copy the dense gradients that the exchange looks at, before they are masked."""
-        if self._sparsifier.settings.algorithm.uses_gradient:
-            held = ((i, w.parameter.grad) for i, w in enumerate(self._weights))
-            self._gradients = {i: grad.clone() for i, grad in held if grad is not None}
+    def mask_gradients(self, *, whole: bool) -> None:
+        """Mask what the optimiser will see, and keep the dense gradients that the exchange looks at.
+
+        `whole`: where a mask moves, let the optimiser see the dense gradient. It treats every weight by itself, and the
+        exchange puts to zero whatever was moved outside of the old mask or the new one: no copy is needed, and no product.
+        Clipping would see it too, in the norm.
+        """
+        uses = self._sparsifier.settings.algorithm.uses_gradient
+        dense = {i: w.parameter.grad for i, w in enumerate(self._weights) if w.parameter.grad is not None}
+        # a layer without a part in this step has no gradient to grow by
+        self._moving = [i for i, most in enumerate(self._most) if most and (i in dense or not uses)]
+        self._gradients = {i: g if whole else g.clone() for i, g in dense.items()} if uses else {}
+        self._sparsifier.mask_gradients(but={self._weights[i] for i in self._moving} if whole else ())
 
     @torch.no_grad()
     def exchange(self, found_inf: Tensor) -> None:
         """Exchange weights in every mask; none where `found_inf`, the optimiser's flag, is set."""
-        self._moving = [i for i, most in enumerate(self._most) if most and not self._blind(i)]
         if not self._moving:
             return
         told = [self._exchange_group(self._moving[group.start : group.stop], found_inf)
@@ -75,8 +83,10 @@ class GraphedUpdate:
         with branches(device) as branch:
             for k, i in enumerate(group):
                 with branch(k):
-                    facts = sparsifier.chosen_by(self._weights[i], self._gradient(i), self._numbers[i, NUMBERS])
-                wanted.append(Exchange(*facts, self._numbers[i, :NUMBERS], self._most[i], sparsifier.settings.regrow))
+                    own = self._numbers[i]
+                    wanted.append(sparsifier.quick_exchange_of(
+                        self._weights[i], self._gradient(i), own[NUMBERS], own[:NUMBERS], self._most[i]
+                    ))  # fmt: skip
         cells, doubts = quick_exchange(wanted)
         sure = (doubts == 0) & (found_inf == 0)
         with branches(device) as branch:
@@ -84,8 +94,9 @@ class GraphedUpdate:
                 w = self._weights[i]
                 before = w.churned_now
                 with branch(k):
-                    new = torch.where(sure[k], cells[k], wanted[k].mask)
-                    w.become(new, state_of(sparsifier.optimizer, w.parameter), nnz=w.nnz)
+                    new, old = as_words(cells[k], wanted[k].mask)
+                    torch.where(sure[k], new, old, out=new)
+                    w.become(cells[k], state_of(sparsifier.optimizer, w.parameter), nnz=w.nnz)
                 churned.append(torch.as_tensor(w.churned_now))
                 w.churned_now = before  # a recording computes nothing: `settle` brings the number
         return doubts, torch.stack(churned)
@@ -122,10 +133,6 @@ class GraphedUpdate:
                     w.churned_now = churned
         sparsifier.count_step(dense_gradients=sparsifier.settings.algorithm.uses_gradient)
         return True
-
-    def _blind(self, i: int) -> bool:
-        """A layer without a part in this step has no gradient to grow by."""
-        return self._sparsifier.settings.algorithm.uses_gradient and i not in self._gradients
 
     def _gradient(self, i: int) -> Tensor | None:
         return self._gradients.get(i)

@@ -6,7 +6,7 @@ So a network's masks cost one wait, for all of these numbers together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from .exchange import GROWS, Regrow
 from .memory_order import flat, unflat
 from .quick_selection import Search, highest, search_numbers
 from .side_by_side import branches
+from .words import as_words
 
 NUMBERS = 8
 AT_ONCE = 1 << 27  # places: 2.7 GB
@@ -34,6 +35,8 @@ class Exchange:
     most: int
     """No more places than that are exchanged."""
     regrow: Regrow = "allow"
+    drop_by: Callable[[Tensor], Tensor] | None = None
+    """Makes scores [*] of `drop_scores` [*], where these are none yet: only active places need them."""
 
 
 def exchange_numbers(size: int, active: int, n: int, key: int, regrow: Regrow) -> list[int]:
@@ -70,7 +73,8 @@ def quick_exchange(wanted: Sequence[Exchange]) -> tuple[list[Tensor], Tensor]:
         for k, w in each:
             with branch(k):
                 places = torch.nonzero_static(flat(w.mask, w.mask), size=w.active).view(-1)
-                scores = flat(w.drop_scores, w.mask)[places].neg_()
+                scores = flat(w.drop_scores, w.mask)[places]
+                scores = (scores if w.drop_by is None else w.drop_by(scores)).neg_()
             drops.append(Search(scores, w.numbers[: NUMBERS // 2], w.most, w.mask, places))
     lost, doubts = highest(drops, low_lots=True)
     grows, kept = list[Search](), list[Tensor]()
@@ -80,12 +84,13 @@ def quick_exchange(wanted: Sequence[Exchange]) -> tuple[list[Tensor], Tensor]:
                 held, places = flat(w.mask, w.mask), drops[k].places
                 assert places is not None
                 kept.append(held.scatter(0, places, ~lost[k]))
-                barred = held if w.regrow == "forbid" else kept[k]
-                scores = flat(w.grow_scores, w.mask).masked_fill(barred, -torch.inf)
-            grows.append(Search(scores, w.numbers[NUMBERS // 2 :], w.most, w.mask))
+                scores = flat(w.grow_scores, w.mask)
+            barred = held if w.regrow == "forbid" else kept[k]
+            grows.append(Search(scores, w.numbers[NUMBERS // 2 :], w.most, w.mask, barred=barred))
     grown, more = highest(grows)
     with branches(device) as branch:
         for k, _ in each:
             with branch(k):
-                grown[k].logical_or_(kept[k])
+                new, stayed = as_words(grown[k], kept[k])
+                new |= stayed
     return [unflat(new, w.mask) for new, w in zip(grown, wanted, strict=True)], doubts.add_(more)

@@ -20,11 +20,15 @@ from torch import Tensor
 from ..randomness import mix, seeds
 from .memory_order import row_major
 from .side_by_side import branches
+from .words import as_words, count
 
-SAMPLE = 4094  # scores of a tensor that are looked at; with the two ends 4,096, which one kernel sorts for all tensors
+SAMPLE = 4094  # scores of a sample; with the two ends 4,096, which one kernel sorts for all samples of all tensors
+SAMPLES = 4  # of a tensor: the mean of their pivots is twice as sharp as one, and half as many scores lie between two
 _SMALL = 1 << 16  # scores that are sorted whole
 _SIGMAS = 5  # from the expected place in the sample to each pivot
-_TIES = 1 / 32  # of all scores: what may lie between the pivots because many are equal (bfloat16 has 128 an octave)
+_TIES = 1 / 64  # of all scores: what may lie between the pivots because many are equal (bfloat16 has 128 an octave)
+_BITS = 30
+_GOLDEN = 663608941  # 2^30 / golden ratio, odd
 _LOWEST = torch.iinfo(torch.int64).min
 _HIGHEST = torch.iinfo(torch.int64).max
 _LEAST = torch.finfo(torch.float32).min  # of scores that are not -inf
@@ -32,7 +36,7 @@ _LEAST = torch.finfo(torch.float32).min  # of scores that are not -inf
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """Take the n highest of `scores` [N], float32 without NaN. Scores of -inf stand for what may not be taken."""
+    """Take the n highest of `scores` [N], float32 without NaN."""
 
     scores: Tensor
     numbers: Tensor
@@ -43,6 +47,8 @@ class Search:
     """The tensor of whose places these are the scores."""
     places: Tensor | None = None
     """Which of its places [N], in memory order; None: all of them."""
+    barred: Tensor | None = None
+    """Which of the scores [N] may not be taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +69,7 @@ def search_numbers(size: int, n: int, key: int) -> list[int]:
     if size <= _SMALL:
         return [n, key, 0, SAMPLE + 1]
     share = min(max(n / size, 0.0), 1.0)
-    margin = _SIGMAS * sqrt(SAMPLE * share * (1 - share)) + 2
+    margin = _margin(share)
     first, last = floor(share * SAMPLE - margin), ceil(share * SAMPLE + margin)
     return [n, key, max(0, first + 1), min(last, SAMPLE) + 1]
 
@@ -101,23 +107,52 @@ def highest(searches: Sequence[Search], *, low_lots: bool = False) -> tuple[list
 
 def _pivots(searches: Sequence[Search], numbers: Tensor) -> Tensor:
     """Two scores for each search, [len(searches), 2], between which its n-th highest almost surely lies."""
-    samples = torch.empty(len(searches), SAMPLE + 2, dtype=torch.float32, device=numbers.device)
-    samples[:, 0].fill_(torch.inf)
-    samples[:, -1].fill_(-torch.inf)
-    spots = torch.arange(SAMPLE, device=numbers.device)
+    shape = len(searches), SAMPLES, SAMPLE + 2
+    samples = torch.empty(shape, dtype=torch.float32, device=numbers.device)
+    shares = looks(numbers.device)
     with branches(numbers.device) as branch:
         for k, search in enumerate(searches):
             with branch(k):
-                torch.index_select(search.scores, 0, spots * len(search.scores) // SAMPLE, out=samples[k, 1:-1])
-    return samples.sort(dim=1, descending=True).values.gather(1, numbers[:, 2:]).clamp_(min=_LEAST)
+                looked = spots(len(search.scores), shares)
+                own = torch.index_select(search.scores, 0, looked, out=samples[k].view(-1))
+                if search.barred is not None:
+                    own.masked_fill_(search.barred[looked], -torch.inf)
+    samples[..., 0].fill_(torch.inf)
+    samples[..., -1].fill_(-torch.inf)
+    ranks = numbers[:, None, 2:].expand(-1, SAMPLES, -1)
+    return samples.sort(dim=2, descending=True).values.gather(2, ranks).mean(1).clamp_(min=_LEAST)
+
+
+def looks(device: torch.device | str) -> Tensor:
+    """int64 [SAMPLES * (SAMPLE + 2)]: where each sample looks, one after the other, as shares of the scores in 2^-_BITS.
+
+    Multiples of the golden ratio modulo 1: every stretch of them lies evenly, and none falls in step with a weight's rows or
+    channels, as equal distances do where sizes are powers of two.
+    """
+    return torch.arange(SAMPLES * (SAMPLE + 2), device=device).mul_(_GOLDEN).bitwise_and_((1 << _BITS) - 1)
+
+
+def spots(size: int, shares: Tensor) -> Tensor:
+    """Which of `size` scores (2^33 at most) stand at these `looks` [*]."""
+    return (shares * size).bitwise_right_shift_(_BITS)
+
+
+def _margin(share: float) -> float:
+    """How far from its expected rank in a sample a pivot is taken."""
+    return _SIGMAS * sqrt(SAMPLE * share * (1 - share) / SAMPLES) + 2
 
 
 def _between(search: Search, pivots: Tensor) -> _Candidates:
     scores, size = search.scores, len(search.scores)
     high, low = pivots[:1], pivots[1:]
     chosen = torch.empty(size + 1, dtype=torch.bool, device=scores.device)
-    above = torch.gt(scores, high, out=chosen[:-1])
-    found = torch.nonzero_static((scores >= low) > above, size=_room(size, search.most) + 1, fill_value=size).view(-1)
+    above, between = torch.gt(scores, high, out=chosen[:-1]), scores >= low
+    upper, lower, *barred = as_words(above, between, *(() if search.barred is None else (search.barred,)))
+    for taboo in barred:
+        lower ^= lower & taboo
+        upper &= lower
+    lower ^= upper  # what lies above the high pivot lies above the low one
+    found = torch.nonzero_static(between, size=_room(size, search.most) + 1, fill_value=size).view(-1)
     somewhere = found.clamp(max=size - 1)
     whose = somewhere if search.places is None else search.places[somewhere]
     seeded = seeds(search.numbers[1], row_major(whose, search.like))
@@ -129,7 +164,7 @@ def _room(size: int, most: int) -> int:
     if size <= _SMALL:
         return size
     share = min(most / size, 0.5)
-    widest = 2 * (_SIGMAS * sqrt(SAMPLE * share * (1 - share)) + 2) + _SIGMAS * SAMPLE**0.25
+    widest = 2 * _margin(share) + _SIGMAS * SAMPLE**0.25
     return min(size, int((widest / SAMPLE + _TIES) * size))
 
 
@@ -143,10 +178,7 @@ def _ranks(scores: Tensor, seeded: Tensor, *, low_lots: bool) -> Tensor:
 
 def _take(candidates: _Candidates, n: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
     """Complete `chosen` with the first of those between the pivots; how many lay above them, and how many these are."""
-    certain = candidates.chosen[:-1]
-    above = certain.sum(
-        dtype=torch.int32 if len(certain) < 1 << 31 else torch.int64
-    )  # it copies them to that dtype first
+    above = count(*as_words(candidates.chosen[:-1]))
     wanted = n - above
     last = ranks.sort(descending=True).values.gather(0, (wanted - 1).clamp_(0, len(ranks) - 1).view(1))
     # what does not exist is never taken, and nothing is where the ones above are enough

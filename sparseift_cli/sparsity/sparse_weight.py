@@ -17,6 +17,7 @@ from .guard import multiply_
 from .layout import Block, Layout, NofM, parse_pattern
 from .mask import generator_for
 from .saliency import MaskLayout
+from .words import as_words, count, invert_
 
 Fill = str | Callable[[str, Tensor], Tensor]
 
@@ -89,17 +90,20 @@ class SparseWeight:
     def become(self, cells: Tensor, state: Iterable[Tensor] = (), nnz: int | None = None) -> None:
         """Give the weight the mask with these active cells, `nnz` weights in all where the caller knows it.
 
-        What it loses becomes zero, in the optimiser's `state` too. What it gains is zero already, everywhere: inactive
-        weights and their state always are.
+        What it loses becomes zero, in the optimiser's `state` too. So does what it gains, which is zero already unless
+        the optimiser has just seen a gradient that was not masked.
         """
-        new = self.mask_of_cells(cells)
-        self.churned_now = (new > self.mask).count_nonzero()
+        new, lost = self.mask_of_cells(cells), torch.empty_like(self.mask)
+        before, after, inactive = as_words(self.mask, new, lost)
+        self.churned_now = count(after & (after ^ before))
+        invert_(torch.bitwise_and(before, after, out=inactive))
+        for tensor in (self.parameter, *state):
+            tensor.masked_fill_(lost, 0)
         self._take(new, nnz)
-        self.clear(state)
 
     @torch.no_grad()
     def clear(self, state: Iterable[Tensor] = ()) -> None:
-        """Zero at every inactive place: after a change of the mask, or an optimiser that does not leave it so."""
+        """Zero at every inactive place: after an optimiser that does not leave it so."""
         tensors = [self.parameter, *state]
         multiply_(tensors, [self.factor] * len(tensors))
 
@@ -132,5 +136,6 @@ class SparseWeight:
     def _take(self, new: Tensor, nnz: int | None = None) -> None:
         self.mask.copy_(new)
         self.factor.copy_(new.view(torch.uint8))  # several times as fast as from booleans
-        self.ever |= new
+        ever, active = as_words(self.ever, new)
+        ever |= active
         self.nnz = int(new.count_nonzero()) if nnz is None else nnz

@@ -17,7 +17,7 @@ it (1 - .9) / sqrt(1 - .999) = 3.16 times the learning rate, whatever the gradie
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -167,9 +167,10 @@ class Sparsifier:
         return not self.settings.exchanges_at(t) and not self._down(t + 1)
 
     @torch.no_grad()
-    def mask_gradients(self) -> None:
-        """Multiply every gradient by its mask, in place."""
-        live = [(w.parameter.grad, w.factor) for w in self.weights if w.nnz < w.factor.numel() or w.moves]
+    def mask_gradients(self, but: Collection[SparseWeight] = ()) -> None:
+        """Multiply every gradient by its mask, in place; `but` those of these weights."""
+        live = [(w.parameter.grad, w.factor) for w in self.weights
+                if (w.nnz < w.factor.numel() or w.moves) and w not in but]  # fmt: skip
         pairs = [(g, factor) for g, factor in live if g is not None]
         multiply_([g for g, _ in pairs], [factor for _, factor in pairs])
 
@@ -295,9 +296,9 @@ class Sparsifier:
         numbers = on_device(rows, weights[0].parameter.device)
         cells, doubts = list[Tensor](), list[Tensor]()
         for group in in_groups([w.places for w in weights]):
-            chosen = [self.chosen_by(weights[i], pending.gradients.get(weights[i].name), keys[i][0]) for i in group]
             found, doubted = quick_exchange([
-                Exchange(*facts, numbers[i], drops[i], regrow) for i, facts in zip(group, chosen, strict=True)
+                self.quick_exchange_of(weights[i], pending.gradients.get(weights[i].name), keys[i][0], numbers[i], drops[i])
+                for i in group
             ])  # fmt: skip
             cells += found
             doubts.append(doubted)
@@ -306,16 +307,20 @@ class Sparsifier:
 
     def exchange_of(self, w: SparseWeight, t: int, gradient: Tensor | None) -> Arguments:
         """The arguments of `exchange` for a weight at the update of step `t`."""
-        keys = self.keys_of(w, t)
-        return (*self.chosen_by(w, gradient, keys[0]), self.settings.drops(w.active, t), keys[1], self.settings.regrow)
+        (grows, ties), settings = self.keys_of(w, t), self.settings
+        drop = w.cells(settings.algorithm.drop_scores(w.parameter))
+        grow = w.cells(settings.algorithm.grow_scores(w.parameter, gradient, grows))
+        return w.cells_of_mask(), w.active, drop, grow, settings.drops(w.active, t), ties, settings.regrow
 
-    def chosen_by(
-        self, w: SparseWeight, gradient: Tensor | None, key: int | Tensor
-    ) -> tuple[Tensor, int, Tensor, Tensor]:
-        """A weight's cells, how many are active, and what they are dropped and grown by."""
-        algorithm = self.settings.algorithm
-        grow = algorithm.grow_scores(w.parameter, gradient, key)
-        return w.cells_of_mask(), w.active, w.cells(algorithm.drop_scores(w.parameter)), w.cells(grow)
+    def quick_exchange_of(
+        self, w: SparseWeight, gradient: Tensor | None, key: int | Tensor, numbers: Tensor, most: int
+    ) -> Exchange:
+        """The same for `quick_exchange`; `key` is that of random growth."""
+        algorithm, single = self.settings.algorithm, w.size == 1
+        grow = w.cells(algorithm.grow_scores(w.parameter, gradient, key))
+        drop = w.parameter.detach() if single else w.cells(algorithm.drop_scores(w.parameter))
+        return Exchange(w.cells_of_mask(), w.active, drop, grow, numbers, most, self.settings.regrow,
+                        drop_by=algorithm.drop_scores if single else None)  # fmt: skip
 
     def keys_of(self, w: SparseWeight, t: int) -> tuple[int, int]:
         """What random growth, and the choice between equal scores, are functions of."""

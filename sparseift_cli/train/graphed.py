@@ -185,8 +185,7 @@ class GraphedStep:
         assert run.sparsifier is not None
         assert moving is not None
         with torch.cuda.graph(graph, pool=pool):
-            moving.keep_gradients()
-            run.sparsifier.mask_gradients()
+            moving.mask_gradients(whole=run.spec.training.clip is None)
             clip(run)
             run.optimizer.step()
             moving.exchange(self._bad)

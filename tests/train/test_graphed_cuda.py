@@ -53,10 +53,13 @@ def eager(run: Prepared) -> EagerStep:
     return EagerStep(run, GradScaler("cuda", enabled=False), Processes(torch.device("cuda")))
 
 
+@pytest.mark.parametrize("clip", ["clip: 1.0", "clip: null"])
 @pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
 @pytest.mark.parametrize("algorithm", ["static", "rigl", "set", "gmp", "granet"])
-def test_replayed_steps_are_the_eager_ones(tmp_path: Path, deterministic: None, algorithm: str, optimizer: str) -> None:
-    compare([ready(tmp_path, algorithm=algorithm, optimizer=optimizer) for _ in range(2)])
+def test_replayed_steps_are_the_eager_ones(
+    tmp_path: Path, deterministic: None, algorithm: str, optimizer: str, clip: str
+) -> None:
+    compare([ready(tmp_path, clip, algorithm=algorithm, optimizer=optimizer) for _ in range(2)])
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "4x4"])

@@ -17,11 +17,16 @@ def _at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("sparseift_cli.sparsity.quick_exchange.AT_ONCE", request.param)
 
 
+WHOLE = pytest.mark.parametrize("whole", [False, True], ids=["masked", "whole"])
+"""What the optimiser sees of the gradients at an update."""
+
+
+@WHOLE
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("regrow", ["allow", "forbid"])
 @pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("algorithm", ["rigl", "set"])
-def test_equals_the_sparsifiers_own_update(algorithm: str, cls: Any, regrow: str, ties: bool) -> None:
+def test_equals_the_sparsifiers_own_update(algorithm: str, cls: Any, regrow: str, ties: bool, whole: bool) -> None:
     options = {"momentum": 0.9} if cls is torch.optim.SGD else {}
     nets = [sparse_net(), sparse_net()]
     optimizers = [cls(net.parameters(), lr=0.01, **options) for net in nets]
@@ -47,8 +52,7 @@ def test_equals_the_sparsifiers_own_update(algorithm: str, cls: Any, regrow: str
             fed.count_still_step()
         else:
             update.feed()
-            update.keep_gradients()
-            fed.mask_gradients()
+            update.mask_gradients(whole=whole)
             optimizers[1].step()
             churned = {w.name: w.churned_now for w in fed.weights}
             update.exchange(unset)
@@ -92,8 +96,9 @@ def test_the_quick_exchange_is_the_exact_one(monkeypatch: pytest.MonkeyPatch, al
     assert moved
 
 
+@WHOLE
 @pytest.mark.parametrize("algorithm", ["rigl", "set"])
-def test_a_layer_without_a_part_in_the_step_takes_nobody_elses_gradient(algorithm: str) -> None:
+def test_a_layer_without_a_part_in_the_step_takes_nobody_elses_gradient(algorithm: str, whole: bool) -> None:
     nets = [sparse_net(), sparse_net()]
     optimizers = [torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9) for net in nets]
     plain, fed = (make(net, o, algorithm) for net, o in zip(nets, optimizers, strict=True))
@@ -107,8 +112,7 @@ def test_a_layer_without_a_part_in_the_step_takes_nobody_elses_gradient(algorith
     plain.step()
     optimizers[0].step()
     update.feed()
-    update.keep_gradients()
-    fed.mask_gradients()
+    update.mask_gradients(whole=whole)
     optimizers[1].step()
     update.exchange(torch.zeros(()))
     update.settle()
@@ -118,7 +122,8 @@ def test_a_layer_without_a_part_in_the_step_takes_nobody_elses_gradient(algorith
     assert all(torch.equal(mask, fed.masks()[name]) for name, mask in plain.masks().items())
 
 
-def test_a_step_that_diverged_moves_no_mask() -> None:
+@WHOLE
+def test_a_step_that_diverged_moves_no_mask(whole: bool) -> None:
     net = sparse_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
     sparsifier = make(net, optimizer, "rigl")
@@ -129,7 +134,7 @@ def test_a_step_that_diverged_moves_no_mask() -> None:
         w.parameter.grad = torch.full_like(w.parameter, torch.nan)
     before, steps = {name: mask.clone() for name, mask in sparsifier.masks().items()}, sparsifier.steps
     update.feed()
-    update.keep_gradients()
+    update.mask_gradients(whole=whole)
     update.exchange(torch.ones(()))
     assert not update.settle()
     assert sparsifier.steps == steps

@@ -9,7 +9,7 @@ from torch import Tensor
 from sparseift_cli.sparsity.exchange import Regrow, exchange
 from sparseift_cli.sparsity.mask import generator_for
 from sparseift_cli.sparsity.quick_exchange import Exchange, exchange_numbers, in_groups, on_device, quick_exchange
-from sparseift_cli.sparsity.quick_selection import SAMPLE
+from sparseift_cli.sparsity.quick_selection import looks, spots
 
 SHAPES = [(40, 50), (700, 900), (96, 64, 3, 3)]
 
@@ -61,16 +61,30 @@ def test_scores_of_either_sign_and_both_zeros(sign: int) -> None:
 
 
 def test_a_sample_that_misleads_is_doubted() -> None:
-    """Every place of the sample's stride is high, so that the pivot lies above most of what should be taken."""
+    """Every place that is looked at is high, so that the pivot lies above most of what should be taken."""
     size = 1 << 20
     mask = torch.zeros(size, dtype=torch.bool)
     mask[1:200_001] = True
     drop, grow = (torch.rand(size, generator=generator_for(s), dtype=torch.float64).float() for s in (1, 2))
-    grow[torch.arange(SAMPLE) * size // SAMPLE] += 5
+    grow[spots(size, looks("cpu"))] += 5
     found, doubt = quick(mask, 200_000, drop, grow, 60_000, 7)
     expected = exchange(mask, 200_000, drop, grow, 60_000, 7)
     assert doubt > 0 or torch.equal(found, expected)
     assert doubt > 0
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_sizes_that_are_powers_of_two_mislead_no_sample(last: bool) -> None:
+    """Gradients differ from channel to channel and from tap to tap, and equal distances would meet a few of these alone."""
+    mask, active, drop, grow = case((128, 128, 3, 3), 0.25)
+    for scores in (drop, grow):
+        scores *= torch.arange(1.0, 10.0).view(3, 3)
+        scores *= torch.arange(1.0, 129.0).view(-1, 1, 1)
+    if last:
+        mask, drop, grow = (t.to(memory_format=torch.channels_last) for t in (mask, drop, grow))
+    n = int(0.3 * active)
+    found, doubt = quick(mask, active, drop, grow, n, 7)
+    assert doubt == 0 and torch.equal(found, exchange(mask, active, drop, grow, n, 7))
 
 
 def test_fewer_free_places_than_the_sample_sees_are_doubted_or_right() -> None:
