@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .artifact import BUFFERS, MASKS, WEIGHTS, is_artifact, open_artifact, provenance, write
 from .checkpoint import Checkpoint
 from .errors import CheckFailed, UsageError
-from .flop_audit import Audit, to_json
+from .flop_audit import Audit, recount, to_json
 from .flop_audit import audit as count
 from .plan import Plan
 from .source import Request, as_call, build, load_table, resolve, shape_of
@@ -85,7 +85,7 @@ def flops(model: nn.Module | str, example_input: Any = None, *, sparsity: float 
 
     done = transformation_of(model)
     if done is not None and wanted is None:
-        return count(done.plan.table, done.plan.spec, training or done.plan.training, causal=causal)
+        return recount(done.plan, training, causal)
     return count(_table(model, example_input), wanted, training, causal=causal)
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ArtifactError
-from .flop_audit import Audit, audit
+from .flop_audit import Audit, audit, recount
 from .spec import TrainingSpec, TransformSpec
 from .table import LayerTable
 from .version import __version__
@@ -57,13 +57,13 @@ class Artifact:
 
         Raises:
             ArtifactError: this version plans other non-zeros than the folder holds.
+            UsageError: as `flop_audit.recount`.
         """
-        result = audit(self.table, self.spec, training or self.training, causal=causal or self.causal)
         again = audit(self.table, self.spec, self.training, causal=self.causal)
         if again.plan is None or again.plan.to_json()["layers"] != self.plan["layers"]:
             raise ArtifactError(f"{self.path} was planned by sparseift {self.provenance.get('sparseift')}, which counts "
                                 "otherwise than this version", hint="transform the model again")  # fmt: skip
-        return result
+        return recount(again.plan, training, causal or self.causal)
 
 
 def is_artifact(path: str | Path) -> bool:

@@ -162,6 +162,19 @@ def audit(
     return Audit(table, causal, training, dense, plan, transformed, updating)
 
 
+def recount(plan: Plan, training: TrainingSpec | None = None, causal: str = "full") -> Audit:
+    """Count a plan that was carried out, by its own training or another; its non-zeros are what they are.
+
+    Raises:
+        UsageError: its model was matched by one count, and another would have given it other non-zeros.
+    """
+    result = audit(plan.table, plan.spec, training or plan.training, causal=causal)
+    if result.plan is None or [r.parts for r in result.plan.layers] != [r.parts for r in plan.layers]:
+        raise UsageError(f"this model was planned with match {plan.spec.match}, and counted so it would have other non-zeros",
+                         hint="transform its source again, or count it as it was planned")  # fmt: skip
+    return result
+
+
 def with_causal(table: LayerTable, causal: str) -> LayerTable:
     """The table with attention products under a causal mask counted in full, half or exactly."""
     if causal == "full":

@@ -61,3 +61,19 @@ def residual() -> Made:
 def letters() -> Made:
     """Bytes [B, 4] -> logits [B, 4, 256] of the byte that follows, by the byte before it alone."""
     return nn.Sequential(nn.Embedding(256, 8), nn.Linear(8, 256)), torch.zeros(1, 4, dtype=torch.int64)
+
+
+class Inverting(nn.Module):
+    """An op between two layers that no rule counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.inner(self.first(x).relu()).relu()) @ torch.linalg.inv(torch.eye(4, device=x.device))
+
+
+def uncounted() -> Made:
+    """[B, 16] -> 4."""
+    return Inverting(), torch.zeros(1, 16)

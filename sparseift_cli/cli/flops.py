@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from ..source import Request
     from ..spec import TrainingSpec, TransformSpec
     from ..table import LayerTable
+    from .gates import Problem
 
 HELP = """Count a model's FLOPs exactly, dense and transformed, layer by layer.
 
@@ -66,14 +68,21 @@ def flops(
 ) -> None:
     from ..artifact import is_artifact
     from ..errors import UsageError
+    from ..flop_audit import audit
     from ..request import Request, parse_input
     from ..source import load_table, resolve
+    from . import gates
 
     fmt = Format.json if json else fmt
+    asked = Request(source, num_classes, parse_input(input_shape), seq, batch)
+    counted = {"algorithm": algorithm, "delta_t": delta_t, "stop": stop, "steps": steps, "recompute": recompute or None}
     if is_artifact(source):
-        _stored(source, spec, sparsity, causal, fmt, output, depth=depth, sort=sort, summary=summary)
+        fixed = bool(spec or sparsity or transform) or not asked.default
+        result = _stored(source, counted, causal, fixed=fixed, verify=verify)
+        problems = gates.check(result, max_flops_ratio, max_layer_ratio, strict=strict)
+        _tell(result, problems, fmt, output, depth=depth, sort=sort, summary=summary)
         return
-    request, recipe = resolve(Request(source, num_classes, parse_input(input_shape), seq, batch))
+    request, recipe = resolve(asked)
     given: dict[str, Any] = (dict(recipe.transform) if recipe else {}) | spec
     if transform:
         given["member"] = transform
@@ -85,39 +94,45 @@ def flops(
             "a transform needs its sparsity", hint="add --sparsity 0.9, or a list: --sparsity 0.5,0.75,0.9"
         )
     specs = [_spec(given | {"sparsity": s}) for s in sparsities]
-    training = _training(
-        recipe.training if recipe else {},
-        {"algorithm": algorithm, "delta_t": delta_t, "stop": stop, "steps": steps, "recompute": recompute or None},
-    )
+    training = _training(recipe.training if recipe else {}, counted)
     table = load_table(request)
     if len(specs) > 1:
-        _compare(table, specs, training, causal, fmt, output, max_flops_ratio, max_layer_ratio)
+        if verify:
+            raise UsageError("--verify counts the dense model again, once", hint="leave out --sparsity, or give one")
+        _compare(table, specs, training, causal, fmt, output, max_flops_ratio, max_layer_ratio, strict=strict)
         return
-    from ..flop_audit import audit
-    from . import flops_view, gates
-
     result = audit(table, specs[0] if specs else None, training, causal=causal)
     crosscheck = _verify(request, table) if verify else None
     problems = gates.check(result, max_flops_ratio, max_layer_ratio, strict=strict)
     if crosscheck is not None and not crosscheck.agree:
         problems.append(gates.Problem(None, crosscheck.verdict))
-    if fmt is Format.github:
-        gates.annotate(result, problems, output)
-    else:
-        flops_view.show(result, fmt, output, depth=depth, sort=sort, summary=summary, crosscheck=crosscheck)
+    _tell(result, problems, fmt, output, depth=depth, sort=sort, summary=summary, crosscheck=crosscheck)
+
+
+def _tell(result: Audit, problems: list[Problem], fmt: Format, output: Any, **view: Any) -> None:
+    """Show an audit, then let the gates speak."""
+    from . import flops_view, gates
+    from .output import patient
+
+    with patient():  # a gate has its say even where nobody reads on
+        if fmt is Format.github:
+            gates.annotate(result, problems, output)
+        else:
+            flops_view.show(result, fmt, output, **view)
     gates.stop_on(problems, told=fmt is Format.github)
 
 
-def _stored(source: str, spec: dict[str, Any], sparsity: str | None, causal: str, fmt: Format, output: Any,
-            **view: Any) -> None:  # fmt: skip
-    """What a folder of `sparseift transform` costs: its plan is made, so nothing can be asked of it but how to show it."""
+def _stored(source: str, counted: dict[str, Any], causal: str, *, fixed: bool, verify: bool) -> Audit:
+    """What a folder of `sparseift transform` costs: its plan is made, so it can only be counted and shown otherwise."""
     from ..artifact import open_artifact
     from ..errors import UsageError
-    from . import flops_view
 
-    if spec or sparsity:
+    if fixed:
         raise UsageError(f"{source} is a transformed model; its plan is fixed", hint="transform its source again")
-    flops_view.show(open_artifact(source).audit(causal=causal), fmt, output, **view)
+    if verify:
+        raise UsageError("--verify counts a dense model again", hint=f"the source that {source} was made from")
+    stored = open_artifact(source)
+    return stored.audit(_training(asdict(stored.training), counted), causal)
 
 
 def _spec(given: dict[str, Any]) -> TransformSpec:
@@ -133,11 +148,12 @@ def _training(recipe: dict[str, Any], given: dict[str, Any]) -> TrainingSpec:
 
 
 def _compare(table: LayerTable, specs: list[TransformSpec], training: TrainingSpec, causal: str, fmt: Format, output: Any,
-             max_flops_ratio: float | None, max_layer_ratio: float | None) -> None:  # fmt: skip
+             max_flops_ratio: float | None, max_layer_ratio: float | None, *, strict: bool) -> None:  # fmt: skip
     """One line per sparsity; a sparsity that cannot be matched says so in its line, and the command exits 1."""
     from ..errors import CheckFailed
     from ..flop_audit import audit
     from . import flops_view, gates
+    from .output import patient
 
     results: list[tuple[str, Audit | CheckFailed]] = []
     problems: list[gates.Problem] = []
@@ -149,10 +165,12 @@ def _compare(table: LayerTable, specs: list[TransformSpec], training: TrainingSp
         except CheckFailed as error:
             problems.append(gates.Problem(None, error.message))
             results.append((spec.sparsity, error))
-    if fmt is Format.github:
-        gates.annotate(results[0][1], problems, output)
-    else:
-        flops_view.compare(table, results, training, causal, fmt, output)
+    problems += gates.uncounted(table) if strict else []
+    with patient():
+        if fmt is Format.github:
+            gates.annotate(results[0][1], problems, output)
+        else:
+            flops_view.compare(table, results, training, causal, fmt, output)
     gates.stop_on(problems, told=fmt is Format.github)
 
 

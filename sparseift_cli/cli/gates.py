@@ -11,6 +11,7 @@ import typer
 
 from ..errors import CheckFailed
 from ..flop_audit import Audit
+from ..table import LayerTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,19 +24,20 @@ class Problem:
 
 def check(result: Audit, max_flops_ratio: float | None, max_layer_ratio: float | None, *,
           strict: bool = False, prefix: str = "") -> list[Problem]:  # fmt: skip
-    """Everything the gates object to. Without a transform the ratios are 1."""
+    """Everything the gates object to. Without a transform the ratios are 1. A limit that is NaN is kept by none."""
     problems = []
-    ratio = result.forward_ratio
-    if max_flops_ratio is not None and ratio is not None and ratio > max_flops_ratio:
-        owners = ", ".join(f"{who} {macs:+,}" for who, macs in result.owners().items())
+    ratio = 1 if result.forward_ratio is None else result.forward_ratio
+    if max_flops_ratio is not None and not ratio <= max_flops_ratio:
+        owners = ", ".join(f"{who} {macs:+,}" for who, macs in result.owners().items()) or "no transform"
         problems.append(
             Problem(
                 None,
                 f"{prefix}the model costs {float(ratio):.6f}x its dense FLOPs, above {max_flops_ratio} (MACs by owner: {owners})",
             )
         )
-    for row in result.plan.layers if result.plan and max_layer_ratio is not None else ():
-        if row.status == "transformed" and max_layer_ratio is not None and row.macs > max_layer_ratio * row.dense_macs:
+    rows = [row for row in result.plan.layers if row.status == "transformed"] if result.plan else []
+    for row in rows:
+        if max_layer_ratio is not None and not row.macs <= max_layer_ratio * row.dense_macs:
             problems.append(
                 Problem(
                     row.layer.name,
@@ -43,9 +45,12 @@ def check(result: Audit, max_flops_ratio: float | None, max_layer_ratio: float |
                     f"above {max_layer_ratio}",
                 )
             )
-    if strict and result.table.uncounted:
-        problems.append(Problem(None, f"{prefix}uncounted ops: {', '.join(result.table.uncounted)}"))
-    return problems
+    return problems + (uncounted(result.table) if strict else [])
+
+
+def uncounted(table: LayerTable) -> list[Problem]:
+    """What --strict objects to."""
+    return [Problem(None, f"uncounted ops: {', '.join(table.uncounted)}")] if table.uncounted else []
 
 
 def stop_on(problems: list[Problem], *, told: bool = False) -> None:

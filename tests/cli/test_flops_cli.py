@@ -75,6 +75,22 @@ def test_gates(sparseift) -> None:
     )
 
 
+def test_gates_that_nothing_could_hold_are_not_kept(sparseift) -> None:
+    assert sparseift("flops", "resnet18", "--max-flops-ratio", "1")[0] == 0
+    assert sparseift("flops", "resnet18", "--max-flops-ratio", "0.5")[0] == 1  # without a transform the ratio is 1
+    assert sparseift("flops", "resnet18", "-s", "0.9", "--max-flops-ratio", "nan")[0] == 1
+    assert sparseift("flops", "resnet18", "-s", "0.9", "--max-layer-ratio", "nan")[0] == 1
+
+
+def test_a_list_of_sparsities_is_held_to_strict_as_well(sparseift) -> None:
+    source = ("flops", "tests.nets:uncounted", "--strict")
+    for sparsity in ("0.5", "0.5,0.75"):
+        code, out, err = sparseift(*source, "-s", sparsity)
+        assert code == 1 and out and "uncounted ops: aten.linalg_inv_ex" in err
+    code, out, err = sparseift("flops", "resnet18", "-s", "0.5,0.75", "--verify")
+    assert code == 2 and not out and "--verify counts the dense model" in err
+
+
 def test_comparison_names_what_cannot_be_matched_and_exits_1(sparseift) -> None:
     code, out, err = sparseift("flops", "gpt3-small", "-s", "0.5,0.9", "--match", "model", "--json")
     rows = json.loads(out)["rows"]

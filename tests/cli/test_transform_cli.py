@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import sparseift_cli
+from sparseift_cli.errors import UsageError
 
 
 def test_from_the_zoo_to_a_folder_and_back(sparseift, tmp_path: Path) -> None:
@@ -27,6 +28,37 @@ def test_from_the_zoo_to_a_folder_and_back(sparseift, tmp_path: Path) -> None:
     assert code == 4 and "--force" in stderr
     assert sparseift("transform", "resnet20", "-s", "0.5", "-o", str(out), "--force")[0] == 0
     assert sparseift("flops", str(out), "-s", "0.9")[0] == 2
+
+
+def test_a_folder_is_held_to_a_budget_as_its_source_is(sparseift, tmp_path: Path) -> None:
+    """Gates and ways to count were taken of a folder, and not heard."""
+    out = str(tmp_path / "plan")
+    made = ("resnet20", "-s", "0.75")
+    assert sparseift("transform", *made, "--plan-only", "-o", out)[0] == 0
+    for gate in ("--max-flops-ratio", "--max-layer-ratio"):
+        assert sparseift("flops", out, gate, "0.5")[0] == sparseift("flops", *made, gate, "0.5")[0] == 1
+        assert sparseift("flops", out, gate, "1.5")[0] == 0
+    code, stdout, stderr = sparseift("flops", out, "--max-flops-ratio", "1.0", "--format", "github")
+    assert code == 1 and stdout.startswith("::error title=sparseift flops::the model costs") and not stderr
+    counted = ("--algorithm", "rigl", "--delta-t", "10", "--json")
+    assert sparseift("flops", out, *counted)[1] == sparseift("flops", *made, *counted)[1]
+    for other in (("-t", "doped"), ("--batch", "2"), ("--verify",)):
+        assert sparseift("flops", out, *other)[0] == 2
+
+
+def test_a_matched_folder_is_not_shown_with_other_non_zeros(sparseift, tmp_path: Path) -> None:
+    """Counted otherwise, the match would have been another; the folder's non-zeros are those that it was made with."""
+    out = str(tmp_path / "plan")
+    small = ("gpt2", "--seq", "8", "-s", "0.5", "--plan-only")
+    assert sparseift("transform", *small, "--match", "model", "-o", out)[0] == 0
+    code, stdout, stderr = sparseift("flops", out, "--causal", "exact")
+    assert code == 2 and not stdout and "planned with match model" in stderr
+    assert sparseift("flops", out, "--algorithm", "rigl")[0] == 0  # forward FLOPs were matched: no other masks
+    with pytest.raises(UsageError, match="other non-zeros"):
+        sparseift_cli.flops(out, causal="half")
+    layers = str(tmp_path / "layers")
+    assert sparseift("transform", *small, "-o", layers)[0] == 0
+    assert sparseift("flops", layers, "--causal", "exact")[0] == 0
 
 
 def test_json_is_the_audit_and_what_was_measured(sparseift, tmp_path: Path) -> None:
