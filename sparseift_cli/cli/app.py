@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import os
 import sys
-from typing import Annotated
+from contextlib import suppress
+from typing import Annotated, NoReturn, TextIO
 
 import typer
 
-from ..errors import SparseiftError
+from ..errors import SparseiftError, UsageError
 from ..version import __version__
 from . import flops, inspect, quick_help, recipe, report, train, transform
 
@@ -51,20 +52,52 @@ def options(
 
 def main() -> None:
     """Entry point of the script: every error the user can act on is two lines on stderr and the right exit code."""
+    _open_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):  # LANG=C, or a file name that is no text: shown escaped, as on stderr
         sys.stdout.reconfigure(errors="backslashreplace")
     quick_help.prepare(sys.argv[1:])
     try:
-        app()
+        _run()
     except SparseiftError as error:
         if debugging:
             raise
-        print(f"sparseift: {error.message}", file=sys.stderr)
-        if error.hint:
-            print(f"  hint: {error.hint}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _complain(error)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # `sparseift flops ... | head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _hush(sys.stdout)
         sys.exit(0)
+    except OSError as error:
+        if debugging or error.filename is not None:  # what fails on a stream that is open already names no file
+            raise
+        _hush(sys.stdout)
+        _complain(UsageError(f"cannot write the result: {error.strerror or error}", hint="is there space?"))
+
+
+def _run() -> None:
+    try:
+        app()
+    except SystemExit as done:
+        if not done.code:
+            sys.stdout.flush()  # at the interpreter's end it would be too late to say that it failed
+        raise
+
+
+def _complain(error: SparseiftError) -> NoReturn:
+    with suppress(OSError):  # the exit code says it to scripts where stderr cannot
+        print(f"sparseift: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"  hint: {error.hint}", file=sys.stderr)
+    sys.exit(error.exit_code)
+
+
+def _open_streams() -> None:
+    """A stream that was closed (`>&-`) is None, and what is printed to a stderr of None lands on stdout."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
+
+
+def _hush(stream: TextIO) -> None:
+    """What it still holds goes nowhere, or the interpreter would fail on it once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -147,6 +147,10 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     try:
+        if path.exists() and not path.is_file():  # /dev/null, a named pipe, >(jq): replaced, it would be gone for all
+            path.write_bytes(data)
+            return
+        path = Path(os.path.realpath(path))  # a link stays one, /dev/stdout above all
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(handle, "wb") as stream:

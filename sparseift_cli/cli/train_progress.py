@@ -7,6 +7,7 @@ host has anyway.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import textwrap
 import threading
@@ -69,7 +70,13 @@ class Lines:
     def _say(self, words: Sequence[str], between: str) -> None:
         line = between.join(words)
         with self._lock:
-            print(line, file=sys.stderr, flush=True)
+            try:
+                print(line, file=sys.stderr, flush=True)
+            except BrokenPipeError:  # nobody watches any more: save and stop, as a run of --parallel does
+                sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+                os.kill(os.getpid(), signal.SIGTERM)
+            except OSError:
+                pass  # a full disk under the log loses lines of it, not the run
 
 
 class Bars(Lines):

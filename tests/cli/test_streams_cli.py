@@ -1,0 +1,87 @@
+"""A script's view of streams: a full disk, a closed stream, a reader that has gone, and --output that is no plain file."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+TRAIN = ("train", "quickstart/digits_mlp_wide75_rigl", "--set", "training.epochs=null", "--set", "training.steps=40",
+         "--set", "evaluation.every=2", "--set", "checkpoint.every=40", "--json")  # fmt: skip
+FULL = Path("/dev/full")
+needs_full = pytest.mark.skipif(not FULL.is_char_device(), reason="needs /dev/full")
+
+
+def shell(script: str, *words: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """`script` of bash, in which "$@" is the command."""
+    command = ["bash", "-c", script, "bash", sys.executable, "-m", "sparseift_cli", *words]
+    path = {"PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env={**os.environ, **path})
+
+
+@needs_full
+@pytest.mark.parametrize("words", [("flops", "resnet18"), ("flops", "resnet18", "--json"), ("--version",)])
+def test_a_full_disk_under_stdout_is_no_gate(words: tuple[str, ...]) -> None:
+    """Exit code 1 is a gate's word; a result that could not be written is said in two lines."""
+    done = shell('"$@" > /dev/full', *words)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[0] == "sparseift: cannot write the result: No space left on device"
+    assert len(done.stderr.splitlines()) == 2
+
+
+@needs_full
+def test_an_error_keeps_its_exit_code_where_stderr_is_full() -> None:
+    assert shell('"$@" 2> /dev/full', "flops", "resnet18", "-s", "0.9", "--max-flops-ratio", "1").returncode == 1
+
+
+def test_closed_streams() -> None:
+    assert shell('"$@" >&-', "flops", "resnet18", "--json").returncode == 0
+    done = shell('"$@" 2>&-', "flops", "resnet81")
+    assert done.returncode == 2 and not done.stdout  # what stderr cannot take is no result
+
+
+@pytest.mark.parametrize("sparsity", ["0.9", "0.5,0.9"])
+def test_a_gate_has_its_say_where_nobody_reads(sparsity: str) -> None:
+    words = ("flops", "resnet18", "-s", sparsity, "--max-flops-ratio", "1.0")
+    done = shell('"$@" | head -c 0; exit ${PIPESTATUS[0]}', *words)
+    assert done.returncode == 1 and "above 1.0" in done.stderr
+
+
+def test_output_into_a_pipe_leaves_it_there(sparseift, tmp_path: Path) -> None:
+    """A device or a pipe is written to. Renamed over, /dev/null would be gone for the whole machine."""
+    pipe, read = tmp_path / "pipe", list[str]()
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
+    reader.start()
+    assert sparseift("flops", "resnet18", "--json", "-o", str(pipe)) == (0, "", "")
+    assert pipe.is_fifo()
+    reader.join(10)
+    assert json.loads(read[0])["model"] == "resnet18"
+
+
+def test_output_through_a_link_leaves_it_there(sparseift, tmp_path: Path) -> None:
+    link, target = tmp_path / "latest.json", tmp_path / "audit.json"
+    link.symlink_to(target.name)
+    for _ in range(2):  # a link to nothing yet, and to a file
+        assert sparseift("flops", "resnet18", "--json", "-o", str(link)) == (0, "", "")
+        assert link.is_symlink() and json.loads(target.read_text())["model"] == "resnet18"
+    assert sorted(tmp_path.iterdir()) == [target, link]
+
+
+@needs_full
+def test_a_full_disk_under_the_log_loses_no_run(tmp_path: Path) -> None:
+    done = shell('"$@" 2> /dev/full', *TRAIN, "--runs", str(tmp_path))
+    assert done.returncode == 0 and [r["steps"] for r in json.loads(done.stdout)["runs"]] == [40]
+
+
+def test_a_run_whose_log_nobody_reads_is_saved(tmp_path: Path) -> None:
+    """`train 2>&1 | head -1`: it was a traceback into nowhere, exit code 1, and what came after the last save was lost."""
+    done = shell('"$@" 2>&1 > /dev/null | head -n 1; exit ${PIPESTATUS[0]}', *TRAIN, "--runs", str(tmp_path))
+    assert done.returncode == 143, done.stdout
+    (run,) = tmp_path.glob("*/*/")
+    assert list(run.glob("checkpoints/step-*"))
