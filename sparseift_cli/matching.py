@@ -41,7 +41,7 @@ def spend(layers: list[LayerPlan], table: LayerTable, spec: TransformSpec, train
     else:
         scale = _scale(layers, chosen, table, spec, training, growth)
         counts = _matched(chosen, scale, spec)
-    layers = _with(layers, which, counts, _unit(spec))
+    layers = _with(layers, which, counts, spec)
     if spec.match in ("model", "train"):
         _hold(layers, table, spec, training, growth)
     return layers, scale
@@ -186,12 +186,26 @@ def _matched(chosen: Sequence[LayerPlan], scale: Fraction, spec: TransformSpec) 
     return [n + c * unit for n, c in zip(dense, counts, strict=True)]
 
 
-def _with(layers: list[LayerPlan], which: Sequence[int], counts: Sequence[int], unit: int = 1) -> list[LayerPlan]:
+def _with(layers: list[LayerPlan], which: Sequence[int], counts: Sequence[int], spec: TransformSpec) -> list[LayerPlan]:
     layers = list(layers)
     for i, nnz in zip(which, counts, strict=True):
         plan = layers[i]
-        layers[i] = replace(plan, macs=plan.uses * nnz, parts=deal(plan.parts, nnz, unit))
+        layers[i] = replace(plan, macs=plan.uses * nnz, parts=deal(plan.parts, nnz, _unit(spec)))
+        if spec.block:
+            _require_room(layers[i], *spec.block)
     return layers
+
+
+def _require_room(plan: LayerPlan, rows: int, columns: int) -> None:
+    """A layer's room can be all in one of its parts: V of a depthwise layer has one output a group."""
+    for part in plan.parts:
+        room = part.shape.blocks(rows, columns) * rows * columns
+        if not part.dense and part.nnz > room:
+            raise UsageError(
+                f"layer {plan.layer.name} gives {part.name} {part.nnz} non-zeros, and {rows}x{columns} blocks have "
+                f"room for {room}",
+                hint="--exclude it, or use smaller blocks",
+            )
 
 
 def _hold(

@@ -131,6 +131,7 @@ def test_verify_agrees_and_names_what_fvcore_misses(sparseift) -> None:
     (("flops", "tests.benchmarks.model:make", "--input", "4x8x8"), "does not run on input 1x4x8x8"),
     (("flops", "missing.yaml"), "no recipe missing.yaml"),
     (("flops", "gpt3_175b", "--verify"), "too many"),
+    (("flops", "mobilenet_v2", "-t", "factorized", "-s", ".75", "--pattern", "4x4"), "blocks have room for 0"),
     (("inspect", "resnet18", "--sparsity", "0.5"), "add --why"),
 ])  # fmt: skip
 def test_a_users_mistake_is_one_clear_line(sparseift, words: tuple[str, ...], said: str) -> None:
