@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.report_runs import make_run
+
 TRAIN = ("train", "quickstart/digits_mlp_wide75_rigl", "--set", "training.epochs=null", "--set", "training.steps=40",
          "--set", "evaluation.every=2", "--set", "checkpoint.every=40", "--json")  # fmt: skip
 FULL = Path("/dev/full")
@@ -50,6 +52,12 @@ def test_a_gate_has_its_say_where_nobody_reads(sparsity: str) -> None:
     words = ("flops", "resnet18", "-s", sparsity, "--max-flops-ratio", "1.0")
     done = shell('"$@" | head -c 0; exit ${PIPESTATUS[0]}', *words)
     assert done.returncode == 1 and "above 1.0" in done.stderr
+
+
+def test_a_comparison_bit_for_bit_has_its_say_where_nobody_reads(tmp_path: Path) -> None:
+    a, b = make_run(tmp_path), make_run(tmp_path, seed=1, values=(50.0, 71.0))
+    done = shell('"$@" | head -c 0; exit ${PIPESTATUS[0]}', "report", "diff", str(a), str(b), "--exact")
+    assert done.returncode == 1 and "not equal bit for bit" in done.stderr
 
 
 def test_output_into_a_pipe_leaves_it_there(sparseift, tmp_path: Path) -> None:
