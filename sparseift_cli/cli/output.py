@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -129,7 +130,7 @@ def patient() -> Iterator[None]:
 def as_text(sheets: Sequence[Sheet], payload: Mapping[str, Any], fmt: Format) -> str:
     """The result as one string in the wanted format."""
     if fmt is Format.json:
-        return json.dumps(payload, indent=1) + "\n"
+        return json.dumps(_finite(payload), indent=1, allow_nan=False) + "\n"
     if fmt is Format.csv:
         return "\n".join(_csv(s) for s in sheets)
     if fmt is Format.md:
@@ -137,6 +138,15 @@ def as_text(sheets: Sequence[Sheet], payload: Mapping[str, Any], fmt: Format) ->
     buffer = io.StringIO()
     _print_tables(make_console(buffer), sheets)
     return buffer.getvalue()
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinities as null: JSON has no word for them, and what is not Python refuses the whole document."""
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

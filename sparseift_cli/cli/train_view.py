@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -51,6 +52,8 @@ def _row(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], metric: str) -> str:
-    values = [row[metric] for row in rows]
+    values = [row[metric] for row in rows if row[metric] is not None and math.isfinite(row[metric])]
+    if len(values) < len(rows):
+        return f"{metric}: no number in {len(rows) - len(values)} of {len(rows)} runs"
     mean, spread = statistics.fmean(values), statistics.stdev(values)
     return f"{metric}: {mean:.4f} +- {spread:.4f} (mean, sample deviation, n = {len(values)})"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import math
 import re
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from sparseift_cli.cli import output
 from sparseift_cli.cli.formats import Format
 from sparseift_cli.cli.output import Column, Sheet, integer
+from sparseift_cli.cli.train_view import show_runs
 
 
 class Terminal(io.StringIO):
@@ -90,3 +93,37 @@ def test_short_columns_stay_where_only_a_long_one_does_not_fit(monkeypatch: pyte
     assert "250" in shown and "a_model" in shown
     assert "left out on this narrow terminal: what it shows (" in shown
     assert shown.index("steps") < shown.index("model")
+
+
+def test_json_has_no_word_for_what_is_no_number(capsys: pytest.CaptureFixture[str]) -> None:
+    payload = {"runs": [{"loss": math.nan, "best": (math.inf, 1.5), "steps": 2, "name": "NaN"}]}
+    output.render([SHEET], payload, Format.json)
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    told = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert told == {"runs": [{"loss": None, "best": [None, 1.5], "steps": 2, "name": "NaN"}]}
+
+
+@pytest.mark.parametrize("fmt", [Format.table, Format.json, Format.csv, Format.md])
+@pytest.mark.parametrize("lost", [math.nan, math.inf, None])  # None: of a child's JSON, with --parallel
+def test_runs_that_end_without_a_number_are_shown(
+    capsys: pytest.CaptureFixture[str], fmt: Format, lost: float | None
+) -> None:
+    """`statistics.stdev` of a NaN is an AttributeError, and the runs were over."""
+    run = {
+        "recipe": "r",
+        "steps": 2,
+        "flops": {"spent": 1, "dense": 1},
+        "nonzero_params": 1,
+        "seconds": 1.0,
+        "path": "p",
+    }
+    results = [
+        {**run, "seed": seed, "metrics": {"loss": loss, "top1": 10.0 + seed}} for seed, loss in enumerate((1.0, lost))
+    ]
+    show_runs(results, fmt)
+    shown = capsys.readouterr().out
+    if fmt is Format.table:
+        assert "loss: no number in 1 of 2 runs" in shown and "top1: 10.5000 +- 0.7071" in shown
