@@ -8,7 +8,7 @@ model = load("out")
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -75,6 +75,7 @@ def flops(model: nn.Module | str, example_input: Any = None, *, sparsity: float 
     if sparsity is not None:
         wanted = TransformSpec.of({"member": member_named(member), "sparsity": str(sparsity), **spec})
     if isinstance(model, str):
+        _require_no_input(model, example_input)
         if is_artifact(model):
             return open_artifact(model).audit(training, causal)
         request, recipe = resolve(Request(model))
@@ -84,7 +85,13 @@ def flops(model: nn.Module | str, example_input: Any = None, *, sparsity: float 
     from .transforms.transformation import transformation_of
 
     done = transformation_of(model)
-    if done is not None and wanted is None:
+    if done is not None and wanted is not None:
+        raise UsageError(f"this {type(model).__name__} was transformed already", hint="give the dense model")
+    if done is not None:
+        at = done.plan.table.input if example_input is None else shape_of(*as_call(example_input))
+        if tuple(at) != tuple(done.plan.table.input):
+            raise UsageError(f"this {type(model).__name__} was planned at input {_by(done.plan.table.input)}, not {_by(at)}",
+                             hint="transform the dense model at that input")  # fmt: skip
         return recount(done.plan, training, causal)
     return count(_table(model, example_input), wanted, training, causal=causal)
 
@@ -123,6 +130,7 @@ def inspect(source: nn.Module | str, example_input: Any = None) -> LayerTable | 
     """
     if not isinstance(source, str):
         return _table(source, example_input)
+    _require_no_input(source, example_input)
     if is_artifact(source):
         return open_artifact(source).table
     if Path(source).is_file() and not source.endswith((".yaml", ".yml")):
@@ -224,6 +232,17 @@ def _documents(done: Transformation) -> dict[str, dict[str, Any]]:
             dead=list(done.dead), deviation=done.deviation, notes=list(done.notes),
         ),
     }  # fmt: skip
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _require_no_input(source: str, example_input: Any) -> None:
+    """A source is counted at its own input; another one would be given and not heard."""
+    if example_input is not None:
+        raise UsageError(f"{source} brings its own input, and example_input is for a module",
+                         hint="give the module, or on the command line --input and --seq")  # fmt: skip
 
 
 def _table(model: nn.Module, example_input: Any) -> LayerTable:

@@ -84,10 +84,12 @@ def transform_module(model: M, inputs: tuple[Any, ...], kwargs: Mapping[str, Any
     A module on the meta device is transformed on it: planned, operated and counted, without weights or masks.
 
     Raises:
-        UsageError: nothing can be transformed as asked, or the model does not run on the inputs.
+        UsageError: nothing can be transformed as asked, or the model does not run on the inputs or was transformed already.
         CheckFailed: no density fits the budget, or what came out is not what was planned.
     """
     options = options or Options()
+    if transformation_of(model) is not None:  # its sparse layers would be taken for dense ones
+        raise UsageError(f"{name} was transformed already", hint="transform the dense model again")
     on_meta = any(p.is_meta for p in model.parameters())
     if options.start == "preserve" and on_meta:
         raise UsageError("a model on the meta device has no function to preserve", hint="give it weights first")

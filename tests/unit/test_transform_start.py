@@ -183,6 +183,25 @@ def test_a_model_on_meta_is_planned_without_memory() -> None:
         sparseift.transform(model, X.to("meta"), sparsity=0.9, options=Options(start="preserve"))
 
 
+def test_what_is_transformed_is_not_taken_for_dense() -> None:
+    """Its sparse layers counted as dense ones, and the second transform was iso-FLOP to four times the first's cost."""
+    new, _ = sparseift.transform(net(), X, sparsity=0.75)
+    with pytest.raises(UsageError, match="transformed already"):
+        sparseift.transform(new, X, sparsity=0.75)
+    with pytest.raises(UsageError, match="transformed already"):
+        sparseift.flops(new, X, sparsity=0.5)
+
+
+def test_an_input_that_would_not_be_heard_is_refused() -> None:
+    new, plan = sparseift.transform(net(), X, sparsity=0.75)
+    assert sparseift.flops(new, X).plan == plan
+    with pytest.raises(UsageError, match="planned at input 4x3x12x12, not 1x3x24x24"):
+        sparseift.flops(new, torch.zeros(1, 3, 24, 24))
+    for ask in (sparseift.flops, sparseift.inspect):
+        with pytest.raises(UsageError, match="resnet18 brings its own input"):
+            ask("resnet18", torch.zeros(1, 3, 64, 64))
+
+
 @pytest.mark.parametrize("init", ["dense", "density_scaled"])
 @pytest.mark.parametrize("member", ["wide", "doped", "parallel"])
 def test_a_deep_net_keeps_its_variance(member: str, init: str) -> None:
