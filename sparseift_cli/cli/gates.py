@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from ..errors import CheckFailed
+from ..errors import CheckFailed, UsageError
 from ..flop_audit import Audit
 from ..table import LayerTable
 
@@ -24,10 +24,17 @@ class Problem:
 
 def check(result: Audit, max_flops_ratio: float | None, max_layer_ratio: float | None, *,
           strict: bool = False, prefix: str = "") -> list[Problem]:  # fmt: skip
-    """Everything the gates object to. Without a transform the ratios are 1. A limit that is NaN is kept by none."""
+    """Everything the gates object to. Without a transform the ratios are 1.
+
+    Raises:
+        UsageError: a limit that is no positive number: a NaN would be kept by every model.
+    """
+    for name, limit in (("--max-flops-ratio", max_flops_ratio), ("--max-layer-ratio", max_layer_ratio)):
+        if limit is not None and not limit > 0:
+            raise UsageError(f"{name} {limit} is no ratio", hint=f"{name} 1.001")
     problems = []
     ratio = 1 if result.forward_ratio is None else result.forward_ratio
-    if max_flops_ratio is not None and not ratio <= max_flops_ratio:
+    if max_flops_ratio is not None and ratio > max_flops_ratio:
         owners = ", ".join(f"{who} {macs:+,}" for who, macs in result.owners().items()) or "no transform"
         problems.append(
             Problem(
@@ -37,7 +44,7 @@ def check(result: Audit, max_flops_ratio: float | None, max_layer_ratio: float |
         )
     rows = [row for row in result.plan.layers if row.status == "transformed"] if result.plan else []
     for row in rows:
-        if max_layer_ratio is not None and not row.macs <= max_layer_ratio * row.dense_macs:
+        if max_layer_ratio is not None and row.macs > max_layer_ratio * row.dense_macs:
             problems.append(
                 Problem(
                     row.layer.name,
