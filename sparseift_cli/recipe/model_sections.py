@@ -147,6 +147,9 @@ class Init(Section):
         0.1, description="preserve: this part of the weights, the smallest, goes to new channels."
     )
     connect: bool = Field(True, description="Give every output a non-zero where the count allows.")
+    zero_residual: bool = Field(
+        False, description="fresh: the residual branches of a ResNet begin at zero, by the scale of their last norm."
+    )
 
 
 class MaskAlgorithm(Section):

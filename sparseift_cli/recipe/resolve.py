@@ -117,6 +117,9 @@ def _check(spec: schema.Spec, tree: Mapping[str, Value], start: Spot, problems: 
         problems.add(
             _spot(tree, ["init", "start"], start), "init: preserve needs the dense checkpoint: init.checkpoint"
         )
+    if spec.init.start == "preserve" and spec.init.zero_residual:
+        problems.add(_spot(tree, ["init", "zero_residual"], start),
+                     "init.zero_residual: is for fresh weights; preserve keeps the function of the checkpoint")  # fmt: skip
     if spec.checkpoint.best is not None and spec.checkpoint.best not in spec.evaluation.metrics:
         problems.add(_spot(tree, ["checkpoint", "best"], start),
                      f"checkpoint.best: {spec.checkpoint.best} is not among evaluation.metrics")  # fmt: skip

@@ -3,7 +3,8 @@
 Facts of that code: an experiment's lists are a grid of runs. Its launch scripts fix the drop fraction at 0.3 and a mask
 update every 100 steps whatever the YAML says; mask updates end at 80 % of the run. Sparse Wide takes int(width * sqrt(k)) with
 k = round(1/(1-s)) and then searches the density at which the whole model meets `flop_budget`: here `match: model` with that
-`base_width`. The other members replace the 3x3 convolutions of a block and leave the 1x1 ones of shortcuts as they are. CIFAR:
+`base_width`. The other members replace the 3x3 convolutions of a block and leave the 1x1 ones of shortcuts as they are; the
+last norm of a block begins at zero where the block is the plain one, dense or wide. CIFAR:
 multistep x0.2 at epochs 60, 120, 160, Nesterov momentum, decay on everything; a parallel branch is a convolution with its
 BatchNorm, and the activation follows the sum. ImageNet: cosine, plain momentum, no decay on norms and biases, 8 processes; a
 parallel branch ends with a ReLU.
@@ -97,7 +98,7 @@ def _one(point: dict[str, Any], where: Mapping[str, Foreign], *, cifar: bool) ->
     scaled = take("sift_scaling", False)
     sections: dict[str, Any] = {"model": {"name": f"{model}_cifar" if cifar else model},
                                 "data": {"name": take("data", "cifar100") if cifar else "imagenet"}}  # fmt: skip
-    label = "dense"
+    label, init = "dense", dict[str, Any]()
     if algorithm and sparsity:
         one_of("sift_family", str(family), list(MEMBERS))
         member = MEMBERS[str(family)]
@@ -105,7 +106,7 @@ def _one(point: dict[str, Any], where: Mapping[str, Foreign], *, cifar: bool) ->
                      "algorithm": _algorithm(str(algorithm), take, note)}  # fmt: skip
         masks = take("maskopt_mask_init_method", "random")
         if masks in ("topk", "snip", "grasp", "force"):
-            sections["init"] = {"masks": "magnitude" if masks == "topk" else masks}
+            init["masks"] = "magnitude" if masks == "topk" else masks
         elif masks != "random":
             note("maskopt_mask_init_method", "masks start random, by magnitude, or by snip, grasp or force")
         if not scaled:
@@ -117,6 +118,9 @@ def _one(point: dict[str, Any], where: Mapping[str, Foreign], *, cifar: bool) ->
             note("sift_family", "the authors' code masks U and V as well, to .75, .44 and .19 of the dense FLOPs at "
                  ".5, .75 and .9; here only the copy is sparse")  # fmt: skip
         label = f"{member}{round(100 * float(sparsity))}_{algorithm}"
+    if sections.get("transform", {}).get("member", "wide") == "wide":
+        init["zero_residual"] = True
+    sections |= {"init": init} if init else {}
     sections |= _training(take, note, cifar=cifar)
     for key in left:
         note(key, REASONS.get(key, "there is no such setting here"))

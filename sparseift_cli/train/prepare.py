@@ -33,6 +33,7 @@ from .optimizers import learning_rate, make_optimizer
 from .processes import Processes
 from .recompute import recompute
 from .spent import Spent
+from .zero_residual import zero_residuals
 
 if TYPE_CHECKING:
     from ..recipe.schema import Spec
@@ -98,6 +99,8 @@ def prepare(recipe: Recipe, seed: int, processes: Processes) -> Prepared:
     assert steps is not None
     training = _counting(recipe, steps)
     model, done, counted = _model(recipe, dataset, train, seed, training)
+    if spec.init.zero_residual:
+        zero_residuals(model, spec.model.name)
     if spec.training.channels_last:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     model = model.to(processes.device).train()

@@ -319,6 +319,17 @@ def test_authors_parallel_blocks(tmp_path: Path, base: str, text: str, activatio
     assert left == {"conv1", *(f"layer{i}.0.downsample.0" for i in (2, 3, 4))}
 
 
+@pytest.mark.parametrize(("text", "zero"), [
+    (CIFAR, True), (IMAGENET, True), ("model: resnet_18\nblock_name: Block\n", True),
+    (CIFAR.replace("sparse_wide", "sparse_doped"), False), (CIFAR + "maskopt_mask_init_method: snip\n", True),
+])  # fmt: skip
+def test_authors_blocks_begin_at_zero(tmp_path: Path, text: str, zero: bool) -> None:
+    """Their scripts leave `zero_init_residual` on, which zeroes the plain block alone."""
+    _, recipe = grid(tmp_path, IMAGENET_BASE if text is IMAGENET else CIFAR_BASE, text)[0]
+    assert recipe.spec.init.zero_residual == zero
+    assert recipe.spec.init.masks == ("snip" if "snip" in text else "random")
+
+
 def test_authors_unknown_layer_between_factors(tmp_path: Path) -> None:
     text = CIFAR.replace("sparse_wide", "sparse_factorized\nuv_layer: nonlinear_rleu")
     with pytest.raises(UsageError, match="nonlinear_rleu"):
