@@ -41,6 +41,16 @@ def keeps_zeros(optimizer: Optimizer) -> bool:
     return False
 
 
+def warn_of_order(parameters: Iterable[nn.Parameter]) -> None:
+    """Say that the optimiser is about to make a step that no `Sparsifier.step` came before, where there are gradients."""
+    if any(p.grad is not None for p in parameters):
+        warnings.warn(
+            "optimizer.step() without sparsifier.step() before it: gradients are not masked, and pruned weights fill up; "
+            "call loss.backward(), sparsifier.step(), optimizer.step()",
+            stacklevel=5,
+        )
+
+
 def state_of(optimizer: Optimizer, parameter: nn.Parameter) -> list[Tensor]:
     """The optimiser's tensors of a parameter's shape: momentum_buffer, exp_avg, exp_avg_sq and the like."""
     if parameter not in optimizer.state:  # a defaultdict: asking would make an entry

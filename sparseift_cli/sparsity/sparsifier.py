@@ -30,7 +30,16 @@ from ..errors import UsageError, one_of
 from ..randomness import key_of
 from .exchange import Regrow, exchange, extend, prune
 from .find import find_weights, unwrapped
-from .guard import all_finite, clear_unwritten, keeps_zeros, multiply_, require_finite, skipped_inside, state_of
+from .guard import (
+    all_finite,
+    clear_unwritten,
+    keeps_zeros,
+    multiply_,
+    require_finite,
+    skipped_inside,
+    state_of,
+    warn_of_order,
+)  # fmt: skip
 from .mask import generator_for
 from .quick_exchange import Exchange, exchange_numbers, in_groups, on_device, quick_exchange
 from .ranks import check_ranks
@@ -116,7 +125,7 @@ class Sparsifier:
         """Steps begun so far: the index of the next one."""
         self.last: StepRecord | None = None
         self._pending: _Pending | None = None
-        self._first_step = False
+        self._first_step = self._heard = False
         self._final = {w.name: w.active for w in self.weights}
         self._start = {w.name: self._first(w) for w in self.weights}
         if state is not None:
@@ -144,7 +153,7 @@ class Sparsifier:
             NonFiniteError: a weight that is to be pruned is NaN or infinite; no weight or mask has changed then. At a mask
                 update by gradient the optimiser's step raises it, before it changes a weight.
         """
-        t, self._pending = self.steps, None
+        t, self._pending, self._heard = self.steps, None, True
         self.steps += 1
         exchanging = self.settings.exchanges_at(t)
         by_gradient = exchanging and self.settings.algorithm.uses_gradient
@@ -169,6 +178,7 @@ class Sparsifier:
     @torch.no_grad()
     def mask_gradients(self, but: Collection[SparseWeight] = ()) -> None:
         """Multiply every gradient by its mask, in place; `but` those of these weights."""
+        self._heard = True
         live = [(w.parameter.grad, w.factor) for w in self.weights
                 if (w.nnz < w.factor.numel() or w.moves) and w not in but]  # fmt: skip
         pairs = [(g, factor) for g, factor in live if g is not None]
@@ -253,7 +263,9 @@ class Sparsifier:
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Before the optimiser touches a weight: a gradient that is not finite ends the run at a mask update."""
-        self._first_step = not optimizer.state
+        if not self._heard:
+            warn_of_order([w.parameter for w in self.weights])
+        self._first_step, self._heard = not optimizer.state, False
         if self._pending is not None and not skipped_inside(optimizer):
             require_finite(self._pending.gradients, "the gradient", self._pending.step)
 

@@ -174,6 +174,20 @@ def test_closed_it_does_nothing_more() -> None:
     assert all(torch.equal(before[k], v) for k, v in sparsifier.masks().items())
 
 
+def test_the_wrong_order_is_told() -> None:
+    """Pruned weights would fill up, and nothing else would show it."""
+    net = sparse_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    sparsifier = make(net, optimizer)
+    loss_of(net, 0).backward()
+    with pytest.warns(UserWarning, match=r"optimizer.step\(\) without sparsifier.step\(\) before it"):
+        optimizer.step()
+    sparsifier.step()
+    optimizer.step()  # no warning
+    optimizer.zero_grad()
+    optimizer.step()  # nor without gradients, as where a checkpoint's state is made
+
+
 def test_names_are_those_without_wrappers() -> None:
     one, two = sparse_net(), sparse_net()
     a, b = SGD(one.parameters(), lr=0.1), SGD(two.parameters(), lr=0.1)
