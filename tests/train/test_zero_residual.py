@@ -38,8 +38,9 @@ def write(tmp_path: Path, net: str, more: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("net", "last"), [("resnet18_cifar", "bn2"), ("botnet50", "bn3")])
-@pytest.mark.parametrize("more", ["", WIDE])
+@pytest.mark.parametrize(
+    ("net", "last", "more"), [("resnet18_cifar", "bn2", ""), ("resnet18_cifar", "bn2", WIDE), ("botnet50", "bn3", "")]
+)
 def test_only_the_last_norm_of_a_block_begins_at_zero(tmp_path: Path, net: str, last: str, more: str) -> None:
     model = prepare(load(write(tmp_path, net, more)), 0, Processes(torch.device("cpu"))).model
     norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
