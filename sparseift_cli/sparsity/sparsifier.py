@@ -39,7 +39,7 @@ from .guard import (
     skipped_inside,
     state_of,
     warn_of_order,
-)  # fmt: skip
+)
 from .mask import generator_for
 from .quick_exchange import Exchange, exchange_numbers, in_groups, on_device, quick_exchange
 from .ranks import check_ranks

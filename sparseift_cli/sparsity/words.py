@@ -11,7 +11,7 @@ _LEFT = 16  # words that are added at a time: their 128 places do not overflow a
 
 
 def as_words(*masks: Tensor) -> tuple[Tensor, ...]:
-    """Views of boolean masks of one shape for &, |, ^ and `inverted`: int64 [N / 8] each.
+    """Views of boolean masks of one shape for &, |, ^ and `invert_`: int64 [N / 8] each.
 
     uint8 [*shape], a place a byte, where the masks do not lie alike in memory or not in whole words.
     """
