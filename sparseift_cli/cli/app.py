@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import os
 import sys
@@ -53,6 +54,9 @@ def options(
 def main() -> None:
     """Entry point of the script: every error the user can act on is two lines on stderr and the right exit code."""
     _open_streams()
+    if not faulthandler.is_enabled():
+        with suppress(OSError, ValueError):  # a stderr that is no file: nobody can be told
+            faulthandler.enable()  # a crash in a library's native code says where, in place of an exit code alone
     if isinstance(sys.stdout, io.TextIOWrapper):  # LANG=C, or a file name that is no text: shown escaped, as on stderr
         sys.stdout.reconfigure(errors="backslashreplace")
     quick_help.prepare(sys.argv[1:])

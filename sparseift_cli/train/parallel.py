@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -187,6 +187,8 @@ class _Crew:
         self._watch.end(child.label)
         if outcome.summary is None and not self.stopped:
             self._watch.note(f"failed, exit code {outcome.code}", run=child.label)
+        elif outcome.summary is not None and code < 0:  # a library that crashes when the process ends: the run is whole
+            self._watch.note(f"{outcome.message} when all was done", run=child.label)
         return outcome
 
     def _start(self, child: Child, seat: int, result: IO[str]) -> subprocess.Popen[str]:
@@ -218,11 +220,11 @@ class _Crew:
         outcome.code = code if code >= 0 else 128 - code
         if code < 0:
             outcome.message = f"ended by {signal.Signals(-code).name}"
-        elif code == 0:
-            try:
+        if code <= 0:
+            with suppress(ValueError, KeyError, TypeError):
                 (outcome.summary,) = json.loads(printed)["runs"]
-            except (ValueError, KeyError, TypeError):
-                outcome.code, outcome.message = 1, "ended without a result"
+        if outcome.summary is None and code == 0:
+            outcome.code, outcome.message = 1, "ended without a result"
         outcome.message = outcome.message or outcome.last or f"ended with exit code {code}"
 
 

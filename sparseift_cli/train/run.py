@@ -80,6 +80,7 @@ def run_jobs(jobs: Sequence[Job], root: Path, resume: str | None, report: Report
                     before = recipe
                     with _settings(recipe.spec.training.threads, recipe.spec.training.deterministic):
                         results.append(_one(with_seed(recipe, seed), seed, call, ours))
+                _let_go(ours.device, compiled=False)  # while the device is there, not at the interpreter's end
     return results
 
 
@@ -91,6 +92,7 @@ def _settings(threads: int | None, deterministic: bool) -> Iterator[None]:
         torch.set_num_threads(threads)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product on a GPU
+        torch.backends.cudnn.benchmark = False  # whoever called may search, and which kernel a search finds is chance
         torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -121,7 +123,7 @@ def _let_go(device: torch.device, *, compiled: bool) -> None:
     if compiled:
         torch.compiler.reset()
     if device.type == "cuda":
-        torch.cuda.init()  # nothing of the first run is there yet
+        torch.cuda.init()  # before the first run nothing is there yet
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -93,3 +94,11 @@ def test_a_run_whose_log_nobody_reads_is_saved(tmp_path: Path) -> None:
     assert done.returncode == 143, done.stdout
     (run,) = tmp_path.glob("*/*/")
     assert list(run.glob("checkpoints/step-*"))
+
+
+def test_a_crash_in_native_code_says_where(tmp_path: Path) -> None:
+    script = "import ctypes; from sparseift_cli.cli import app; app.app = lambda: ctypes.string_at(0); app.main()"
+    done = shell(f'exec "$1" -c "{script}"', folder=tmp_path)
+    assert done.returncode == -signal.SIGSEGV
+    assert "Segmentation fault" in done.stderr
+    assert 'app.py", line' in done.stderr

@@ -196,6 +196,29 @@ def test_what_a_child_says_last_does_not_hide_why_it_failed() -> None:
     assert told == ["Traceback", "ValueError: 3", "a warning at exit"]
 
 
+def test_a_child_that_crashes_when_all_is_done_has_finished(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On a GPU a library's own clean-up can crash at the very end: what is written is written."""
+    told: list[str] = []
+    watch: Any = SimpleNamespace(note=lambda text, run: told.append(text), end=lambda run: None)
+    crew, child = parallel._Crew([], 1, 1, watch), parallel.Child(tmp_path / "x.yaml", [], 0, "seed 0")
+    crash = "import os, signal, sys; sys.stdout.flush(); os.kill(os.getpid(), signal.SIGSEGV)"
+    for printed, summary, said in (
+        ('{"runs": [{"seed": 0}]}', {"seed": 0}, "ended by SIGSEGV when all was done"),
+        ("", None, "failed, exit code 139"),
+    ):
+
+        def begin(*_: Any, words: str = printed) -> subprocess.Popen[str]:
+            script = f"print({words!r}); {crash}"
+            return subprocess.Popen(
+                [sys.executable, "-c", script], stdout=_[-1], stderr=subprocess.PIPE, text=True, cwd=tmp_path
+            )
+
+        monkeypatch.setattr(crew, "_start", begin)
+        outcome = crew.run(child)
+        assert (outcome.summary, outcome.code, outcome.message) == (summary, 139, "ended by SIGSEGV")
+        assert told.pop() == said
+
+
 def test_recipes_after_another_begin_with_a_clean_compiler(
     write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,6 +229,24 @@ def test_recipes_after_another_begin_with_a_clean_compiler(
     one, other = load(write_recipe("static", steps=5), sets), load(write_recipe("set", steps=5), sets)
     run_jobs([(one, 0), (one, 1), (other, 0)], tmp_path / "runs", None, quiet, quiet)
     assert reset == [1]
+
+
+def test_a_deterministic_run_lets_cudnn_search_for_nothing(
+    write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def looks(*_: Any, **__: Any) -> dict[str, Any]:
+        seen.append(torch.backends.cudnn.benchmark)
+        return {}
+
+    monkeypatch.setattr(train_run, "train", looks)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)  # as whoever called may have it
+    for deterministic in ("true", "false"):
+        recipe = load(write_recipe("static", steps=5), [f"training.deterministic={deterministic}"])
+        run_jobs([(recipe, 0)], tmp_path / deterministic, None, quiet, quiet)
+    assert seen == [False, True]
+    assert torch.backends.cudnn.benchmark
 
 
 def test_what_a_run_sets_for_the_process_is_undone(
