@@ -20,7 +20,7 @@ CLASSES, SIDE = 10, 32
 IMAGE = (3, SIDE, SIDE)
 
 
-def _resnet(*depths: int, cifar_stem: bool = False, bottleneck: bool = False, width: int = 16) -> ResNet:
+def _resnet(*depths: int, cifar_stem: bool = False, bottleneck: bool = False, width: int = 8) -> ResNet:
     """The zoo's, whose layers are then replaced by narrower ones."""
     a, b, c, d = depths
     with torch.device("meta"):
@@ -51,7 +51,7 @@ def resnet34() -> Made:
 
 def botnet50() -> Made:
     """Six blocks instead of sixteen; attention in the last two, as in the zoo's."""
-    model = _resnet(1, 1, 2, 2, bottleneck=True, width=8)
+    model = _resnet(1, 1, 2, 2, bottleneck=True)
     for index, block in enumerate(model.layer4):
         assert isinstance(block, Bottleneck)
         side = SIDE // (16 if index == 0 else 32)

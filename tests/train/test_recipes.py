@@ -37,6 +37,8 @@ def shrunk(recipe: Recipe) -> list[str]:
         sets.append("transform.match=model")
     if recipe.path.parent.name == "quickstart":
         return sets
+    if (multiple := recipe.transform.get("width_multiple", 1)) > 1:  # of channels that are an eighth
+        sets.append(f"transform.width_multiple={max(1, multiple // 8)}")
     name = spec.model.name.rpartition(":")[2]
     tokens = spec.data.name in ("tokens", "wikitext-2")
     if recipe.transform.get("base_width"):  # hidden 768 -> 1536; here 96 -> 192
