@@ -8,15 +8,20 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .api import audit, flops, inspect, load, masks, save, transform
+    from .errors import ArtifactError, CheckFailed, SparseiftError, UsageError
     from .sparsity.sparsifier import Sparsifier
     from .spec import TrainingSpec, TransformSpec
     from .transforms.transformation import Options
 
 __all__ = [
+    "ArtifactError",
+    "CheckFailed",
     "Options",
+    "SparseiftError",
     "Sparsifier",
     "TrainingSpec",
     "TransformSpec",
+    "UsageError",
     "__version__",
     "audit",
     "flops",
@@ -28,10 +33,14 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ArtifactError": "errors",
+    "CheckFailed": "errors",
     "Options": "transforms.transformation",
     "Sparsifier": "sparsity.sparsifier",
+    "SparseiftError": "errors",
     "TrainingSpec": "spec",
     "TransformSpec": "spec",
+    "UsageError": "errors",
 }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from .artifact import BUFFERS, MASKS, WEIGHTS, is_artifact, open_artifact, provenance, write
 from .checkpoint import Checkpoint
@@ -36,7 +36,8 @@ def transform(model: M, example_input: Any, *, member: str = "wide", sparsity: f
     """A Sparse-IFT copy of `model`, and the plan it was made by; `model` itself is not changed.
 
     Args:
-        model: any module that runs on `example_input`, on any device. On `meta` only shapes are made.
+        model: any module that runs on `example_input`, on any device. On `meta` only shapes are made. Of what torch.compile
+            or DataParallel wraps, the module inside: wrap the result again.
         example_input: a tensor, a tuple of positional or a mapping of keyword arguments. Only shapes and dtypes matter.
         member: wide, parallel, factorized or doped.
         sparsity: in [0, 1); 0.9 makes layers 10 times larger and 90 % sparse.
@@ -51,8 +52,13 @@ def transform(model: M, example_input: Any, *, member: str = "wide", sparsity: f
         UsageError: nothing can be transformed as asked, or the model does not run on the input.
         CheckFailed: no density fits the budget, or what came out does not cost what was planned.
     """
+    from .sparsity.find import unwrapped
     from .transforms.transformation import transform_module
 
+    if isinstance(model, str | Path):
+        raise UsageError(f"transform takes a module, not {str(model)!r}",
+                         hint="build it first, or: sparseift transform SOURCE -o FOLDER")  # fmt: skip
+    model = cast("M", unwrapped(model))
     args, kwargs = as_call(example_input)
     wanted = TransformSpec.of({"member": member_named(member), "sparsity": str(sparsity), **spec})
     new, done = transform_module(model, args, kwargs, wanted, name=name or type(model).__name__,
@@ -60,7 +66,7 @@ def transform(model: M, example_input: Any, *, member: str = "wide", sparsity: f
     return new, done.plan
 
 
-def flops(model: nn.Module | str, example_input: Any = None, *, sparsity: float | str | None = None, member: str = "wide",
+def flops(model: nn.Module | str | Path, example_input: Any = None, *, sparsity: float | str | None = None, member: str = "wide",
           training: TrainingSpec | None = None, causal: str = "full", **spec: Any) -> Audit:  # fmt: skip
     """The FLOP audit of a model: dense, what a transform would make of it, or (of a transformed model) what it was made.
 
@@ -74,7 +80,10 @@ def flops(model: nn.Module | str, example_input: Any = None, *, sparsity: float 
     wanted = None
     if sparsity is not None:
         wanted = TransformSpec.of({"member": member_named(member), "sparsity": str(sparsity), **spec})
-    if isinstance(model, str):
+    elif spec or member != "wide":
+        raise UsageError("a transform needs its sparsity", hint="flops(model, example_input, sparsity=0.9, ...)")
+    if isinstance(model, str | Path):
+        model = str(model)
         _require_no_input(model, example_input)
         if is_artifact(model):
             return open_artifact(model).audit(training, causal)
@@ -88,10 +97,8 @@ def flops(model: nn.Module | str, example_input: Any = None, *, sparsity: float 
     if done is not None and wanted is not None:
         raise UsageError(f"this {type(model).__name__} was transformed already", hint="give the dense model")
     if done is not None:
-        at = done.plan.table.input if example_input is None else shape_of(*as_call(example_input))
-        if tuple(at) != tuple(done.plan.table.input):
-            raise UsageError(f"this {type(model).__name__} was planned at input {_by(done.plan.table.input)}, not {_by(at)}",
-                             hint="transform the dense model at that input")  # fmt: skip
+        if example_input is not None:
+            _require_planned_input(done, example_input)
         return recount(done.plan, training, causal)
     return count(_table(model, example_input), wanted, training, causal=causal)
 
@@ -100,36 +107,29 @@ def audit(model: nn.Module, example_input: Any) -> Audit:
     """The audit of a transformed model, after counting the module itself again: masks, shapes and operations.
 
     Raises:
-        UsageError: `model` was not made by `transform` or read by `load`.
+        UsageError: `model` was not made by `transform` or read by `load`, or was planned at another input.
         CheckFailed: it does not cost what its plan says (its masks or layers were changed).
     """
-    from .sparsity.attached import masks_of
     from .transforms.check import measure, require_as_planned
-    from .transforms.masking import require_masked
-    from .transforms.transformation import transformation_of
 
-    done = transformation_of(model)
-    if done is None:
-        raise UsageError(
-            f"this {type(model).__name__} was not transformed", hint="flops(model, example_input) counts any model"
-        )
+    model, done = _transformed(model, "flops(model, example_input) counts any model")
+    _require_planned_input(done, example_input)
     args, kwargs = as_call(example_input)
-    masks = None if any(p.is_meta for p in model.parameters()) else masks_of(model)
-    if masks is not None:
-        require_masked(model, masks, done.surgery.masked)
+    masks = _checked_masks(model, done)
     measured, after = measure(model, args, kwargs, done.plan, done.surgery, masks)
     require_as_planned(measured, done.plan, after, after)
     return count(done.plan.table, done.plan.spec, done.plan.training)
 
 
-def inspect(source: nn.Module | str, example_input: Any = None) -> LayerTable | Checkpoint:
+def inspect(source: nn.Module | str | Path, example_input: Any = None) -> LayerTable | Checkpoint:
     """What is in a model (its LayerTable) or in a checkpoint file (its Checkpoint: formats, tensors, sizes).
 
     Raises:
         UsageError, CheckpointError: no such source, or it cannot be read.
     """
-    if not isinstance(source, str):
+    if not isinstance(source, str | Path):
         return _table(source, example_input)
+    source = str(source)
     _require_no_input(source, example_input)
     if is_artifact(source):
         return open_artifact(source).table
@@ -148,19 +148,14 @@ def save(model: nn.Module, path: str | Path, *, force: bool = False, state_dict:
 
     Raises:
         UsageError: `model` was not made by `transform` or read by `load`.
+        CheckFailed: a mask is gone or has lost its pattern, or a weight that its mask leaves out is not zero.
         ArtifactError: `path` exists (use `force` to replace a transformed model), or cannot be written.
     """
-    from .sparsity.attached import masks_of
-    from .transforms.transformation import transformation_of
-
-    done = transformation_of(model)
-    if done is None:
-        raise UsageError(
-            f"this {type(model).__name__} was not transformed", hint="torch.save writes any module's state_dict"
-        )
+    model, done = _transformed(model, "torch.save writes any module's state_dict")
     tensors: dict[str, Mapping[str, Any]] = {}
-    if not any(p.is_meta for p in model.parameters()):
-        tensors = {WEIGHTS: untied(model), MASKS: masks_of(model)}
+    masks = _checked_masks(model, done)
+    if masks is not None:
+        tensors = {WEIGHTS: untied(model), MASKS: masks}
         passing = unsaved_buffers(model)
         if passing:
             tensors[BUFFERS] = passing
@@ -183,10 +178,11 @@ def load(path: str | Path, *, into: nn.Module | None = None) -> nn.Module:
 
 
 def masks(model: nn.Module) -> dict[str, Any]:
-    """Weight name -> boolean mask, for every sparse weight of a transformed model."""
+    """Weight name -> boolean mask, for every sparse weight of a transformed model; names as in the module inside wrappers."""
     from .sparsity.attached import masks_of
+    from .sparsity.find import unwrapped
 
-    return masks_of(model)
+    return masks_of(unwrapped(model))
 
 
 def untied(model: nn.Module) -> dict[str, Any]:
@@ -218,6 +214,38 @@ def unsaved_buffers(model: nn.Module) -> dict[str, Any]:
                 skipped.add(id(tensor))
                 found[f"{path}.{name}".removeprefix(".")] = tensor
     return found
+
+
+def _transformed(model: nn.Module, otherwise: str) -> tuple[nn.Module, Transformation]:
+    """The module inside torch.compile and DataParallel, and what was done to it."""
+    from .sparsity.find import unwrapped
+    from .transforms.transformation import transformation_of
+
+    model = unwrapped(model)
+    done = transformation_of(model)
+    if done is None:
+        raise UsageError(f"this {type(model).__name__} was not transformed", hint=otherwise)
+    return model, done
+
+
+def _checked_masks(model: nn.Module, done: Transformation) -> dict[str, Any] | None:
+    """The masks of a transformed model, which its weights obey; None on meta."""
+    from .sparsity.attached import masks_of
+    from .transforms.masking import require_masked
+
+    if any(p.is_meta for p in model.parameters()):
+        return None
+    masks = masks_of(model)
+    require_masked(model, masks, done.surgery.masked, done.plan.spec.pattern)
+    return masks
+
+
+def _require_planned_input(done: Transformation, example_input: Any) -> None:
+    """Its numbers are those of the input that it was planned at, batch and all."""
+    planned, at = tuple(done.plan.table.input), tuple(shape_of(*as_call(example_input)))
+    if at != planned:
+        raise UsageError(f"this {done.plan.table.model} was planned at input {_by(planned)}, not {_by(at)}",
+                         hint="transform the dense model at that input")  # fmt: skip
 
 
 def _documents(done: Transformation) -> dict[str, dict[str, Any]]:

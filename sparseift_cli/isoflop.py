@@ -26,6 +26,8 @@ def density(sparsity: float | str | Fraction) -> Fraction:
     Raises:
         ValueError: the sparsity is not in [0, 1).
     """
+    if len(str(sparsity).lower().partition("e")[2]) > 5:  # 1e-99999 is read in a blink, 1e-400000000 never
+        raise ValueError(f"sparsity {sparsity} has an exponent without meaning")
     s = Fraction(str(sparsity))
     if not 0 <= s < 1:
         raise ValueError(f"sparsity {sparsity} is not in [0, 1)")

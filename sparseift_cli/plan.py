@@ -72,7 +72,7 @@ def make_plan(table: LayerTable, spec: TransformSpec, training: TrainingSpec | N
     sizes = growth.sizes if growth else list(table.sizes)
     layers = [_plan_layer(layer, table, spec, growth, sizes) for layer in table.layers]
     if not any(p.status == "transformed" for p in layers) and spec.density < 1:
-        reasons = sorted({p.reason for p in layers if p.layer.weighted and p.layer.role == "body"}) or [
+        reasons = sorted({p.reason for p in layers if p.layer.macs.terms and p.layer.role == "body"}) or [
             "it has no body layers"
         ]
         raise UsageError(f"{spec.member} leaves every layer of {table.model} as it is: {'; '.join(reasons[:4])}")
@@ -90,9 +90,7 @@ def _plan_layer(
 ) -> LayerPlan:
     dense_macs = layer.macs.evaluate(table.sizes)
     if not layer.weighted or layer.role != "body":
-        return _left_alone(
-            layer, dense_macs, sizes, _WHY_LEFT_ALONE[layer.role] if layer.role != "body" else layer.note or ""
-        )
+        return _left_alone(layer, dense_macs, sizes, _why_left_alone(layer))
     if layer.tied_to:
         return _left_alone(layer, dense_macs, sizes, f"weight shared with {layer.tied_to}")
     if layer.note:
@@ -102,6 +100,12 @@ def _plan_layer(
     if growth is not None:
         return _plan_wide(layer, table, spec, growth, dense_macs)
     return _plan_local(layer, table, spec, dense_macs)
+
+
+def _why_left_alone(layer: Layer) -> str:
+    if layer.role == "body":
+        return layer.note or ""
+    return "parameter, no MACs" if layer.kind == "parameter" else _WHY_LEFT_ALONE[layer.role]
 
 
 def _left_alone(layer: Layer, dense_macs: int, sizes: list[int], reason: str) -> LayerPlan:

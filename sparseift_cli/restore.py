@@ -6,19 +6,21 @@ import torch
 from torch import nn
 
 from .artifact import BUFFERS, MASKS, WEIGHTS, Artifact
-from .errors import ArtifactError, UsageError
+from .errors import ArtifactError, CheckFailed, UsageError
 from .plan import make_plan
 from .source import Request, build
-from .sparsity.attached import masks_of
+from .sparsity.attached import attach, masks_of
+from .sparsity.find import unwrapped
 from .transforms.check import Measured
 from .transforms.edits import Surgery
+from .transforms.masking import require_masked
 from .transforms.surgery import operate
 from .transforms.transformation import REMEMBERED, Options, Transformation
 
 
 def restore(stored: Artifact, into: nn.Module | None) -> nn.Module:
     """The transformed module of `stored`; see `api.load`."""
-    dense = into if into is not None else _dense(stored)
+    dense = unwrapped(into) if into is not None else _dense(stored)
     surgery = Surgery.from_json(stored.surgery)
     new = operate(dense, surgery)
     if stored.weights.is_file():
@@ -73,10 +75,19 @@ def _filled(model: nn.Module, stored: Artifact, surgery: Surgery) -> nn.Module:
         if mask is None or mask.shape != weight.shape or int(mask.count_nonzero()) != m.nnz:
             raise ArtifactError(f"{stored.path / MASKS}: the mask of {m.key} is not the planned one",
                                 hint="transform the model again")  # fmt: skip
-        path, _, name = m.key.rpartition(".")
-        model.get_submodule(path).register_buffer(f"{name}_mask", mask, persistent=False)
+    _require_zeros(model, masks, surgery, stored)
+    attach(model, {m.key: masks[m.key] for m in surgery.masked}, stored.spec.pattern)
     assert len(masks_of(model)) == len(surgery.masked)
     return model
+
+
+def _require_zeros(model: nn.Module, masks: dict[str, torch.Tensor], surgery: Surgery, stored: Artifact) -> None:
+    try:
+        require_masked(model, masks, surgery.masked, stored.spec.pattern)
+    except CheckFailed as error:
+        raise ArtifactError(
+            f"{stored.path}: {error.message}", hint="it was changed; transform the model again"
+        ) from None
 
 
 def _put_buffers(model: nn.Module, buffers: dict[str, torch.Tensor], stored: Artifact) -> None:

@@ -97,7 +97,7 @@ def build(request: Request, *, device: str = "meta") -> Built:
         made = make(request, device) if make else _foreign(request, device)
         return Built(made.model.eval(), made.args, made.kwargs, request.source)
     info = registry.lookup(request.source)
-    if request.image is not None and len(request.image) != 3:
+    if info.kind == "image" and request.image is not None and len(request.image) != 3:
         raise UsageError(f"{info.name} takes channels x height x width", hint="--input 3x224x224")
     image: Any = request.image
     from .trace.no_init import no_init

@@ -231,7 +231,8 @@ def _sentence(match: Match) -> str:
         return (
             f"{match.model} with other sizes in {len(match.differs)} of {match.expected} tensors ({d.name}: {shapes})"
         )
-    agree = f"{match.same} of {match.expected} tensors of {match.model}"
+    asked = match.same + len(match.differs) + len(match.missing)  # less what it may leave out, and does
+    agree = f"{match.same} of {asked} tensors of {match.model}"
     rest = ((match.differs, "of another shape"), (match.missing, "missing"), (match.unexpected, "not of the model"))
     return ", ".join([agree, *(f"{len(found)} {what}" for found, what in rest if found)])
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import cast
+from typing import TypeGuard, cast
 
 from ..errors import did_you_mean
 from .facts import Entry, Malformed, printable
@@ -65,6 +65,8 @@ def find_state_dict(root: object, key: str | None = None) -> Found:
         raise Malformed(f"holds {describe(root).type}, not a state dict")
     root = cast("dict[object, object]", root)
     candidates = list(_candidates(root))
+    if not candidates:
+        raise _without_tensors(root)
     chosen = _chosen(candidates, key)
     tensors: dict[str, PickledTensor] = {}
     for name, value in chosen.mapping.items():
@@ -131,9 +133,19 @@ def _candidates(root: dict[object, object]) -> Iterator[_Candidate]:
                 waiting.append(((*keys, name), value))
 
 
+def _without_tensors(root: dict[object, object]) -> Malformed:
+    kinds = sorted({v.kind.rpartition("_rebuild_")[2] for v in root.values() if _is_odd_tensor(v)})
+    if kinds:
+        return Malformed(f"holds no tensors but of a layout that is not read: {', '.join(kinds)}",
+                         hint="save them with .to_dense()")  # fmt: skip
+    return Malformed("holds no tensors in any dict", hint="a state dict maps names to tensors")
+
+
+def _is_odd_tensor(value: object) -> TypeGuard[Opaque]:
+    return isinstance(value, Opaque) and value.kind.startswith("torch._utils._rebuild_")
+
+
 def _chosen(candidates: Sequence[_Candidate], key: str | None) -> _Candidate:
-    if not candidates:
-        raise Malformed("holds no tensors in any dict", hint="a state dict maps names to tensors")
     if key is not None:
         named = {candidate.path: candidate for candidate in candidates}
         if key not in named:

@@ -77,7 +77,7 @@ def flops(
     asked = Request(source, num_classes, parse_input(input_shape), seq, batch)
     counted = {"algorithm": algorithm, "delta_t": delta_t, "stop": stop, "steps": steps, "recompute": recompute or None}
     if is_artifact(source):
-        fixed = bool(spec or sparsity or transform) or not asked.default
+        fixed = bool(spec or transform) or sparsity is not None or not asked.default
         result = _stored(source, counted, causal, fixed=fixed, verify=verify)
         problems = gates.check(result, max_flops_ratio, max_layer_ratio, strict=strict)
         _tell(result, problems, fmt, output, depth=depth, sort=sort, summary=summary)
@@ -87,7 +87,11 @@ def flops(
     if transform:
         given["member"] = transform
     sparsities = (
-        [s.strip() for s in sparsity.split(",")] if sparsity else [given["sparsity"]] if "sparsity" in given else []
+        [s.strip() for s in sparsity.split(",")]
+        if sparsity is not None
+        else [given["sparsity"]]
+        if "sparsity" in given
+        else []
     )
     if given and not sparsities:
         raise UsageError(

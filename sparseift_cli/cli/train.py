@@ -198,7 +198,9 @@ def _seeds(text: str | None) -> list[int]:
         seeds = [n for part in text.split(",") for n in _span(part)]
     except ValueError:
         seeds = []
-    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+    if len(set(seeds)) != len(seeds):
+        raise UsageError(f"--seeds {text!r} names a seed twice", hint="each seed is one run")
+    if not seeds or min(seeds) < 0:
         raise UsageError(f"--seeds {text!r} names no seeds", hint="0..4 is 0, 1, 2, 3, 4; or a list: 0,3,7")
     return seeds
 

@@ -147,7 +147,7 @@ def _check_model(given: Mapping[str, Any], tree: Mapping[str, Value], start: Spo
     try:
         info = registry.lookup(name)
         image: Any = tuple(map(int, sides)) if all(side.isdecimal() for side in sides) else None
-        if image is not None and len(image) != 3:
+        if info.kind == "image" and image is not None and len(image) != 3:
             raise UsageError(f"{info.name} takes channels x height x width", hint="input: 3x224x224")
         counts = {k: given.get(k) if isinstance(given.get(k), int) else None for k in ("num_classes", "seq")}
         info.with_input(num_classes=counts["num_classes"], seq=counts["seq"], image=image)

@@ -2,6 +2,7 @@
 
 from .layout import Block, Layout, NofM, parse_pattern, room
 from .mask import disjoint_masks, empty_rows_and_columns, generator_for, make_mask
+from .patterns import has_pattern
 from .saliency import MaskLayout, force_masks, scores
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "empty_rows_and_columns",
     "force_masks",
     "generator_for",
+    "has_pattern",
     "make_mask",
     "parse_pattern",
     "room",

@@ -1,7 +1,8 @@
 """Where masks live: a boolean buffer `weight_mask` beside each sparse `weight`, outside the state dict.
 
-A buffer follows its module through `.to`, `deepcopy` and replication; being no part of the state dict, it leaves checkpoints
-as any PyTorch code expects them. Zeros are stored in the weight itself, so a forward pays nothing for the mask.
+Beside it lies its pattern, `weight_mask_pattern`, which whoever moves the mask keeps. A buffer follows its module through
+`.to`, `deepcopy` and replication; being no part of the state dict, it leaves checkpoints as any PyTorch code expects them.
+Zeros are stored in the weight itself, so a forward pays nothing for the mask.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 SUFFIX = "_mask"
+_PATTERN = "_mask_pattern"
 
 
-def attach(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Put each mask beside its weight, on the same device, and set the weights that it leaves out to zero.
+def attach(model: nn.Module, masks: Mapping[str, Tensor], pattern: str = "unstructured") -> None:
+    """Put each mask, which has that pattern, beside its weight, on the same device; weights that it leaves out become zero.
 
     Raises:
         KeyError: `model` has no parameter of that name.
@@ -31,9 +33,15 @@ def attach(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
             )
         mask = mask.to(weight.device, torch.bool)
         module.register_buffer(name + SUFFIX, mask, persistent=False)
+        setattr(module, name + _PATTERN, pattern)
         with torch.no_grad():  # turned round and back in place: a copy of a large mask is memory for nothing
             weight.masked_fill_(mask.logical_not_(), 0)
             mask.logical_not_()
+
+
+def pattern_of(module: nn.Module, name: str) -> str:
+    """The pattern of the mask beside the parameter `name` of `module`."""
+    return getattr(module, name + _PATTERN, "unstructured")
 
 
 def masks_of(model: nn.Module) -> dict[str, Tensor]:

@@ -8,15 +8,17 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import UsageError
-from .attached import masks_of
+from .attached import masks_of, pattern_of
 from .saliency import MaskLayout
 from .sparse_weight import SparseWeight
 
 
 def find_weights(
-    model: nn.Module, optimizer: Optimizer, pattern: str, layouts: Mapping[str, MaskLayout], *, moves: bool
+    model: nn.Module, optimizer: Optimizer, pattern: str | None, layouts: Mapping[str, MaskLayout], *, moves: bool
 ) -> list[SparseWeight]:
     """Every weight with a mask, in the order of the modules; `layouts` over what the module itself tells.
+
+    `pattern`: of all masks; None for the one that lies beside each.
 
     Raises:
         UsageError: a weight that is trained but not by this optimiser; a layout of a name that is no sparse weight; a
@@ -28,7 +30,8 @@ def find_weights(
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
         form: MaskLayout = {
-            "pattern": pattern, "groups": getattr(module, "groups", 1), "transposed": is_transposed(module)
+            "pattern": pattern or pattern_of(module, attribute), "groups": getattr(module, "groups", 1),
+            "transposed": is_transposed(module),
         }  # fmt: skip
         form |= layouts.get(name, MaskLayout())
         weight = SparseWeight(name, module, attribute, form, moves=moves)

@@ -30,7 +30,7 @@ def n_of_m_masks(
     masks = [torch.zeros(rows, columns, dtype=torch.bool) for _ in range(branches)]
     for start, stop in _row_chunks(rows, columns):
         part = None if keys is None else keys[start:stop]
-        for first, m in _groups(columns, pattern.m):
+        for first, m in groups_of(columns, pattern.m):
             n = m * pattern.n // pattern.m  # N in a whole group
             whole = (columns - first) // m * m
             wanted = None if part is None else part[:, first : first + whole].reshape(-1, m)
@@ -47,7 +47,7 @@ def _row_chunks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
     return ((start, min(rows, start + step)) for start in range(0, rows, step))
 
 
-def _groups(columns: int, m: int) -> Iterator[tuple[int, int]]:
+def groups_of(columns: int, m: int) -> Iterator[tuple[int, int]]:
     """(first column, size) of the whole groups, then of the last shorter one, where there are any."""
     rest = columns % m
     if columns >= m:

@@ -83,7 +83,7 @@ class Sparsifier:
     Args:
         model: with masks beside its weights (`sparseift_cli.transform`, `sparsity.attached.attach`), on its final device and
             in its final dtype; DistributedDataParallel and torch.compile wrappers are looked through.
-        plan: may stand before the optimiser or be left out; it gives the pattern of the masks.
+        plan: may stand before the optimiser or be left out; the pattern of the masks, in place of the one that they came with.
         optimizer: holds every trained sparse weight.
         algorithm: dense, static, set, rigl, gmp or granet.
         total_steps: optimiser steps of the whole run; needed by every algorithm that moves masks.
@@ -116,7 +116,7 @@ class Sparsifier:
             one_of("fill", fill, ("normal", "zeros"))
         self.settings = Settings(algorithm, total_steps, delta_t, stop, drop_fraction, schedule, regrow, seed)
         self.optimizer, self.check_finite = optimizer, check_finite
-        pattern = plan.spec.pattern if plan else "unstructured"
+        pattern = plan.spec.pattern if plan else None
         self.weights = find_weights(unwrapped(model), optimizer, pattern, layouts or {}, moves=self.settings.moves)
         if not self.weights and algorithm != "dense":
             raise UsageError("the model has no sparse weights", hint="transform it first, or use algorithm dense")

@@ -27,6 +27,9 @@ _NORMS = {
 }
 
 
+_LAYERS = ("linear", "conv", "conv_transpose")  # kinds that are layers where their weight is a parameter
+
+
 class RowBuilder:
     """Layers of one trace. `named` turns polynomials over variables into ones over width ids."""
 
@@ -96,11 +99,11 @@ class RowBuilder:
         )
 
     def _role(self, row: Row) -> Role:
-        if row.weight is None or row.kind == "matmul":
+        if row.kind == "matmul" or (row.weight is None and row.kind not in _LAYERS):
             return "attention"
         if row.weight in self.output_weights:
             return "output"
-        return "input" if row.first else "body"
+        return "input" if row.first and row.weight is not None else "body"
 
     def _host(self, row: Row) -> str | None:
         """The class that holds the weight, or reads it, where nothing but that weight can stand in its place."""
@@ -174,7 +177,7 @@ def row_name(row: Row) -> str:
 
 
 def _note(row: Row, role: Role) -> str | None:
-    if row.weight is None and row.kind in ("linear", "conv", "matmul", "conv_transpose"):
+    if row.weight is None and row.kind in (*_LAYERS, "matmul"):
         return "the weight is computed in forward, not a parameter"
     if row.kind == "experts":
         return "experts stacked in one tensor stay dense: what a non-zero costs depends on the routing"

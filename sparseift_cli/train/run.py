@@ -138,7 +138,7 @@ def _one(recipe: Recipe, seed: int, call: _Call, ours: Processes) -> dict[str, A
         if done is not None:
             call.note(f"{found.path} is done")
     if ours.agree(ours.first and found is not None and found.summary is not None):
-        return dict(found.summary or {}) if found is not None else {}
+        return {**(found.summary or {}), "path": str(found.path)} if found is not None else {}  # it may have been moved
     run = prepare(recipe, seed, ours)
     try:
         _stop_here(ours, recipe, seed)

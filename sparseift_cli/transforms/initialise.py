@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..errors import UsageError
 from ..sparsity.mask import generator_for
 from .edits import Surgery
 from .layers import is_transposed
@@ -45,6 +46,7 @@ class _Source:
     key: str
     new: Tensor
     new_weight: Tensor
+    old_key: str
     old: Tensor
     old_weight: Tensor
     density: float
@@ -56,12 +58,16 @@ def initialise(model: nn.Module, dense: nn.Module, surgery: Surgery, *, seed: in
     `density_scaled` multiplies the deviation of a sparse weight by density ** -1/2, so that a sum over its non-zeros has
     the variance that a dense one had; the parts of Parallel and Doped are summed, so theirs together have it as they are.
     The draw of a tensor depends on the seed and its name alone.
+
+    Raises:
+        UsageError: a weight of `dense` that says how to draw others is not finite.
     """
     summed = any(edit.member in ("sparse_parallel", "sparse_doped") for edit in surgery.members)
     sources = [s for s in _sources(model, dense, surgery) if not s.new.is_meta]
     fitting: dict[int, list[Rule]] = {}  # by dense tensor: the branches of Parallel all descend from one
     for s in sources:
         if id(s.old) not in fitting:
+            require_finite_weight(s.old_key, s.old)
             fitting[id(s.old)] = _fitting(s)
     votes = Counter(rule for rules in fitting.values() for rule in rules)
     with torch.no_grad():
@@ -99,7 +105,7 @@ def _sources(model: nn.Module, dense: nn.Module, surgery: Surgery) -> Iterable[_
         if key in drawn:
             weight = _sibling_weight(model, key)
             old_weight = _sibling_weight(dense, key)
-            yield _Source(key, new, weight, old_parameters[key], old_weight, density.get(key, 1.0))
+            yield _Source(key, new, weight, key, old_parameters[key], old_weight, density.get(key, 1.0))
     names = {id(p): key for key, p in model.named_parameters()}
     for edit in surgery.members:
         member = model.get_submodule(edit.path)
@@ -110,7 +116,20 @@ def _sources(model: nn.Module, dense: nn.Module, surgery: Surgery) -> Iterable[_
             weight = part.get_parameter("weight")
             for name, new in part.named_parameters():
                 key = names[id(new)]
-                yield _Source(key, new, weight, old_parameters[where + name], old_weight, density.get(key, 1.0))
+                yield _Source(
+                    key, new, weight, where + name, old_parameters[where + name], old_weight, density.get(key, 1.0)
+                )
+
+
+def require_finite_weight(key: str, weight: Tensor) -> None:
+    """A weight that new ones are made from is a number at every place.
+
+    Raises:
+        UsageError: it is not; the message names it.
+    """
+    if not bool(weight.detach().isfinite().all()):
+        raise UsageError(f"{key} is NaN or infinite in places, and new weights are made from it",
+                         hint="take a checkpoint from before the training diverged")  # fmt: skip
 
 
 def _sibling_weight(model: nn.Module, key: str) -> Tensor:

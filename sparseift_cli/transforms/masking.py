@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
 from ..errors import CheckFailed
 from ..plan import Plan
-from ..sparsity import disjoint_masks, empty_rows_and_columns, generator_for, make_mask
+from ..sparsity import disjoint_masks, empty_rows_and_columns, generator_for, has_pattern, make_mask
 from .edits import Masked, Surgery
 
 
@@ -49,18 +49,22 @@ def draw_masks(model: nn.Module, plan: Plan, surgery: Surgery, *, seed: int = 0,
     return masks
 
 
-def require_masked(model: nn.Module, masks: Mapping[str, Tensor], masked: Iterable[Masked]) -> None:
-    """Every planned mask is there, and every weight that it leaves out is zero.
+def require_masked(model: nn.Module, masks: Mapping[str, Tensor], masked: Sequence[Masked], pattern: str) -> None:
+    """Every planned mask is there and has its pattern, and every weight that it leaves out is zero.
 
     Raises:
-        CheckFailed: a mask is gone (`.type()` turns masks into numbers), or a weight has come back.
+        CheckFailed: a mask is gone (`.type()` turns masks into numbers) or has lost its pattern, or a weight has come back.
     """
     keys = [m.key for m in masked]
     gone = [key for key in keys if key not in masks]
     if gone:
         raise CheckFailed(f"masks are gone: {', '.join(gone[:5])}",
                           hint="module.type() makes numbers of them; module.to() does not")  # fmt: skip
-    counts = ((key, int((model.get_parameter(key).detach() * ~masks[key]).count_nonzero())) for key in keys)
+    lost = [m.key for m in masked if not has_pattern(masks[m.key], pattern, m.groups, m.transposed)]
+    if lost:
+        raise CheckFailed(f"masks are no longer {pattern}: {', '.join(lost[:5])}",
+                          hint="a Sparsifier moves whole blocks, and N:M stays with algorithm static")  # fmt: skip
+    counts = ((key, int(model.get_parameter(key).detach().masked_fill(masks[key], 0).count_nonzero())) for key in keys)
     back = [f"{key}: {n:,}" for key, n in counts if n]
     if back:
         raise CheckFailed(f"weights that masks leave out are not zero: {'; '.join(back[:5])}",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import CheckFailed, UsageError, one_of
 from ..plan import Plan, make_plan
 from ..sparsity.attached import attach
+from ..sparsity.find import unwrapped
 from ..spec import TrainingSpec, TransformSpec
 from ..trace.build import trace
 from .check import Measured, measure, require_as_planned
@@ -111,7 +112,7 @@ def transform_module(model: M, inputs: tuple[Any, ...], kwargs: Mapping[str, Any
         else:
             masks = draw_masks(new, plan, surgery, seed=options.seed, connect=options.connect,
                                scores=_scores(new, surgery, options))  # fmt: skip
-        attach(new, masks)
+        attach(new, masks, plan.spec.pattern)
     try:
         measured, after = measure(new, inputs, kwargs, plan, surgery, masks)
     except UsageError as error:  # the dense model ran on these inputs: it is not they that are wrong
@@ -127,8 +128,7 @@ def transform_module(model: M, inputs: tuple[Any, ...], kwargs: Mapping[str, Any
 
 def transformation_of(model: nn.Module) -> Transformation | None:
     """What was done to a module that `transform` made or `load` read; None for any other."""
-    inner = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-    return inner.__dict__.get(REMEMBERED)
+    return unwrapped(model).__dict__.get(REMEMBERED)
 
 
 def _scores(model: nn.Module, surgery: Surgery, options: Options) -> Mapping[str, Tensor] | None:

@@ -143,3 +143,23 @@ def test_the_foreign_checkpoints(sparseift, shared: Path) -> None:
     code, out, _ = sparseift("inspect", str(folder / "resnet20-12fca82f.th"))
     assert code == 0 and "269,722 parameters" in out and "fits resnet20, exactly" in out
     assert sparseift("inspect", str(folder / "torchtune-tiny_fair_checkpoint.pt"))[0] == 0
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+def test_tensors_of_other_layouts_are_told_apart_from_none(sparseift, tmp_path: Path) -> None:
+    eye = torch.eye(4)
+    torch.save({"a": eye.to_sparse(), "b": eye.to_sparse_csr()}, tmp_path / "sparse.pt")
+    code, out, err = sparseift("inspect", str(tmp_path / "sparse.pt"))
+    assert code == 2 and not out
+    assert "of a layout that is not read: sparse_tensor" in err and ".to_dense()" in err
+
+
+def test_what_fits_adds_up(sparseift, tmp_path: Path) -> None:
+    """Counters of batches may be left out, and are counted on neither side."""
+    from sparseift_cli.zoo import registry
+
+    state = {k: v for k, v in registry.build("resnet20").state_dict().items() if "num_batches" not in k}
+    del state["linear.weight"]
+    save_file(state, str(tmp_path / "part.safetensors"))
+    _, out, _ = sparseift("inspect", str(tmp_path / "part.safetensors"))
+    assert f"{len(state)} of {len(state) + 1} tensors of resnet20, 1 missing" in out

@@ -168,6 +168,9 @@ def test_a_signal_saves_and_the_run_goes_on(write_recipe: Write, tmp_path: Path)
     have, want = final_state(again["path"]), final_state(whole["path"])
     assert all(torch.equal(have[0][n], t) for n, t in want[0].items())
     assert run(recipe, tmp_path / "runs", resume="latest") == [again]  # done: read, not repeated
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    (moved,) = run(recipe, tmp_path / "moved", resume="latest")
+    assert moved == again | {"path": again["path"].replace(str(tmp_path / "runs"), str(tmp_path / "moved"))}
 
 
 def test_every_step_is_told_from_where_the_run_goes_on(write_recipe: Write, tmp_path: Path) -> None:

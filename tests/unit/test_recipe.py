@@ -70,6 +70,7 @@ def test_all_problems_at_once_with_their_places_in_order(tmp_path: Path) -> None
     ("model: {input: 3x8x8}\n", "model.name: needs a value. A zoo model"),
     ("model: {name: resnet18, input: 3by3}\n", "model.input: '3by3' is not of the form it should have"),
     ("model: {name: resnet18, input: 3x32}\n", "takes channels x height x width"),
+    ("model: {name: gpt2, input: 3x8}\n", "it reads tokens"),
     ("model: {name: resnet18, seq: 8}\n", "--seq does not apply to resnet18"),
     ("model: {name: gpt2, seq: 4096}\n", "learned positions for at most 1024"),
     ("model: resnet18\ntraining: 3\n", "training: expected a mapping, not 3"),

@@ -225,8 +225,17 @@ def test_parametrised_layers_are_left_alone_by_name() -> None:
     for member in ("wide", "doped"):
         new, plan = sparseift.transform(model, torch.randn(TOKENS), member=member, sparsity=0.5)
         assert new(torch.randn(TOKENS)).isfinite().all()
-        reasons = [r.reason for r in plan.layers if "computed in forward" in r.reason]
-        assert len(reasons) == 1
+        (row,) = (r for r in plan.layers if "computed in forward" in r.reason)
+        assert (row.layer.role, row.status) == ("body", "untouched")
+        assert {r.reason for r in plan.layers if r.layer.kind == "parameter"} == {"parameter, no MACs"}
+        audit = sparseift.flops(new)
+        assert "attention" not in audit.owners()
+
+
+def test_a_body_of_parametrised_layers_is_refused_by_its_reason() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)), nn.Linear(16, 3))
+    with pytest.raises(UsageError, match="the weight is computed in forward, not a parameter"):
+        sparseift.transform(model, torch.randn(TOKENS), member="doped", sparsity=0.5)
 
 
 @pytest.mark.parametrize("member", ["wide", "parallel", "factorized", "doped"])
