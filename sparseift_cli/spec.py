@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 from .errors import UsageError, did_you_mean, one_of
@@ -82,9 +83,12 @@ class TransformSpec:
         one_of("norm", self.norm, ("model", "batch_norm", "none"))
         one_of("activation", self.activation.partition(":")[0], ("model", "none", *ACTIVATIONS))
         one_of("projections", self.projections, ("untouched", "transformed"))
-        for what, size in (("width multiple", self.width_multiple), ("base width", self.base_width)):
-            if size is not None and (type(size) is not int or size < 1):
-                raise UsageError(f"{what} {size!r} is not a positive whole number")
+        for name in ("width_multiple", "base_width"):
+            size = getattr(self, name)
+            if size is not None:
+                if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
+                    raise UsageError(f"{name.replace('_', ' ')} {size!r} is not a positive whole number")
+                object.__setattr__(self, name, int(size))  # numpy's are whole numbers too
         if self.scope == "none":
             self._require_control()
         if self.distribution != "uniform" and self.match not in ("model", "train"):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -153,11 +155,17 @@ def test_one_glob_may_be_given_as_a_string() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"base_width": 0}, {"base_width": -3}, {"width_multiple": 1.5}, {"width_multiple": 0}]
+    "wrong",
+    [{"base_width": 0}, {"base_width": -3}, {"width_multiple": 1.5}, {"width_multiple": 0}, {"width_multiple": True}],
 )
 def test_widths_are_positive_whole_numbers(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="is not a positive whole number"):
         TransformSpec(**wrong)
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers() -> None:
+    multiple: Any = np.int64(8)
+    assert json.loads(json.dumps(TransformSpec(width_multiple=multiple).to_json()))["width_multiple"] == 8
 
 
 @pytest.mark.parametrize("wrong", [{"start": "perserve"}, {"init": "kaiming"}, {"scores": "magnitud"}])
