@@ -12,7 +12,7 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -101,6 +101,17 @@ class _Loaded(Loader):
         module.__spec__ = self.spec
 
 
+def _symbolic_sizes() -> AbstractContextManager[object]:
+    """Up to torch 2.12 the native `linear` and `matmul` of three dimensions count elements, which symbolic sizes do not have;
+    those in Python, which torch.export takes, do not.
+    """
+    if torch.__version__ >= "2.13":
+        return nullcontext()
+    from torch._dispatch.python import enable_python_dispatcher
+
+    return enable_python_dispatcher()
+
+
 @contextmanager
 def fake_mode(shape_env: Any) -> Iterator[FakeTensorMode]:
     """An entered FakeTensorMode that takes real or meta parameters and never caches shapes (its keys do not know our ints)."""
@@ -112,7 +123,7 @@ def fake_mode(shape_env: Any) -> Iterator[FakeTensorMode]:
     try:
         mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True)
         mode.cache_enabled = False
-        with mode:
+        with _symbolic_sizes(), mode:
             yield mode
     finally:
         log.disabled = was_disabled
