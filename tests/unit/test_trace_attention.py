@@ -1,4 +1,4 @@
-"""scaled_dot_product_attention whose query, key or value is broadcast: the MACs of the broadcast shape, by hand."""
+"""Attention whose query, key or value is broadcast: the MACs of the broadcast shape, by hand. And products on older torch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
 
 import sparseift_cli as sparseift
 from sparseift_cli.errors import UsageError
+from sparseift_cli.trace import fake_mode
 from sparseift_cli.trace.build import layer_table
 from sparseift_cli.transforms.transformation import Options
 
@@ -94,3 +96,26 @@ def test_wide_keeps_the_function_of_shared_queries(one: bool) -> None:
     assert {r.layer.name for r in plan.layers if r.status == "transformed"} >= {"k", "v", "b"}
     torch.testing.assert_close(new.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-5)
     sparseift.audit(new, x)
+
+
+class Product(nn.Module):
+    """Three dimensions by a matrix that is a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(16, 24), nn.Linear(24, 3)
+        self.matrix = nn.Parameter(torch.randn(24, 24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(self.inner(x) @ self.matrix)
+
+
+@pytest.mark.parametrize("inner", [nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), Product()])
+def test_what_older_versions_of_torch_need_changes_no_row(inner: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their native `linear` and `matmul` fail on symbolic sizes, so those traces take Python's."""
+    model = nn.Sequential(nn.Linear(16, 16), inner).eval()
+    x = torch.zeros(2, 5, 16)
+    native = layer_table(model, (x,), name="net", input_shape=tuple(x.shape))
+    monkeypatch.setattr(fake_mode, "_symbolic_sizes", enable_python_dispatcher)
+    assert layer_table(model, (x,), name="net", input_shape=tuple(x.shape)) == native
+    assert native.untraceable is None

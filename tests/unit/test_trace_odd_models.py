@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._dispatch.python import enable_python_dispatcher
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparseift_cli.errors import UsageError
@@ -19,7 +18,6 @@ from sparseift_cli.flop_audit import audit
 from sparseift_cli.plan import make_plan
 from sparseift_cli.spec import Member, TransformSpec
 from sparseift_cli.table import LayerTable
-from sparseift_cli.trace import fake_mode
 from sparseift_cli.trace.build import layer_table
 
 
@@ -151,16 +149,6 @@ def test_macs_and_parameters(name: str) -> None:
     assert table.params == sum(p.numel() for p in model.parameters())
     assert table.uncounted == ()
     assert LayerTable.from_json(table.to_json()) == table
-
-
-@pytest.mark.parametrize("name", ["residual", "squeeze-excite", "encoder-layer", "transposed"])
-def test_what_older_versions_of_torch_need_changes_no_row(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their native `linear` and `matmul` fail on symbolic sizes, so those traces take Python's."""
-    build, shape = MODELS[name]
-    table = traced(build(), shape)
-    monkeypatch.setattr(fake_mode, "_symbolic_sizes", enable_python_dispatcher)
-    assert traced(build(), shape) == table
-    assert table.untraceable is None
 
 
 @pytest.mark.parametrize("name", ["residual", "squeeze-excite", "grouped", "flatten", "encoder-layer", "transposed"])
