@@ -102,8 +102,8 @@ class _Loaded(Loader):
 
 
 def _symbolic_sizes() -> AbstractContextManager[object]:
-    """Up to torch 2.12 the native `linear` and `matmul` of three dimensions count elements, which symbolic sizes do not have;
-    those in Python, which torch.export takes, do not.
+    """The native `linear` and `matmul` of three dimensions count elements in torch 2.11, which symbolic sizes do not have, and
+    no more in 2.13; those in Python, which torch.export takes, do not.
     """
     if torch.__version__ >= "2.13":
         return nullcontext()

@@ -67,7 +67,7 @@ def initialise(model: nn.Module, dense: nn.Module, surgery: Surgery, *, seed: in
     fitting: dict[int, list[Rule]] = {}  # by dense tensor: the branches of Parallel all descend from one
     for s in sources:
         if id(s.old) not in fitting:
-            require_finite_weight(s.old_key, s.old)
+            _require_finite(s.old_key, s.old)
             fitting[id(s.old)] = _fitting(s)
     votes = Counter(rule for rules in fitting.values() for rule in rules)
     with torch.no_grad():
@@ -121,7 +121,7 @@ def _sources(model: nn.Module, dense: nn.Module, surgery: Surgery) -> Iterable[_
                 )
 
 
-def require_finite_weight(key: str, weight: Tensor) -> None:
+def _require_finite(key: str, weight: Tensor) -> None:
     """A weight that new ones are made from is a number at every place.
 
     Raises:
