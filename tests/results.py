@@ -39,6 +39,7 @@ NAMES = {"top1": "top-1 (%)", "top5": "top-5 (%)", "loss": "validation loss", "b
 BESIDE = {"perplexity": "perplexity", "test_top1": "test top-1 (%)", "test_loss": "test loss",
           "test_perplexity": "test perplexity"}  # fmt: skip
 """What a page shows beside the metric that its recipes call best, where runs have measured it."""
+SHARED = ", longer where so many runs (in brackets) shared the device"
 
 
 def folders(root: Path = ROOT) -> list[Path]:
@@ -121,7 +122,7 @@ def _table(report: Report, rows: Sequence[Mapping[str, Any]]) -> str:
         ratio = "" if row["flops_ratio"] is None else f"{row['flops_ratio']:.4f}"
         cells = [row["group"], row["n"], _spread([run["value"] for run in counted]), _digits(row["best"]),
                  *(_spread([run[name] for run in counted]) for name in beside), f"{row['flops']:#.4g}" if row["flops"] else "", ratio,
-                 f"{row['params'] or 0:,}", f"{row['nonzero_params'] or 0:,}", _clock(row["seconds"]), _published(report, row)]  # fmt: skip
+                 f"{row['params'] or 0:,}", f"{row['nonzero_params'] or 0:,}", f"{_clock(row['seconds'])}{_crowd(report, row)}", _published(report, row)]  # fmt: skip
         lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
@@ -153,8 +154,11 @@ def _notes(report: Report, groups: Sequence[Mapping[str, Any]]) -> list[str]:
     devices: dict[str, list[str]] = {}
     for row in groups:
         devices.setdefault(str(row["device"]), []).append(str(row["group"]))
-    where = "; ".join(f"{device} ({', '.join(of)})" if len(devices) > 1 else device for device, of in devices.items())
-    found = [f"- Ran on {where}. Wall time is of training and evaluation.{_crowds(report, groups)}"]
+    most, *others = sorted(devices, key=lambda device: -len(devices[device]))
+    others = [f"{', '.join(devices[device])}: {device}" for device in others]
+    where = most + (f" (but {'; '.join(others)})" if others else "")
+    shared = any(_crowd(report, row) for row in groups)
+    found = [f"- Ran on {where}. Wall time is of training and evaluation{SHARED if shared else ''}."]
     if any(_published(report, row) for row in groups if row["n"]):
         tags = ", ".join(f"[{tag}] {meaning}" for tag, meaning in evidence().items())
         found.append(f"- Published: {published()[0].source}; {tags}.")
@@ -162,15 +166,10 @@ def _notes(report: Report, groups: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*found, *(f"- {note}." for note in report.notes)]
 
 
-def _crowds(report: Report, groups: Sequence[Mapping[str, Any]]) -> str:
-    """Which runs shared a device, and how many there were at once: `2 at once`; `1 or 2 at once` where seeds differ."""
-    crowds: dict[str, list[str]] = {}
-    for row in groups:
-        seen = sorted({run["at_once"] or 1 for run in frames.records(report.frame) if run["group"] == row["group"]})
-        if seen != [1]:
-            crowds.setdefault(" or ".join(map(str, seen)), []).append(str(row["group"]))
-    told = "; ".join(f"{', '.join(of)} ({count} at once)" for count, of in crowds.items())
-    return f" Longer for sharing the device: {told}." if told else ""
+def _crowd(report: Report, row: Mapping[str, Any]) -> str:
+    """How many runs shared the device with those of a group: ` (2)`; ` (1 or 2)` where seeds differ."""
+    seen = sorted({run["at_once"] or 1 for run in frames.records(report.frame) if run["group"] == row["group"]})
+    return "" if seen == [1] else f" ({' or '.join(map(str, seen))})"
 
 
 def commands(runs: Sequence[Run]) -> list[str]:

@@ -172,7 +172,7 @@ def test_page_says_what_the_runs_say(house: Path) -> None:
 
 def test_page_tells_which_runs_shared_a_device(house: Path) -> None:
     (folder,) = results.folders(house)
-    assert "sharing the device" not in results.page(folder, "recipes/x/results")
+    assert "shared the device" not in results.page(folder, "recipes/x/results")
     seeds(house / "beside", "resnet18_cifar100_wide75_set", [79.0], member="wide", epochs=200, at_once=3)
     keep([house / "beside"], folder)
     seeds(house / "mixed", "resnet18_cifar100_wide75_rigl", [79.0], member="wide", epochs=200)
@@ -187,9 +187,16 @@ def test_page_tells_which_runs_shared_a_device(house: Path) -> None:
         at_once=3,
     )
     keep([house / "beside", house / "mixed"], folder)
-    told = ("Longer for sharing the device: resnet18_cifar100_wide75_rigl (1 or 3 at once); "
-            "resnet18_cifar100_wide75_set, resnet18_cifar100_wide75_static (3 at once).")  # fmt: skip
-    assert told in results.page(folder, "recipes/x/results")
+    page = results.page(folder, "recipes/x/results")
+    assert "longer where so many runs (in brackets) shared the device" in page
+    rows = {
+        name.strip(): line
+        for line in page.splitlines()
+        if line.startswith("| resnet18") and (name := line.split("|")[1])
+    }
+    assert [count in rows[f"resnet18_cifar100_{name}"] for name, count in
+            (("wide75_rigl", " (1 or 3) |"), ("wide75_set", " (3) |"), ("wide75_static", " (3) |"))] == [True] * 3  # fmt: skip
+    assert "(3)" not in rows["resnet18_cifar100_dense"]
 
 
 def test_published_number_stands_beside_training_of_its_length_only(house: Path) -> None:
