@@ -39,7 +39,8 @@ def session(*, device: str, seed: int, data: Mapping[str, str] | None = None, co
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "from_step": step,
         "command": list(command if command is not None else sys.argv),
-        "versions": {"sparseift": __version__, "python": platform.python_version(), **_versions()},
+        "versions": {"sparseift": __version__, "python": platform.python_version(), **_versions(),
+                     "torch": str(torch.__version__)},  # its build too (+cu130), which an index's package does not name
         "git": git_commit(Path(__file__).resolve().parent),
         "platform": f"{platform.system()} {platform.machine()}",
         "device": device,
@@ -51,7 +52,7 @@ def session(*, device: str, seed: int, data: Mapping[str, str] | None = None, co
         "environment": {k: v for k, v in sorted(os.environ.items()) if k in _TELLING},
         "seed": seed,
         "data": dict(data or {}),
-    }
+    }  # fmt: skip
 
 
 _TELLING = (

@@ -31,6 +31,8 @@ from ..table import LayerTable
 _ONCE = "_sparseift_once"  # the attribute of a wrapped block that holds its own forward
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _SHOWN = 3
+COMPILES = torch.__version__ >= "2.11"
+"""Older compilers write a batch norm's statistics once more when they recompute (seen with 2.6): there blocks stay eager."""
 
 
 def recompute(model: nn.Module, table: LayerTable, example: Tensor) -> tuple[str, ...]:
@@ -64,10 +66,18 @@ def _forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     once = getattr(block, _ONCE)
     if not (block.training and torch.is_grad_enabled()):
         return once(*args, **kwargs)
-    if torch.compiler.is_compiling():  # functional there: statistics are written once
-        return checkpoint(once, *args, use_reentrant=False, **kwargs)
+    if not torch.compiler.is_compiling():
+        return _checkpoint(block, *args, **kwargs)
+    if not COMPILES:
+        return torch.compiler.disable(_checkpoint)(block, *args, **kwargs)
+    return checkpoint(once, *args, use_reentrant=False, **kwargs)  # functional there: statistics are written once
+
+
+def _checkpoint(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     with set_checkpoint_early_stop(False):
-        return checkpoint(once, *args, use_reentrant=False, context_fn=partial(_contexts, block), **kwargs)
+        return checkpoint(
+            getattr(block, _ONCE), *args, use_reentrant=False, context_fn=partial(_contexts, block), **kwargs
+        )
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

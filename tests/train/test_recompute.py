@@ -25,7 +25,7 @@ from sparseift_cli.trace.build import trace
 from sparseift_cli.train.graphed import can_be_graphed
 from sparseift_cli.train.prepare import Prepared, prepare
 from sparseift_cli.train.processes import Processes
-from sparseift_cli.train.recompute import recompute
+from sparseift_cli.train.recompute import COMPILES, recompute
 from sparseift_cli.train.run import run_seeds
 from sparseift_cli.train.step import EagerStep
 from sparseift_cli.zoo import registry
@@ -176,7 +176,7 @@ def test_torch_compile_takes_it_in() -> None:
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # compiled dropout draws otherwise
     x = torch.randn(4, 3, 8, 8)
-    torch.compile(again, backend="aot_eager", fullgraph=True)(x).square().sum().backward()
+    torch.compile(again, backend="aot_eager", fullgraph=COMPILES)(x).square().sum().backward()
     plain(x).square().sum().backward()
     for (name, a), b in zip(plain.named_parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(b.grad, a.grad, msg=name)

@@ -84,6 +84,8 @@ class Experts(nn.Module):
 
     def __init__(self, router: str = "topk") -> None:
         super().__init__()
+        if not hasattr(F, "grouped_mm"):
+            pytest.skip("this PyTorch has no grouped_mm")
         self.choose = ROUTERS[router]
         self.first, self.router, self.head = nn.Linear(16, 16), nn.Linear(16, 4), nn.Linear(16, 3)
         self.mid = nn.Linear(16, 16)
