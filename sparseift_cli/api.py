@@ -52,6 +52,8 @@ def transform(model: M, example_input: Any, *, member: str = "wide", sparsity: f
         UsageError: nothing can be transformed as asked, or the model does not run on the input.
         CheckFailed: no density fits the budget, or what came out does not cost what was planned.
     """
+    from torch import inference_mode
+
     from .sparsity.find import unwrapped
     from .transforms.transformation import transform_module
 
@@ -61,8 +63,9 @@ def transform(model: M, example_input: Any, *, member: str = "wide", sparsity: f
     model = cast("M", unwrapped(model))
     args, kwargs = as_call(example_input)
     wanted = TransformSpec.of({"member": member_named(member), "sparsity": str(sparsity), **spec})
-    new, done = transform_module(model, args, kwargs, wanted, name=name or type(model).__name__,
-                                 input_shape=shape_of(args, kwargs), training=training, options=options)  # fmt: skip
+    with inference_mode(False):  # what is made there could never be trained
+        new, done = transform_module(model, args, kwargs, wanted, name=name or type(model).__name__,
+                                     input_shape=shape_of(args, kwargs), training=training, options=options)  # fmt: skip
     return new, done.plan
 
 
@@ -172,9 +175,12 @@ def load(path: str | Path, *, into: nn.Module | None = None) -> nn.Module:
         ArtifactError: the folder is damaged or incomplete.
         UsageError: nothing says how to build the dense model, or `into` is another one.
     """
+    from torch import inference_mode
+
     from .restore import restore
 
-    return restore(open_artifact(path), into)
+    with inference_mode(False):  # as `transform`
+        return restore(open_artifact(path), into)
 
 
 def masks(model: nn.Module) -> dict[str, Any]:

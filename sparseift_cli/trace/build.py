@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, enable_grad, inference_mode, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -67,28 +67,33 @@ def trace(model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any] |
         UsageError: the forward fails on these inputs even with plain sizes.
     """
     untraceable = None
-    try:
-        found = _symbolised(model, inputs, kwargs, symbolic)
-    except Exception as symbolic_error:
+    with inference_mode(False), enable_grad():  # a caller that wants no gradients still asks what training costs
         try:
-            found = symbolise.run(model, inputs, kwargs, symbolic=False)
-        except Exception as error:
-            tensors = [t for t in tree_leaves((inputs, dict(kwargs or {}))) if isinstance(t, Tensor)]
-            shapes = ", ".join("x".join(map(str, t.shape)) for t in tensors)
-            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
-                raise UsageError(
-                    f"{name} computes with the values of tensors, not with their shapes alone ({first_line}), so its FLOPs are "
-                    "not known before it runs",
-                    hint="no .item(), .tolist(), `if tensor` or indexing by a mask in forward; torch.where keeps shapes",
-                ) from error
-            raise UsageError(
-                f"{name} does not run on input {shapes}: {type(error).__name__}: {first_line}",
-                hint="give the input that the model expects: --input 3x224x224, or --seq 128 for token ids",
-            ) from error
-        first_line = (str(symbolic_error).strip() or "no message").splitlines()[0]
-        untraceable = f"{type(symbolic_error).__name__}: {first_line}"
+            found = _symbolised(model, inputs, kwargs, symbolic)
+        except Exception as symbolic_error:
+            try:
+                found = symbolise.run(model, inputs, kwargs, symbolic=False)
+            except Exception as error:
+                raise _refusal(error, name, (inputs, dict(kwargs or {}))) from error
+            first_line = (str(symbolic_error).strip() or "no message").splitlines()[0]
+            untraceable = f"{type(symbolic_error).__name__}: {first_line}"
     return _Builder(model, found).build(name, input_shape, untraceable)
+
+
+def _refusal(error: Exception, name: str, given: Any) -> UsageError:
+    """What to say of a model whose forward failed with plain sizes."""
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+        return UsageError(
+            f"{name} computes with the values of tensors, not with their shapes alone ({first_line}), so its FLOPs are "
+            "not known before it runs",
+            hint="no .item(), .tolist(), `if tensor` or indexing by a mask in forward; torch.where keeps shapes",
+        )
+    shapes = ", ".join("x".join(map(str, t.shape)) for t in tree_leaves(given) if isinstance(t, Tensor))
+    return UsageError(
+        f"{name} does not run on input {shapes}: {type(error).__name__}: {first_line}",
+        hint="give the input that the model expects: --input 3x224x224, or --seq 128 for token ids",
+    )
 
 
 def _symbolised(

@@ -113,6 +113,23 @@ def _symbolic_sizes() -> AbstractContextManager[object]:
 
 
 @contextmanager
+def _sizes_as_floats() -> Iterator[None]:
+    """`math.sqrt(size)`, `float(size)` and `numpy.sqrt(size)` read a float, as `size ** 0.5` does: a scale, no size of a tensor.
+
+    Without `__float__` Python would ask for the index, and nobody could tell it from a size that must stay as it is.
+    """
+    given = {"__float__": lambda size: size.node.guard_float("", 0), "sqrt": lambda size: float(size) ** 0.5}
+    ours = {name: how for name, how in given.items() if name not in vars(torch.SymInt)}
+    for name, how in ours.items():
+        setattr(torch.SymInt, name, how)
+    try:
+        yield
+    finally:
+        for name in ours:
+            delattr(torch.SymInt, name)
+
+
+@contextmanager
 def fake_mode(shape_env: Any) -> Iterator[FakeTensorMode]:
     """An entered FakeTensorMode that takes real or meta parameters and never caches shapes (its keys do not know our ints)."""
     stand_in = None if "torch._dynamo" in sys.modules else _StandIn()
@@ -123,7 +140,7 @@ def fake_mode(shape_env: Any) -> Iterator[FakeTensorMode]:
     try:
         mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True)
         mode.cache_enabled = False
-        with _symbolic_sizes(), mode:
+        with _symbolic_sizes(), _sizes_as_floats(), mode:
             yield mode
     finally:
         log.disabled = was_disabled

@@ -2,6 +2,9 @@
 
 PyTorch runs a whole recurrent layer in one op that neither takes symbolic sizes nor has a count. Per step and direction it is
 two matrix products: input [B, I] by W_ih [G H, I] and state [B, H] by W_hh [G H, H], with G = 4, 3 or 1 gates.
+
+In the backward pass the first step differs: the state it reads is what the caller gave (zeros, unless told), and needs a
+gradient only where that does.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ def _layer(gates: int) -> Callable[..., Any]:
             outputs = []
             for direction in range(directions):
                 at = (layer * directions + direction) * per_layer
-                out, hidden = _direction(rules, x, params[at : at + per_layer], has_biases, gates, steps)
+                out, hidden = _direction(rules, x, states, params[at : at + per_layer], has_biases, gates, steps)
                 rules.tie(states[0].shape[-1], out.shape[-1])
                 rules.tie(states[-1].shape[-1], hidden if len(states) == 2 else out.shape[-1])
                 outputs.append(out)
@@ -45,7 +48,7 @@ def _layer(gates: int) -> Callable[..., Any]:
     return rule
 
 
-def _direction(rules: Any, x: Tensor, params: Sequence[Tensor], has_biases: bool, gates: int,
+def _direction(rules: Any, x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], has_biases: bool, gates: int,
                steps: int) -> tuple[Tensor, Any]:  # fmt: skip
     """One layer in one direction: [..., I] -> [..., H] (or what a projection makes of H), and H."""
     w_ih, w_hh = params[:2]
@@ -64,17 +67,25 @@ def _direction(rules: Any, x: Tensor, params: Sequence[Tensor], has_biases: bool
         rules.tie(projection.shape[1], size)
         size = projection.shape[0]
     rules.tie(w_hh.shape[1], size)
-    out = rules.made(x, (*x.shape[:-1], size), *params, counted=True)
+    out = rules.made(x, (*x.shape[:-1], size), *states, *params, counted=True)
     tokens = numel(x.shape[:-1])
-    state = mark(out.new_empty(out.shape), flags_of(out) | FROM_LAYER | NEEDS_GRAD)
-    rows = [(x, w_ih), (state, w_hh), *([(state, projection)] if projection is not None else [])]
-    for source, weight in rows:
+    first = (tokens.divided_by(Poly.const(steps)) if steps else None) or Poly()  # tokens of the first step
+    cells = [t for t in params if t is not projection]
+    rows = [(x, w_ih, None), (None, w_hh, states[:1])]
+    if projection is not None:
+        rows.append((None, projection, [x, *states, *cells]))
+    for source, weight, beginning in rows:
         made = mark(out.new_empty((*x.shape[:-1], weight.shape[0])), flags_of(out))
         inputs, outputs = poly_of(weight.shape[1]), poly_of(weight.shape[0])
-        row = rules.recorder.weighted("linear", source, weight, made, tokens * inputs * outputs, inputs, outputs)
-        if source is state and steps > 0:  # the first step's state is no layer's output: no gradient goes there
-            row.grad_inputs -= (tokens.divided_by(Poly.const(steps)) or Poly()) * inputs * outputs
+        read = source if source is not None else mark(out.new_empty(out.shape), flags_of(out) | FROM_LAYER)
+        row = rules.recorder.weighted("linear", read, weight, made, tokens * inputs * outputs, inputs, outputs)
+        if beginning is not None and flags_of(read) & NEEDS_GRAD and not _any_needs_grad(beginning):
+            row.grad_inputs -= first * inputs * outputs
     return out, cell
+
+
+def _any_needs_grad(tensors: Sequence[Tensor]) -> bool:
+    return any(flags_of(t) & NEEDS_GRAD for t in tensors)
 
 
 RECURRENT = {torch.lstm: _layer(4), torch.gru: _layer(3), torch.rnn_tanh: _layer(1), torch.rnn_relu: _layer(1)}

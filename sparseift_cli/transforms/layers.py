@@ -49,33 +49,38 @@ def like(module: nn.Module, outputs: int, *, bias: bool) -> nn.Module:
     """
     weight = weight_of(module)
     if type(module).__name__ == "Conv1D":
-        return _linear(int(weight.shape[0]), outputs, bias, weight)
+        return _trained_as(module, _linear(int(weight.shape[0]), outputs, bias, weight))
     twin = bare_copy(module)
     twin._parameters["weight"] = nn.Parameter(weight.new_empty((outputs, *weight.shape[1:])), weight.requires_grad)
-    twin._parameters["bias"] = nn.Parameter(weight.new_empty(outputs), weight.requires_grad) if bias else None
+    twin._parameters["bias"] = nn.Parameter(weight.new_empty(outputs)) if bias else None
     sync_sizes(twin)
-    return twin
+    return _trained_as(module, twin)
 
 
 def pointwise(module: nn.Module, inputs: int, *, bias: bool) -> nn.Module:
     """A 1x1 layer with the groups of `module`, from `inputs` to its outputs: the V of a low-rank pair, weights not yet set."""
     weight = weight_of(module)
     if not isinstance(module, _ConvNd):
-        return _linear(inputs, outputs_of(module), bias, weight)
+        return _trained_as(module, _linear(inputs, outputs_of(module), bias, weight))
     layer = skip_init(
         _CONVS[weight.dim()], inputs, outputs_of(module), 1, groups=module.groups, bias=bias,
         device=weight.device, dtype=weight.dtype,
     )  # fmt: skip
-    return layer.requires_grad_(weight.requires_grad)
+    return _trained_as(module, layer)
 
 
 def norm_like(kind: str, layer: nn.Module, eps: float, momentum: float | None) -> nn.Module:
-    """A norm over the outputs of `layer`, in its dtype and on its device, with weight 1 and bias 0."""
+    """A norm over the outputs of `layer`, in its dtype and on its device, with weight 1 and bias 0; frozen where its weight is.
+
+    A norm that trained behind frozen weights would need gradients where the dense model has none.
+    """
     weight = weight_of(layer)
     place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
     if kind == "batch_norm":
-        return _BATCH_NORMS[weight.dim()](outputs_of(layer), eps, momentum, **place)
-    return nn.LayerNorm(outputs_of(layer), eps, **place)
+        norm = _BATCH_NORMS[weight.dim()](outputs_of(layer), eps, momentum, **place)
+    else:
+        norm = nn.LayerNorm(outputs_of(layer), eps, **place)
+    return norm.requires_grad_(weight.requires_grad)
 
 
 def bare_copy(module: nn.Module) -> nn.Module:
@@ -132,5 +137,13 @@ def _report(module: nn.Module, **sizes: int) -> None:
 
 
 def _linear(inputs: int, outputs: int, bias: bool, like_weight: Tensor) -> nn.Module:
-    layer = skip_init(nn.Linear, inputs, outputs, bias=bias, device=like_weight.device, dtype=like_weight.dtype)
-    return layer.requires_grad_(like_weight.requires_grad)
+    return skip_init(nn.Linear, inputs, outputs, bias=bias, device=like_weight.device, dtype=like_weight.dtype)
+
+
+def _trained_as(module: nn.Module, new: nn.Module) -> nn.Module:
+    """`new`, its weight and its bias each frozen where those of `module` are."""
+    for name, parameter in new._parameters.items():
+        old = module._parameters.get(name)
+        if parameter is not None and old is not None:
+            parameter.requires_grad_(old.requires_grad)
+    return new
