@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .api import audit, flops, inspect, load, masks, save, transform
+    from .api import audit, copy_masks, flops, inspect, load, masks, save, transform
     from .errors import ArtifactError, CheckFailed, SparseiftError, UsageError
     from .sparsity.sparsifier import Sparsifier
     from .spec import TrainingSpec, TransformSpec
@@ -24,6 +24,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "audit",
+    "copy_masks",
     "flops",
     "inspect",
     "load",

@@ -191,6 +191,30 @@ def masks(model: nn.Module) -> dict[str, Any]:
     return masks_of(unwrapped(model))
 
 
+def copy_masks(source: nn.Module, target: nn.Module) -> None:
+    """Lay the masks of `source`, as they are now, on a copy of it whose weights went their own way; what they leave out is zero.
+
+    An average of the weights of a run whose masks move (`torch.optim.swa_utils.AveragedModel`: its `.module`) is not sparse:
+    every weight that was active at one time or another is in it.
+
+    Raises:
+        UsageError: `target` is no copy of `source`: a weight is missing or has another shape.
+    """
+    from .sparsity.attached import attach, masks_of, pattern_of
+    from .sparsity.find import unwrapped
+
+    source, target = unwrapped(source), unwrapped(target)
+    for key, mask in masks_of(source).items():
+        path, _, name = key.rpartition(".")
+        try:
+            attach(target, {key: mask.clone()}, pattern_of(source.get_submodule(path), name))
+        except (AttributeError, KeyError, ValueError):
+            raise UsageError(
+                f"{type(target).__name__} has no {key} of shape {_by(mask.shape)}",
+                hint="give a copy of the model that has the masks, as AveragedModel(model).module",
+            ) from None
+
+
 def untied(model: nn.Module) -> dict[str, Any]:
     """The state dict with every tensor once, under its first name: what safetensors can hold."""
     from torch import Tensor
@@ -298,6 +322,7 @@ __all__ = [
     "TransformSpec",
     "audit",
     "build",
+    "copy_masks",
     "flops",
     "inspect",
     "load",

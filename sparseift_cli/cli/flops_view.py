@@ -207,7 +207,9 @@ def _totals(result: Audit, title: str) -> Sheet:
 def _notes(result: Audit) -> list[str]:
     notes = []
     if result.causal != "full":
-        notes.append(f"Causal attention counted {result.causal}.")
+        told = any(row.causal for row in result.table.layers)
+        unseen = "no attention here says that it is causal (`is_causal=True`; a mask of its own is not read): counted in full"
+        notes.append(f"Causal attention counted {result.causal}." if told else f"--causal {result.causal}: {unseen}.")
     if result.table.untraceable:
         notes.append(f"Widths unknown ({result.table.untraceable}): Sparse Wide cannot be planned.")
     if result.table.uncounted:

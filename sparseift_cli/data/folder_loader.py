@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UsageError
+from ..machine import cores
 from ..randomness import fractions
 from .augment import Augment, Normalise
 from .dataset import Request, Targets
@@ -83,7 +84,7 @@ class FolderLoader:
             self._files,
             batch_sampler=self._endless(epoch, step),
             collate_fn=collate,
-            num_workers=self._request.workers,
+            num_workers=min(self._request.workers, cores()),  # more would only wait for each other
             worker_init_fn=leave_signals,
             prefetch_factor=_AHEAD,
             pin_memory=self._request.device.type == "cuda",

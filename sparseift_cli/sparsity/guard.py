@@ -41,14 +41,28 @@ def keeps_zeros(optimizer: Optimizer) -> bool:
     return False
 
 
+_ORDER = "loss.backward(), sparsifier.step(), optimizer.step()"
+
+
 def warn_of_order(parameters: Iterable[nn.Parameter]) -> None:
     """Say that the optimiser is about to make a step that no `Sparsifier.step` came before, where there are gradients."""
     if any(p.grad is not None for p in parameters):
         warnings.warn(
             "optimizer.step() without sparsifier.step() before it: gradients are not masked, and pruned weights fill up; "
-            "call loss.backward(), sparsifier.step(), optimizer.step()",
-            stacklevel=5,
+            f"call {_ORDER}",
+            stacklevel=4,  # whoever called the optimiser's step
         )
+
+
+def require_masked_gradients(weights: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+    """Refuse gradients that are not zero where the factor beside the parameter is.
+
+    Raises:
+        UsageError: `Sparsifier.step` came after the optimiser's, and masked what nobody used any more.
+    """
+    if any(p.grad is not None and bool(p.grad[factor == 0].any()) for p, factor in weights):
+        raise UsageError("optimizer.step() was given gradients that no mask was laid on since loss.backward(): "
+                         "sparsifier.step() comes too late", hint=f"call {_ORDER}")  # fmt: skip
 
 
 def state_of(optimizer: Optimizer, parameter: nn.Parameter) -> list[Tensor]:

@@ -36,6 +36,7 @@ from .guard import (
     keeps_zeros,
     multiply_,
     require_finite,
+    require_masked_gradients,
     skipped_inside,
     state_of,
     warn_of_order,
@@ -125,7 +126,7 @@ class Sparsifier:
         """Steps begun so far: the index of the next one."""
         self.last: StepRecord | None = None
         self._pending: _Pending | None = None
-        self._first_step = self._heard = False
+        self._first_step = self._heard = self._doubted = False
         self._final = {w.name: w.active for w in self.weights}
         self._start = {w.name: self._first(w) for w in self.weights}
         if state is not None:
@@ -265,6 +266,9 @@ class Sparsifier:
         """Before the optimiser touches a weight: a gradient that is not finite ends the run at a mask update."""
         if not self._heard:
             warn_of_order([w.parameter for w in self.weights])
+        elif self._doubted:  # the step before was not heard of: this may be its masking, a step late
+            require_masked_gradients((w.parameter, w.factor) for w in self.weights)
+        self._doubted = not self._heard
         self._first_step, self._heard = not optimizer.state, False
         if self._pending is not None and not skipped_inside(optimizer):
             require_finite(self._pending.gradients, "the gradient", self._pending.step)

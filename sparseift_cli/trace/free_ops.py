@@ -23,7 +23,7 @@ _NAMES = """
     masked_fill masked_fill_ masked_select select_scatter slice_scatter take nonzero constant_pad_nd reflection_pad1d
     reflection_pad2d replication_pad1d replication_pad2d _unsafe_view _reshape_copy im2col col2im pixel_shuffle
     pixel_unshuffle channel_shuffle native_channel_shuffle unfold unsafe_split unsafe_split_with_sizes unsafe_chunk
-    embedding _embedding_bag embedding_bag one_hot
+    embedding _embedding_bag _embedding_bag_forward_only embedding_bag one_hot
     native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional _native_batch_norm_legit_no_training
     cudnn_batch_norm native_layer_norm native_group_norm _fused_rms_norm
     rms_norm linalg_vector_norm norm renorm _weight_norm_interface

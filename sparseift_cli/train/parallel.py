@@ -27,6 +27,7 @@ from types import FrameType
 from typing import IO, Any, Protocol
 
 from ..errors import InterruptedRun, SparseiftError, UsageError
+from ..machine import cores
 
 MARK = "@sparseift "
 """How a line of progress begins; every other line on a child's stderr is somebody else's and is shown as it is."""
@@ -107,7 +108,7 @@ def run_parallel(children: Sequence[Child], at_once: int, root: Path, resume: st
         FailedRuns: a child failed; all others were finished.
     """
     at_once = min(at_once, len(children))
-    threads = max(1, _cores() // at_once)
+    threads = max(1, cores() // at_once)
     divided = "OMP_NUM_THREADS" not in os.environ and any(c.threads is None for c in children)
     each = f", {threads} CPU thread{'s'[: threads > 1]} each (on a CPU, bits depend on their number)" if divided else ""
     watch.note(f"{len(children)} runs, {at_once} at a time{each}")
@@ -269,7 +270,3 @@ def _event(line: str) -> dict[str, Any]:
         return json.loads(line.removeprefix(MARK))
     except ValueError:
         return {}
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

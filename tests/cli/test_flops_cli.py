@@ -188,3 +188,11 @@ def test_what_trains_without_masks_says_that_its_non_zeros_are_the_plans(sparsei
     told = "Trained without masks"
     assert told in sparseift("flops", "resnet18_cifar100/wide75_unmasked", "--summary")[1]
     assert told not in sparseift("flops", "resnet18_cifar100/wide75_rigl", "--summary")[1]
+
+
+def test_a_causal_count_that_counts_nothing_says_so(sparseift) -> None:
+    """Attention that brings a mask of its own looks like any other."""
+    assert "Causal attention counted exact." in " ".join(sparseift("flops", "gpt2", "--causal", "exact")[1].split())
+    assert "no attention here says that it is causal" in " ".join(
+        sparseift("flops", "vit_s_16", "--causal", "exact")[1].split()
+    )

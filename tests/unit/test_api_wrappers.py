@@ -181,3 +181,34 @@ def test_a_transform_without_its_sparsity_is_not_dense() -> None:
     for given in ({"match": "model"}, {"member": "doped"}):
         with pytest.raises(UsageError, match="a transform needs its sparsity"):
             sparseift.flops(net(), X, **given)
+
+
+# --- averages of weights ---
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2x2"])
+def test_an_average_of_weights_is_sparse_once_it_has_the_masks(tmp_path: Path, pattern: str) -> None:
+    wide, _ = sparseift.transform(net(), X, sparsity=0.75, pattern=pattern)
+    average = torch.optim.swa_utils.AveragedModel(wide)
+    for _ in range(3):
+        train(wide)
+        average.update_parameters(wide)
+    with pytest.raises(CheckFailed):
+        sparseift.save(average.module, tmp_path / "before")
+    sparseift.copy_masks(compiled(wide), average.module)
+    masks = sparseift.masks(wide)
+    assert all(torch.equal(mask, masks[key]) for key, mask in sparseift.masks(average.module).items())
+    for key, mask in masks.items():
+        assert not average.module.get_parameter(key)[~mask].any()
+    assert sparseift.audit(average.module, X).forward_ratio == sparseift.audit(wide, X).forward_ratio
+    again = sparseift.load(sparseift.save(average.module, tmp_path / "after"), into=net())
+    assert torch.equal(again(X), average.module.eval()(X))
+    train(wide)  # the masks are the average's own
+    sparseift.audit(average.module, X)
+
+
+def test_masks_are_copied_to_copies_alone() -> None:
+    wide, _ = sparseift.transform(net(), X, sparsity=0.75)
+    for other in (net(), nn.Linear(2, 2)):
+        with pytest.raises(UsageError, match=r"has no 0\.weight|has no 2\.weight"):
+            sparseift.copy_masks(wide, other)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparseift_cli.data import Augment, Batches, open_data
+from sparseift_cli.data import Augment, Batches, folder_loader, open_data
 from sparseift_cli.data.folder_loader import random_box
 from sparseift_cli.errors import UsageError
 from sparseift_cli.randomness import fractions, word
@@ -90,6 +90,13 @@ def test_workers_change_nothing(root: Path) -> None:
     assert not torch.equal(alone.batch(0, 0)[1], alone.batch(1, 0)[1]) or not torch.equal(
         alone.batch(0, 0)[0], alone.batch(1, 0)[0]
     )
+
+
+def test_no_more_workers_than_cores(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch warns of more, and a warning is an error here."""
+    monkeypatch.setattr(folder_loader, "cores", lambda: 1)
+    loader = Batches(open_data("image-folder", root, size=8), "valid", 4, workers=64)
+    assert len(list(loader)) == len(list(Batches(open_data("image-folder", root, size=8), "valid", 4)))
 
 
 def test_evaluations_follow_each_other_without_new_workers(root: Path) -> None:

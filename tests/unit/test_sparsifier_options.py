@@ -188,6 +188,37 @@ def test_the_wrong_order_is_told() -> None:
     optimizer.step()  # nor without gradients, as where a checkpoint's state is made
 
 
+def test_a_loop_in_the_wrong_order_does_not_go_on() -> None:
+    """Said once and gone on, it would train every pruned weight, and be sparse right after a mask update alone."""
+    net = sparse_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    sparsifier = make(net, optimizer)
+    loss_of(net, 0).backward()
+    with pytest.warns(UserWarning, match="without sparsifier") as told:
+        optimizer.step()
+    assert told[0].filename == __file__  # the line that called it
+    sparsifier.step()
+    optimizer.zero_grad()
+    loss_of(net, 1).backward()
+    with pytest.raises(UsageError, match="comes too late") as refused:
+        optimizer.step()
+    assert refused.value.hint and "sparsifier.step(), optimizer.step()" in refused.value.hint
+
+
+def test_steps_that_no_sparsifier_hears_of_may_come_first() -> None:
+    net = sparse_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    sparsifier = make(net, optimizer)
+    loss_of(net, 0).backward()
+    with pytest.warns(UserWarning, match="without sparsifier"):
+        optimizer.step()
+    for t in range(1, 3):
+        optimizer.zero_grad()
+        loss_of(net, t).backward()
+        sparsifier.step()
+        optimizer.step()
+
+
 def test_names_are_those_without_wrappers() -> None:
     one, two = sparse_net(), sparse_net()
     a, b = SGD(one.parameters(), lr=0.1), SGD(two.parameters(), lr=0.1)

@@ -180,3 +180,9 @@ def test_weights_and_biases_are_frozen_each_by_themselves(member: str, trains: s
     found = {name.rpartition(".")[2]: p.requires_grad for name, p in new.named_parameters() if name.startswith("2.")}
     assert found == {"weight": trains == "weight", "bias": trains == "bias"}
     assert unmasked(plan) == executed(new, x)
+
+
+def test_a_bag_of_embeddings_costs_nothing_where_gradients_are_wanted() -> None:
+    model = nn.Sequential(nn.EmbeddingBag(10, 4), nn.Linear(4, 3))
+    dense = sparseift.flops(model, torch.zeros(2, 5, dtype=torch.int64))
+    assert (dense.table.uncounted, dense.dense.forward_macs) == ((), 2 * 4 * 3)
