@@ -138,6 +138,17 @@ class Gated(nn.Module):
         return self.f(F.relu(self.e(self.up(self.d(x)))).mean((2, 3)))
 
 
+def upsampling() -> nn.Module:
+    """Transposed convolutions of 2 and of 4 groups, nested in each other; then 2 groups again."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.ConvTranspose2d(8, 8, 2, 2, groups=2), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.ConvTranspose2d(8, 12, 3, groups=4, bias=False), nn.BatchNorm2d(12), nn.ReLU(),
+        nn.Conv2d(12, 12, 1, groups=2), nn.ReLU(),
+        nn.Conv2d(12, 8, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
+    )  # fmt: skip
+
+
 class Recurrent(nn.Module):
     """Gates lie one after another in an LSTM's weights."""
 
@@ -192,6 +203,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "vgg": (VGG, images()),
     "densenet": (Dense, images(8)),
     "gated": (Gated, images(8)),
+    "upsampling": (upsampling, images(8)),
     "lstm": (Recurrent, tokens()),
     "qk norm": (QKNorm, torch.randn(2, 5, 7)),
     "kept scale": (KeptScale, tokens()),

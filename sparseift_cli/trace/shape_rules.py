@@ -122,6 +122,20 @@ def _conv(spatial: int) -> Rule:
     return rule
 
 
+def _conv_transpose(spatial: int) -> Rule:
+    """Only what the groups ask for, PyTorch answers: its shape function does not say that they lie one after another."""
+
+    def rule(rules: ShapeRules, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
+             padding: Any = 0, output_padding: Any = 0, groups: Any = 1, dilation: Any = 1) -> Any:  # fmt: skip
+        if not isinstance(groups, int) or groups > 1:  # weight: [in, out / groups, *kernel]
+            channels, outputs = input.shape[input.dim() - spatial - 1], weight.shape[1] * groups
+            note_order(rules.facts, "product", channels, [groups, weight.shape[0] // groups])
+            note_order(rules.facts, "product", outputs, [groups, weight.shape[1]])
+        return NotImplemented
+
+    return rule
+
+
 def _per_channel(rules: ShapeRules, input: Tensor, parameters: Sequence[Tensor | None]) -> Tensor:
     for parameter in parameters:
         if parameter is not None:
@@ -328,6 +342,9 @@ _RULES: dict[Any, Rule] = {
     F.conv1d: _conv(1),
     F.conv2d: _conv(2),
     F.conv3d: _conv(3),
+    F.conv_transpose1d: _conv_transpose(1),
+    F.conv_transpose2d: _conv_transpose(2),
+    F.conv_transpose3d: _conv_transpose(3),
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
     F.group_norm: _group_norm,

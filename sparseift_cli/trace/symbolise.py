@@ -23,7 +23,7 @@ from .fake_mode import fake_mode
 from .flow import is_layer_norm
 from .record import FROM_INPUT, Recorder, mark
 from .shape_rules import ShapeRules
-from .symint import Facts
+from .symint import Facts, poly_of
 
 # Attributes that are no widths, or only repeat a parameter's shape (forward never reads the latter).
 NOT_WIDTHS = frozenset(
@@ -192,9 +192,20 @@ class _StandIns:
                     self.trace.recorder.own(prefix + key, fake, tensor.requires_grad)
                 self.trace.shapes[prefix + key] = tuple(fake.shape)
                 self._replace(store, key, fake)
+        self._tie_bias(module, prefix)
         if isinstance(module, nn.RNNBase):  # it keeps a second list of its weights
             names: list[str] = module._flat_weights_names
             self._replace(module.__dict__, "_flat_weights", [module._parameters[n] for n in names])
+
+    def _tie_bias(self, module: nn.Module, prefix: str) -> None:
+        """A layer has one bias an output, though a forward that reads slices of it (`w.bias[:n]`) asks only for n."""
+        weight, bias = (self.trace.shapes.get(prefix + key) for key in ("weight", "bias"))
+        plain = isinstance(module, (nn.Linear, _ConvNd)) and not getattr(module, "transposed", False)
+        if not (plain and weight and bias):
+            return
+        outputs, entries = poly_of(weight[0]), poly_of(bias[0])
+        if outputs.evaluate(self.trace.facts.sizes) == entries.evaluate(self.trace.facts.sizes):
+            self.trace.facts.equal(outputs, entries)
 
     def for_numbers(self, module: nn.Module, prefix: str) -> None:
         """Ints of the module, and of a configuration that it holds (once, however many modules hold it)."""

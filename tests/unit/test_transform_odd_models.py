@@ -199,6 +199,27 @@ def test_float_attributes_follow_the_head_dim() -> None:
     assert model[1].scale == 6**-0.5
 
 
+class Sliced(nn.Module):
+    """A gate by hand: both halves of one weight, the bias of the first half alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mid = nn.Linear(8, 16), nn.Linear(16, 16)
+        self.both, self.head, self.half = nn.Linear(16, 32), nn.Linear(16, 3), 16
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, b = self.both.weight, self.both.bias
+        h = F.relu(self.mid(F.relu(self.stem(x))))
+        return self.head(F.linear(h, w[: self.half], b[: self.half]) * F.linear(h, w[self.half :]).sigmoid())
+
+
+@pytest.mark.parametrize(("sparsity", "half"), [("0.5", 23), ("0.75", 32), ("0.9", 51)])
+def test_a_bias_read_in_part_follows_its_weight(sparsity: str, half: int) -> None:
+    new, _ = sparseift.transform(Sliced(), x := torch.randn(2, 8), sparsity=sparsity)
+    assert new.both.weight.shape == (2 * half, half) and new.both.bias.shape == (2 * half,)
+    assert new(x).shape == (2, 3)
+
+
 @pytest.mark.parametrize("member", ["parallel", "factorized", "doped"])
 def test_shared_layers_are_replaced_once(member: str) -> None:
     shared = nn.Linear(16, 16)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
+from scipy.optimize import linprog
 
 from sparseift_cli.errors import UsageError
 from sparseift_cli.growth import grow
@@ -58,6 +61,59 @@ def test_rope_keeps_the_head_dim_even() -> None:
     solution = solve(ws, [a - b * c, c - Poly.const(2) * d])
     assert [f.id for f in solution.free] == [3]
     assert solution.sizes({3: 11}) == [88, 4, 22, 11]
+
+
+def test_a_fixed_sum_fixes_its_parts() -> None:
+    """cat(b, c) added to a buffer of 16, in either order of the equations; 2 b + 3 c as well."""
+    for equations in ([a - b - c, a - Poly.const(16)], [a - Poly.const(16), a - b - c]):
+        solution = solve(widths(16, 6, 10, 5), equations)
+        assert solution.sizes({3: 7}) == [16, 6, 10, 7]
+        assert [f.id for f in solution.free if f.id != 3] == []
+        assert {solution.reasons[i] for i in (1, 2)} == {"part of a sum of fixed size"}
+    two, three = Poly.const(2), Poly.const(3)
+    assert solve(widths(5, 4, 22), [two * a + three * b - c, c - Poly.const(22)]).free == ()
+
+
+def test_a_part_of_a_fixed_sum_may_be_a_sum_or_a_factor() -> None:
+    solution = solve(widths(16, 6, 10, 7, 3), [a - b - c, c - d - e, a - Poly.const(16)])
+    assert solution.free == () and solution.reasons.keys() >= {1, 2, 3, 4}
+    solution = solve(widths(8, 2, 6, 12, 6), [a - b - c, d - b * e, a - Poly.const(8)])
+    assert solution.sizes({4: 9}) == [8, 2, 6, 18, 9]  # the fixed factor leaves the other one free
+
+
+def test_sums_and_differences_that_can_grow_stay_free() -> None:
+    assert solve(widths(14, 8, 6), [a - b - c]).sizes({1: 11, 2: 8}) == [19, 11, 8]
+    apart = solve(widths(12, 4), [a - b - Poly.const(8)])
+    assert apart.sizes({1: 6}) == [14, 6] and not apart.reasons
+    beside = solve(widths(6, 7, 5), [a + b - c - Poly.const(8)])  # cat(a, b) added to cat(c, x), x of 8
+    assert beside.sizes({0: 12, 1: 14}) == [12, 14, 18] and not beside.reasons
+
+
+def test_no_size_is_below_the_dense_one() -> None:
+    solution = solve(widths(7, 5, 6, 6), [a + b - c - d])
+    with pytest.raises(ValueError, match=r"width w0 would become 5, from 7"):
+        solution.sizes({1: 7})
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_what_a_sum_fixes_can_not_grow_and_the_rest_can(seed: int) -> None:
+    """Against a linear program: the equations fix the growth of each width to sums that are zero, and none is negative."""
+    draw = random.Random(seed)
+    ws = widths(*(draw.randint(3, 20) for _ in range(6)))
+    rows = [[draw.choice((-2, -1, 0, 0, 1, 1)) for _ in ws] for _ in range(draw.randint(1, 2))]
+    dense = [w.size for w in ws]
+    equations = []
+    for row in rows:
+        constant = -sum(c * size for c, size in zip(row, dense, strict=True))
+        equations.append(Poly([*(((i,), c) for i, c in enumerate(row)), ((), constant)]))
+    solution = solve(ws, equations)
+    growing = {i for i in range(len(ws)) if solution.drivers(i)}
+    possible = {
+        i for i in range(len(ws))
+        if linprog([-(j == i) for j in range(len(ws))], A_eq=rows, b_eq=[0] * len(rows), bounds=(0, 1)).fun < -1e-9
+    }  # fmt: skip
+    assert growing == possible
+    assert solution.sizes({}) == dense
 
 
 def test_widths_that_do_not_grow_together_are_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,9 @@ class Live:
             for layout in seen:
                 if self._takes_apart(whole, layout):
                     self.layouts.setdefault(self.key(whole), []).append(layout)
+        for key, layout in self._nested():
+            if layout not in self.layouts.setdefault(key, []):
+                self.layouts[key].append(layout)
         self.known: dict[Key, Tensor] = {}
 
     def key(self, size: Poly) -> Key:
@@ -106,6 +109,21 @@ class Live:
             if made != total or max(values) >= total or min(values) < 1:
                 return False
         return True
+
+    def _nested(self) -> list[tuple[Key, Layout]]:
+        """Channels read in 2 groups here and in 4 there: each of the 2 is itself 2 of the 4, one after another."""
+        found = []
+        for layouts in self.layouts.values():
+            grouped = [
+                (self.dense(x.parts[0]), x.parts[1]) for x in layouts
+                if x.kind == "product" and len(x.parts) == 2 and self.dense(x.parts[0]) == self.new(x.parts[0])
+            ]  # fmt: skip
+            for few, wide in grouped:
+                for many, narrow in grouped:
+                    if many > few and many % few == 0:
+                        parts = Poly.const(many // few), narrow
+                        found.append((self.key(wide), Layout("product", parts)))
+        return found
 
     def _find(self, size: Poly, key: Key) -> Tensor:
         n = self.dense(size)
