@@ -22,7 +22,7 @@ from .table import Width
 HeadScaling = Literal["scale_dim", "scale_count"]
 Affine = dict[int | None, Fraction]  # free width id -> coefficient; None -> the constant
 
-_CONSTANT, _IN_FIXED_SUM = "must equal a constant", "part of a sum of fixed size"
+_CONSTANT, _COUNT, _IN_FIXED_SUM = "must equal a constant", "a count, not a width", "part of a sum of fixed size"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ def solve(widths: Sequence[Width], equations: Sequence[Poly], heads: HeadScaling
 
 def _kept(width: Width, heads: HeadScaling) -> str | None:
     if width.kind == "count":
-        return "a count, not a width"
+        return _COUNT
     if width.kind == "heads" and heads == "scale_dim":
         return "number of heads (head_dim scales instead)"
     if width.kind == "head_dim" and heads == "scale_count" and width.attention:
@@ -180,13 +180,20 @@ def _fix_parts(
             return
         alone = {v for form in sums for v in _variables(form) if len(_variables(form)) == 1}
         for v in parts:
-            reasons.setdefault(v, _CONSTANT if v in alone else _IN_FIXED_SUM)
+            reasons.setdefault(v, _constant(v, equations, widths, reasons) if v in alone else _IN_FIXED_SUM)
             zero = dict(known.get(v, {v: Fraction(1)}))
             zero[None] = zero.get(None, Fraction(0)) - widths[v].size
             _eliminate({x: c for x, c in zero.items() if c}, known, widths, reasons)
         for i, form in known.items():
             if i not in constants and not _variables(form):
                 reasons.setdefault(i, _IN_FIXED_SUM)
+
+
+def _constant(width: int, equations: Sequence[Poly], widths: Sequence[Width], reasons: Mapping[int, str]) -> str:
+    """Which counts of the model's own (`attn.n_parts`) a width must fit, where there are any."""
+    tied = (e.variables for e in equations if width in e.variables)
+    counts = sorted({widths[v].name for others in tied for v in others if reasons.get(v) == _COUNT and widths[v].name})
+    return f"must fit {', '.join(counts[:2])}: {_COUNT}" if counts else _CONSTANT
 
 
 def _variables(form: Affine) -> list[int]:

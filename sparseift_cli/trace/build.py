@@ -33,6 +33,7 @@ _HEAD_DIM = (
     "head_channels",
     "value_proj_dim",
 )
+_HEAD_DIM_ALONE = frozenset({"d_k", "d_q", "d_v", "d_qk", "d_h", "dk", "dv", "dh", "hd"})  # short ones, by themselves
 _HEADS = ("head", "num_kv")
 _ROTARY = "inv_freq"  # a buffer whose values follow from its size, so that it may grow
 
@@ -301,7 +302,8 @@ class _Builder:
 
 def _kind_by_name(places: list[Place]) -> WidthKind:
     names = [p.path.rpartition(".")[2].lower() for p in places if p.kind == "attribute"]
-    if any(part in n for n in names for part in _HEAD_DIM) or any(p.path.endswith(_ROTARY) for p in places):
+    by_name = any(n in _HEAD_DIM_ALONE or any(part in n for part in _HEAD_DIM) for n in names)
+    if by_name or any(p.path.endswith(_ROTARY) for p in places):
         return "head_dim"
     if any(part in n for n in names for part in _HEADS):
         return "heads"  # even where a parameter has one entry a head (a table of relative position biases)

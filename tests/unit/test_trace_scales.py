@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import sparseift_cli as sparseift
+from sparseift_cli.table import LayerTable
 from sparseift_cli.transforms.transformation import Options
+from sparseift_cli.widths import solve
 
 SCALES: dict[str, Callable[[Any], Any]] = {
     "power": lambda size: size**-0.5,
@@ -71,3 +73,39 @@ def test_sizes_are_as_they_were_afterwards() -> None:
     before = dict(vars(torch.SymInt))
     sparseift.flops(Block(partial(pow, 1), attribute=False), torch.randn(2, 7, 10))
     assert dict(vars(torch.SymInt)) == before
+
+
+class Named(nn.Module):
+    """One attention whose head dim is an attribute of the given name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.h = name, 4
+        setattr(self, name, 8)
+        self.embed, self.qkv, self.out, self.head = (
+            nn.Linear(10, 32),
+            nn.Linear(32, 96),
+            nn.Linear(32, 32),
+            nn.Linear(32, 5),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        b, t, _ = x.shape
+        d = getattr(self, self.name)
+        q, k, v = self.qkv(x).view(b, t, 3, self.h, d).permute(2, 0, 3, 1, 4)
+        y = (q @ k.transpose(-2, -1) / math.sqrt(d)).softmax(-1) @ v
+        return self.head(x + self.out(y.transpose(1, 2).reshape(b, t, self.h * d)))
+
+
+@pytest.mark.parametrize("name", ["head_dim", "d_k", "hd"])
+def test_a_head_dim_is_known_by_its_name(name: str) -> None:
+    new, _ = sparseift.transform(Named(name), torch.randn(2, 7, 10), sparsity=0.75)
+    assert (getattr(new, name), new.get_parameter("out.weight").shape) == (16, (64, 64))
+
+
+def test_a_number_that_no_name_tells_is_named_as_the_reason() -> None:
+    table = sparseift.inspect(Named("pieces"), torch.randn(2, 7, 10))
+    assert isinstance(table, LayerTable)
+    reasons = solve(table.widths, table.equations).reasons
+    assert reasons[[w.name for w in table.widths].index("out.weight[1]")] == "must fit h, pieces: a count, not a width"
