@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from math import ceil, floor, isqrt
 from typing import Literal
 
@@ -124,19 +125,27 @@ def share(nnz: int, weights: Sequence[int]) -> list[int]:
     return [n + (i >= len(parts) - rest) for i, n in enumerate(parts)]
 
 
-def give_back(budgets: Sequence[Fraction], uses: Sequence[int], caps: Sequence[int], leftover: Fraction) -> list[int]:
+def give_back(budgets: Sequence[Fraction], uses: Sequence[int], caps: Sequence[int], total: Fraction | int | None = None,
+              cost: Callable[[int, int], Fraction | int] | None = None) -> list[int]:  # fmt: skip
     """Non-zeros per layer for fractional MAC `budgets`: floored, then one more each by largest remainder while it fits.
 
-    `leftover` is what the total budget still holds beyond sum(budgets), usually 0. The total never exceeds
-    sum(budgets) + leftover, except that no layer gets fewer than one non-zero.
+    What must fit is `total`, usually sum(budgets), and `cost(i, n)` what n non-zeros of layer i take of it, usually n * uses.
+    Where it does not fit even floored (parts of unlike cost share a layer's), one less each by smallest remainder. No layer
+    gets fewer than one.
     """
+    price = cost or (lambda i, n: n * uses[i])
     exact = [b / u for b, u in zip(budgets, uses, strict=True)]
     nnz = [max(1, min(cap, floor(x))) for x, cap in zip(exact, caps, strict=True)]
-    free = sum(budgets, leftover) - sum(n * u for n, u in zip(nnz, uses, strict=True))
-    for i in sorted(range(len(nnz)), key=lambda i: (-(exact[i] - floor(exact[i])), uses[i], i)):
-        if uses[i] <= free and nnz[i] < caps[i]:
+    free = (sum(budgets, Fraction(0)) if total is None else total) - sum(price(i, n) for i, n in enumerate(nnz))
+    order = sorted(range(len(nnz)), key=lambda i: (-(exact[i] - floor(exact[i])), uses[i], i))
+    for i in reversed(order):
+        if free < 0 and nnz[i] > 1:
+            nnz[i] -= 1
+            free += price(i, nnz[i] + 1) - price(i, nnz[i])
+    for i in order:
+        if free > 0 and nnz[i] < caps[i] and (more := price(i, nnz[i] + 1) - price(i, nnz[i])) <= free:
             nnz[i] += 1
-            free -= uses[i]
+            free -= more
     return nnz
 
 
@@ -206,6 +215,10 @@ class StepCost:
     def total(self) -> Fraction | int:
         return self.forward + self.grad_input + self.grad_weight
 
+    def times(self, n: Fraction | int) -> StepCost:
+        """Of `n` such sets."""
+        return StepCost(n * self.forward, n * self.grad_input, n * self.grad_weight)
+
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
@@ -237,18 +250,24 @@ class Schedule:
 
         Progress moves every `delta_t` steps; its mean over a long run is stop / 4.
         """
-        if self.steps is None:
-            return self.stop / 4
-        starts = range(0, self.end, self.delta_t)
-        held = sum((min(t + self.delta_t, self.end) - t) * (self.end - t) ** 3 for t in starts)
-        return Fraction(held, self.end**3 * self.steps) if self.end else Fraction(0)
+        return self.stop / 4 if self.steps is None else _remaining(self.delta_t, self.end) / self.steps
 
     def remaining_at_updates(self) -> Fraction:
         """Sum over the mask updates, per training step, of (1 - progress)^3 at each: their steps compute with what is left."""
         if self.steps is None:
             return self.update_rate / 4
-        at = range(self.delta_t, ((self.updates or 0) + 1) * self.delta_t, self.delta_t)
-        return Fraction(sum((self.end - t) ** 3 for t in at), self.end**3 * self.steps) if self.end else Fraction(0)
+        return _remaining_at_updates(self.delta_t, self.end) / self.steps
+
+
+@lru_cache(maxsize=64)  # matching asks again for every layer and density
+def _remaining(delta_t: int, end: int) -> Fraction:
+    held = sum((min(t + delta_t, end) - t) * (end - t) ** 3 for t in range(0, end, delta_t))
+    return Fraction(held, end**3) if end else Fraction(0)
+
+
+@lru_cache(maxsize=64)
+def _remaining_at_updates(delta_t: int, end: int) -> Fraction:
+    return Fraction(sum((end - t) ** 3 for t in range(delta_t, end, delta_t)), end**3) if end else Fraction(0)
 
 
 def nonzeros_at(step: int, start: int, final: int, schedule: Schedule) -> int:
@@ -265,38 +284,48 @@ def nonzeros_at(step: int, start: int, final: int, schedule: Schedule) -> int:
     return final + (start - final) * left**3 // end**3
 
 
+@lru_cache(maxsize=4096)  # layers and branches of one size have the same
+def nonzeros_over_run(start: int, final: int, schedule: Schedule) -> tuple[int, int]:
+    """`nonzeros_at` summed over all steps of a run, and over those with a mask update."""
+    end, over_steps, over_updates = schedule.end, 0, 0
+    for t in range(0, end, schedule.delta_t):
+        n = nonzeros_at(t, start, final, schedule)
+        over_steps += (min(t + schedule.delta_t, end) - t) * n
+        over_updates += n if t else 0
+    return over_steps + ((schedule.steps or 0) - end) * final, over_updates
+
+
 START_DENSITY: dict[Algorithm, Fraction] = {"gmp": Fraction(1), "granet": Fraction(1, 2)}
 
 
-def mean_step(algorithm: Algorithm, schedule: Schedule, sparse: StepCost, dense: StepCost) -> Fraction:
-    """MACs of the mean training step of layers that cost `sparse` at their final non-zeros and `dense` without masks.
+def mean_step(algorithm: Algorithm, schedule: Schedule, sparse: StepCost, first: StepCost, dense: StepCost) -> Fraction:
+    """MACs of the mean training step of weights: `sparse` at their final non-zeros, `first` at step 0, `dense` without masks.
 
-    `dense` is the same layer of the *transformed* network, not of the model one started from.
+    `dense` is the same weight of the *transformed* network, not of the model one started from. `first` differs from `sparse`
+    only under dense, GMP and GraNet, and there only for weights that have a mask, train, and are not above the start already.
 
     * dense 3 f_D; static and SET 3 f_S; SNFS 2 f_S + f_D: a dense dW every step.
     * RigL 3 f_S, and at each mask update a dense dW in place of the sparse one. (3 f_S dT + 2 f_S + f_D)/(dT + 1) is the
       approximation of Evci et al. 2020, appendix H, for a run that never stops updating.
     * GMP: the cubic schedule from dense (Zhu & Gupta 2017); GraNet: the same from half, with RigL's dense dW at its updates
-      (Liu et al. 2021). A layer whose final density lies above the start is never pruned.
+      (Liu et al. 2021).
     """
     if algorithm == "dense":
-        return Fraction(dense.total)
+        return Fraction(first.total)
     mean = Fraction(sparse.total)
     grown = dense.grad_weight - sparse.grad_weight
     if algorithm == "snfs":
         return mean + grown
     if algorithm in START_DENSITY:
-        start = START_DENSITY[algorithm]
-        pruned = max(Fraction(0), start * dense.total - sparse.total)
-        mean += schedule.remaining() * pruned
+        mean += schedule.remaining() * (first.total - sparse.total)
         if algorithm == "granet":
-            pruned_dw = max(Fraction(0), start * dense.grad_weight - sparse.grad_weight)
-            mean += schedule.update_rate * grown - schedule.remaining_at_updates() * pruned_dw
+            pruned = first.grad_weight - sparse.grad_weight
+            mean += schedule.update_rate * grown - schedule.remaining_at_updates() * pruned
     if algorithm == "rigl":
         mean += schedule.update_rate * grown
     return mean
 
 
-def updating_step(algorithm: Algorithm, schedule: Schedule, sparse: StepCost, dense: StepCost) -> Fraction:
-    """The mean step of RigL, whatever `algorithm` says, while its masks still change."""
+def updating_step(schedule: Schedule, sparse: StepCost, dense: StepCost) -> Fraction:
+    """The mean step of RigL while its masks still change."""
     return sparse.total + Fraction(dense.grad_weight - sparse.grad_weight) / schedule.delta_t

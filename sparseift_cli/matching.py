@@ -13,7 +13,7 @@ from .isoflop import erdos_renyi, give_back, greatest_sparsity, match_scale
 from .layer_plan import LayerPlan, deal
 from .spec import TrainingSpec, TransformSpec
 from .table import LayerTable
-from .training_cost import dense_training_macs, training_macs
+from .training_cost import dense_training_macs, run_macs, unrounded_macs
 
 
 def spend(layers: list[LayerPlan], table: LayerTable, spec: TransformSpec, training: TrainingSpec, growth: Growth | None) \
@@ -40,7 +40,7 @@ def spend(layers: list[LayerPlan], table: LayerTable, spec: TransformSpec, train
         counts = [_at_least_one(plan, floor(Fraction(plan.dense_macs, plan.uses)), spec) for plan in chosen]
     else:
         scale = _scale(layers, chosen, table, spec, training, growth)
-        counts = _matched(chosen, scale, spec)
+        counts = _matched(layers, chosen, scale, spec, training)
     layers = _with(layers, which, counts, spec)
     if spec.match in ("model", "train"):
         _hold(layers, table, spec, training, growth)
@@ -139,58 +139,86 @@ def _scale(layers: Sequence[LayerPlan], chosen: Sequence[LayerPlan], table: Laye
         fixed = sum(p.macs for p in layers if p.status != "transformed")
         scale = match_scale(sum(p.dense_macs for p in layers), fixed, sum(p.dense_macs for p in chosen))
     else:
-        scale = _solve_affine(lambda c: _training_at(layers, training, c), dense_training_macs(layers, training))
+        most = Fraction(sum(p.full_macs for p in chosen), sum(p.dense_macs for p in chosen))
+        scale = _solve(lambda c: _training_at(layers, c, spec, training), dense_training_macs(layers, training), most)
     if scale <= 0:
         _refuse(layers, spec, training, growth)
     return scale
 
 
-def _training_at(layers: Sequence[LayerPlan], training: TrainingSpec, c: Fraction) -> Fraction:
-    """Training MACs with each transformed layer's forward at `c` times its dense cost (their masks still hold all weights)."""
-    scales = [c * p.dense_macs / p.macs if p.status == "transformed" else 1 for p in layers]
-    return sum((training_macs([p], training, scale=x) for p, x in zip(layers, scales, strict=True)), Fraction(0))
+def _training_at(layers: Sequence[LayerPlan], c: Fraction, spec: TransformSpec, training: TrainingSpec) -> Fraction:
+    """Training MACs with the transformed layers' forward at `c` times its dense cost, before rounding to non-zeros."""
+    chosen = [p for p in layers if p.status == "transformed"]
+    budgets = zip(chosen, _budgets(chosen, c, spec), strict=True)
+    return sum((unrounded_macs(p, b, training, spec.block) for p, b in budgets), _left_alone(layers, training))
 
 
-def _solve_affine(cost: Callable[[Fraction], Fraction], budget: Fraction | int) -> Fraction:
-    """c with cost(c) == budget: exact where the cost is affine, repeated secants where it has kinks (GMP, GraNet)."""
-    low, high = Fraction(0), Fraction(1)
-    for _ in range(8):
-        a, b = cost(low), cost(high)
-        if a == b:
-            break
-        low, high = high, low + (budget - a) * (high - low) / (b - a)
-        if cost(high) == budget:
-            break
-    return high
+def _left_alone(layers: Sequence[LayerPlan], training: TrainingSpec) -> Fraction:
+    return run_macs([p for p in layers if p.status != "transformed"], training)
 
 
-def _matched(chosen: Sequence[LayerPlan], scale: Fraction, spec: TransformSpec) -> list[int]:
-    """Counts whose total cost is scale * dense cost: uniform in FLOPs, or by Erdos-Renyi scores."""
+def _solve(cost: Callable[[Fraction], Fraction], budget: Fraction | int, most: Fraction) -> Fraction:
+    """The c in [0, most] with cost(c) == budget for a cost that never falls; 0 where it is above the budget everywhere.
+
+    It is affine between kinks: a layer that GraNet prunes no more, one that is dense, one of Doped that is U and V alone.
+    Bisection leaves the kinks behind, and a secant is exact then. Should two of them lie too close, c is below by 2^-48.
+    """
+    low, high = Fraction(0), most
+    a, b = cost(low), cost(high)
+    if a >= budget or b <= budget:
+        return low if a >= budget else high
+    for _ in range(48):
+        secant = low + (budget - a) * (high - low) / (b - a)
+        if cost(secant) == budget:
+            return secant
+        middle = (low + high) / 2
+        at = cost(middle)
+        if at <= budget:
+            low, a = middle, at
+        else:
+            high, b = middle, at
+    return low
+
+
+def _budgets(chosen: Sequence[LayerPlan], scale: Fraction, spec: TransformSpec) -> list[Fraction]:
+    """Forward MACs per layer, in all scale * dense cost: uniform in FLOPs, or by Erdos-Renyi scores."""
     if spec.distribution == "uniform":
-        budgets = [p.dense_macs * scale for p in chosen]
-    else:
-        total = sum(p.dense_macs for p in chosen) * scale
-        densities = erdos_renyi(
-            [p.parts[-1].shape for p in chosen],
-            [p.layer.kernel for p in chosen],
-            [p.uses * p.weights // p.parts[-1].shape.weights for p in chosen],
-            total,
-            kernel=spec.distribution == "erk",
-        )
-        budgets = [d * p.full_macs for d, p in zip(densities, chosen, strict=True)]
+        return [p.dense_macs * scale for p in chosen]
+    densities = erdos_renyi(
+        [p.parts[-1].shape for p in chosen],
+        [p.layer.kernel for p in chosen],
+        [p.uses * p.weights // p.parts[-1].shape.weights for p in chosen],
+        sum(p.dense_macs for p in chosen) * scale,
+        kernel=spec.distribution == "erk",
+    )
+    return [d * p.full_macs for d, p in zip(densities, chosen, strict=True)]
+
+
+def _matched(layers: Sequence[LayerPlan], chosen: Sequence[LayerPlan], scale: Fraction, spec: TransformSpec,
+             training: TrainingSpec) -> list[int]:  # fmt: skip
+    """Counts within the budget that `scale` was solved for: the forward pass's, or the run's as it is counted afterwards."""
     unit = _unit(spec)
     dense = [_dense_part(p) for p in chosen]
     caps = [(_room(p, spec) - n) // unit for p, n in zip(chosen, dense, strict=True)]
-    sparse_budgets = [b - n * p.uses for b, n, p in zip(budgets, dense, chosen, strict=True)]
-    counts = give_back(sparse_budgets, [p.uses * unit for p in chosen], caps, Fraction(0))
+    budgets = [b - n * p.uses for b, n, p in zip(_budgets(chosen, scale, spec), dense, chosen, strict=True)]
+    uses = [p.uses * unit for p in chosen]
+    if spec.match == "model":
+        counts = give_back(budgets, uses, caps)
+    else:
+        total = dense_training_macs(layers, training) - _left_alone(layers, training)
+        counts = give_back(budgets, uses, caps, total, lambda i, n: run_macs(
+            [_holding(chosen[i], dense[i] + n * unit, spec)], training, spec.block))  # fmt: skip
     return [n + c * unit for n, c in zip(dense, counts, strict=True)]
+
+
+def _holding(plan: LayerPlan, nnz: int, spec: TransformSpec) -> LayerPlan:
+    return replace(plan, macs=plan.uses * nnz, parts=deal(plan.parts, nnz, _unit(spec)))
 
 
 def _with(layers: list[LayerPlan], which: Sequence[int], counts: Sequence[int], spec: TransformSpec) -> list[LayerPlan]:
     layers = list(layers)
     for i, nnz in zip(which, counts, strict=True):
-        plan = layers[i]
-        layers[i] = replace(plan, macs=plan.uses * nnz, parts=deal(plan.parts, nnz, _unit(spec)))
+        layers[i] = _holding(layers[i], nnz, spec)
         if spec.block:
             _require_room(layers[i], *spec.block)
     return layers
@@ -215,7 +243,7 @@ def _hold(
     if spec.match == "model":
         have, budget = Fraction(sum(p.macs for p in layers)), sum(p.dense_macs for p in layers)
     else:
-        have, budget = training_macs(layers, training), dense_training_macs(layers, training)
+        have, budget = run_macs(layers, training, spec.block), dense_training_macs(layers, training)
     if have > budget:
         _refuse(layers, spec, training, growth)
 
@@ -223,7 +251,7 @@ def _hold(
 def _refuse(layers: Sequence[LayerPlan], spec: TransformSpec, training: TrainingSpec, growth: Growth | None) -> None:
     hint = "lower --sparsity, use --scope inner, or --match layer and accept the growth"
     if spec.match == "train":
-        dense, floor_macs = dense_training_macs(layers, training), _training_at(layers, training, Fraction(0))
+        dense, floor_macs = dense_training_macs(layers, training), _training_at(layers, Fraction(0), spec, training)
         raise CheckFailed(
             f"no density matches the model's training FLOPs with {training.algorithm} at sparsity {spec.sparsity}: without a "
             f"single non-zero a step already costs {2 * float(floor_macs):,.0f} FLOPs, {float(floor_macs / dense):.3f}x the "

@@ -12,7 +12,7 @@ from ..recipe.load import Recipe, run_steps
 from ..request import Request, parse_input
 from ..source import load_table
 from ..spec import TrainingSpec, TransformSpec
-from ..training_cost import training_macs
+from ..training_cost import executed_macs
 from .formats import Format
 from .output import Column, Sheet, render
 
@@ -95,7 +95,7 @@ def _executed_macs(result: Audit) -> Fraction:
     """MACs of a step where masked weights are multiplied like any others."""
     if result.plan is None:
         return result.dense.training_macs
-    return training_macs(result.plan.layers, result.training, mean=lambda *costs: Fraction(costs[-1].total))
+    return executed_macs(result.plan.layers, result.training)
 
 
 def _masked(row: LayerPlan) -> int:

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
+from ..isoflop import StepCost
 from ..layer_plan import LayerPlan
 from ..sparsity.sparsifier import StepRecord
-from ..training_cost import Price, prices, step_cost
+from ..training_cost import prices, step_cost
 from ..transforms.edits import Masked
 
 
@@ -24,13 +25,13 @@ class Spent:
     ) -> None:
         self.batch_size = batch_size
         self.macs = Fraction(0)
-        self._prices: dict[str, tuple[Price, int]] = {}  # by key; with the number of weights
+        self._prices: dict[str, tuple[StepCost, int]] = {}  # by key; with the number of weights
         self._fixed = Fraction(0)
         self._known: tuple[Any, bool, Fraction] | None = None  # the last step's: most are like the one before
         keys = {(m.layer, m.part): m.key for m in masked}
         for row in layers:
             if row.status != "transformed":
-                self._fixed += step_cost(row, row.macs, recompute=recompute).total
+                self._fixed += step_cost(row, recompute=recompute).total
                 continue
             fixed, found = prices(row, recompute=recompute)
             self._fixed += fixed
@@ -49,9 +50,9 @@ class Spent:
         if record is not None:
             for key, (price, weights) in self._prices.items():
                 nnz = record.nnz[key]
-                total += price.step * nnz
+                total += price.total * nnz
                 if record.dense_gradients:
-                    total += price.gradient * (weights - nnz)
+                    total += price.grad_weight * (weights - nnz)
         return total
 
     @property

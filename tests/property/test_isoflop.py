@@ -112,7 +112,7 @@ def test_give_back_never_exceeds_and_leaves_less_than_the_cheapest(
     uses = [u for _, u, _ in rows]
     caps = [c for _, _, c in rows]
     budgets = [Fraction(permille, 1000) * u * c + u for u, c in zip(uses, caps, strict=True)]
-    nnz = give_back(budgets, uses, caps, Fraction(0))
+    nnz = give_back(budgets, uses, caps)
     spent = sum(n * u for n, u in zip(nnz, uses, strict=True))
     assert spent <= sum(budgets)
     assert all(1 <= n <= c for n, c in zip(nnz, caps, strict=True))

@@ -140,7 +140,7 @@ def test_gmp_spends_what_the_cost_model_says(steps: int) -> None:
     schedule = Schedule(10, Fraction(3, 4), steps)
     start, final = 10_000, 1_234
     spent = sum(nonzeros_at(t, start, final, schedule) for t in range(steps))
-    mean = mean_step("gmp", schedule, StepCost(final), StepCost(start))
+    mean = mean_step("gmp", schedule, StepCost(final), StepCost(start), StepCost(start))
     assert mean * steps - steps < spent <= mean * steps
 
 
