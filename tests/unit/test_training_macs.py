@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,9 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparseift_cli as sparseift
-from sparseift_cli.layer_plan import LayerPlan
 from sparseift_cli.plan import Plan
-from sparseift_cli.training_cost import step_cost
+from sparseift_cli.training_cost import executed_macs
 
 pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration")  # of switching oneDNN off
 aten = torch.ops.aten
@@ -64,14 +62,7 @@ def executed(model: nn.Module, x: Tensor) -> int:
 
 def unmasked(plan: Plan) -> int:
     """Training MACs of the planned model before a weight is masked: what dense kernels execute."""
-
-    def cost(layer: LayerPlan) -> Any:
-        if layer.status != "transformed":
-            return step_cost(layer, layer.macs).total
-        parts = tuple(replace(part, nnz=part.shape.weights) for part in layer.parts)
-        return step_cost(replace(layer, parts=parts), layer.full_macs).total
-
-    return int(sum(map(cost, plan.layers)))
+    return int(executed_macs(plan.layers, plan.training))
 
 
 def frozen(module: nn.Module) -> Any:
