@@ -48,7 +48,7 @@ class DivergedError(SparseiftError):
 
 
 class InterruptedRun(SparseiftError):
-    """A training run that a signal stopped, after it was saved (exit 128 + the signal)."""
+    """A training run that a signal stopped, after it was saved (exit 128 + the signal). A command line puts its own as hint."""
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message, hint="go on with --resume latest")

@@ -6,6 +6,7 @@ meta device and traced.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import sys
@@ -143,6 +144,21 @@ def as_call(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example_input, Mapping):
         return (), dict(example_input)
     return (tuple(example_input) if isinstance(example_input, (tuple, list)) else (example_input,)), {}
+
+
+def source_hash(source: str) -> dict[str, str]:
+    """SHA-256 of the file of the module that a `pkg.module:callable` names, by the module's name; what was imported, if it was.
+
+    Empty for zoo names and other libraries, whose versions say what they are, and for a module without a file.
+    """
+    module = source.partition(":")[0]
+    if ":" not in source or maker(source) is not None:
+        return {}
+    file = getattr(sys.modules.get(module), "__file__", None)
+    try:
+        return {module: hashlib.sha256(Path(file).read_bytes()).hexdigest()} if file else {}
+    except OSError:
+        return {}
 
 
 def _call(source: str, device: str) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import SparseiftError, UsageError
+from ..errors import InterruptedRun, SparseiftError, UsageError
 from . import options
 from .formats import Format, without_github
 
@@ -39,6 +41,7 @@ PARALLEL = (
     "Train so many runs at once, each a process of its own; several GPUs get them in turn. They share the CPU's threads, "
     "and on a CPU bits depend on their number: with --set training.threads=1 they are those of runs in turn."
 )
+RUNS = Path("runs")
 NO_COMPILE = ("training.compile=false", "training.cuda_graph=false")
 """What --no-compile sets: no torch.compile, and no step that is replayed as a CUDA graph."""
 
@@ -61,7 +64,7 @@ def train(
         str | None,
         typer.Option(metavar="latest|RUN", help="Go on with the newest run of this recipe and seed, or this one."),
     ] = None,
-    runs: Annotated[Path, typer.Option(help="Folder of run directories.")] = Path("runs"),
+    runs: Annotated[Path, typer.Option(help="Folder of run directories.")] = RUNS,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would be, and train nothing.")] = False,
     tflops: Annotated[
         float | None,
@@ -87,6 +90,7 @@ def train(
     from ..train.parallel import require_one_run, require_parallel
 
     fmt = without_github(fmt, json, "train")
+    given = sets or []
     sets = [*(sets or []), *(NO_COMPILE if no_compile else ())]
     loaded = [_load(recipe, sets) for recipe in recipes]
     if print_recipe:
@@ -106,12 +110,31 @@ def train(
         raise UsageError("--tflops tells how long a --dry-run would take", hint="add --dry-run")
     require_parallel(parallel)
     require_one_run(resume, len(jobs))
-    if parallel > 1 and len(jobs) > 1:
-        _run_parallel(jobs, sets, parallel, runs, resume, fmt, tensorboard)
-    elif events:
-        _run_child(jobs, runs, resume, fmt, tensorboard, (seat, at_once))
-    else:
-        _run(jobs, runs, resume, fmt, tensorboard)
+    try:
+        if parallel > 1 and len(jobs) > 1:
+            _run_parallel(jobs, sets, parallel, runs, resume, fmt, tensorboard)
+        elif events:
+            _run_child(jobs, runs, resume, fmt, tensorboard, (seat, at_once))
+        else:
+            _run(jobs, runs, resume, fmt, tensorboard)
+    except InterruptedRun as stopped:
+        flags = {"--tensorboard": tensorboard, "--no-compile": no_compile, "--json": fmt is Format.json}
+        words = _again(recipes, given, seeds, parallel, runs, resume, [flag for flag, is_on in flags.items() if is_on])
+        stopped.hint = f"go on with: {shlex.join(words)}"
+        raise
+
+
+def _again(recipes: list[str], sets: list[str], seeds: str | None, parallel: int, runs: Path, resume: str | None,
+           flags: list[str]) -> list[str]:  # fmt: skip
+    """The words of the command that goes on with what this one began: runs that are done are read, others resumed or begun."""
+    program = ["sparseift"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        program = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m", "sparseift_cli"]
+    words = [*program, "train", *recipes, *(word for pair in sets for word in ("--set", pair))]
+    words += ["--seeds", seeds] if seeds is not None else []
+    words += ["--parallel", str(parallel)] if parallel > 1 else []
+    words += ["--runs", str(runs)] if runs != RUNS else []
+    return [*words, *flags, "--resume", resume or "latest"]
 
 
 def _run(jobs: Jobs, runs: Path, resume: str | None, fmt: Format, tensorboard: bool) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 from ..flop_audit import Audit, audit
 from ..layer_plan import LayerPlan
+from ..recipe import defaults
 from ..recipe.load import Recipe, run_steps
 from ..request import Request, parse_input
-from ..source import load_table
+from ..source import build, load_table
 from ..spec import TrainingSpec, TransformSpec
 from ..training_cost import executed_macs
 from .formats import Format
@@ -47,6 +48,8 @@ def plan_facts(recipe: Recipe, steps: int | None, tflops: float | None) -> list[
     """Name, value and meaning; of the whole run only where its steps are known."""
     spec = recipe.spec
     result = _audit(recipe)
+    if ":" in spec.model.name:
+        _require_output(recipe)
     made = result.transformed or result.dense
     batch = spec.training.batch_size
     states = {"sgd": 1 if getattr(spec.optimizer, "momentum", 0) else 0, "adamw": 2}[spec.optimizer.name]
@@ -83,12 +86,37 @@ def plan_facts(recipe: Recipe, steps: int | None, tflops: float | None) -> list[
     return facts
 
 
+def _require_output(recipe: Recipe) -> None:
+    """Raise UsageError where a model of one's own gives what its data cannot be learned with, as far as sizes alone tell."""
+    import torch
+
+    from ..train import fit
+
+    data = recipe.spec.data
+    facts = defaults.facts_of({"name": data.name}) if data is not None else None
+    if data is None or facts is None:
+        return
+    built = build(_request(recipe))
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            output = built.model(*built.args, **built.kwargs)
+    except Exception:  # it wants more than sizes: training calls it with numbers
+        return
+    fit.require_logits(built.name, data.name, facts.kind, built.input_shape, output)
+    if facts.classes is not None:
+        fit.require_classes(built.name, data.name, fit.logits_of(output).shape[-1], facts.classes)
+
+
+def _request(recipe: Recipe) -> Request:
+    model = recipe.spec.model
+    return Request(model.name, model.num_classes, parse_input(model.input), model.seq)
+
+
 def _audit(recipe: Recipe) -> Audit:
     spec = recipe.spec
-    request = Request(spec.model.name, spec.model.num_classes, parse_input(spec.model.input), spec.model.seq)
     training = {**recipe.training, **({} if spec.transform else {"algorithm": "dense"})}
     wanted = TransformSpec.of(recipe.transform) if recipe.transform else None
-    return audit(load_table(request), wanted, TrainingSpec.of(training))
+    return audit(load_table(_request(recipe)), wanted, TrainingSpec.of(training))
 
 
 def _executed_macs(result: Audit) -> Fraction:

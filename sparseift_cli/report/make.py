@@ -16,7 +16,7 @@ from . import published
 from .collect import collect
 from .compare import Rules, compare
 from .filters import Expression
-from .grouping import namesakes, pooled
+from .grouping import edited, namesakes, pooled
 from .report import Comparison, Report
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ def make(paths: Sequence[Path], options: Options, command: Sequence[str],
         place = {label: i for i, label in enumerate(groups["group"])}
         comparisons.sort(key=lambda c: place.get(c.candidate, len(place)))
     told = namesakes if "group" in options.by else pooled
-    notes = [*told(runs, list(frame["group"])), *(_not_counted(frame) if told is namesakes else ()), *notes]
+    labels = list(frame["group"])
+    notes = [*told(runs, labels), *edited(runs, labels), *(_not_counted(frame) if told is namesakes else ()), *notes]
     spectra: list[RunSpectra] = []
     if options.spectral:
         from .spectral.spectra import spectra as of_masks  # SciPy, which nothing else here waits for

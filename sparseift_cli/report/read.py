@@ -68,7 +68,9 @@ class Files:
             warnings.append(f"no {METRICS}: only the last evaluation is known")
         state: State = "finished" if summary is not None else "running" if is_locked(folder) else "stopped"
         seed = (summary or {}).get("seed", recipe["training"].get("seed"))
-        named = (summary or {}).get("recipe")
+        sessions = (beside[PROVENANCE] or {}).get("sessions") or ()
+        begun = next((session["recipe"] for session in sessions if session.get("recipe")), None)
+        named = begun or (summary or {}).get("recipe")
         name = named if named and isinstance(named, str) else _name(folder)
         return Run(folder, printable(name), state, seed if isinstance(seed, int) else None, recipe, metrics, summary,
                    beside[AUDIT], beside[PLAN], beside[PROVENANCE], tuple(warnings))  # fmt: skip

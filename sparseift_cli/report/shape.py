@@ -42,9 +42,9 @@ def _escaped(character: str) -> str:
 def _is_session(session: Any) -> bool:
     if not isinstance(session, dict):
         return False
-    if not all(isinstance(session.get(k), dict | NoneType) for k in ("versions", "git", "data")):
+    if not all(isinstance(session.get(k), dict | NoneType) for k in ("versions", "git", "data", "source")):
         return False
-    named = [session.get(k) for k in ("started", "device", "device_name")]
+    named = [session.get(k) for k in ("started", "device", "device_name", "recipe")]
     named += [(session.get("git") or {}).get("commit"), (session.get("versions") or {}).get("torch")]
     return (
         all(isinstance(text, str | NoneType) for text in named)

@@ -124,6 +124,15 @@ class RunDirectory:
         return [RunDirectory(path, keep, better) for path in paths if (path / RECIPE).is_file()]
 
     @property
+    def name(self) -> str | None:
+        """The recipe's name that it was begun with, whatever file it goes on with; None where nothing says it."""
+        file = self.path / PROVENANCE
+        sessions = atomic.read_json(file)["sessions"] if file.exists() else []
+        whole = self.path.resolve()  # versions before wrote the name at the end alone
+        above = whole.parent.name if _RUN.fullmatch(whole.name) else None
+        return next((session["recipe"] for session in sessions if session.get("recipe")), above)
+
+    @property
     def recipe(self) -> str:
         """The whole recipe's text."""
         with atomic.told("read", self.path / RECIPE):

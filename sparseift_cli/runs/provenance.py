@@ -26,10 +26,12 @@ BITS = {"device": "device", "threads": "CPU threads", "cpu_capability": "CPU cap
 
 
 def session(*, device: str, seed: int, data: Mapping[str, str] | None = None, command: Sequence[str] | None = None,
-            step: int = 0, processes: int = 1, at_once: int = 1) -> dict[str, Any]:  # fmt: skip
+            step: int = 0, processes: int = 1, at_once: int = 1, recipe: str | None = None,
+            source: Mapping[str, str] | None = None) -> dict[str, Any]:  # fmt: skip
     """An entry of provenance.json: this process, now, about to run from `step` on.
 
     `data` maps what was read to its SHA-256 (or whatever identifies it); `device` is PyTorch's name for it.
+    `recipe` is the name that the run was begun with; `source` maps the user's own modules to the SHA-256 of their files.
     `at_once`: how many runs `train --parallel` keeps going beside each other, which lengthens the wall time of each.
     """
     import torch
@@ -52,6 +54,8 @@ def session(*, device: str, seed: int, data: Mapping[str, str] | None = None, co
         "environment": {k: v for k, v in sorted(os.environ.items()) if k in _TELLING},
         "seed": seed,
         "data": dict(data or {}),
+        "recipe": recipe,
+        "source": dict(source or {}),
     }  # fmt: skip
 
 
@@ -65,7 +69,7 @@ _TELLING = (
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What may change the bits of a resumed run, and data that is not the same, in words.
+    """What may change the bits of a resumed run, and data and code that are not the same, in words.
 
     A GPU is known by its model where both sessions name one, not by its number in the machine.
     """
@@ -73,8 +77,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             for key, name in BITS.items()}  # fmt: skip
     found = [(name, _at(before, key), _at(now, key)) for key, name in keys.items()]
     said = [f"{name}: {then} before, {today} now" for name, then, today in found if then != today]
-    old, new = before.get("data") or {}, now.get("data") or {}
-    said += [f"data {name} has changed" for name in sorted(old.keys() & new.keys()) if old[name] != new[name]]
+    for key, what in (("data", "data"), ("source", "the source of")):
+        old, new = before.get(key) or {}, now.get(key) or {}
+        said += [f"{what} {name} has changed" for name in sorted(old.keys() & new.keys()) if old[name] != new[name]]
     return said
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,7 @@ from ..trace.build import trace
 from ..transforms.edits import Masked
 from ..transforms.transformation import Options, Transformation
 from .evaluate import logits_of, loss_of
+from .fit import require_fit
 from .optimizers import learning_rate, make_optimizer
 from .processes import Processes
 from .recompute import recompute
@@ -79,8 +81,12 @@ class Prepared:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Mixed precision, where the recipe asks for it."""
-        dtype = _DTYPES.get(self.spec.training.precision)
-        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+        return _autocast(self.spec, self.device)
+
+
+def _autocast(spec: Spec, device: torch.device) -> AbstractContextManager[Any]:
+    dtype = _DTYPES.get(spec.training.precision)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def prepare(recipe: Recipe, seed: int, processes: Processes) -> Prepared:
@@ -98,12 +104,15 @@ def prepare(recipe: Recipe, seed: int, processes: Processes) -> Prepared:
     steps = run_steps(spec, train.steps_per_epoch * spec.training.batch_size)
     assert steps is not None
     training = _counting(recipe, steps)
-    model, done, counted = _model(recipe, dataset, train, seed, training)
+    micro = spec.training.batch_size // (processes.world * spec.training.accumulate)
+    fit = partial(require_fit, name=spec.model.name, dataset=dataset, batch_size=micro, seq=_seq(spec, dataset))
+    model, done, counted = _model(recipe, dataset, train, seed, training, fit)
     if spec.init.zero_residual:
         zero_residuals(model, spec.model.name)
     if spec.training.channels_last:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     model = model.to(processes.device).train()
+    fit(model, autocast=partial(_autocast, spec, processes.device))
     if training.recompute:
         recompute(model, counted.table, train.batch(0, 0)[0][:1])
     optimizer = make_optimizer(model, spec, processes.device)
@@ -190,8 +199,8 @@ def request_of(spec: Spec, dataset: DataSet | None) -> Request:
     return Request(spec.model.name, classes, image, spec.model.seq)
 
 
-def _model(recipe: Recipe, dataset: DataSet, train: Batches, seed: int,
-           training: TrainingSpec) -> tuple[nn.Module, Transformation | None, Audit]:  # fmt: skip
+def _model(recipe: Recipe, dataset: DataSet, train: Batches, seed: int, training: TrainingSpec,
+           fit: Callable[[nn.Module], None]) -> tuple[nn.Module, Transformation | None, Audit]:  # fmt: skip
     spec = recipe.spec
     request = request_of(spec, dataset)
     with torch.random.fork_rng(devices=[]):
@@ -202,7 +211,7 @@ def _model(recipe: Recipe, dataset: DataSet, train: Batches, seed: int,
             return built.model, None, audit(table, None, training)
         options = Options(
             start=spec.init.start, init=spec.init.weights, seed=seed, connect=spec.init.connect,
-            preserve_slack=spec.init.slack, scores=_ranking(spec, train, seed),
+            preserve_slack=spec.init.slack, scores=_ranking(spec, train, seed, fit),
         )  # fmt: skip
         wanted = TransformSpec.of(recipe.transform)
         checkpoint = spec.init.checkpoint if spec.init.start == "preserve" else None
@@ -212,13 +221,14 @@ def _model(recipe: Recipe, dataset: DataSet, train: Batches, seed: int,
         return model, done, audit(done.plan.table, done.plan.spec, training)
 
 
-def _ranking(spec: Spec, train: Batches, seed: int) -> Any:
+def _ranking(spec: Spec, train: Batches, seed: int, fit: Callable[[nn.Module], None]) -> Any:
     """What Options.scores wants: None, `magnitude`, or a saliency on the first training batch."""
     method = spec.init.masks
     if method in ("random", "magnitude"):
         return None if method == "random" else "magnitude"
 
     def rank(model: nn.Module, counts: Mapping[str, int]) -> Mapping[str, Tensor]:
+        fit(model)  # here is the first loss of all
         x, y = train.batch(0, 0)
         batches = [(x.cpu(), y.cpu())]
 

@@ -20,6 +20,7 @@ from ..recipe.load import Recipe, load
 from ..recipe.write import resolved_yaml
 from ..runs.directory import RunDirectory
 from ..runs.provenance import session
+from ..source import source_hash
 from .loop import Report, train
 from .parallel import require_one_run
 from .prepare import Prepared, prepare, with_seed
@@ -150,6 +151,8 @@ def _one(recipe: Recipe, seed: int, call: _Call, ours: Processes) -> dict[str, A
 def _train(run: Prepared, found: RunDirectory | None, text: str, call: _Call, ours: Processes) -> dict[str, Any]:
     recipe, seed, note = run.recipe, run.seed, call.note
     if ours.first and found is None:
+        if call.resume == "latest":
+            note(f"nothing of {recipe.name} seed {seed} to go on with in {call.root}: from the start")
         plan = run.transformation.plan.to_json() if run.transformation else None
         found = RunDirectory.create(call.root, recipe.name, text, plan=plan, audit=to_json(run.audit), **_keeping(run))
     path = Path(ours.from_first(str(found.path) if found else ""))
@@ -162,8 +165,10 @@ def _train(run: Prepared, found: RunDirectory | None, text: str, call: _Call, ou
         begins = newest.step if newest else 0
         for skipped in newest.skipped if newest else ():
             note(f"passed over checkpoint {skipped}")
+        name = folder.name or recipe.name  # of the file that began it: this one may be its own recipe.yaml
         facts = session(device=str(ours.device), seed=seed, data={run.dataset.name: run.dataset.sha256}, step=begins,
-                        processes=ours.world, at_once=ours.at_once)  # fmt: skip
+                        processes=ours.world, at_once=ours.at_once, recipe=name,
+                        source=source_hash(run.spec.model.name))  # fmt: skip
         for difference in folder.begin(facts):
             note(f"not as before, so bits may differ: {difference}")
         where = f"from step {begins:,}" if begins else "from the start"
@@ -177,7 +182,7 @@ def _train(run: Prepared, found: RunDirectory | None, text: str, call: _Call, ou
                 board(row)
 
         summary = train(run, folder, ours, tell, tick=call.tick)
-        summary["path"] = str(path)
+        summary |= {"recipe": name, "path": str(path)}
         folder.finish(summary)
     return summary
 

@@ -112,6 +112,11 @@ def test_sessions_say_what_changed(tmp_path: Path) -> None:
     assert provenance.differences({**session, "git": {"commit": "beef", "dirty": False}}, newer) == [
         "commit of sparseift: beef before, c0ffee now"
     ]
+    mine = [{**session, "source": {"mym": digest}} for digest in ("ab", "cd")]
+    assert provenance.differences(*mine) == ["the source of mym has changed"]
+    assert (
+        provenance.differences({k: v for k, v in session.items() if k != "source"}, mine[0]) == []
+    )  # an older version's
     written = json.loads((run.path / "provenance.json").read_text())
     assert written["schema"] == "sparseift.provenance/1"
     assert len(written["sessions"]) == 3
