@@ -17,8 +17,9 @@ def layer(name: str, status: str, dense: int, after: int, nnz: int | None, weigh
             "transformed_macs": after, "ratio": after / dense, "density": None, "nnz": nnz, "weights": weights}  # fmt: skip
 
 
-def audit(rows: list[dict[str, Any]], *, dense: bool = False) -> dict[str, Any]:
-    return {"flops_per_mac": 2, "causal": "full", "transform": None if dense else {"sparsity": 0.75}, "layers": rows,
+def audit(rows: list[dict[str, Any]], *, dense: bool = False, algorithm: str = "rigl") -> dict[str, Any]:
+    return {"training": {"algorithm": "dense" if dense else algorithm},
+            "flops_per_mac": 2, "causal": "full", "transform": None if dense else {"sparsity": 0.75}, "layers": rows,
             "totals": {"dense": {"forward_flops": 10, "training_flops": 30, "params": 5},
                        "transformed": None if dense else {"forward_flops": 10, "training_flops": 31, "params": 20,
                                                           "nonzero_params": 5, "activation_factor": 2.0}}}  # fmt: skip
@@ -31,7 +32,8 @@ ROWS = [
 ]
 
 
-def run(name: str, seed: int, *, dense: bool, rows: list[dict[str, Any]] | None = None, state: str = "finished") -> Run:
+def run(name: str, seed: int, *, dense: bool, rows: list[dict[str, Any]] | None = None, state: str = "finished",
+        algorithm: str = "rigl") -> Run:  # fmt: skip
     metrics = []
     for i in (1, 2, 3):
         line = {
@@ -42,7 +44,7 @@ def run(name: str, seed: int, *, dense: bool, rows: list[dict[str, Any]] | None 
         }
         metrics.append(line if dense else line | {"churn": 0.3 / i, "itop_rate": 0.2 + 0.1 * i})
     return Run(Path(f"runs/{name}/s{seed}"), name, state, seed, {"model": {"name": "pkg:net"}, "data": {"name": "toy"}},
-               metrics, summary={"flops": {"dense": 3 * 10**9}}, audit=audit(rows or ROWS, dense=dense))  # fmt: skip
+               metrics, summary={"flops": {"dense": 3 * 10**9}}, audit=audit(rows or ROWS, dense=dense, algorithm=algorithm))  # fmt: skip
 
 
 def report(runs: list[Run], **more: Any) -> Report:

@@ -94,7 +94,7 @@ def _page(report: Report, drawn: Mapping[str, tuple[str, str]], shown: str, thou
     ]
     if report.comparisons:
         told = [
-            f"- {c.candidate}: {c.verdict}{' (paired by seed)' if c.paired and c.n > 1 else ''}"
+            f"- {c.candidate}: {c.verdict}{c.pairing}"
             for c in sorted(report.comparisons, key=lambda c: not c.equal_flops)
         ]
         unequal = any(not c.equal_flops for c in report.comparisons)

@@ -120,7 +120,7 @@ def _tell(result: Audit, problems: list[Problem], fmt: Format, output: Any, **vi
 
     with patient():  # a gate has its say even where nobody reads on
         if fmt is Format.github:
-            gates.annotate(result, problems, output)
+            gates.annotate([result], problems, output)
         else:
             flops_view.show(result, fmt, output, **view)
     gates.stop_on(problems, told=fmt is Format.github)
@@ -172,7 +172,7 @@ def _compare(table: LayerTable, specs: list[TransformSpec], training: TrainingSp
     problems += gates.uncounted(table) if strict else []
     with patient():
         if fmt is Format.github:
-            gates.annotate(results[0][1], problems, output)
+            gates.annotate([r for _, r in results if not isinstance(r, CheckFailed)], problems, output)
         else:
             flops_view.compare(table, results, training, causal, fmt, output)
     gates.stop_on(problems, told=fmt is Format.github)

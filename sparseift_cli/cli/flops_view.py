@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -14,7 +15,7 @@ from ..layer_plan import LayerPlan
 from ..spec import TrainingSpec
 from ..table import LayerTable
 from .formats import Format
-from .output import Column, Sheet, integer, ratio, render
+from .output import Column, Sheet, apart, integer, ratio, render
 
 WITHOUT_MASKS = (
     "Trained without masks (algorithm dense): forward MACs and non-zeros are the plan's, not what is trained."
@@ -233,8 +234,8 @@ def _notes(result: Audit) -> list[str]:
                 "Warning: less than half of the transformed layers' FLOPs are left; what stays dense eats the rest."
             )
     limit = result.s_max
-    if limit is not None:
-        notes.append(f"s_max {limit:.3f}: above it, what is left alone costs more than the whole dense model.")
+    if limit is not None and limit < 1:
+        notes.append(f"s_max {apart(limit, 1, 3)}: above it, what is left alone costs more than the whole dense model.")
     if result.activation_factor and result.activation_factor > 1:
         notes.append(f"Activations take {result.activation_factor:.2f}x the memory, which no FLOP count shows.")
     return notes
@@ -250,10 +251,17 @@ def _owners(result: Audit) -> Sheet:
         [
             Column("owner", "owner"),
             Column("macs", "MACs", lambda v: f"{v:+,}", right=True),
-            Column("share", "of the dense model", lambda v: f"{round(100 * v, 4) + 0.0:+.4f} %", right=True),
+            Column("share", "of the dense model", _percent, right=True),
         ],
         entries,
     )
+
+
+def _percent(share: float) -> str:
+    """To four decimals, or as many as show that it is not 0."""
+    share *= 100
+    digits = 4 if abs(share) >= 5e-5 or not share else 1 - math.floor(math.log10(abs(share)))
+    return f"{share + 0.0:+.{digits}f} %"
 
 
 # --- comparison and verification ---
@@ -285,7 +293,7 @@ def compare(table: LayerTable, results: Sequence[tuple[str, Audit | CheckFailed]
         Column("forward_flops", "forward FLOPs", integer, right=True),
         Column("forward_ratio", "ratio", ratio, right=True),
         Column("training_flops", f"training FLOPs ({training.algorithm})", integer, right=True, priority=2),
-        Column("training_ratio", "ratio", ratio, right=True, priority=1),
+        Column("training_ratio", "training ratio", ratio, right=True, priority=1),
         Column("body_density", "body density", lambda v: f"{v:.5f}", right=True, priority=3),
         Column("params", "parameters", integer, right=True, priority=4),
         Column("nonzero_params", "non-zero", integer, right=True, priority=3),

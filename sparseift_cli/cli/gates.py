@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import typer
 
 from ..errors import CheckFailed, UsageError
 from ..flop_audit import Audit
 from ..table import LayerTable
+from .output import apart, write_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,22 +26,27 @@ class Problem:
 
 def check(result: Audit, max_flops_ratio: float | None, max_layer_ratio: float | None, *,
           strict: bool = False, prefix: str = "") -> list[Problem]:  # fmt: skip
-    """Everything the gates object to. Without a transform the ratios are 1.
+    """Everything the gates object to.
 
     Raises:
-        UsageError: a limit that is no positive number: a NaN would be kept by every model.
+        UsageError: a limit that is no positive number: a NaN would be kept by every model. Or a limit without a transform:
+            every ratio is 1, and a forgotten --sparsity would pass.
     """
     for name, limit in (("--max-flops-ratio", max_flops_ratio), ("--max-layer-ratio", max_layer_ratio)):
         if limit is not None and not limit > 0:
             raise UsageError(f"{name} {limit} is no ratio", hint=f"{name} 1.001")
+        if limit is not None and result.plan is None:
+            raise UsageError(f"{name} holds a transformed model to the dense one, and nothing is transformed",
+                             hint="add --sparsity 0.9")  # fmt: skip
     problems = []
     ratio = 1 if result.forward_ratio is None else result.forward_ratio
     if max_flops_ratio is not None and ratio > max_flops_ratio:
-        owners = ", ".join(f"{who} {macs:+,}" for who, macs in result.owners().items()) or "no transform"
+        owners = ", ".join(f"{who} {macs:+,}" for who, macs in result.owners().items())
         problems.append(
             Problem(
                 None,
-                f"{prefix}the model costs {float(ratio):.6f}x its dense FLOPs, above {max_flops_ratio} (MACs by owner: {owners})",
+                f"{prefix}the model costs {apart(ratio, max_flops_ratio)}x its dense FLOPs, "
+                f"above {max_flops_ratio} (MACs by owner: {owners})",
             )
         )
     rows = [row for row in result.plan.layers if row.status == "transformed"] if result.plan else []
@@ -48,8 +55,8 @@ def check(result: Audit, max_flops_ratio: float | None, max_layer_ratio: float |
             problems.append(
                 Problem(
                     row.layer.name,
-                    f"{prefix}layer {row.layer.name} costs {row.macs / row.dense_macs:.6f}x its dense MACs, "
-                    f"above {max_layer_ratio}",
+                    f"{prefix}layer {row.layer.name} costs {apart(Fraction(row.macs, row.dense_macs), max_layer_ratio)}x "
+                    f"its dense MACs, above {max_layer_ratio}",
                 )
             )
     return problems + (uncounted(result.table) if strict else [])
@@ -72,25 +79,24 @@ def stop_on(problems: list[Problem], *, told: bool = False) -> None:
         raise CheckFailed("\n  ".join(["a check said no:", *(p.message for p in problems)]))
 
 
-def annotate(result: Any, problems: list[Problem], output: Path | None) -> None:
-    """GitHub workflow commands: an error per problem, else one notice with the ratio."""
-    from .output import write_whole
-
+def annotate(results: Sequence[Audit], problems: list[Problem], output: Path | None) -> None:
+    """GitHub workflow commands: an error per problem, else a notice with the ratio of each result."""
     if problems:
         lines = [f"::error title=sparseift flops::{_escape(p.message)}" for p in problems]
-    elif isinstance(result, Audit):
-        ratio = result.forward_ratio
-        what = f"{2 * result.dense.forward_macs:,} FLOPs dense" + (
-            "" if ratio is None else f", {float(ratio):.6f}x transformed"
-        )
-        lines = [f"::notice title=sparseift flops::{_escape(f'{result.table.model}: {what}')}"]
     else:
-        lines = []
+        lines = [f"::notice title=sparseift flops::{_escape(_told(result))}" for result in results]
     text = "".join(line + "\n" for line in lines)
     if output is None:
         sys.stdout.write(text)
     else:
         write_whole(output, text)
+
+
+def _told(result: Audit) -> str:
+    dense = f"{result.dense.forward_flops:,} FLOPs dense"
+    if result.plan is None or result.forward_ratio is None:
+        return f"{result.table.model}: {dense}"
+    return f"{result.table.model}, sparsity {result.plan.spec.sparsity}: {dense}, {float(result.forward_ratio):.6f}x transformed"
 
 
 def _escape(text: str) -> str:

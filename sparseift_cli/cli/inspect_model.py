@@ -104,14 +104,14 @@ def _does(row: LayerPlan) -> str:
 
 def _layers(table: LayerTable, entries: list[dict[str, Any]], members: list[str], notes: list[str]) -> Sheet:
     columns = [
-        Column("name", "layer"),
+        Column("name", "layer", wraps=21 if members else 0),
         Column("kind", "kind", priority=2),
         Column("role", "role", priority=1),
         Column("shape", "shape", priority=3),
-        Column("dense_macs", "MACs", integer, right=True),
+        Column("dense_macs", "MACs", integer, right=True, priority=1 if members else 0),
         Column("params", "parameters", integer, right=True, priority=3),
     ]
-    columns += [Column(m.removeprefix("sparse_"), m.removeprefix("sparse_"), priority=4) for m in members]
+    columns += [Column(m.removeprefix("sparse_"), m.removeprefix("sparse_"), wraps=11) for m in members]
     if not members:
         columns.append(Column("reason", "note", priority=4))
     title = f"{table.model}, input {'x'.join(map(str, table.input))}: {table.macs:,} MACs, {table.params:,} parameters"

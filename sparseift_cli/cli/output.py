@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from .formats import Format
 
 PIPE_WIDTH = 10_000  # rich would cut tables at 80 columns where there is no terminal
 _HEIGHT = 25  # lines: nothing that is printed here depends on it
+_EASY = 24  # characters of a column that wraps, as it reads well
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,8 @@ class Column:
     right: bool = False
     priority: int = 0  # the highest goes first
     style: Callable[[Any], str] | None = None
+    wraps: int = 0
+    """How narrow it may get where a terminal has no room: words go on below. 0: a cell is one line."""
 
 
 @dataclass(slots=True)
@@ -75,6 +79,22 @@ def integer(value: int) -> str:
 def ratio(value: float) -> str:
     """A ratio to five decimals, as the reference points are given."""
     return f"{value:.5f}"
+
+
+def measured(value: float) -> str:
+    """A metric to four decimals; from a million on, where only the size says something, as 3.0888e+27."""
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4e}"
+
+
+def apart(value: Fraction | float, limit: float, digits: int = 6) -> str:
+    """A number that is on one side of a limit, in as many decimals (`digits` or more) as show that; no other is shown as 1."""
+    exact, bound = Fraction(value), Fraction(limit) if math.isfinite(limit) else None
+    for decimals in range(digits, 17):
+        shown = Fraction(text := f"{float(value):.{decimals}f}")
+        told = bound is None or abs(shown - exact) * 4 < abs(exact - bound)
+        if told and (shown == 1) is (exact == 1):
+            return text
+    return str(float(value))
 
 
 def make_console(stream: Any = None) -> Console:
@@ -189,7 +209,10 @@ def _print_table(console: Console, sheet: Sheet) -> bool:
     """Title, rows, notes, and what was left out. Returns whether text stands below the rows."""
     cells = sheet.cells()
     widths = [max([len(c.header), *(len(row[i]) for row in cells)]) for i, c in enumerate(sheet.columns)]
-    kept, left_out = _fit(sheet.columns, widths, console.width)
+    columns = list(range(len(widths)))
+    if _width(widths, columns) > console.width:  # an optional column without a word says nothing here
+        columns = [i for i in columns if not sheet.columns[i].priority or any(row[i] for row in cells)]
+    widths, kept, left_out = _fit(sheet.columns, columns, widths, console.width)
     console.print(Text(sheet.title, style="bold"))  # rich would wrap a table's own title to the table
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i in kept:
@@ -197,7 +220,8 @@ def _print_table(console: Console, sheet: Sheet) -> bool:
         table.add_column(
             column.header,
             justify="right" if column.right else "left",
-            no_wrap=True,
+            no_wrap=column.wraps == 0,
+            overflow="fold",
             width=widths[i],
         )
     for row, shown in zip(sheet.rows, cells, strict=True):
@@ -219,9 +243,35 @@ def _styled(column: Column, row: Mapping[str, Any], shown: str) -> Text:
     return Text(shown, style=column.style(row.get(column.key)) if column.style and shown else "")
 
 
-def _fit(columns: Sequence[Column], widths: Sequence[int], limit: int) -> tuple[list[int], list[int]]:
-    """The columns that fit into `limit` characters, and those left out: highest priority number first, then rightmost."""
-    kept = list(range(len(columns)))
+def _fit(columns: Sequence[Column], kept: Sequence[int], widths: Sequence[int],
+         limit: int) -> tuple[list[int], list[int], list[int]]:  # fmt: skip
+    """Widths, the columns that fit into `limit` characters, and those left out.
+
+    What wraps gets narrower first, down to `_EASY`; then columns give way; if that is not enough, it gets narrower still.
+    """
+    if _width(widths, kept) <= limit:
+        return list(widths), list(kept), []
+    shown, stay, left_out = list(widths), list(kept), list[int]()
+    for easy in (_EASY, 0):
+        shown = [
+            min(w, max(easy, c.wraps, len(c.header))) if c.wraps else w for c, w in zip(columns, widths, strict=True)
+        ]
+        stay, left_out = _kept(columns, kept, shown, limit)
+        if _width(shown, stay) <= limit:
+            break
+    while _width(shown, stay) < limit:  # what is left goes to the narrowest of those that wrap
+        wanting = [i for i in stay if shown[i] < widths[i]]
+        if not wanting:
+            break
+        narrowest = min(wanting, key=lambda i: (shown[i], i))
+        shown[narrowest] += 1
+    return shown, stay, left_out
+
+
+def _kept(columns: Sequence[Column], some: Sequence[int], widths: Sequence[int],
+          limit: int) -> tuple[list[int], list[int]]:  # fmt: skip
+    """Those of `some` that fit, and those left out: highest priority number first, then rightmost."""
+    kept = list(some)
     left_out: list[int] = []
     while _width(widths, kept) > limit:
         candidates = [i for i in kept if columns[i].priority > 0]

@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckFailed, UsageError
-from .output import one_line
+from .output import apart, one_line
 
 if TYPE_CHECKING:
     from ..report.filters import Expression
@@ -66,11 +66,10 @@ def _broken(gate: Expression, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         if not row["n"] and not gate.knows(row)
     ]
     for row in able:
-        told = ", ".join(f"{name} = {_shown(row[name])}" for name in gate.names)
         if any(isinstance(row[name], float) and row[name] != row[name] for name in gate.names):
-            found.append(f"{gate.text}: {row['group']}: {told}, which is no number")
+            found.append(f"{gate.text}: {row['group']}: {_told(gate, row)}, which is no number")
         elif gate.on(row):
-            found.append(f"{gate.text}: {row['group']}: {told}")
+            found.append(f"{gate.text}: {row['group']}: {_broke(gate, row)}")
     return found
 
 
@@ -83,7 +82,7 @@ def _too_dear(report: Report, rows: Sequence[Mapping[str, Any]], limit: float) -
     if not able:
         return [f"no group says its training FLOPs over {what}, so --max-flops-ratio checked nothing"]
     return [
-        f"{row['group']} trains with {row[name]:.6f}x {what} FLOPs, above {limit:g}"
+        f"{row['group']} trains with {apart(row[name], limit)}x {what} FLOPs, above {limit}"
         for row in able
         if row[name] > limit
     ]
@@ -103,5 +102,19 @@ def _rows(report: Report) -> list[dict[str, Any]]:
     return found
 
 
-def _shown(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+def _broke(gate: Expression, row: Mapping[str, Any]) -> str:
+    """The values that the gate objects to, in as many digits as it takes to see why."""
+    for digits in range(6, 17):
+        rounded = {name: float(v) if isinstance(row[name], float) else row[name]
+                   for name in gate.names for v in [_shown(row[name], digits)]}  # fmt: skip
+        if gate.on({**row, **rounded}):
+            return _told(gate, row, digits)
+    return _told(gate, row, 17)
+
+
+def _told(gate: Expression, row: Mapping[str, Any], digits: int = 6) -> str:
+    return ", ".join(f"{name} = {_shown(row[name], digits)}" for name in gate.names)
+
+
+def _shown(value: Any, digits: int) -> str:
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)

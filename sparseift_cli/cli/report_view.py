@@ -30,15 +30,15 @@ _RUN_SHOWN = ("path", "state", "step", "steps", "seed", "metric", "value", "best
 
 
 def decimals(value: Any) -> str:
-    """Five significant digits: 98.310, 2.5343, 0.067614."""
+    """Five significant digits: 98.310, 2.5343, 0.067614; every digit before the point up to a million, 3.0888e+27."""
     if not isinstance(value, float):
         return str(value)
-    return f"{value:#.5g}" if abs(value) < 1e5 else str(value) if abs(value) < 1e15 else f"{value:.5g}"
+    return f"{value:#.5g}" if abs(value) < 1e5 else str(value) if abs(value) < 1e6 else f"{value:.5g}"
 
 
 def _three(value: float) -> str:
     """Three significant digits, and every digit before the point, where a table has room for them."""
-    return f"{value:.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.3g}"
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def mebibytes(value: float) -> str:
@@ -236,8 +236,7 @@ def _unequal(comparisons: Sequence[Comparison]) -> str:
 
 def sentences(c: Comparison) -> list[str]:
     """The verdict, what both sides cost, and what to know before believing it."""
-    pairs = " (paired by seed)" if c.paired and c.allowed and c.n > 1 else ""
-    told = [f"{c.candidate} against {c.baseline}: {c.verdict}{pairs}"]
+    told = [f"{c.candidate} against {c.baseline}: {c.verdict}{c.pairing}"]
     costs = [("training FLOPs", "flops", integer, ""), ("wall time", "seconds", _seconds, " s"),
              ("peak memory", "peak_bytes", mebibytes, " MiB"),
              ("optimiser", "optimizer_bytes", mebibytes, " MiB")]  # fmt: skip
@@ -301,7 +300,7 @@ def _for(fmt: Format, rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str
 
 def _plain(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:g}" if value == round(value, 4) else decimals(value)
+        return f"{value:g}" if value == round(value, 4) and abs(value) < 1e6 else decimals(value)
     return str(value)
 
 

@@ -35,7 +35,7 @@ def show_plans(recipes: Sequence[Recipe], runs: Sequence[int], fmt: Format, *, t
         columns = [
             Column("name", "name"),
             Column("value", "value", lambda v: f"{v:,}" if isinstance(v, int) else f"{v:.5f}", right=True),
-            Column("what", "what it is"),
+            Column("what", "what it is", wraps=16),
         ]
         notes = [UNKNOWN] if steps is None else [f"Each of {times} runs costs this."] if times > 1 else []
         sheets.append(Sheet(f"{recipe.name}: a dry run", columns, rows, notes))

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..metric_names import METRICS
 from .formats import Format
-from .output import Column, Sheet, integer, ratio, render
+from .output import Column, Sheet, integer, measured, ratio, render
 
 
 def show_runs(results: Sequence[Mapping[str, Any]], fmt: Format) -> None:
@@ -27,7 +27,7 @@ def _sheet(results: Sequence[Mapping[str, Any]]) -> Sheet:
     shown = [m for m in METRICS if m in rows[0]]
     columns = [
         Column("seed", "seed", right=True),
-        *(Column(m, m.replace("_", " "), lambda v: f"{v:.4f}", right=True) for m in shown),
+        *(Column(m, m.replace("_", " "), measured, right=True) for m in shown),
         Column("flops", "FLOPs spent", integer, right=True),
         Column("flops_ratio", "x dense", ratio, right=True),
         Column("nonzero_params", "non-zero", integer, right=True, priority=2),
@@ -56,4 +56,4 @@ def _mean(rows: Sequence[Mapping[str, Any]], metric: str) -> str:
     if len(values) < len(rows):
         return f"{metric}: no number in {len(rows) - len(values)} of {len(rows)} runs"
     mean, spread = statistics.fmean(values), statistics.stdev(values)
-    return f"{metric}: {mean:.4f} +- {spread:.4f} (mean, sample deviation, n = {len(values)})"
+    return f"{metric}: {measured(mean)} +- {measured(spread)} (mean, sample deviation, n = {len(values)})"

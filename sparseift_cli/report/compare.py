@@ -88,7 +88,8 @@ def _compared(base: Row, row: Row, before: Sequence[Row], after: Sequence[Row], 
     ratio = row["flops"] / base["flops"] if row["flops"] and base["flops"] else None
     equal = ratio is not None and abs(ratio - 1) <= rules.tolerance
     allowed = equal or rules.allow_unequal
-    pairs = _pairs(before, after)
+    by_seed = _pairs(before, after)
+    pairs = list(by_seed.values())
     notes = _notes(base, row, before, after, len(pairs))
     if len(pairs) >= 2:
         interval = statistics.paired([a for a, _ in pairs], [b for _, b in pairs], rules.confidence)
@@ -108,17 +109,17 @@ def _compared(base: Row, row: Row, before: Sequence[Row], after: Sequence[Row], 
         base["group"], row["group"], row["metric"], lower_is_better(row["metric"]), outcome, verdict,
         base["mean"], row["mean"], costs(base), costs(row), ratio, allowed, paired, interval.n, len(before), len(after),
         interval.mean if allowed else None, interval.low if allowed else None, interval.high if allowed else None,
-        interval.degrees_of_freedom if allowed else None, rules.confidence, equal, tuple(notes),
+        interval.degrees_of_freedom if allowed else None, rules.confidence, equal, tuple(notes), tuple(by_seed) if paired else (),
     )  # fmt: skip
 
 
-def _pairs(before: Sequence[Row], after: Sequence[Row]) -> list[tuple[float, float]]:
-    """Values of equal seeds, in the order of the seeds; none where a seed is there twice (groups of several recipes)."""
+def _pairs(before: Sequence[Row], after: Sequence[Row]) -> dict[int, tuple[float, float]]:
+    """Seed -> values of equal seeds, in the order of the seeds; none where a seed is there twice (groups of several recipes)."""
     by_seed = [{run["seed"]: run["value"] for run in runs if run["seed"] is not None and run["value"] is not None}
                for runs in (before, after)]  # fmt: skip
     if any(len(seeds) != len(_values(runs)) for seeds, runs in zip(by_seed, (before, after), strict=True)):
-        return []
-    return [(by_seed[0][seed], by_seed[1][seed]) for seed in sorted(by_seed[0].keys() & by_seed[1].keys())]
+        return {}
+    return {seed: (by_seed[0][seed], by_seed[1][seed]) for seed in sorted(by_seed[0].keys() & by_seed[1].keys())}
 
 
 def _values(runs: Sequence[Row]) -> list[float]:
@@ -197,20 +198,26 @@ def _notes(base: Row, row: Row, before: Sequence[Row], after: Sequence[Row], pai
 
 
 def _digits(interval: statistics.Interval, percent: bool) -> int:
-    """Decimals that show the half-width with one digit, and no bound that is not 0 as 0."""
+    """Decimals that show the half-width with two digits up to 3.5 of a power of ten, with one above (as PDG does).
+
+    And no bound, nor the difference, as 0 that is not 0.
+    """
     low, high = interval.low, interval.high
     if low is None or high is None or not math.isfinite(high - low):
         return 2 if abs(interval.mean or 1) >= (0.005 if percent else 1) else 4
     half = (high - low) / 2
-    digits = max(1, -math.floor(math.log10(half))) if half > 0 else 2
-    while digits < 8 and any(v and float(f"{v:.{digits}f}") == 0 for v in (low, high)):
+    power = math.floor(math.log10(half)) if half > 0 else -2
+    digits = max(1, -power + (0 < half < 3.55 * 10.0**power))
+    while digits < 8 and any(v and float(f"{v:.{digits}f}") == 0 for v in (interval.mean, low, high)):
         digits += 1
     return min(digits, 8)
 
 
 def _number(value: float, digits: int) -> str:
-    text = f"{value:.{digits}f}" if abs(value) < 1e15 else f"{value:.3g}"
-    return text.removeprefix("-") if float(text) == 0 else text
+    text = f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.3e}"
+    if float(text) == 0:  # -0.00 is no number; what is tiny keeps its sign
+        return f"{value:.1g}" if value else text.removeprefix("-")
+    return text
 
 
 def _signed(value: float | None, digits: int) -> str:

@@ -80,6 +80,18 @@ class Comparison:
     """Whether the budgets are equal within the tolerance; a comparison that is `allowed` without it must say so."""
     notes: Sequence[str] = field(default=())
     """What a reader should know before believing it."""
+    seeds: Sequence[int] = field(default=())
+    """Those that both groups have, where `paired`."""
+
+    @property
+    def pairing(self) -> str:
+        """` (paired by seed)`, with the seeds where some runs have no partner: their means differ by something else."""
+        if not (self.paired and self.allowed and self.n > 1):
+            return ""
+        if self.n == self.candidate_n == self.baseline_n or not self.seeds:
+            return " (paired by seed)"
+        *first, last = map(str, self.seeds)
+        return f" (paired by seed, over seeds {', '.join(first)} and {last})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,8 +76,38 @@ def test_gates(sparseift) -> None:
 
 
 def test_gates_that_nothing_could_hold_are_not_kept(sparseift) -> None:
-    assert sparseift("flops", "resnet18", "--max-flops-ratio", "1")[0] == 0
-    assert sparseift("flops", "resnet18", "--max-flops-ratio", "0.5")[0] == 1  # without a transform the ratio is 1
+    """Without a transform every ratio is 1: a forgotten --sparsity left the gate of a CI job green."""
+    for source in ("resnet18", "resnet18_cifar100/dense"):
+        for gate in ("--max-flops-ratio", "--max-layer-ratio"):
+            code, out, err = sparseift("flops", source, gate, "1.5")
+            assert code == 2 and not out and f"{gate} holds" in err and "add --sparsity 0.9" in err
+    assert sparseift("flops", "resnet18/wide90_rigl", "--max-flops-ratio", "1.5", "--max-layer-ratio", "1")[0] == 0
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (("--max-flops-ratio", "1.140884"), "costs 1.1408844x its dense FLOPs, above 1.140884 "),
+    (("--match", "model", "--max-flops-ratio", "0.9999999"), "costs 0.999999996x its dense FLOPs, above 0.9999999 "),
+    (("--max-layer-ratio", "0.99999995"), "costs 1.000000x its dense MACs, above 0.99999995"),
+])  # fmt: skip
+def test_a_gate_shows_on_which_side_of_the_limit_it_is(sparseift, words: tuple[str, ...], said: str) -> None:
+    code, _, err = sparseift("flops", "resnet18", "-s", "0.9", *words)
+    assert code == 1 and said in err + " "
+
+
+def test_tiny_differences_keep_their_sign(sparseift) -> None:
+    out = sparseift("flops", "resnet18", "-s", "0.9", "--match", "model", "--summary")[1]
+    assert ["whole", "model", "-8", "-0.00000044", "%"] in [line.split() for line in out.splitlines()]
+    out = sparseift("flops", "resnet18_cifar100/wide75_rigl", "--summary")[1]
+    assert "s_max 0.99999: above it" in out and "+0.0000 %" in out
+
+
+def test_every_sparsity_has_its_notice(sparseift) -> None:
+    code, out, _ = sparseift("flops", "resnet18", "-s", "0.5,0.9", "-f", "github")
+    dense = "3,628,146,688 FLOPs dense"
+    assert code == 0 and out.splitlines() == [
+        f"::notice title=sparseift flops::resnet18, sparsity 0.5: {dense}, 1.027562x transformed",
+        f"::notice title=sparseift flops::resnet18, sparsity 0.9: {dense}, 1.140884x transformed",
+    ]
 
 
 def test_a_list_of_sparsities_is_held_to_strict_as_well(sparseift) -> None:

@@ -166,6 +166,9 @@ def test_gates(sparseift, runs: Path) -> None:
     assert sparseift(*asked, "--fail-if", "difference < 1 or outcome == worse")[0] == 0
     assert sparseift(*asked, "--fail-if", "difference < 1.4")[0] == 1
     assert sparseift(*asked, "--max-flops-ratio", "1.2")[0] == 0
+    assert "1.100000x the baseline's FLOPs, above 1.0999999" in sparseift(*asked, "--max-flops-ratio", "1.0999999")[2]
+    assert "difference = 1.33333\n" in sparseift(*asked, "--fail-if", "difference < 1.33333335")[2]
+    assert "difference = 1.33333333\n" in sparseift(*asked, "--fail-if", "difference > 1.33333332")[2]
 
 
 def test_gates_that_check_nothing_fail(sparseift, runs: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from sparseift_cli.cli import output
 from sparseift_cli.cli.formats import Format
 from sparseift_cli.cli.output import Column, Sheet, integer
+from sparseift_cli.cli.report_view import decimals
 from sparseift_cli.cli.train_view import show_runs
 
 
@@ -93,6 +94,66 @@ def test_short_columns_stay_where_only_a_long_one_does_not_fit(monkeypatch: pyte
     assert "250" in shown and "a_model" in shown
     assert "left out on this narrow terminal: what it shows (" in shown
     assert shown.index("steps") < shown.index("model")
+
+
+def shown_at(monkeypatch: pytest.MonkeyPatch, width: int, sheet: Sheet) -> list[str]:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "dumb")
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stdout", terminal)
+    output.render([sheet], {}, Format.table)
+    return [line.rstrip() for line in re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue()).splitlines()]
+
+
+def test_words_go_on_below_where_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = [
+        Column("name", "layer"),
+        Column("macs", "MACs", integer, right=True, priority=1),
+        *(Column(name, name, wraps=11) for name in ("wide", "doped")),
+    ]
+    words = "no: it follows the wider stream"
+    sheet = Sheet("Why", columns, [{"name": "conv1", "macs": 10**6, "wide": words, "doped": words}])
+    for width, lines in ((87, 1), (86, 2), (60, 3), (36, 4)):
+        told = shown_at(monkeypatch, width, sheet)
+        assert max(map(len, told)) <= width
+        assert told.index("", 4) - 4 <= lines and "wide" in told[2] and "doped" in told[2]
+        assert ("1,000,000" in "".join(told)) is (width > 36)
+
+
+def test_an_empty_column_gives_way_first_and_is_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = [Column("a", "a" * 20), Column("note", "note", priority=1), Column("b", "b" * 20, priority=2)]
+    sheet = Sheet("T", columns, [{"a": 1, "b": 2}])
+    assert "note" in "".join(shown_at(monkeypatch, 80, sheet))
+    told = "".join(shown_at(monkeypatch, 46, sheet))
+    assert "b" * 20 in told and "note" not in told and "left out" not in told
+
+
+@pytest.mark.parametrize(("words", "width", "heads"), [
+    (("flops", "resnet18", "-s", "0.5,0.75,0.9", "--summary"), 60, ("ratio", "training ratio")),
+    (("inspect", "resnet18", "--why"), 80, ("wide", "parallel", "factorized", "doped")),
+    (("train", "quickstart/digits_cnn_wide75_rigl", "--dry-run"), 80, ("what it is",)),
+])  # fmt: skip
+def test_commands_on_narrow_terminals(
+    sparseift, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], width: int, heads: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "dumb")
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert sparseift(*words)[0] == 0
+    told = re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue())
+    first = re.split(r" {2,}", next(line for line in told.splitlines() if all(h in line for h in heads)).strip())
+    assert set(heads) <= set(first) and "note" not in first and len(first) == len(set(first))
+    assert max(len(line.rstrip()) for line in told.splitlines()) <= width
+
+
+def test_what_is_huge_is_written_by_its_size(capsys: pytest.CaptureFixture[str]) -> None:
+    """A diverging model's perplexity was printed in 28 digits."""
+    assert [output.measured(v) for v in (1.5, 652.51234, 3.0888193496e27)] == ["1.5000", "652.5123", "3.0888e+27"]
+    assert [decimals(v) for v in (652.51234, 123456.789, 3.0888193496e7)] == ["652.51", "123456.789", "3.0888e+07"]
+    run = {"recipe": "r", "seed": 0, "steps": 2, "flops": {"spent": 1, "dense": 1}, "nonzero_params": 1, "seconds": 1.0}
+    show_runs([{**run, "metrics": {"perplexity": 3.0888193496e27}}], Format.table)
+    assert "3.0888e+27" in capsys.readouterr().out
 
 
 def test_json_has_no_word_for_what_is_no_number(capsys: pytest.CaptureFixture[str]) -> None:

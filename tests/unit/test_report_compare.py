@@ -39,6 +39,7 @@ def test_paired_by_seed(tmp_path: Path) -> None:
     assert (found.difference, found.low, found.high) == pytest.approx((4 / 3, 4 / 3 - half, 4 / 3 + half))
     assert found.verdict == "+1.3 points [0.6, 2.1], n=3, at 1.0000x training FLOPs: better"
     assert found.candidate_costs.optimizer_bytes == 2**20
+    assert found.pairing == " (paired by seed)"
 
 
 def test_seeds_that_do_not_match_are_two_samples(tmp_path: Path) -> None:
@@ -57,6 +58,7 @@ def test_partly_matching_seeds_say_so(tmp_path: Path) -> None:
     found = compared(tmp_path)
     assert (found.n, found.candidate_n) == (3, 4)
     assert any("1 run of other seeds" in note for note in found.notes)
+    assert found.pairing == " (paired by seed, over seeds 0, 1 and 2)"
 
 
 @pytest.mark.parametrize(("n", "why"), [(1, "one seed has no interval"), (2, "2 seeds are too few")])
@@ -102,7 +104,19 @@ def test_less_loss_is_better(tmp_path: Path) -> None:
     seeds(tmp_path, "net_wide75_rigl", [2.5, 2.61, 2.7], member="wide", metric="perplexity")
     found = compared(tmp_path)
     assert found.outcome == "better"
-    assert found.verdict.startswith("-0.50 perplexity [-0.51, -0.48]")
+    assert found.verdict.startswith("-0.497 perplexity [-0.511, -0.482]")
+
+
+@pytest.mark.parametrize(("values", "told"), [
+    ([1.99, 2.02, 1.987], "-0.001 loss [-0.046, 0.044]"),  # it was +0.00: the sign of a small difference got lost
+    ([2 + 1e-11, 2 - 1e-11, 2 - 1e-11], "-3e-12 loss [-3e-11, 3e-11]"),
+    ([1.935, 1.925, 1.915], "-0.075 loss [-0.100, -0.050]"),  # it was -0.07 here, and -0.075 in the table
+    ([1e7, 2e7, 3e7], "+2.000e+07 loss [-4.841e+06, 4.484e+07]"),
+])  # fmt: skip
+def test_differences_keep_their_sign_and_the_digits_that_count(tmp_path: Path, values: list[float], told: str) -> None:
+    seeds(tmp_path, "net_dense", [2.0, 2.0, 2.0], metric="loss")
+    seeds(tmp_path, "net_wide75_rigl", values, member="wide", metric="loss")
+    assert compared(tmp_path).verdict.startswith(f"{told}, n=3")
 
 
 def test_a_run_that_is_no_number_claims_nothing(tmp_path: Path) -> None:

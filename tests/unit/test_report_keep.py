@@ -170,6 +170,17 @@ def test_page_says_what_the_runs_say(house: Path) -> None:
     assert text.splitlines().count("sparseift") >= 1  # the recorded command of the other one
 
 
+def test_page_names_the_seeds_of_a_difference(house: Path) -> None:
+    """It is that of the pairs, where means of the table are over other seeds too and may lie the other way round."""
+    runs = house / "more" / "runs"
+    seeds(runs, "net_dense", [70.0, 72.0, 77.0])
+    seeds(runs, "net_wide75_rigl", [70.2, 72.1], member="wide")
+    folder = house / "recipes" / "net" / "results"
+    keep([runs], folder)
+    (line,) = (s for s in results.page(folder, "recipes/net/results").splitlines() if s.startswith("- net_wide75"))
+    assert line.startswith("- net_wide75_rigl: +0.1") and line.endswith("(paired by seed, over seeds 0 and 1)")
+
+
 def test_page_tells_which_runs_shared_a_device(house: Path) -> None:
     (folder,) = results.folders(house)
     assert "shared the device" not in results.page(folder, "recipes/x/results")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -15,11 +16,13 @@ from matplotlib.container import BarContainer
 
 from sparseift_cli.errors import UsageError
 from sparseift_cli.report import terminal
+from sparseift_cli.report.make import Options, make
 from sparseift_cli.report.plots import curves, layers, style, tradeoff
 from sparseift_cli.report.plots.families import Family, families, scaled
 from sparseift_cli.report.plots.pictures import pictures, save_all
 from sparseift_cli.report.record import Run
 from sparseift_cli.report.report import Report
+from sparseift_cli.report.unmasked import as_trained
 from tests.report_made import audit, layer, report, run
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -74,6 +77,35 @@ def test_masks_are_drawn_of_who_has_them(two: Report) -> None:
     assert list(lines_of(below)["wide75 (n = 3)"].get_ydata()) == pytest.approx([30, 40, 50])
 
 
+def test_runs_without_masks_are_shown_as_they_trained(root: Path) -> None:
+    """Their audit has the plan's layers: the picture said 75 % sparse and iso-FLOP."""
+    runs = [run("net_wide75", 0, dense=False), run("net_wide75_unmasked", 0, dense=False, algorithm="dense")]
+    found = family(report(runs))
+    assert [found.plan_name(g) for g in found.transformed] == ["wide75", "wide75 unmasked"]
+    masked, opened = found.transformed
+    assert (masked.unmasked, opened.unmasked) == (False, True)
+    assert [row["transformed_macs"] for row in layers.counted(opened)] == [2000, 12000, 1000]
+    assert opened.audit and masked.audit
+    assert opened.audit["totals"]["transformed"]["forward_flops"] == 10 + 2 * 9000
+    assert opened.audit["totals"]["transformed"]["nonzero_params"] == 5 + 90
+    assert opened.audit["totals"]["transformed"]["training_flops"] == 31  # counted without masks by the audit itself
+    (axes,) = layers.sparsity_per_layer(found).axes
+    assert [list(line.get_xdata()) for line in axes.lines] == [[0.0, 75.0], [0.0, 0.0]]
+    assert "wide75 unmasked: all 2 dense" in layers.sparsity_described(found)
+    assert curves.moving(found) == [masked]
+    kept = make([root / "recipes/resnet18_cifar100/results/resnet18_cifar100_wide75_unmasked"], Options(), [])
+    (group,) = family(kept).groups
+    assert group.audit and group.audit["totals"]["transformed"]["nonzero_params"] == group.row["nonzero_params"]
+
+
+def test_blocks_that_do_not_tile_a_layer_stay_closed_at_its_edge() -> None:
+    part = {"name": "weight", "inputs": 10, "outputs": 10, "taps": 1, "groups": 1, "dense": False, "nnz": 32}
+    row = layer("conv", "transformed", 32, 32, 32, 100) | {"parts": [part]}
+    made = audit([row], algorithm="dense") | {"transform": {"pattern": "4x4"}}
+    (opened,) = as_trained(made)["layers"]
+    assert (opened["nnz"], opened["transformed_macs"], opened["density"], opened["ratio"]) == (64, 64, 0.64, 2)
+
+
 def test_accuracy_against_flops(two: Report) -> None:
     ends, ways = tradeoff.accuracy_against_flops(family(two)).axes
     mean = lines_of(ends)["wide75 (n = 3)"]
@@ -88,6 +120,28 @@ def test_accuracy_against_flops(two: Report) -> None:
     assert ways.get_xlabel() == "training FLOPs spent (GFLOPs)"
     assert ways.get_xlim()[0] == 0
     assert "wide75 (n = 3): 83.00 at 3 GFLOPs" in tradeoff.described(family(two))
+
+
+def test_budgets_far_apart_stand_on_a_logarithmic_axis() -> None:
+    """One run of four budgets squeezed all others into the left quarter."""
+    dear = run("net_wide75", 0, dense=False)
+    dear = replace(dear, metrics=[{**line, "flops": 4 * line["flops"]} for line in dear.metrics])
+    _, ways = tradeoff.accuracy_against_flops(family(report([run("net_dense", 0, dense=True), dear]))).axes
+    assert ways.get_xscale() == "log" and [t.get_text() for t in ways.texts] == ["wide75"]
+    iso = tradeoff.accuracy_against_flops(family(report([run("net_dense", 0, dense=True)])))
+    assert iso.axes[1].get_xscale() == "linear" and not iso.axes[1].texts
+
+
+def test_steps_do_not_touch_on_their_axis() -> None:
+    """80,000 and 100,000 ran into each other."""
+    long = run("net_dense", 0, dense=True)
+    long = replace(long, metrics=[{**line, "step": 5200 * line["step"]} for line in long.metrics])
+    figure = curves.learning_curves(family(report([long])))
+    style.to_png(figure)
+    labels = [t for t in figure.axes[1].get_xticklabels() if t.get_text()]
+    boxes = sorted((t.get_window_extent().x0, t.get_window_extent().x1) for t in labels)
+    assert "100k" in [t.get_text() for t in labels]
+    assert all(right[0] > left[1] + 5 for left, right in pairwise(boxes))
 
 
 def test_two_seeds_have_no_interval_drawn() -> None:

@@ -82,7 +82,8 @@ def _audit(name: str, group: Group, picture: Picture | None, figure: Callable[[P
     totals = audit.get("totals") or {}
     columns = [*plain("total"), *numbers("dense", "transformed", "ratio")]
     counted = f"1 MAC = {audit.get('flops_per_mac', 2)} FLOPs, causal attention counted {audit.get('causal')}"
-    caption = f"{name}: totals of one sample; {counted}"
+    masks = ", trained without masks" if group.unmasked else ""
+    caption = f"{name}{masks}: totals of one sample; {counted}"
     return element("div", element("h4", name), figure(picture) if picture else None,
                    table(caption, columns, _totals(totals)))  # fmt: skip
 
@@ -125,8 +126,10 @@ def _count(value: Any) -> str | None:
 
 
 def _short(value: Any) -> str | None:
-    """Four digits, zeros at the end too; large numbers whole."""
-    return f"{value:#.4g}".rstrip(".") if is_number(value) and abs(value) < 1000 else _count(value)
+    """Four digits, zeros at the end too; large numbers whole, up to a million."""
+    if not is_number(value) or 1000 <= abs(value) < 1e6:
+        return _count(value)
+    return f"{value:#.4g}".rstrip(".")
 
 
 def _signed(value: float | None, digits: int = 4) -> str:

@@ -48,8 +48,8 @@ def mask_movement(family: Family) -> Figure:
 
 
 def moving(family: Family) -> list[Group]:
-    """The groups that report masks."""
-    return [g for g in family.groups if g.series("churn") or g.series("itop_rate")]
+    """The groups that report masks and have them: one that trains without says 1 throughout."""
+    return [g for g in family.groups if not g.unmasked and (g.series("churn") or g.series("itop_rate"))]
 
 
 def learning_described(family: Family) -> str:
@@ -101,4 +101,12 @@ def steps_axis(axes: Axes) -> None:
     """x is optimiser steps, from 0."""
     axes.set_xlim(left=0)
     axes.set_xlabel("optimiser steps")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.locator_params(axis="x", nbins=6)
+    axes.xaxis.set_major_formatter(lambda value, _: _steps(value))
+
+
+def _steps(value: float) -> str:
+    """5,000; 80k; 1.5M: short, so that neighbours on the axis do not touch."""
+    if value < 10_000:
+        return f"{value:,.0f}"
+    return f"{value / 1e3:g}k" if value < 1e6 else f"{value / 1e6:g}M"

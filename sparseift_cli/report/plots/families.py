@@ -11,6 +11,7 @@ from typing import Any, TypeGuard
 from ...metric_names import LOWER_IS_BETTER, TEST
 from ..record import Run
 from ..report import Report
+from ..unmasked import as_trained, without_masks
 from .style import BASELINE, Look, look
 
 NAMES = {
@@ -32,6 +33,8 @@ class Group:
     row: Mapping[str, Any]
     """The report's row."""
     look: Look
+    audit: Mapping[str, Any] | None
+    """The FLOP audit, the same for all seeds: of the run as it trained, with masks or without."""
 
     @property
     def label(self) -> str:
@@ -39,9 +42,9 @@ class Group:
         return f"{self.short} (n = {len(self.counted)})"
 
     @property
-    def audit(self) -> Mapping[str, Any] | None:
-        """The FLOP audit, the same for all seeds."""
-        return next((run.audit for run in self.runs if run.audit), None)
+    def unmasked(self) -> bool:
+        """Was it transformed, and trained without masks?"""
+        return self.audit is not None and without_masks(self.audit)
 
     def series(self, key: str) -> list[tuple[float, list[float]]]:
         """(step, the runs' values of `key`) at every step that a run reports; drawn from the counted runs, if there are any."""
@@ -158,7 +161,9 @@ def _groups(report: Report, rows: Sequence[Mapping[str, Any]]) -> list[Group]:
         within = [run for run in runs if id(run) in counted]
         is_baseline = not groups and not _sparsity(row)
         short = name[len(shared) :].replace("_", " ").strip() or name
-        groups.append(Group(name, short, runs, within, row, BASELINE if is_baseline else look(others)))
+        audit = next((run.audit for run in runs if run.audit), None)
+        seen = BASELINE if is_baseline else look(others)
+        groups.append(Group(name, short, runs, within, row, seen, audit and as_trained(audit)))
         others += not is_baseline
     return groups
 

@@ -121,6 +121,8 @@ def sparsity_described(family: Family) -> str:
         if sparse:
             span = f"{100 * min(sparse):.1f} to {100 * max(sparse):.1f} %"
             parts.append(f"{family.plan_name(group)}: {span} in {len(sparse)} layers, {len(rows) - len(sparse)} dense")
+        elif rows:
+            parts.append(f"{family.plan_name(group)}: all {len(rows)} dense")
     return "Sparsity of every layer with weights. " + "; ".join(parts) + "."
 
 

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
+from ...metric_names import LOWER_IS_BETTER
 from .families import Family, Group, is_number, scaled
 from .style import INK, MUTED, house, legend_below, new_figure
 
@@ -17,6 +19,9 @@ FEWEST = 3  # seeds that an interval is drawn of: two give one 12.7 deviations w
 _LETTERS = 22  # of a recipe's name on a line
 _LINE, _AROUND = 0.18, 0.75  # inches: a line of a recipe's label above; titles and axis around them
 _WAYS = 2.65  # inches: the part below
+_FEW = 12  # recipes up to which their ways are told apart at the usual size
+_MANY = 4.2  # inches: the part below of more
+_FAR = 1.1  # times the dense budget, or less than the dense budget by as much: a way that says its name where it ends
 
 
 def accuracy_against_flops(family: Family) -> Figure:
@@ -25,7 +30,8 @@ def accuracy_against_flops(family: Family) -> Figure:
     Above: a line for each recipe, with the FLOPs that it spent; every counted run a small hollow mark, their mean a large one
     with its 95 % interval over `FEWEST` seeds or more. Iso-FLOP runs stand at one place of an axis of FLOPs, one over the
     other. Below: the mean of the seeds at every evaluation, FLOPs from 0. x: training FLOPs spent, forward, backward and mask
-    updates; y: the family's metric. The dotted line is the dense model's budget: iso-FLOP runs end on it.
+    updates; y: the family's metric. The dotted line is the dense model's budget: iso-FLOP runs end on it. Where budgets
+    differ by more than twice the axis of FLOPs is logarithmic, or the dearest recipe would leave the others no room.
     """
     spent = (line.get("flops") for g in family.groups for r in g.runs for line in r.metrics)
     largest = max(filter(is_number, spent), default=0)
@@ -35,22 +41,32 @@ def accuracy_against_flops(family: Family) -> Figure:
     ended = [group for group in family.groups if group.finals(family.metric)]
     labels = [_named(group, family.metric, divisor, unit) for group in ended]
     above = _AROUND + _LINE * len(labels) * max((label.count("\n") + 1 for label in labels), default=0)
+    gone = [_way(group, family.metric, divisor) for group in family.groups]
+    ends = [points[-1][0] for points in gone if points and points[-1][0] > 0]
+    logarithmic = bool(ends) and max(ends) > 2 * min(ends)
+    many = len(ends) > _FEW
     with house():
-        rows = (above, _WAYS) if ended else (_WAYS,)
+        below = _MANY if many else _WAYS
+        rows = (above, below) if ended else (below,)
         figure, axes = new_figure(
             f"{family.title}: {short} by FLOPs", sum(rows), rows=len(rows), same_x=False, heights=rows
         )
         if ended:
             _draw_ends(axes[0], ended, family, labels)
         ways = axes[-1]
-        for group in family.groups:
-            _draw_way(ways, group, family.metric, divisor)
+        for place, (group, points) in enumerate(zip(family.groups, gone, strict=True)):
+            shown = [point for point in points if point[0] > 0] if logarithmic else points
+            _draw_way(ways, group, shown, place if many else None)
         if budget is not None:
             ways.axvline(budget / divisor, color=INK, linewidth=0.9, linestyle=":", zorder=1, label="dense budget")
         ways.set_title("on the way" + ("; dotted: the dense budget" if budget is not None else ""))
         ways.set_xlabel(f"training FLOPs spent ({unit})")
         ways.set_ylabel(family.axis)
-        ways.set_xlim(left=0)
+        if logarithmic:
+            _log_axis(ways)
+            _name_ends(ways, family, gone, (budget or 0) / divisor)
+        else:
+            ways.set_xlim(left=0)
         named = {group.label for group in ended} | {"dense budget"}
         unnamed = [
             (line, name) for line, name in zip(*ways.get_legend_handles_labels(), strict=True) if name not in named
@@ -110,12 +126,34 @@ def _draw_end(axes: Axes, group: Group, metric: str, place: int) -> None:
               zorder=4, label=group.label)  # fmt: skip
 
 
-def _draw_way(axes: Axes, group: Group, metric: str, divisor: float) -> None:
+def _way(group: Group, metric: str, divisor: float) -> list[tuple[float, float]]:
+    """(FLOPs spent, metric) at every evaluation, means of the seeds."""
     spent = dict(group.series("flops"))
-    points = [
-        (statistics.fmean(spent[s]) / divisor, statistics.fmean(v)) for s, v in group.series(metric) if s in spent
-    ]
+    return [(statistics.fmean(spent[s]) / divisor, statistics.fmean(v)) for s, v in group.series(metric) if s in spent]
+
+
+def _draw_way(axes: Axes, group: Group, points: Sequence[tuple[float, float]], place: int | None) -> None:
+    """`place`: of one way among many, thinner, with few marks, which do not stand over its neighbours'."""
+    if not points:
+        return
+    every = max(1, len(points) // 10)
+    size, width, marks = (4.0, 1.6, (0, every)) if place is None else (3.5, 0.9, (place % (2 * every), 4 * every))
     look = group.look
-    if points:
-        axes.plot(*zip(*points, strict=True), color=look.color, linestyle=look.dashes, marker=look.marker, markersize=4,
-                  markevery=max(1, len(points) // 10), label=group.label)  # fmt: skip
+    axes.plot(*zip(*points, strict=True), color=look.color, linestyle=look.dashes, marker=look.marker, markersize=size,
+              linewidth=width, markevery=marks, label=group.label)  # fmt: skip
+
+
+def _log_axis(axes: Axes) -> None:
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _name_ends(axes: Axes, family: Family, ways: Sequence[Sequence[tuple[float, float]]], budget: float) -> None:
+    """The name of every recipe that ends elsewhere than on the dense budget, upright on the side from which ways come."""
+    offset, side = (6, "bottom") if family.metric in LOWER_IS_BETTER else (-6, "top")
+    for group, points in zip(family.groups, ways, strict=True):
+        if points and points[-1][0] > 0 and budget and not 1 / _FAR < points[-1][0] / budget < _FAR:
+            axes.annotate(group.short, points[-1], (0, offset), textcoords="offset points", rotation=90, ha="center",
+                          va=side, fontsize=8)  # fmt: skip
