@@ -134,7 +134,8 @@ def _foreign(request: Request, device: str) -> Made:
         inputs = torch.zeros((request.batch, *request.image), device=device)
     if inputs is None:
         raise UsageError(f"the input of {request.source} is not known",
-                         hint="give one sample's shape: --input 3x224x224, or --seq 128 for token ids")  # fmt: skip
+                         hint="let the callable return (module, example_input), or give one sample's shape: --input 3x224x224, "
+                              "or --seq 128 for token ids; in a recipe model.input or model.seq")  # fmt: skip
     args, kwargs = as_call(inputs)
     return Made(made, args, kwargs)
 

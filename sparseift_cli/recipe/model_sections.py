@@ -38,7 +38,7 @@ class Model(Section):
     input: str | None = Field(
         None,
         pattern=r"^[1-9]\d*(x[1-9]\d*)*$",
-        description="One sample's shape, as 3x224x224. Default: that of the data, else the model's own.",
+        description="One sample's shape, as 3x224x224. Default: the model's own; of a zoo model that of the data.",
     )
     seq: Count | None = Field(None, description="Tokens in a sample of a language model. Default: the model's own.")
 
