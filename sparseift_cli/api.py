@@ -204,15 +204,16 @@ def copy_masks(source: nn.Module, target: nn.Module) -> None:
     from .sparsity.find import unwrapped
 
     source, target = unwrapped(source), unwrapped(target)
-    for key, mask in masks_of(source).items():
-        path, _, name = key.rpartition(".")
-        try:
-            attach(target, {key: mask.clone()}, pattern_of(source.get_submodule(path), name))
-        except (AttributeError, KeyError, ValueError):
+    masks, theirs = masks_of(source), dict(target.named_parameters(remove_duplicate=False))
+    for key, mask in masks.items():  # all of them before one is laid
+        if key not in theirs or theirs[key].shape != mask.shape:
             raise UsageError(
                 f"{type(target).__name__} has no {key} of shape {_by(mask.shape)}",
                 hint="give a copy of the model that has the masks, as AveragedModel(model).module",
-            ) from None
+            )
+    for key, mask in masks.items():
+        path, _, name = key.rpartition(".")
+        attach(target, {key: mask.clone()}, pattern_of(source.get_submodule(path), name))
 
 
 def untied(model: nn.Module) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,6 +117,8 @@ def train(
         else:
             _run(jobs, runs, resume, fmt, tensorboard)
     except InterruptedRun as stopped:
+        import shlex
+
         flags = {"--tensorboard": tensorboard, "--no-compile": no_compile, "--json": fmt is Format.json}
         words = _again(recipes, given, seeds, parallel, runs, resume, [flag for flag, is_on in flags.items() if is_on])
         stopped.hint = f"go on with: {shlex.join(words)}"

@@ -60,18 +60,19 @@ class TokenSet(DataSet):
     def _sha256(self) -> str:
         """The hash reads every token anyway: so this is where ids beyond the vocabulary are found."""
         for name in self.split_names:
-            if (largest := self._largest(name)) >= self.vocab:
+            if (largest := self._largest[name]) >= self.vocab:
                 raise UsageError(f"{self.source}: a token {largest} in {name}; the vocabulary has {self.vocab}")
         return hash_tensors((name, self.stream(name).tokens) for name in self.split_names)
 
     @cached_property
     def largest(self) -> int:
-        """The largest id in any split. Reads every token."""
-        return max(map(self._largest, self.split_names))
+        """The largest id in any split. Reads every token, once."""
+        return max(self._largest.values())
 
-    def _largest(self, split: str) -> int:
-        parts = self.stream(split).tokens.split(1 << 24)
-        return max(int((part.to(torch.int64) & BITS[part.dtype]).max()) for part in parts)
+    @cached_property
+    def _largest(self) -> dict[str, int]:
+        return {name: max(int((part.to(torch.int64) & BITS[part.dtype]).max())
+                          for part in self.stream(name).tokens.split(1 << 24)) for name in self.split_names}  # fmt: skip
 
     def _size(self, split: str) -> int:
         return len(self.stream(split).tokens)

@@ -20,6 +20,7 @@ from ..errors import ArtifactError, UsageError
 from ..recipe import strict_yaml
 from ..runs.directory import AUDIT, LOCK, METRICS, PLAN, PROVENANCE, RECIPE, SUMMARY
 from ..runs.metrics import read_metrics
+from ..runs.provenance import begun_as
 from .record import Run, State
 from .shape import is_whole, printable
 
@@ -69,8 +70,7 @@ class Files:
         state: State = "finished" if summary is not None else "running" if is_locked(folder) else "stopped"
         seed = (summary or {}).get("seed", recipe["training"].get("seed"))
         sessions = (beside[PROVENANCE] or {}).get("sessions") or ()
-        begun = next((session["recipe"] for session in sessions if session.get("recipe")), None)
-        named = begun or (summary or {}).get("recipe")
+        named = begun_as(sessions) or (summary or {}).get("recipe")
         name = named if named and isinstance(named, str) else _name(folder)
         return Run(folder, printable(name), state, seed if isinstance(seed, int) else None, recipe, metrics, summary,
                    beside[AUDIT], beside[PLAN], beside[PROVENANCE], tuple(warnings))  # fmt: skip

@@ -130,7 +130,7 @@ class RunDirectory:
         sessions = atomic.read_json(file)["sessions"] if file.exists() else []
         whole = self.path.resolve()  # versions before wrote the name at the end alone
         above = whole.parent.name if _RUN.fullmatch(whole.name) else None
-        return next((session["recipe"] for session in sessions if session.get("recipe")), above)
+        return provenance.begun_as(sessions) or above
 
     @property
     def recipe(self) -> str:

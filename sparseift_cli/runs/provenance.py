@@ -68,6 +68,11 @@ _TELLING = (
 )
 
 
+def begun_as(sessions: Sequence[Mapping[str, Any]]) -> str | None:
+    """The recipe's name that a run was begun with, whatever file it goes on with; None of versions that did not write it."""
+    return next((session["recipe"] for session in sessions if session.get("recipe")), None)
+
+
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What may change the bits of a resumed run, and data and code that are not the same, in words.
 

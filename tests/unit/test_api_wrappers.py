@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -212,3 +213,17 @@ def test_masks_are_copied_to_copies_alone() -> None:
     for other in (net(), nn.Linear(2, 2)):
         with pytest.raises(UsageError, match=r"has no 0\.weight|has no 2\.weight"):
             sparseift.copy_masks(wide, other)
+
+
+def test_masks_are_copied_all_or_none() -> None:
+    deep = nn.Sequential(*list(net())[:-1], nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+    wide, _ = sparseift.transform(deep, X, sparsity=0.75)
+    assert list(sparseift.masks(wide)) == ["2.weight", "4.weight"]
+    other = copy.deepcopy(wide)
+    other[4] = nn.Linear(3, 3)
+    train(wide)
+    before = {name: buffer.clone() for name, buffer in other.named_buffers()}
+    with pytest.raises(UsageError, match=r"has no 4\.weight"):
+        sparseift.copy_masks(wide, other)
+    assert not torch.equal(before["2.weight_mask"], sparseift.masks(wide)["2.weight"])
+    assert all(torch.equal(buffer, before[name]) for name, buffer in other.named_buffers())

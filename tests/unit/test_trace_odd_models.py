@@ -19,19 +19,7 @@ from sparseift_cli.plan import make_plan
 from sparseift_cli.spec import Member, TransformSpec
 from sparseift_cli.table import LayerTable
 from sparseift_cli.trace.build import layer_table
-
-
-class Net(nn.Module):
-    """Named parts and a forward given as a function of them."""
-
-    def __init__(self, forward: Callable[..., Tensor], **parts: nn.Module) -> None:
-        super().__init__()
-        for name, part in parts.items():
-            self.add_module(name, part)
-        self.run = forward
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(self, x)
+from tests.parts import Net
 
 
 def shuffle(x: Tensor) -> Tensor:

@@ -15,22 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sparseift_cli as sparseift
 from sparseift_cli.plan import Plan
 from sparseift_cli.training_cost import executed_macs
+from tests.parts import Net
 
 pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration")  # of switching oneDNN off
 aten = torch.ops.aten
-
-
-class Net(nn.Module):
-    """Named parts and a forward given as a function of them."""
-
-    def __init__(self, forward: Callable[..., Tensor], **parts: nn.Module) -> None:
-        super().__init__()
-        for name, part in parts.items():
-            self.add_module(name, part)
-        self.run = forward
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(self, x)
 
 
 class Products(TorchDispatchMode):

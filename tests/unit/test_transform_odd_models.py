@@ -14,21 +14,9 @@ from torch import Tensor, nn
 import sparseift_cli as sparseift
 from sparseift_cli.errors import SparseiftError, UsageError
 from sparseift_cli.sparsity.attached import masks_of
+from tests.parts import Net
 
 torch.manual_seed(0)
-
-
-class Net(nn.Module):
-    """Named parts and a forward given as a function of them."""
-
-    def __init__(self, forward: Callable[..., Any], **parts: nn.Module) -> None:
-        super().__init__()
-        for name, part in parts.items():
-            self.add_module(name, part)
-        self.run = forward
-
-    def forward(self, x: Tensor) -> Any:
-        return self.run(self, x)
 
 
 def conv(i: int, o: int, k: int = 3, **options: Any) -> nn.Conv2d:
