@@ -46,13 +46,13 @@ flops-gate: $(STAMP) ## Hold a model to its FLOP budget, as a CI job would
 	  $(if $(GITHUB_ACTIONS),--format github,--summary)
 
 docs: $(STAMP) ## Write the output of every command shown in README.md anew
-	$(BIN)/python -m tests.docs --write
+	$(BIN)/python -m tests.tools.docs --write
 
 results: $(STAMP) ## Write the page of every folder of kept results anew
-	$(BIN)/python -m tests.results --write
+	$(BIN)/python -m tests.tools.results --write
 
 tables: $(STAMP) ## Trace every model of the zoo and write its layer table anew
-	$(BIN)/python -m sparseift_cli.zoo.generate_tables
+	$(BIN)/python -m sparseift_cli.models.zoo.generate_tables
 
 clean: ## Remove the environment, caches and build output (runs/ stays)
 	@$(REMOVE_VENV)

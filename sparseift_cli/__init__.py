@@ -9,9 +9,9 @@ from .version import __version__
 if TYPE_CHECKING:
     from .api import audit, copy_masks, flops, inspect, load, masks, save, transform
     from .errors import ArtifactError, CheckFailed, SparseiftError, UsageError
+    from .plan.spec import TrainingSpec, TransformSpec
     from .sparsity.sparsifier import Sparsifier
-    from .spec import TrainingSpec, TransformSpec
-    from .transforms.transformation import Options
+    from .transform.transformation import Options
 
 __all__ = [
     "ArtifactError",
@@ -36,11 +36,11 @@ __all__ = [
 _HOMES = {
     "ArtifactError": "errors",
     "CheckFailed": "errors",
-    "Options": "transforms.transformation",
+    "Options": "transform.transformation",
     "Sparsifier": "sparsity.sparsifier",
     "SparseiftError": "errors",
-    "TrainingSpec": "spec",
-    "TransformSpec": "spec",
+    "TrainingSpec": "plan.spec",
+    "TransformSpec": "plan.spec",
     "UsageError": "errors",
 }
 

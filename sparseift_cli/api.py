@@ -12,27 +12,35 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from .artifact import BUFFERS, MASKS, WEIGHTS, is_artifact, open_artifact, provenance, write
 from .checkpoint import Checkpoint
 from .errors import CheckFailed, UsageError
-from .flop_audit import Audit, recount, to_json
-from .flop_audit import audit as count
-from .plan import Plan
-from .source import Request, as_call, build, load_table, resolve, shape_of
-from .spec import TrainingSpec, TransformSpec, member_named
-from .table import LayerTable
+from .models.source import Request, as_call, build, load_table, resolve, shape_of
+from .plan.audit import Audit, recount, to_json
+from .plan.audit import audit as count
+from .plan.plan import Plan
+from .plan.spec import TrainingSpec, TransformSpec, member_named
+from .table.table import LayerTable
+from .transform.artifact import BUFFERS, MASKS, WEIGHTS, is_artifact, open_artifact, provenance, write
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from .transforms.transformation import Options, Transformation
+    from .transform.transformation import Options, Transformation
 
 M = TypeVar("M", bound="nn.Module")
 
 
-def transform(model: M, example_input: Any, *, member: str = "wide", sparsity: float | str,
-              training: TrainingSpec | None = None, options: Options | None = None, name: str | None = None,
-              **spec: Any) -> tuple[M, Plan]:  # fmt: skip
+def transform(
+    model: M,
+    example_input: Any,
+    *,
+    member: str = "wide",
+    sparsity: float | str,
+    training: TrainingSpec | None = None,
+    options: Options | None = None,
+    name: str | None = None,
+    **spec: Any,
+) -> tuple[M, Plan]:
     """A Sparse-IFT copy of `model`, and the plan it was made by; `model` itself is not changed.
 
     Args:
@@ -54,23 +62,41 @@ def transform(model: M, example_input: Any, *, member: str = "wide", sparsity: f
     """
     from torch import inference_mode
 
-    from .sparsity.find import unwrapped
-    from .transforms.transformation import transform_module
+    from .masks.attached import unwrapped
+    from .transform.transformation import transform_module
 
     if isinstance(model, str | Path):
-        raise UsageError(f"transform takes a module, not {str(model)!r}",
-                         hint="build it first, or: sparseift transform SOURCE -o FOLDER")  # fmt: skip
+        raise UsageError(
+            f"transform takes a module, not {str(model)!r}",
+            hint="build it first, or: sparseift transform SOURCE -o FOLDER",
+        )
     model = cast("M", unwrapped(model))
     args, kwargs = as_call(example_input)
     wanted = TransformSpec.of({"member": member_named(member), "sparsity": str(sparsity), **spec})
     with inference_mode(False):  # what is made there could never be trained
-        new, done = transform_module(model, args, kwargs, wanted, name=name or type(model).__name__,
-                                     input_shape=shape_of(args, kwargs), training=training, options=options)  # fmt: skip
+        new, done = transform_module(
+            model,
+            args,
+            kwargs,
+            wanted,
+            name=name or type(model).__name__,
+            input_shape=shape_of(args, kwargs),
+            training=training,
+            options=options,
+        )
     return new, done.plan
 
 
-def flops(model: nn.Module | str | Path, example_input: Any = None, *, sparsity: float | str | None = None, member: str = "wide",
-          training: TrainingSpec | None = None, causal: str = "full", **spec: Any) -> Audit:  # fmt: skip
+def flops(
+    model: nn.Module | str | Path,
+    example_input: Any = None,
+    *,
+    sparsity: float | str | None = None,
+    member: str = "wide",
+    training: TrainingSpec | None = None,
+    causal: str = "full",
+    **spec: Any,
+) -> Audit:
     """The FLOP audit of a model: dense, what a transform would make of it, or (of a transformed model) what it was made.
 
     `model` is a module with an `example_input`, a module that `transform` made, or any SOURCE of the command line:
@@ -94,7 +120,7 @@ def flops(model: nn.Module | str | Path, example_input: Any = None, *, sparsity:
         if wanted is None and recipe and recipe.transform:
             wanted, training = TransformSpec.of(recipe.transform), training or TrainingSpec(**recipe.training)
         return count(load_table(request), wanted, training, causal=causal)
-    from .transforms.transformation import transformation_of
+    from .transform.transformation import transformation_of
 
     done = transformation_of(model)
     if done is not None and wanted is not None:
@@ -113,7 +139,7 @@ def audit(model: nn.Module, example_input: Any) -> Audit:
         UsageError: `model` was not made by `transform` or read by `load`, or was planned at another input.
         CheckFailed: it does not cost what its plan says (its masks or layers were changed).
     """
-    from .transforms.check import measure, require_as_planned
+    from .transform.check import measure, require_as_planned
 
     model, done = _transformed(model, "flops(model, example_input) counts any model")
     _require_planned_input(done, example_input)
@@ -177,7 +203,7 @@ def load(path: str | Path, *, into: nn.Module | None = None) -> nn.Module:
     """
     from torch import inference_mode
 
-    from .restore import restore
+    from .transform.restore import restore
 
     with inference_mode(False):  # as `transform`
         return restore(open_artifact(path), into)
@@ -185,8 +211,7 @@ def load(path: str | Path, *, into: nn.Module | None = None) -> nn.Module:
 
 def masks(model: nn.Module) -> dict[str, Any]:
     """Weight name -> boolean mask, for every sparse weight of a transformed model; names as in the module inside wrappers."""
-    from .sparsity.attached import masks_of
-    from .sparsity.find import unwrapped
+    from .masks.attached import masks_of, unwrapped
 
     return masks_of(unwrapped(model))
 
@@ -200,8 +225,7 @@ def copy_masks(source: nn.Module, target: nn.Module) -> None:
     Raises:
         UsageError: `target` is no copy of `source`: a weight is missing or has another shape.
     """
-    from .sparsity.attached import attach, masks_of, pattern_of
-    from .sparsity.find import unwrapped
+    from .masks.attached import attach, masks_of, pattern_of, unwrapped
 
     source, target = unwrapped(source), unwrapped(target)
     masks, theirs = masks_of(source), dict(target.named_parameters(remove_duplicate=False))
@@ -224,8 +248,10 @@ def untied(model: nn.Module) -> dict[str, Any]:
     kept = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
-            raise UsageError(f"{name} is {type(tensor).__name__}, and a folder holds tensors",
-                             hint="a module's get_extra_state must give a tensor")  # fmt: skip
+            raise UsageError(
+                f"{name} is {type(tensor).__name__}, and a folder holds tensors",
+                hint="a module's get_extra_state must give a tensor",
+            )
         if id(tensor) not in seen:
             seen.add(id(tensor))
             kept[name] = tensor.detach()
@@ -234,7 +260,7 @@ def untied(model: nn.Module) -> dict[str, Any]:
 
 def unsaved_buffers(model: nn.Module) -> dict[str, Any]:
     """The buffers that no state dict holds (position tables, causal masks), masks of weights apart, every tensor once."""
-    from .sparsity.attached import masks_of
+    from .masks.attached import masks_of
 
     skipped = {id(t) for t in masks_of(model).values()}
     found: dict[str, Any] = {}
@@ -249,8 +275,8 @@ def unsaved_buffers(model: nn.Module) -> dict[str, Any]:
 
 def _transformed(model: nn.Module, otherwise: str) -> tuple[nn.Module, Transformation]:
     """The module inside torch.compile and DataParallel, and what was done to it."""
-    from .sparsity.find import unwrapped
-    from .transforms.transformation import transformation_of
+    from .masks.attached import unwrapped
+    from .transform.transformation import transformation_of
 
     model = unwrapped(model)
     done = transformation_of(model)
@@ -261,8 +287,8 @@ def _transformed(model: nn.Module, otherwise: str) -> tuple[nn.Module, Transform
 
 def _checked_masks(model: nn.Module, done: Transformation) -> dict[str, Any] | None:
     """The masks of a transformed model, which its weights obey; None on meta."""
-    from .sparsity.attached import masks_of
-    from .transforms.masking import require_masked
+    from .masks.attached import masks_of
+    from .transform.masking import require_masked
 
     if any(p.is_meta for p in model.parameters()):
         return None
@@ -275,8 +301,10 @@ def _require_planned_input(done: Transformation, example_input: Any) -> None:
     """Its numbers are those of the input that it was planned at, batch and all."""
     planned, at = tuple(done.plan.table.input), tuple(shape_of(*as_call(example_input)))
     if at != planned:
-        raise UsageError(f"this {done.plan.table.model} was planned at input {_by(planned)}, not {_by(at)}",
-                         hint="transform the dense model at that input")  # fmt: skip
+        raise UsageError(
+            f"this {done.plan.table.model} was planned at input {_by(planned)}, not {_by(at)}",
+            hint="transform the dense model at that input",
+        )
 
 
 def _documents(done: Transformation) -> dict[str, dict[str, Any]]:
@@ -287,10 +315,15 @@ def _documents(done: Transformation) -> dict[str, dict[str, Any]]:
         "surgery": done.surgery.to_json(),
         "audit": to_json(count(plan.table, plan.spec, plan.training)),
         "provenance": provenance(
-            source=done.source, training=plan.training.to_json(), causal="full", options=done.options.to_json(),
-            dead=list(done.dead), deviation=done.deviation, notes=list(done.notes),
+            source=done.source,
+            training=plan.training.to_json(),
+            causal="full",
+            options=done.options.to_json(),
+            dead=list(done.dead),
+            deviation=done.deviation,
+            notes=list(done.notes),
         ),
-    }  # fmt: skip
+    }
 
 
 def _by(shape: Sequence[int]) -> str:
@@ -300,8 +333,10 @@ def _by(shape: Sequence[int]) -> str:
 def _require_no_input(source: str, example_input: Any) -> None:
     """A source is counted at its own input; another one would be given and not heard."""
     if example_input is not None:
-        raise UsageError(f"{source} brings its own input, and example_input is for a module",
-                         hint="give the module, or on the command line --input and --seq")  # fmt: skip
+        raise UsageError(
+            f"{source} brings its own input, and example_input is for a module",
+            hint="give the module, or on the command line --input and --seq",
+        )
 
 
 def _table(model: nn.Module, example_input: Any) -> LayerTable:

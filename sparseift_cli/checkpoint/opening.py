@@ -48,9 +48,15 @@ def open_checkpoint(path: str | Path, *, key: str | None = None) -> Checkpoint:
     if opened.index is not None:
         return _open_shards(opened, opened.index, key)
     checkpoint = Checkpoint(
-        path, opened.format, (path,), opened.size, (),
-        nested_under=opened.nested_under, other=opened.other, metadata=opened.metadata,
-    )  # fmt: skip
+        path,
+        opened.format,
+        (path,),
+        opened.size,
+        (),
+        nested_under=opened.nested_under,
+        other=opened.other,
+        metadata=opened.metadata,
+    )
     return _finished(checkpoint, opened.tensors)
 
 

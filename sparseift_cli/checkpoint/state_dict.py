@@ -15,9 +15,24 @@ from .torch_rules import PickledTensor
 
 # Where training scripts put their weights, the likeliest first. A moving average is the second choice: it is a copy.
 USUAL_KEYS = (
-    "state_dict", "model_state_dict", "model", "module", "net", "network", "params", "weights", "student", "generator",
-    "", "teacher", "model_ema", "ema_state_dict", "state_dict_ema", "params_ema", "ema",
-)  # fmt: skip
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "module",
+    "net",
+    "network",
+    "params",
+    "weights",
+    "student",
+    "generator",
+    "",
+    "teacher",
+    "model_ema",
+    "ema_state_dict",
+    "state_dict_ema",
+    "params_ema",
+    "ema",
+)
 _NOT_WEIGHTS = ("optim", "scheduler", "scaler", "rng", "callbacks", "loops")
 _DEPTH = 3
 _MAX_DICTS = 10_000
@@ -26,9 +41,17 @@ _COUNTED = 10_000
 
 # Put in front of every name by a wrapper or by the attribute that holds the model.
 WRAPPERS = (
-    "module.", "_orig_mod.", "_fsdp_wrapped_module.", "_forward_module.",
-    "model.", "net.", "network.", "transformer.", "backbone.", "student.",
-)  # fmt: skip
+    "module.",
+    "_orig_mod.",
+    "_fsdp_wrapped_module.",
+    "_forward_module.",
+    "model.",
+    "net.",
+    "network.",
+    "transformer.",
+    "backbone.",
+    "student.",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +159,9 @@ def _candidates(root: dict[object, object]) -> Iterator[_Candidate]:
 def _without_tensors(root: dict[object, object]) -> Malformed:
     kinds = sorted({v.kind.rpartition("_rebuild_")[2] for v in root.values() if _is_odd_tensor(v)})
     if kinds:
-        return Malformed(f"holds no tensors but of a layout that is not read: {', '.join(kinds)}",
-                         hint="save them with .to_dense()")  # fmt: skip
+        return Malformed(
+            f"holds no tensors but of a layout that is not read: {', '.join(kinds)}", hint="save them with .to_dense()"
+        )
     return Malformed("holds no tensors in any dict", hint="a state dict maps names to tensors")
 
 

@@ -7,8 +7,10 @@ and its data. So even there the place of every storage is known without reading 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,7 +19,166 @@ from .facts import Malformed, Storage, TensorInfo, printable
 from .inert_pickle import MAX_BYTES, Window, read_pickle
 from .state_dict import describe
 from .torch_rules import PickledTensor, TorchRules
-from .zip_archive import Archive, check_stored, read_archive
+
+# The directory of a zip archive as `torch.save` writes it: members are stored, never compressed.
+# Python's zipfile would inflate what it reads and build an object per member; a checkpoint needs neither. Only names,
+# sizes and offsets are read here, and every size is checked against the file before anyone reads a byte of data.
+# https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT
+
+MAX_DIRECTORY = 32 << 20
+MAX_MEMBERS = 400_000
+_END = struct.Struct("<4s4H2LH")
+_END64 = struct.Struct("<4sQ2H2L4Q")
+_LOCATOR = struct.Struct("<4sLQL")
+_ENTRY = struct.Struct("<4s6H3L5H2L")
+_LOCAL = struct.Struct("<4s5H3L2H")
+_TRUNCATED = "truncated: a zip archive (what torch.save writes) without its directory at the end"
+_AGAIN = "download or copy it again"
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One file of the archive. `offset` is where its local header lies."""
+
+    name: str
+    offset: int
+    size: int  # as it would be unpacked
+    packed: int  # as it lies in the archive
+    stored: bool  # neither compressed nor encrypted
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """Members by name, and the offset of the directory, behind which no data may lie."""
+
+    members: dict[str, Member]
+    directory: int
+
+    def data(self, file: BinaryIO, name: str) -> tuple[int, int]:
+        """Offset and length of a member's bytes. Raises Malformed when its own header disagrees with the directory."""
+        member = self.members[name]
+        file.seek(member.offset)
+        raw = file.read(_LOCAL.size)
+        if len(raw) < _LOCAL.size or raw[:4] != b"PK\x03\x04":
+            raise Malformed(f"damaged: the zip member {printable(name)!r} is not where the directory says")
+        *_, name_length, extra_length = _LOCAL.unpack(raw)
+        begin = member.offset + _LOCAL.size + name_length + extra_length
+        if begin + member.size > self.directory:
+            raise Malformed(f"damaged: the zip member {printable(name)!r} runs into the directory")
+        return begin, member.size
+
+
+def read_archive(file: BinaryIO, size: int) -> Archive:
+    """The directory of an archive of `size` bytes.
+
+    Raises:
+        Malformed: there is no directory, or it does not fit the file.
+    """
+    count, length, offset = _find_directory(file, size)
+    if count > MAX_MEMBERS or length > MAX_DIRECTORY:
+        raise Malformed(f"a zip archive that claims {count:,} members; up to {MAX_MEMBERS:,} are read")
+    file.seek(offset)
+    raw = file.read(length)
+    members: dict[str, Member] = {}
+    at = 0
+    for _ in range(count):
+        member, at = _entry(raw, at)
+        if member.name in members:
+            raise Malformed(f"the zip member {printable(member.name)!r} appears twice")
+        members[member.name] = member
+    return Archive(members, offset)
+
+
+def check_stored(archive: Archive, file_size: int) -> None:
+    """Refuse what torch.save never writes: compressed, encrypted or overlapping members.
+
+    A zip bomb is one of these: without compression and overlap the members cannot be larger than the file.
+    """
+    for member in archive.members.values():
+        if not member.stored:
+            raise Malformed(
+                f"the zip member {printable(member.name)!r} is compressed or encrypted "
+                f"({member.packed:,} bytes in the archive, {member.size:,} unpacked); torch.save does neither",
+                hint="if it is an archive of checkpoints, unpack it first",
+            )
+    _check_apart(archive.members.values(), archive.directory, file_size)
+
+
+def _check_apart(members: Iterable[Member], directory: int, file_size: int) -> None:
+    ordered = sorted(members, key=lambda m: m.offset)
+    for member in ordered:
+        if member.offset + _LOCAL.size + member.size > directory:
+            raise Malformed(
+                f"damaged: the zip member {printable(member.name)!r} claims {member.size:,} bytes at {member.offset:,} "
+                f"of a file of {file_size:,}"
+            )
+    for one, other in pairwise(ordered):
+        if one.offset + _LOCAL.size + one.size > other.offset:
+            raise Malformed(f"the zip members {printable(one.name)!r} and {printable(other.name)!r} overlap")
+
+
+def _find_directory(file: BinaryIO, size: int) -> tuple[int, int, int]:
+    """Number of entries, length and offset of the central directory."""
+    tail = min(size, _END.size + 0xFFFF)  # the record ends with a comment of up to 64 KiB
+    file.seek(size - tail)
+    raw = file.read(tail)
+    at = raw.rfind(b"PK\x05\x06")
+    if at < 0 or at + _END.size > len(raw):
+        raise Malformed(_TRUNCATED, hint=_AGAIN)
+    _, disk, _, _, count, length, offset, _ = _END.unpack_from(raw, at)
+    end = size - tail + at
+    if disk not in (0, 0xFFFF):
+        raise Malformed("one part of a zip archive of several parts")
+    if 0xFFFF in (count,) or 0xFFFFFFFF in (length, offset):
+        count, length, offset, end = _zip64(file, end)
+    if offset + length > end:
+        raise Malformed("damaged: the zip directory does not fit the file", hint=_AGAIN)
+    return count, length, offset
+
+
+def _zip64(file: BinaryIO, end: int) -> tuple[int, int, int, int]:
+    """The same from the 64-bit record, whose locator lies right before the 32-bit one at `end`."""
+    file.seek(max(end - _LOCATOR.size, 0))
+    raw = file.read(_LOCATOR.size)
+    if len(raw) == _LOCATOR.size and raw[:4] == b"PK\x06\x07":
+        offset = _LOCATOR.unpack(raw)[2]
+        if offset + _END64.size <= end:
+            file.seek(offset)
+            record = file.read(_END64.size)
+            if record[:4] == b"PK\x06\x06":
+                *_, count, length, directory = _END64.unpack(record)
+                return count, length, directory, offset
+    raise Malformed("damaged: the 64-bit directory record of the zip archive is missing", hint=_AGAIN)
+
+
+def _entry(raw: bytes, at: int) -> tuple[Member, int]:
+    """The directory entry at `at`, and where the next one begins."""
+    if at + _ENTRY.size > len(raw) or raw[at : at + 4] != b"PK\x01\x02":
+        raise Malformed("damaged: the zip directory breaks off", hint=_AGAIN)
+    facts = _ENTRY.unpack_from(raw, at)
+    _, _, _, flags, method, _, _, _, packed, size, n_name, n_extra, n_comment, _, _, _, offset = facts
+    begin = at + _ENTRY.size
+    end = begin + n_name + n_extra + n_comment
+    if end > len(raw):
+        raise Malformed("damaged: the zip directory breaks off", hint=_AGAIN)
+    name = raw[begin : begin + n_name].decode("utf-8", "backslashreplace")
+    wide = _wide_fields(raw[begin + n_name : begin + n_name + n_extra])
+    # The 64-bit extra field holds, in this order, only those values that overflowed their 32 bits.
+    values = [wide.pop(0) if value == 0xFFFFFFFF and wide else value for value in (size, packed, offset)]
+    stored = method == 0 and not flags & 1 and values[0] == values[1]
+    return Member(name, values[2], values[0], values[1], stored), end
+
+
+def _wide_fields(extra: bytes) -> list[int]:
+    at = 0
+    while at + 4 <= len(extra):
+        kind, length = struct.unpack_from("<2H", extra, at)
+        if kind == 1:
+            body = extra[at + 4 : at + 4 + length]
+            return [int.from_bytes(body[i : i + 8], "little") for i in range(0, len(body) - 7, 8)]
+        at += 4 + length
+    return []
+
 
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 PROTOCOL_VERSION = 1001

@@ -21,18 +21,44 @@ MAX_EXPANDED = 1 << 26  # elements of a broadcast tensor (stride 0) that its sto
 
 # Classes whose instances stay opaque: settings and statistics that training scripts save beside the weights.
 _HARMLESS = {
-    "argparse.Namespace", "datetime.date", "datetime.datetime", "datetime.timedelta", "datetime.timezone",
-    "pathlib.Path", "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.WindowsPath", "pathlib._local.PosixPath",
-    "numpy.dtype", "numpy.ndarray", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
-    "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "_codecs.encode",
-    "builtins.set", "builtins.frozenset", "builtins.bytearray", "builtins.complex", "builtins.slice", "builtins.range",
-    "torch.device", "torch.serialization._get_layout", "torch._utils._rebuild_sparse_tensor",
-    "torch._utils._rebuild_meta_tensor_no_storage", "torch._utils._rebuild_nested_tensor",
-}  # fmt: skip
+    "argparse.Namespace",
+    "datetime.date",
+    "datetime.datetime",
+    "datetime.timedelta",
+    "datetime.timezone",
+    "pathlib.Path",
+    "pathlib.PosixPath",
+    "pathlib.PurePosixPath",
+    "pathlib.WindowsPath",
+    "pathlib._local.PosixPath",
+    "numpy.dtype",
+    "numpy.ndarray",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray._reconstruct",
+    "_codecs.encode",
+    "builtins.set",
+    "builtins.frozenset",
+    "builtins.bytearray",
+    "builtins.complex",
+    "builtins.slice",
+    "builtins.range",
+    "torch.device",
+    "torch.serialization._get_layout",
+    "torch._utils._rebuild_sparse_tensor",
+    "torch._utils._rebuild_meta_tensor_no_storage",
+    "torch._utils._rebuild_nested_tensor",
+}
 _DICTS = {"collections.OrderedDict", "collections.defaultdict", "collections.Counter", "builtins.dict"}
 _TYPES = {
-    "torch.Tensor", "torch.nn.parameter.Parameter", "builtins.list", "builtins.int", "builtins.float", "builtins.str",
-}  # fmt: skip
+    "torch.Tensor",
+    "torch.nn.parameter.Parameter",
+    "builtins.list",
+    "builtins.int",
+    "builtins.float",
+    "builtins.str",
+}
 _QUANTISERS = "torch.per_"  # per_tensor_affine, per_channel_symmetric, ...
 _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 

@@ -11,10 +11,10 @@ from . import options
 from .formats import Format
 
 if TYPE_CHECKING:
-    from ..flop_audit import Audit
-    from ..source import Request
-    from ..spec import TrainingSpec, TransformSpec
-    from ..table import LayerTable
+    from ..models.source import Request
+    from ..plan.audit import Audit
+    from ..plan.spec import TrainingSpec, TransformSpec
+    from ..table.table import LayerTable
     from .gates import Problem
 
 HELP = """Count a model's FLOPs exactly, dense and transformed, layer by layer.
@@ -66,11 +66,11 @@ def flops(
     *,
     spec: dict[str, Any],
 ) -> None:
-    from ..artifact import is_artifact
     from ..errors import UsageError
-    from ..flop_audit import audit
-    from ..request import Request, parse_input
-    from ..source import load_table, resolve
+    from ..models.request import Request, parse_input
+    from ..models.source import load_table, resolve
+    from ..plan.audit import audit
+    from ..transform.artifact import is_artifact
     from . import gates
 
     fmt = Format.json if json else fmt
@@ -128,8 +128,8 @@ def _tell(result: Audit, problems: list[Problem], fmt: Format, output: Any, **vi
 
 def _stored(source: str, counted: dict[str, Any], causal: str, *, fixed: bool, verify: bool) -> Audit:
     """What a folder of `sparseift transform` costs: its plan is made, so it can only be counted and shown otherwise."""
-    from ..artifact import open_artifact
     from ..errors import UsageError
+    from ..transform.artifact import open_artifact
 
     if fixed:
         raise UsageError(f"{source} is a transformed model; its plan is fixed", hint="transform its source again")
@@ -140,22 +140,32 @@ def _stored(source: str, counted: dict[str, Any], causal: str, *, fixed: bool, v
 
 
 def _spec(given: dict[str, Any]) -> TransformSpec:
-    from ..spec import TransformSpec, member_named
+    from ..plan.spec import TransformSpec, member_named
 
     return TransformSpec.of(given | {"member": member_named(given.get("member", "wide"))})
 
 
 def _training(recipe: dict[str, Any], given: dict[str, Any]) -> TrainingSpec:
-    from ..spec import TrainingSpec
+    from ..plan.spec import TrainingSpec
 
     return TrainingSpec(**(recipe | {k: v for k, v in given.items() if v is not None}))
 
 
-def _compare(table: LayerTable, specs: list[TransformSpec], training: TrainingSpec, causal: str, fmt: Format, output: Any,
-             max_flops_ratio: float | None, max_layer_ratio: float | None, *, strict: bool) -> None:  # fmt: skip
+def _compare(
+    table: LayerTable,
+    specs: list[TransformSpec],
+    training: TrainingSpec,
+    causal: str,
+    fmt: Format,
+    output: Any,
+    max_flops_ratio: float | None,
+    max_layer_ratio: float | None,
+    *,
+    strict: bool,
+) -> None:
     """One line per sparsity; a sparsity that cannot be matched says so in its line, and the command exits 1."""
     from ..errors import CheckFailed
-    from ..flop_audit import audit
+    from ..plan.audit import audit
     from . import flops_view, gates
     from .output import patient
 
@@ -179,8 +189,8 @@ def _compare(table: LayerTable, specs: list[TransformSpec], training: TrainingSp
 
 
 def _verify(request: Request, table: LayerTable) -> Any:
-    from ..crosscheck import crosscheck
-    from ..source import build
+    from ..models.source import build
+    from ..trace.verify import crosscheck
 
     def on_cpu() -> tuple[Any, tuple[Any, ...]]:
         built = build(request, device="cpu")

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckFailed, UsageError, did_you_mean
-from ..flop_audit import Audit, row_json, rows, to_json
-from ..isoflop import Shape
-from ..layer_plan import LayerPlan
-from ..spec import TrainingSpec
-from ..table import LayerTable
+from ..plan.audit import Audit, row_json, rows, to_json
+from ..plan.layer_plan import LayerPlan
+from ..plan.spec import TrainingSpec
+from ..table.shape import Shape
+from ..table.table import LayerTable
 from .formats import Format
 from .output import Column, Sheet, apart, integer, ratio, render
 
@@ -267,8 +267,14 @@ def _percent(share: float) -> str:
 # --- comparison and verification ---
 
 
-def compare(table: LayerTable, results: Sequence[tuple[str, Audit | CheckFailed]], training: TrainingSpec, causal: str,
-            fmt: Format, output: Path | None) -> None:  # fmt: skip
+def compare(
+    table: LayerTable,
+    results: Sequence[tuple[str, Audit | CheckFailed]],
+    training: TrainingSpec,
+    causal: str,
+    fmt: Format,
+    output: Path | None,
+) -> None:
     """One line per sparsity, the dense model first."""
     entries = []
     first = next((r for _, r in results if isinstance(r, Audit)), None)

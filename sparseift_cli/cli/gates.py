@@ -11,8 +11,8 @@ from pathlib import Path
 import typer
 
 from ..errors import CheckFailed, UsageError
-from ..flop_audit import Audit
-from ..table import LayerTable
+from ..plan.audit import Audit
+from ..table.table import LayerTable
 from .output import apart, write_whole
 
 
@@ -24,8 +24,14 @@ class Problem:
     message: str
 
 
-def check(result: Audit, max_flops_ratio: float | None, max_layer_ratio: float | None, *,
-          strict: bool = False, prefix: str = "") -> list[Problem]:  # fmt: skip
+def check(
+    result: Audit,
+    max_flops_ratio: float | None,
+    max_layer_ratio: float | None,
+    *,
+    strict: bool = False,
+    prefix: str = "",
+) -> list[Problem]:
     """Everything the gates object to.
 
     Raises:
@@ -36,8 +42,10 @@ def check(result: Audit, max_flops_ratio: float | None, max_layer_ratio: float |
         if limit is not None and not limit > 0:
             raise UsageError(f"{name} {limit} is no ratio", hint=f"{name} 1.001")
         if limit is not None and result.plan is None:
-            raise UsageError(f"{name} holds a transformed model to the dense one, and nothing is transformed",
-                             hint="add --sparsity 0.9")  # fmt: skip
+            raise UsageError(
+                f"{name} holds a transformed model to the dense one, and nothing is transformed",
+                hint="add --sparsity 0.9",
+            )
     problems = []
     ratio = 1 if result.forward_ratio is None else result.forward_ratio
     if max_flops_ratio is not None and ratio > max_flops_ratio:

@@ -117,22 +117,36 @@ def inspect(
 ) -> None:
     fmt = without_github(fmt, as_json, "inspect")
     of_model = {
-        "--why": why, "--transform": transform, "--sparsity": sparsity, "--scope": scope, "--include": include,
-        "--exclude": exclude, "--input": input_, "--batch": batch, "--seq": seq, "--num-classes": num_classes,
-    }  # fmt: skip
+        "--why": why,
+        "--transform": transform,
+        "--sparsity": sparsity,
+        "--scope": scope,
+        "--include": include,
+        "--exclude": exclude,
+        "--input": input_,
+        "--batch": batch,
+        "--seq": seq,
+        "--num-classes": num_classes,
+    }
     if spectral or every_checkpoint:
         _refuse({} if spectral else {"--every-checkpoint": True}, "masks are looked at by --spectral", "for it")
-        _refuse({**of_model, "--values": values, "--model": model, "--depth": depth, "--sort": sort},
-                "--spectral looks at masks", "not for it")  # fmt: skip
+        _refuse(
+            {**of_model, "--values": values, "--model": model, "--depth": depth, "--sort": sort},
+            "--spectral looks at masks",
+            "not for it",
+        )
         from .inspect_spectral import inspect_spectral
 
         inspect_spectral(source, is_file=is_checkpoint(source), every=every_checkpoint, key=key, fmt=fmt, output=output)
         return
-    from ..artifact import is_artifact, is_run, open_artifact
+    from ..transform.artifact import is_artifact, is_run, open_artifact
 
     if is_run(source):
-        _refuse({**of_model, "--values": values, "--key": key, "--model": model, "--depth": depth, "--sort": sort},
-                f"{source} is a run directory", "not for it")  # fmt: skip
+        _refuse(
+            {**of_model, "--values": values, "--key": key, "--model": model, "--depth": depth, "--sort": sort},
+            f"{source} is a run directory",
+            "not for it",
+        )
         from .inspect_run import inspect_run
 
         inspect_run(source, fmt, output)
@@ -140,8 +154,10 @@ def inspect(
     transformed = open_artifact(source) if is_artifact(source) else None
     if transformed is not None:
         if not transformed.weights.is_file():
-            raise UsageError(f"{source} holds a plan without weights (--plan-only)",
-                             hint=f"sparseift flops {source} shows what every layer costs")  # fmt: skip
+            raise UsageError(
+                f"{source} holds a plan without weights (--plan-only)",
+                hint=f"sparseift flops {source} shows what every layer costs",
+            )
         source = str(transformed.weights)
     if is_checkpoint(source):
         _refuse(of_model, f"{source} is a checkpoint", "for models")
@@ -163,10 +179,22 @@ def inspect(
     from .inspect_model import inspect_model
 
     inspect_model(
-        source, why=why, transform=transform, sparsity=sparsity, scope=scope, include=tuple(include or ()),
-        exclude=tuple(exclude or ()), input_=input_, batch=batch or 1, seq=seq, num_classes=num_classes,
-        depth=depth, sort=sort, fmt=fmt, output=output,
-    )  # fmt: skip
+        source,
+        why=why,
+        transform=transform,
+        sparsity=sparsity,
+        scope=scope,
+        include=tuple(include or ()),
+        exclude=tuple(exclude or ()),
+        input_=input_,
+        batch=batch or 1,
+        seq=seq,
+        num_classes=num_classes,
+        depth=depth,
+        sort=sort,
+        fmt=fmt,
+        output=output,
+    )
 
 
 def is_checkpoint(source: str) -> bool:

@@ -18,7 +18,7 @@ from .formats import Format
 from .output import Column, Sheet, integer, ratio, render
 
 if TYPE_CHECKING:
-    from ..artifact import Artifact
+    from ..transform.artifact import Artifact
 
 SCHEMA = "sparseift.inspect/1"
 SORTS = {"name": False, "parameters": True, "bytes": True, "zeros": True, "density": False}  # True: largest first
@@ -114,11 +114,14 @@ def _rows(checkpoint: Checkpoint, scanned: Sequence[TensorValues] | None) -> lis
             found = scanned[i]
             pattern = found.pattern
             row |= {
-                "zeros": found.zeros, "density": found.density, "nans": found.nans, "infs": found.infs,
+                "zeros": found.zeros,
+                "density": found.density,
+                "nans": found.nans,
+                "infs": found.infs,
                 "empty_rows": pattern.empty_rows if pattern else None,
                 "empty_columns": pattern.empty_columns if pattern else None,
                 "pattern": found.label,
-            }  # fmt: skip
+            }
         rows.append(row)
     return rows
 
@@ -146,8 +149,10 @@ def _folded(rows: list[dict[str, Any]], depth: int | None) -> list[dict[str, Any
 def _sum(name: str, group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     own = [row for row in group if not row["tied"]]
     folded: dict[str, Any] = {
-        "tensor": name, "tensors": len(group), "dtype": ", ".join(dict.fromkeys(row["dtype"] for row in group)),
-    }  # fmt: skip
+        "tensor": name,
+        "tensors": len(group),
+        "dtype": ", ".join(dict.fromkeys(row["dtype"] for row in group)),
+    }
     for key in ("elements", "parameters", "bytes", "zeros", "nans", "infs"):
         counts = [row[key] for row in own if row.get(key) is not None]
         folded[key] = sum(counts) if counts else None
@@ -332,24 +337,33 @@ def _payload(
         "metadata": dict(checkpoint.metadata),
         "notes": list(checkpoint.notes),
         "totals": dict(totals),
-        "tensors": [
-            _tensor(tensor, scanned[i] if scanned else None) for i, tensor in enumerate(checkpoint.tensors)
-        ],
+        "tensors": [_tensor(tensor, scanned[i] if scanned else None) for i, tensor in enumerate(checkpoint.tensors)],
         "fits": [_match(match) for match in matches],
         "closest": _match(near) if near else None,
-    }  # fmt: skip
+    }
 
 
 def _tensor(tensor: TensorInfo, values: TensorValues | None) -> dict[str, Any]:
     facts: dict[str, Any] = {
-        "name": tensor.name, "shape": list(tensor.shape), "dtype": tensor.dtype, "elements": tensor.numel,
-        "parameters": _parameters(tensor), "bytes": tensor.nbytes, "buffer": tensor.buffer, "tied_to": tensor.tied_to,
-    }  # fmt: skip
+        "name": tensor.name,
+        "shape": list(tensor.shape),
+        "dtype": tensor.dtype,
+        "elements": tensor.numel,
+        "parameters": _parameters(tensor),
+        "bytes": tensor.nbytes,
+        "buffer": tensor.buffer,
+        "tied_to": tensor.tied_to,
+    }
     if values:
         facts |= {
-            "zeros": values.zeros, "density": values.density, "nans": values.nans, "infs": values.infs,
-            "unread": values.unread, "zeros_form": values.label, "pattern": _pattern(values.pattern),
-        }  # fmt: skip
+            "zeros": values.zeros,
+            "density": values.density,
+            "nans": values.nans,
+            "infs": values.infs,
+            "unread": values.unread,
+            "zeros_form": values.label,
+            "pattern": _pattern(values.pattern),
+        }
     return facts
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SparseiftError, UsageError
-from ..flop_audit import audit, row_json, rows
-from ..layer_plan import LayerPlan
-from ..plan import make_plan
-from ..source import Request, load_table, parse_input, resolve
-from ..spec import MEMBERS, TransformSpec, member_named
-from ..table import LayerTable
-from ..widths import solve
+from ..models.source import Request, load_table, parse_input, resolve
+from ..plan.audit import audit, row_json, rows
+from ..plan.layer_plan import LayerPlan
+from ..plan.plan import make_plan
+from ..plan.spec import MEMBERS, TransformSpec, member_named
+from ..plan.widths import solve
+from ..table.table import LayerTable
 from .flops_view import fold, shape_text, sorted_entries
 from .formats import Format
 from .output import Column, Sheet, integer, render
@@ -42,8 +42,10 @@ def inspect_model(
     """Print the layers of a model; with `why` one column per member says what it would do to each layer."""
     request, recipe = resolve(Request(source, num_classes, parse_input(input_), seq, batch or 1))
     if not why and (transform or sparsity or scope or include or exclude):
-        raise UsageError("--transform, --sparsity, --scope, --include and --exclude say what to explain",
-                         hint="add --why, or use sparseift flops for the numbers")  # fmt: skip
+        raise UsageError(
+            "--transform, --sparsity, --scope, --include and --exclude say what to explain",
+            hint="add --why, or use sparseift flops for the numbers",
+        )
     table = load_table(request)
     given = dict(recipe.transform) if recipe else {}
     asked = member_named(transform) if transform else given.get("member") if recipe else None
@@ -134,10 +136,23 @@ def _widths(table: LayerTable) -> Sheet:
     for free in solution.free:
         followers = [i for i in range(len(table.widths)) if free.id in solution.affine[i]]
         width = table.widths[free.id]
-        shared = [what for what, flag in (("residual", any(table.widths[i].residual for i in followers)),
-                                          ("attention", any(table.widths[i].attention for i in followers))) if flag]  # fmt: skip
-        entries.append({"name": width.name or free.id, "size": free.size, "step": free.step, "follow": len(followers) - 1,
-                        "shared": " ".join(shared)})  # fmt: skip
+        shared = [
+            what
+            for what, flag in (
+                ("residual", any(table.widths[i].residual for i in followers)),
+                ("attention", any(table.widths[i].attention for i in followers)),
+            )
+            if flag
+        ]
+        entries.append(
+            {
+                "name": width.name or free.id,
+                "size": free.size,
+                "step": free.step,
+                "follow": len(followers) - 1,
+                "shared": " ".join(shared),
+            }
+        )
     columns = [
         Column("name", "free width"),
         Column("size", "size", integer, right=True),

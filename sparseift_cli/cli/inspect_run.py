@@ -17,12 +17,42 @@ from .output import Column, Sheet, render
 from .report_view import clean
 
 SCHEMA = "sparseift.run/1"
-_FACTS = ("recipe", "seed", "state", "model", "data", "transform", "sparsity", "match", "algorithm", "step", "steps", "metric",
-          "value", "best", "flops", "flops_spent", "flops_ratio", "params", "nonzero_params", "started", "device",
-          "commit")  # fmt: skip
-_NAMES = {"steps": "of steps", "metric": "judged by", "value": "last value", "best": "best value", "flops": "audited FLOPs",
-          "flops_spent": "FLOPs spent", "flops_ratio": "times the dense FLOPs", "params": "parameters",
-          "nonzero_params": "non-zero parameters", "checkpoint": "newest checkpoint"}  # fmt: skip
+_FACTS = (
+    "recipe",
+    "seed",
+    "state",
+    "model",
+    "data",
+    "transform",
+    "sparsity",
+    "match",
+    "algorithm",
+    "step",
+    "steps",
+    "metric",
+    "value",
+    "best",
+    "flops",
+    "flops_spent",
+    "flops_ratio",
+    "params",
+    "nonzero_params",
+    "started",
+    "device",
+    "commit",
+)
+_NAMES = {
+    "steps": "of steps",
+    "metric": "judged by",
+    "value": "last value",
+    "best": "best value",
+    "flops": "audited FLOPs",
+    "flops_spent": "FLOPs spent",
+    "flops_ratio": "times the dense FLOPs",
+    "params": "parameters",
+    "nonzero_params": "non-zero parameters",
+    "checkpoint": "newest checkpoint",
+}
 
 
 def inspect_run(source: str, fmt: Format, output: Path | None) -> None:
@@ -42,14 +72,20 @@ def inspect_run(source: str, fmt: Format, output: Path | None) -> None:
     last = {k: v for k, v in run.last.items() if number(v) is not None}
     steps = next_steps(run, kept)
     payload = {
-        "schema": SCHEMA, "path": source, **{name: clean(value) for name, value in facts.items()}, "checkpoints": kept,
-        "last": {name: clean(value) for name, value in last.items()}, "next": [command for command, _ in steps],
+        "schema": SCHEMA,
+        "path": source,
+        **{name: clean(value) for name, value in facts.items()},
+        "checkpoints": kept,
+        "last": {name: clean(value) for name, value in last.items()},
+        "next": [command for command, _ in steps],
         "warnings": list(run.warnings),
-    }  # fmt: skip
+    }
     notes = [f"warning: {text}" for text in run.warnings]
     notes += [line for command, why in steps for line in (f"next, {why}:", f"  {command}")]
-    sheets = [_sheet(f"{source}: a {run.state} run", {_NAMES.get(k, k): v for k, v in facts.items()}),
-              _sheet("The newest line of its metrics", last)]  # fmt: skip
+    sheets = [
+        _sheet(f"{source}: a {run.state} run", {_NAMES.get(k, k): v for k, v in facts.items()}),
+        _sheet("The newest line of its metrics", last),
+    ]
     sheets = [sheet for sheet in sheets if sheet.rows]
     sheets[-1].notes = notes
     render(sheets, payload, fmt, output)

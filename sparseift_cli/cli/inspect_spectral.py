@@ -7,9 +7,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..artifact import is_artifact, open_artifact
 from ..checkpoint.facts import Checkpoint, TensorInfo, printable
 from ..errors import SparseiftError, UsageError
+from ..transform.artifact import is_artifact, open_artifact
 from .formats import Format
 from .output import Column, Sheet, integer, ratio, render
 from .ticker import Ticker
@@ -41,11 +41,17 @@ def inspect_spectral(
     kind, title, layers, notes = _opened(source, is_file, every, key)
     rows = _rows(layers)
     if not rows:
-        raise UsageError(f"nothing in {printable(source)} is sparse",
-                         hint="--spectral looks at masks, or at weights with 1 % zeros or more")  # fmt: skip
+        raise UsageError(
+            f"nothing in {printable(source)} is sparse",
+            hint="--spectral looks at masks, or at weights with 1 % zeros or more",
+        )
     payload = {
-        "schema": SCHEMA, "kind": kind, "source": source, "layers": [row.to_json() for row in rows], "notes": notes,
-    }  # fmt: skip
+        "schema": SCHEMA,
+        "kind": kind,
+        "source": source,
+        "layers": [row.to_json() for row in rows],
+        "notes": notes,
+    }
     sheet = Sheet(title, _columns(rows, fmt), [_shown(row) for row in rows], [*NOTES, *notes])
     render([sheet], payload, fmt, output)
 
@@ -73,13 +79,16 @@ def _opened(source: str, is_file: bool, every: bool, key: str | None) -> tuple[s
         )
         return "run", f"{shown}: masks at {steps}", layers, notes
     if every:
-        raise UsageError(f"{shown} is no run directory, which alone keeps several checkpoints",
-                         hint="give a folder of runs/<recipe>/")  # fmt: skip
+        raise UsageError(
+            f"{shown} is no run directory, which alone keeps several checkpoints",
+            hint="give a folder of runs/<recipe>/",
+        )
     if is_artifact(path):
         _no_key(key, source)
         if not open_artifact(path).weights.is_file():
-            raise UsageError(f"{shown} holds a plan without weights (--plan-only)",
-                             hint="transform the model without --plan-only")  # fmt: skip
+            raise UsageError(
+                f"{shown} holds a plan without weights (--plan-only)", hint="transform the model without --plan-only"
+            )
         return "artifact", f"{shown}: masks of the transformed model", _at(None, artifact_layers(path)), []
     folder = path.parent if path.is_file() else path
     if is_checkpoint_folder(folder):
@@ -88,8 +97,11 @@ def _opened(source: str, is_file: bool, every: bool, key: str | None) -> tuple[s
         return "run", f"{shown}: masks of the checkpoint", _at(step, checkpoint_layers(folder)), []
     if path.is_dir() or not is_file:
         what = "no transformed model, run or checkpoint" if path.is_dir() else "a model, which has no masks yet"
-        raise UsageError(f"{shown} is {what}", hint="give a folder of sparseift transform, a run directory "
-                         "runs/<recipe>/<run>, one of its checkpoints, or a checkpoint file")  # fmt: skip
+        raise UsageError(
+            f"{shown} is {what}",
+            hint="give a folder of sparseift transform, a run directory "
+            "runs/<recipe>/<run>, one of its checkpoints, or a checkpoint file",
+        )
     return _foreign(source, key)
 
 

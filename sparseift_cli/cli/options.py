@@ -73,11 +73,22 @@ Pattern = Annotated[
 Distribution = Annotated[str | None, typer.Option(help="uniform, er or erk.", show_default="uniform")]
 
 SPEC: dict[str, Any] = {
-    "match": Match, "scope": Scope, "include": Include, "exclude": Exclude, "width_multiple": WidthMultiple,
-    "base_width": BaseWidth, "heads": Heads, "depthwise": Depthwise, "branch_activation": BranchActivation,
-    "inner": Inner, "norm": Norm, "activation": Activation, "projections": Projections, "pattern": Pattern,
+    "match": Match,
+    "scope": Scope,
+    "include": Include,
+    "exclude": Exclude,
+    "width_multiple": WidthMultiple,
+    "base_width": BaseWidth,
+    "heads": Heads,
+    "depthwise": Depthwise,
+    "branch_activation": BranchActivation,
+    "inner": Inner,
+    "norm": Norm,
+    "activation": Activation,
+    "projections": Projections,
+    "pattern": Pattern,
     "distribution": Distribution,
-}  # fmt: skip
+}
 """The options that say how to transform, beside --transform and --sparsity, by their field of TransformSpec."""
 
 

@@ -243,8 +243,9 @@ def _styled(column: Column, row: Mapping[str, Any], shown: str) -> Text:
     return Text(shown, style=column.style(row.get(column.key)) if column.style and shown else "")
 
 
-def _fit(columns: Sequence[Column], kept: Sequence[int], widths: Sequence[int],
-         limit: int) -> tuple[list[int], list[int], list[int]]:  # fmt: skip
+def _fit(
+    columns: Sequence[Column], kept: Sequence[int], widths: Sequence[int], limit: int
+) -> tuple[list[int], list[int], list[int]]:
     """Widths, the columns that fit into `limit` characters, and those left out.
 
     What wraps gets narrower first, down to `_EASY`; then columns give way; if that is not enough, it gets narrower still.
@@ -268,8 +269,9 @@ def _fit(columns: Sequence[Column], kept: Sequence[int], widths: Sequence[int],
     return shown, stay, left_out
 
 
-def _kept(columns: Sequence[Column], some: Sequence[int], widths: Sequence[int],
-          limit: int) -> tuple[list[int], list[int]]:  # fmt: skip
+def _kept(
+    columns: Sequence[Column], some: Sequence[int], widths: Sequence[int], limit: int
+) -> tuple[list[int], list[int]]:
     """Those of `some` that fit, and those left out: highest priority number first, then rightmost."""
     kept = list(some)
     left_out: list[int] = []

@@ -67,12 +67,19 @@ def ls(fmt: options.FormatOption = Format.table, json: options.Json = False) -> 
     for entry in shipped():
         recipe = load(entry.path)
         spec = recipe.spec
-        rows.append({
-            "name": entry.name, "model": spec.model.name, "data": spec.data.name if spec.data else None,
-            "transform": recipe.transform.get("member"), "sparsity": spec.transform.sparsity if spec.transform else None,
-            "algorithm": spec.algorithm.name, "steps": recipe.training.get("steps"), "epochs": spec.training.epochs,
-            "about": entry.headline,
-        })  # fmt: skip
+        rows.append(
+            {
+                "name": entry.name,
+                "model": spec.model.name,
+                "data": spec.data.name if spec.data else None,
+                "transform": recipe.transform.get("member"),
+                "sparsity": spec.transform.sparsity if spec.transform else None,
+                "algorithm": spec.algorithm.name,
+                "steps": recipe.training.get("steps"),
+                "epochs": spec.training.epochs,
+                "about": entry.headline,
+            }
+        )
     columns = [
         Column("name", "recipe"),
         Column("model", "model", priority=3),
@@ -90,9 +97,11 @@ def ls(fmt: options.FormatOption = Format.table, json: options.Json = False) -> 
     render([Sheet("Shipped recipes", columns, shown, notes)], payload, without_github(fmt, json, "recipe ls"))
 
 
-@app.command(help="Print a recipe with every value, where it comes from, and what it means.\n\nThe output is a recipe.\n\n"
-             "Examples:\n\n  sparseift recipe show quickstart/digits_mlp_dense\n\n"
-             "  sparseift recipe show my.yaml --set training.epochs=1 --format json")  # fmt: skip
+@app.command(
+    help="Print a recipe with every value, where it comes from, and what it means.\n\nThe output is a recipe.\n\n"
+    "Examples:\n\n  sparseift recipe show quickstart/digits_mlp_dense\n\n"
+    "  sparseift recipe show my.yaml --set training.epochs=1 --format json"
+)
 def show(
     recipe: Name,
     sets: Set = None,
@@ -109,8 +118,12 @@ def show(
         typer.echo(annotated_yaml(found), nl=False)
         return
     fmt = without_github(fmt or Format.table, json, "recipe show")
-    columns = [Column("key", "key"), Column("value", "value", flow), Column("origin", "origin", priority=1),
-               Column("about", "meaning", priority=2)]  # fmt: skip
+    columns = [
+        Column("key", "key"),
+        Column("value", "value", flow),
+        Column("origin", "origin", priority=1),
+        Column("about", "meaning", priority=2),
+    ]
     rows = entries(found)
     payload = {"schema": "sparseift.recipe/1", "path": str(found.path), "values": rows}
     render([Sheet(str(found.path), columns, rows)], payload, fmt)
@@ -127,8 +140,10 @@ def cp(
     typer.echo(str(copy(recipe, to, force=force)))
 
 
-@app.command(help="Check recipes: every key and value, and that the transform can be planned. Exit 2 if one is wrong.\n\n"
-             "Example:\n\n  sparseift recipe validate my.yaml other.yaml")  # fmt: skip
+@app.command(
+    help="Check recipes: every key and value, and that the transform can be planned. Exit 2 if one is wrong.\n\n"
+    "Example:\n\n  sparseift recipe validate my.yaml other.yaml"
+)
 def validate(
     recipes: Annotated[
         list[str], typer.Argument(metavar="RECIPE...", help="Files or shipped names.", show_default=False)
@@ -156,10 +171,10 @@ def _checked(name: str, sets: list[str] | None, plan: bool) -> str:
     recipe = opened(name, sets)
     if not plan:
         return "fine"
-    from ..flop_audit import audit
-    from ..request import Request, parse_input
-    from ..source import load_table
-    from ..spec import TrainingSpec, TransformSpec
+    from ..models.request import Request, parse_input
+    from ..models.source import load_table
+    from ..plan.audit import audit
+    from ..plan.spec import TrainingSpec, TransformSpec
 
     take = recipe.options.get
     request = Request(recipe.model, take("num_classes"), parse_input(take("input")), take("seq"))
@@ -175,11 +190,14 @@ def schema_() -> None:
     typer.echo(json_schema_text(), nl=False)
 
 
-@app.command("import", help="Make a recipe of a Cerebras Model Zoo configuration, or of one of the Sparse-IFT authors.\n\n"
-             "What cannot be carried over is named on stderr and in the recipe.\n\nExamples:\n\n"
-             "  sparseift recipe import params_gpt3_125m.yaml -o my.yaml\n\n"
-             "  sparseift recipe import base.yaml sparsewide_rigl.yaml --pick maskopt_sparsity=0.9\n\n"
-             "  sparseift recipe import base.yaml sparsewide_rigl.yaml -o folder      # every run of its grid")  # fmt: skip
+@app.command(
+    "import",
+    help="Make a recipe of a Cerebras Model Zoo configuration, or of one of the Sparse-IFT authors.\n\n"
+    "What cannot be carried over is named on stderr and in the recipe.\n\nExamples:\n\n"
+    "  sparseift recipe import params_gpt3_125m.yaml -o my.yaml\n\n"
+    "  sparseift recipe import base.yaml sparsewide_rigl.yaml --pick maskopt_sparsity=0.9\n\n"
+    "  sparseift recipe import base.yaml sparsewide_rigl.yaml -o folder      # every run of its grid",
+)
 def import_(
     files: Annotated[
         list[Path],
@@ -196,7 +214,7 @@ def import_(
 ) -> None:
     from ..errors import UsageError
     from ..recipe.catalog import write_new
-    from ..recipe.importing import as_recipe, read_foreign
+    from ..recipe.importers.dispatch import as_recipe, read_foreign
 
     picks = dict(p.split("=", 1) for p in pick or [] if "=" in p)
     if len(picks) != len(pick or []):
@@ -205,8 +223,10 @@ def import_(
     folder = output is not None and output.is_dir()
     if len(found) > 1 and not folder:
         keys = ", ".join(sorted({i.name for i in found}))
-        raise UsageError(f"these files describe {len(found)} runs: {keys}",
-                         hint="give an existing folder with -o, or choose: --pick maskopt_sparsity=0.9")  # fmt: skip
+        raise UsageError(
+            f"these files describe {len(found)} runs: {keys}",
+            hint="give an existing folder with -o, or choose: --pick maskopt_sparsity=0.9",
+        )
     for imported in found:
         for note in imported.notes:
             typer.echo(f"not carried over: {note}", err=True)

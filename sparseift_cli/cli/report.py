@@ -191,8 +191,17 @@ app.command("figure4", help=report_figure4.HELP)(report_figure4.figure4)
 app.command("keep", help=report_keep.HELP)(report_keep.keep)
 
 
-def _options(baseline: str | None, reference: str | None, group_by: str | None, metric: str | None,
-             where: str | None, sort: str | None, tolerance: str, allow_unequal: bool, spectral: bool) -> Options:  # fmt: skip
+def _options(
+    baseline: str | None,
+    reference: str | None,
+    group_by: str | None,
+    metric: str | None,
+    where: str | None,
+    sort: str | None,
+    tolerance: str,
+    allow_unequal: bool,
+    spectral: bool,
+) -> Options:
     from ..errors import UsageError
     from ..report.compare import Rules
     from ..report.filters import parse
@@ -205,8 +214,16 @@ def _options(baseline: str | None, reference: str | None, group_by: str | None, 
     if "path" in by and baseline is not None:
         raise UsageError("--baseline compares groups, and --group-by run makes none", hint="leave one of them out")
     rules = Rules(_share(tolerance), allow_unequal)
-    return Options(baseline, rules, reference, by, parse(where) if where is not None else None, tuple(_names(sort) or ()),
-                   spectral, metric)  # fmt: skip
+    return Options(
+        baseline,
+        rules,
+        reference,
+        by,
+        parse(where) if where is not None else None,
+        tuple(_names(sort) or ()),
+        spectral,
+        metric,
+    )
 
 
 def _share(text: str) -> float:

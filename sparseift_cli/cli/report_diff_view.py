@@ -94,8 +94,11 @@ def _exact(found: Diff) -> list[Sheet]:
     if exact.differing:
         told = [{"tensor": t.name, "what": t.what, "largest": t.largest} for t in exact.differing[:_TENSORS_SHOWN]]
         more = len(exact.differing) - len(told)
-        columns = [Column("tensor", "tensor"), Column("what", "difference"),
-                   Column("largest", "largest", lambda v: f"{v:.6g}", right=True, priority=1)]  # fmt: skip
+        columns = [
+            Column("tensor", "tensor"),
+            Column("what", "difference"),
+            Column("largest", "largest", lambda v: f"{v:.6g}", right=True, priority=1),
+        ]
         sheets.append(Sheet("Tensors", columns, told, [f"and {more} more: --json names every one"] if more else []))
     return sheets
 

@@ -41,8 +41,9 @@ def figure4(
         _show(fmt, output)
         return
     if fmt is not Format.table:
-        raise UsageError(f"{output} is a picture, which has no format {fmt}",
-                         hint="leave the format out, or give another file")  # fmt: skip
+        raise UsageError(
+            f"{output} is a picture, which has no format {fmt}", hint="leave the format out, or give another file"
+        )
     _draw(output)
 
 
@@ -51,32 +52,44 @@ def _show(fmt: Format, output: Path | None) -> None:
     from ..report.published import evidence, published
     from .output import Column, Sheet, integer, render
 
-    found: list[dict[str, Any]] = [{k: getattr(c, k) for k in ("claim", "claimed", "counted", "holds", "answer")}
-                                   for c in claims()]  # fmt: skip
+    found: list[dict[str, Any]] = [
+        {k: getattr(c, k) for k in ("claim", "claimed", "counted", "holds", "answer")} for c in claims()
+    ]
     source, tags = published()[0].source, evidence()
     told = fmt in (Format.table, Format.md)
     columns = [
-        Column("model", "model"), Column("transform", "transform", priority=4),
-        Column("sparsity", "sparsity", right=True), Column("match", "match"), Column("algorithm", "algorithm", priority=3),
+        Column("model", "model"),
+        Column("transform", "transform", priority=4),
+        Column("sparsity", "sparsity", right=True),
+        Column("match", "match"),
+        Column("algorithm", "algorithm", priority=3),
         Column("samples", "samples", integer, right=True, priority=5),
         Column("training_flops", "training FLOPs", _flops if told else integer, right=True),
-        Column("ratio", "x dense", lambda v: f"{v:.4f}x", right=True), Column("metric", "metric", priority=2),
-        Column("value", "published", lambda v: f"{v:g}", right=True), Column("evidence", "tag", lambda v: f"[{v}]"),
-    ]  # fmt: skip
+        Column("ratio", "x dense", lambda v: f"{v:.4f}x", right=True),
+        Column("metric", "metric", priority=2),
+        Column("value", "published", lambda v: f"{v:g}", right=True),
+        Column("evidence", "tag", lambda v: f"[{v}]"),
+    ]
     notes = [
         "ResNets: ImageNet, 90 epochs of 1,281,167 images. GPT-3: one sequence of 2,048 tokens, attention counted in full.",
         f"published: {source}; {', '.join(f'[{tag}] {meaning}' for tag, meaning in tags.items())}",
     ]
     claim_columns = [
-        Column("claim", "claim"), Column("claimed", "says", lambda v: f"{v:g}x", right=True, priority=1),
+        Column("claim", "claim"),
+        Column("claimed", "says", lambda v: f"{v:g}x", right=True, priority=1),
         Column("counted", "counted", lambda v: f"{v:.3f}x", right=True),
         Column("holds", "holds", lambda v: "yes" if v else "no"),
         *([] if told else [Column("answer", "answer")]),
-    ]  # fmt: skip
+    ]
     sheets = [
         Sheet("Published results beside audited training FLOPs", columns, rows(), notes if told else []),
-        Sheet("What the article says, and what is counted", claim_columns, found, [c["answer"] for c in found] if told else []),
-    ]  # fmt: skip
+        Sheet(
+            "What the article says, and what is counted",
+            claim_columns,
+            found,
+            [c["answer"] for c in found] if told else [],
+        ),
+    ]
     payload = {"schema": SCHEMA, "rows": rows(), "claims": found, "source": source, "evidence": dict(tags)}
     render(sheets, payload, fmt, output)
 

@@ -52,8 +52,10 @@ def stop_on(report: Report, gates: Sequence[Expression], max_flops_ratio: float 
         raise CheckFailed("\n  ".join(["a check said no:", *problems]))
     if refused := [c for c in report.comparisons if not c.allowed]:
         told = [f"{c.candidate} against {c.baseline}: {c.verdict.removeprefix('refused: ')}" for c in refused]
-        raise CheckFailed("\n  ".join(["refused to compare unequal budgets:", *told]),
-                          hint="--allow-unequal-flops compares all the same; --flops-tolerance 2% allows more")  # fmt: skip
+        raise CheckFailed(
+            "\n  ".join(["refused to compare unequal budgets:", *told]),
+            hint="--allow-unequal-flops compares all the same; --flops-tolerance 2% allows more",
+        )
 
 
 def _broken(gate: Expression, rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -105,8 +107,11 @@ def _rows(report: Report) -> list[dict[str, Any]]:
 def _broke(gate: Expression, row: Mapping[str, Any]) -> str:
     """The values that the gate objects to, in as many digits as it takes to see why."""
     for digits in range(6, 17):
-        rounded = {name: float(v) if isinstance(row[name], float) else row[name]
-                   for name in gate.names for v in [_shown(row[name], digits)]}  # fmt: skip
+        rounded = {
+            name: float(v) if isinstance(row[name], float) else row[name]
+            for name in gate.names
+            for v in [_shown(row[name], digits)]
+        }
         if gate.on({**row, **rounded}):
             return _told(gate, row, digits)
     return _told(gate, row, 17)

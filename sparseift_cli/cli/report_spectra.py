@@ -16,14 +16,19 @@ def sheet(report: Report) -> Sheet:
         return Column(key, header, lambda v: f"{v:,.4f}", right=True, priority=priority)
 
     columns = [
-        Column("group", "group"), Column("step", "step", integer, right=True),
-        Column("runs", "runs", integer, right=True, priority=4), Column("layers", "layers", integer, right=True, priority=3),
-        number("spectral_gap", "spectral gap"), number("ramanujan_gap", "Ramanujan gap"),
+        Column("group", "group"),
+        Column("step", "step", integer, right=True),
+        Column("runs", "runs", integer, right=True, priority=4),
+        Column("layers", "layers", integer, right=True, priority=3),
+        number("spectral_gap", "spectral gap"),
+        number("ramanujan_gap", "Ramanujan gap"),
         number("weighted_spectral_gap", "weighted gap", 2),
         Column("ramanujan", "at 0 or above", lambda v: f"{100 * v:.0f} %", right=True, priority=1),
-    ]  # fmt: skip
-    notes = ["Means over masked layers and runs. A layer whose Ramanujan gap is at least 0 is well connected; at 0 or above: "
-             "the share of them. sparseift inspect RUN --spectral shows every layer."]  # fmt: skip
+    ]
+    notes = [
+        "Means over masked layers and runs. A layer whose Ramanujan gap is at least 0 is well connected; at 0 or above: "
+        "the share of them. sparseift inspect RUN --spectral shows every layer."
+    ]
     return Sheet("How well the masks connect, at every kept checkpoint", columns, summed(report), notes)
 
 

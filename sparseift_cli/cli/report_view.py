@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..metric_names import METRICS
+from ..base.metrics import METRICS
 from ..report import curves
 from ..report import frame as frames
 from ..report.make import HIDDEN, Options, sort
@@ -23,10 +23,35 @@ from .output import Column, Sheet, integer, render
 SCHEMA = "sparseift.report/1"
 _STATES = {"finished": "green", "running": "cyan", "stopped": "yellow"}
 _OUTCOMES = {"better": "green", "worse": "red", "refused": "yellow"}
-_GROUP_SHOWN = ("group", "n", "metric", "mean", "std", "low", "high", "best", "steps", "flops", "flops_ratio", "seconds",
-                "peak_bytes", "optimizer_bytes")  # fmt: skip
-_RUN_SHOWN = ("path", "state", "step", "steps", "seed", "metric", "value", "best", "flops_ratio", "seconds",
-              "peak_bytes")  # fmt: skip
+_GROUP_SHOWN = (
+    "group",
+    "n",
+    "metric",
+    "mean",
+    "std",
+    "low",
+    "high",
+    "best",
+    "steps",
+    "flops",
+    "flops_ratio",
+    "seconds",
+    "peak_bytes",
+    "optimizer_bytes",
+)
+_RUN_SHOWN = (
+    "path",
+    "state",
+    "step",
+    "steps",
+    "seed",
+    "metric",
+    "value",
+    "best",
+    "flops_ratio",
+    "seconds",
+    "peak_bytes",
+)
 
 
 def decimals(value: Any) -> str:
@@ -70,17 +95,31 @@ def _flops(value: float) -> str:
 _CURVE, _BAR = 12, 10  # characters of a learning curve, and of a bar
 _HEADS: Mapping[str, tuple[str, Callable[[Any], str], bool, int]] = {
     # column: header, how it is shown, right-aligned, priority (the highest gives way first on a narrow terminal)
-    "group": ("group", str, False, 0), "path": ("run", str, False, 0), "recipe": ("recipe", str, False, 1),
-    "n": ("n", _count, True, 0), "metric": ("metric", str, False, 0), "mean": ("mean", decimals, True, 0),
-    "std": ("std", _three, True, 4), "low": ("95 % low", decimals, True, 1), "high": ("high", decimals, True, 1),
-    "best": ("best", decimals, True, 5), "value": ("last", decimals, True, 0), "steps": ("steps", _count, True, 6),
-    "flops": ("FLOPs", _flops, True, 3), "flops_ratio": ("x dense", _times, True, 2),
-    "flops_spent": ("spent", _flops, True, 3), "dense_flops": ("dense FLOPs", _flops, True, 3),
-    "seconds": ("seconds", _seconds, True, 7), "peak_bytes": ("peak MiB", mebibytes, True, 9),
-    "optimizer_bytes": ("optimiser MiB", mebibytes, True, 10), "state": ("state", str, False, 0),
-    "step": ("step", _count, True, 0), "seed": ("seed", str, True, 1), "params": ("params", _count, True, 3),
+    "group": ("group", str, False, 0),
+    "path": ("run", str, False, 0),
+    "recipe": ("recipe", str, False, 1),
+    "n": ("n", _count, True, 0),
+    "metric": ("metric", str, False, 0),
+    "mean": ("mean", decimals, True, 0),
+    "std": ("std", _three, True, 4),
+    "low": ("95 % low", decimals, True, 1),
+    "high": ("high", decimals, True, 1),
+    "best": ("best", decimals, True, 5),
+    "value": ("last", decimals, True, 0),
+    "steps": ("steps", _count, True, 6),
+    "flops": ("FLOPs", _flops, True, 3),
+    "flops_ratio": ("x dense", _times, True, 2),
+    "flops_spent": ("spent", _flops, True, 3),
+    "dense_flops": ("dense FLOPs", _flops, True, 3),
+    "seconds": ("seconds", _seconds, True, 7),
+    "peak_bytes": ("peak MiB", mebibytes, True, 9),
+    "optimizer_bytes": ("optimiser MiB", mebibytes, True, 10),
+    "state": ("state", str, False, 0),
+    "step": ("step", _count, True, 0),
+    "seed": ("seed", str, True, 1),
+    "params": ("params", _count, True, 3),
     "nonzero_params": ("non-zero", _count, True, 3),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,16 +168,26 @@ class View:
             "group_by": ["run" if name == "path" else name for name in self.options.by],
             "confidence": self.options.rules.confidence,
             "runs" if self.by_run else "groups": [{name: clean(row[name]) for name in names} for row in rows],
-            **({} if self.by_run else {"unfinished": [
-                {name: clean(row[name]) for name in ("path", "group", "seed", "state", "step", "steps", "metric", "value")}
-                for row in self._waiting()]}),
+            **(
+                {}
+                if self.by_run
+                else {
+                    "unfinished": [
+                        {
+                            name: clean(row[name])
+                            for name in ("path", "group", "seed", "state", "step", "steps", "metric", "value")
+                        }
+                        for row in self._waiting()
+                    ]
+                }
+            ),
             "comparisons": [comparison_json(c) for c in report.comparisons],
             "reference": [beside_json(b) for b in report.reference],
             **report_spectra.payload(report),
             "skipped": [{"path": str(path), "reason": reason} for path, reason in report.skipped],
             "notes": list(report.notes),
             "warnings": [f"{run.path}: {text}" for run in report.runs for text in run.warnings],
-        }  # fmt: skip
+        }
 
     def _rows(self) -> list[dict[str, Any]]:
         if not self.by_run:
@@ -156,8 +205,10 @@ class View:
         title += "" if self.by_run else f" in {_many(len(rows), 'group')}"
         notes = list(self.report.notes)
         if not self.by_run and self.columns is None:
-            notes.append("mean, std, 95 % interval (Student's t): over n seeds, at the end of training; best: mean of each "
-                         "run's best. FLOPs: of training, audited.")  # fmt: skip
+            notes.append(
+                "mean, std, 95 % interval (Student's t): over n seeds, at the end of training; best: mean of each "
+                "run's best. FLOPs: of training, audited."
+            )
         columns = [_column(n, asked=self.columns is not None) for n in names]
         if fmt is Format.table and self.columns is None:  # a picture, not a value: no other format has it
             key, found = (
@@ -172,8 +223,14 @@ class View:
 
     def _unfinished(self, fmt: Format, ascii_only: bool) -> Sheet:
         rows = self._waiting()
-        columns = [Column("path", "run"), _column("state"), _column("step"), Column("steps", "of", _count, right=True),
-                   Column("metric", "metric", priority=2), Column("value", "last", decimals, right=True, priority=1)]  # fmt: skip
+        columns = [
+            Column("path", "run"),
+            _column("state"),
+            _column("step"),
+            Column("steps", "of", _count, right=True),
+            Column("metric", "metric", priority=2),
+            Column("value", "last", decimals, right=True, priority=1),
+        ]
         if fmt is Format.table:
             rows = [{**row, "progress": row["step"] / row["steps"] if row["steps"] else None} for row in rows]
             columns.append(Column("progress", "progress", lambda v: bar(v, _BAR, ascii_only=ascii_only), priority=3))
@@ -204,17 +261,22 @@ class View:
         rows = [beside_json(b) for b in self.report.reference]
         told = fmt in (Format.table, Format.md)
         columns = [
-            Column("model", "model"), Column("data", "data"), Column("transform", "transform", priority=3),
+            Column("model", "model"),
+            Column("data", "data"),
+            Column("transform", "transform", priority=3),
             Column("sparsity", "sparsity", lambda v: f"{v:g}", right=True, priority=1),
-            Column("algorithm", "algorithm", priority=5), Column("metric", "metric", priority=6),
-            Column("dense", "dense", _plain, right=True), Column("value", "published", _plain, right=True),
-            Column("difference", "+-", _signed, right=True), Column("evidence", "tag"),
+            Column("algorithm", "algorithm", priority=5),
+            Column("metric", "metric", priority=6),
+            Column("dense", "dense", _plain, right=True),
+            Column("value", "published", _plain, right=True),
+            Column("difference", "+-", _signed, right=True),
+            Column("evidence", "tag"),
             Column("our_dense", "our dense", decimals, right=True, priority=2),
             Column("our_value", "ours", decimals, right=True, priority=0),
             Column("our_difference", "our +-", _signed, right=True, priority=0),
             Column("n", "n", _count, right=True, priority=4),
             Column("group", "group", priority=7),
-        ]  # fmt: skip
+        ]
         if not told:
             columns += [Column("source", "source"), Column("note", "note")]
         name = self.options.reference or "paper"
@@ -237,29 +299,54 @@ def _unequal(comparisons: Sequence[Comparison]) -> str:
 def sentences(c: Comparison) -> list[str]:
     """The verdict, what both sides cost, and what to know before believing it."""
     told = [f"{c.candidate} against {c.baseline}: {c.verdict}{c.pairing}"]
-    costs = [("training FLOPs", "flops", integer, ""), ("wall time", "seconds", _seconds, " s"),
-             ("peak memory", "peak_bytes", mebibytes, " MiB"),
-             ("optimiser", "optimizer_bytes", mebibytes, " MiB")]  # fmt: skip
-    both = [(name, [getattr(side, key) for side in (c.candidate_costs, c.baseline_costs)], show, unit)
-            for name, key, show, unit in costs]  # fmt: skip
-    known = [f"{name} {' against '.join('unknown' if v is None else show(v) for v in values)}{unit}"
-             for name, values, show, unit in both if any(v is not None for v in values)]  # fmt: skip
+    costs = [
+        ("training FLOPs", "flops", integer, ""),
+        ("wall time", "seconds", _seconds, " s"),
+        ("peak memory", "peak_bytes", mebibytes, " MiB"),
+        ("optimiser", "optimizer_bytes", mebibytes, " MiB"),
+    ]
+    both = [
+        (name, [getattr(side, key) for side in (c.candidate_costs, c.baseline_costs)], show, unit)
+        for name, key, show, unit in costs
+    ]
+    known = [
+        f"{name} {' against '.join('unknown' if v is None else show(v) for v in values)}{unit}"
+        for name, values, show, unit in both
+        if any(v is not None for v in values)
+    ]
     return [*told, *([f"  {'; '.join(known)}"] if known else []), *(f"  {note}" for note in c.notes)]
 
 
 def comparison_row(c: Comparison) -> dict[str, Any]:
     """A comparison as one flat row; costs of the baseline under their own names."""
     return {
-        "candidate": c.candidate, "baseline": c.baseline, "metric": c.metric, "lower_is_better": c.lower_is_better,
-        "outcome": c.outcome, "difference": c.difference, "low": c.low, "high": c.high, "confidence": c.confidence,
-        "n": c.n, "candidate_n": c.candidate_n, "baseline_n": c.baseline_n, "paired": c.paired,
-        "degrees_of_freedom": c.degrees_of_freedom, "mean": c.candidate_mean, "baseline_mean": c.baseline_mean,
-        "flops_ratio": c.flops_ratio, "equal_flops": c.equal_flops, "allowed": c.allowed,
+        "candidate": c.candidate,
+        "baseline": c.baseline,
+        "metric": c.metric,
+        "lower_is_better": c.lower_is_better,
+        "outcome": c.outcome,
+        "difference": c.difference,
+        "low": c.low,
+        "high": c.high,
+        "confidence": c.confidence,
+        "n": c.n,
+        "candidate_n": c.candidate_n,
+        "baseline_n": c.baseline_n,
+        "paired": c.paired,
+        "degrees_of_freedom": c.degrees_of_freedom,
+        "mean": c.candidate_mean,
+        "baseline_mean": c.baseline_mean,
+        "flops_ratio": c.flops_ratio,
+        "equal_flops": c.equal_flops,
+        "allowed": c.allowed,
         **{name: getattr(c.candidate_costs, name) for name in ("flops", "seconds", "peak_bytes", "optimizer_bytes")},
-        **{f"baseline_{name}": getattr(c.baseline_costs, name)
-           for name in ("flops", "seconds", "peak_bytes", "optimizer_bytes")},
-        "verdict": c.verdict, "notes": "; ".join(c.notes),
-    }  # fmt: skip
+        **{
+            f"baseline_{name}": getattr(c.baseline_costs, name)
+            for name in ("flops", "seconds", "peak_bytes", "optimizer_bytes")
+        },
+        "verdict": c.verdict,
+        "notes": "; ".join(c.notes),
+    }
 
 
 def comparison_json(c: Comparison) -> dict[str, Any]:
@@ -270,12 +357,27 @@ def beside_json(b: Beside) -> dict[str, Any]:
     """A published row, and ours with `our_` in front."""
     p = b.published
     return {
-        "model": p.model, "data": p.data, "transform": p.transform, "sparsity": p.sparsity, "algorithm": p.algorithm,
-        "metric": p.metric, "dense": p.dense, "value": p.value, "difference": p.difference, "evidence": p.evidence,
-        "epochs": p.epochs, "steps": p.steps, "group": b.group, "n": b.n, "our_dense": clean(b.dense),
-        "our_value": clean(b.value), "our_difference": clean(b.difference), "our_epochs": clean(b.epochs),
-        "source": p.source, "note": b.note,
-    }  # fmt: skip
+        "model": p.model,
+        "data": p.data,
+        "transform": p.transform,
+        "sparsity": p.sparsity,
+        "algorithm": p.algorithm,
+        "metric": p.metric,
+        "dense": p.dense,
+        "value": p.value,
+        "difference": p.difference,
+        "evidence": p.evidence,
+        "epochs": p.epochs,
+        "steps": p.steps,
+        "group": b.group,
+        "n": b.n,
+        "our_dense": clean(b.dense),
+        "our_value": clean(b.value),
+        "our_difference": clean(b.difference),
+        "our_epochs": clean(b.epochs),
+        "source": p.source,
+        "note": b.note,
+    }
 
 
 def clean(value: Any) -> Any:

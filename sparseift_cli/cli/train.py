@@ -125,8 +125,15 @@ def train(
         raise
 
 
-def _again(recipes: list[str], sets: list[str], seeds: str | None, parallel: int, runs: Path, resume: str | None,
-           flags: list[str]) -> list[str]:  # fmt: skip
+def _again(
+    recipes: list[str],
+    sets: list[str],
+    seeds: str | None,
+    parallel: int,
+    runs: Path,
+    resume: str | None,
+    flags: list[str],
+) -> list[str]:
     """The words of the command that goes on with what this one began: runs that are done are read, others resumed or begun."""
     program = ["sparseift"]
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -169,8 +176,9 @@ def _run_child(
     show_runs(results, fmt)
 
 
-def _run_parallel(jobs: Jobs, sets: list[str], parallel: int, runs: Path, resume: str | None, fmt: Format,
-                  tensorboard: bool) -> None:  # fmt: skip
+def _run_parallel(
+    jobs: Jobs, sets: list[str], parallel: int, runs: Path, resume: str | None, fmt: Format, tensorboard: bool
+) -> None:
     from ..train.parallel import Child, FailedRuns, run_parallel
     from .train_progress import progress
     from .train_view import show_runs
@@ -204,8 +212,10 @@ def _require_names(recipes: Sequence[Recipe]) -> None:
     for recipe in recipes:
         other = seen.setdefault(recipe.name, recipe.path)
         if other is not recipe.path:
-            raise UsageError(f"{other} and {recipe.path} are both called {recipe.name}",
-                             hint="train them one after the other, or rename one")  # fmt: skip
+            raise UsageError(
+                f"{other} and {recipe.path} are both called {recipe.name}",
+                hint="train them one after the other, or rename one",
+            )
 
 
 def _speed(tflops: float | None) -> float | None:

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-from ..flop_audit import Audit, audit
-from ..layer_plan import LayerPlan
+from ..models.request import Request, parse_input
+from ..models.source import build, load_table
+from ..plan.audit import Audit, audit
+from ..plan.layer_plan import LayerPlan
+from ..plan.spec import TrainingSpec, TransformSpec
+from ..plan.training_cost import executed_macs
 from ..recipe import defaults
 from ..recipe.load import Recipe, run_steps
-from ..request import Request, parse_input
-from ..source import build, load_table
-from ..spec import TrainingSpec, TransformSpec
-from ..training_cost import executed_macs
 from .formats import Format
 from .output import Column, Sheet, render
 
@@ -64,15 +64,23 @@ def plan_facts(recipe: Recipe, steps: int | None, tflops: float | None) -> list[
         executed = round(of_run * _executed_macs(result))
         facts += [
             ("training_flops", round(of_run * made.training_macs), "FLOPs of the run, mask updates included"),
-            ("dense_training_flops", round(of_run * result.dense.training_macs),
-             "FLOPs of the dense model over as many steps"),
-        ]  # fmt: skip
+            (
+                "dense_training_flops",
+                round(of_run * result.dense.training_macs),
+                "FLOPs of the dense model over as many steps",
+            ),
+        ]
         if result.plan:
             facts.append(("executed_flops", executed, "FLOPs that a device without sparse kernels makes of it"))
         if tflops is not None:
             seconds = round(executed / (tflops * 1e12))
-            facts.append(("seconds", seconds, f"of training steps at {tflops:g} TFLOP/s: {_hours(seconds)}; "
-                                              "evaluation comes on top"))  # fmt: skip
+            facts.append(
+                (
+                    "seconds",
+                    seconds,
+                    f"of training steps at {tflops:g} TFLOP/s: {_hours(seconds)}; evaluation comes on top",
+                )
+            )
     facts += [
         ("ratio", float(made.training_macs / result.dense.training_macs), "training FLOPs over the dense model's"),
         ("params", made.params, "parameters"),
@@ -81,8 +89,9 @@ def plan_facts(recipe: Recipe, steps: int | None, tflops: float | None) -> list[
     ]
     if masked:
         facts.append(("mask_bytes", MASK_BYTES * masked, "bytes of masks and what is kept beside them"))
-    facts.append(("activation_bytes", 4 * activations,
-                  "bytes of counted layers' outputs for one micro-batch (float32)"))  # fmt: skip
+    facts.append(
+        ("activation_bytes", 4 * activations, "bytes of counted layers' outputs for one micro-batch (float32)")
+    )
     return facts
 
 
@@ -90,7 +99,7 @@ def _require_output(recipe: Recipe) -> None:
     """Raise UsageError where a model of one's own gives what its data cannot be learned with, as far as sizes alone tell."""
     import torch
 
-    from ..train import fit
+    from ..train import compatibility as fit
 
     data = recipe.spec.data
     facts = defaults.facts_of({"name": data.name}) if data is not None else None

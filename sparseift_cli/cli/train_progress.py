@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..metric_names import METRICS
+from ..base.metrics import METRICS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -88,8 +88,13 @@ class Bars(Lines):
         super().__init__(several)
         self._console = console
         self._runs: dict[str, _Bar] = {}
-        self._live = Live(console=console, refresh_per_second=REFRESH, transient=True, redirect_stdout=False,
-                          get_renderable=self._draw)  # fmt: skip
+        self._live = Live(
+            console=console,
+            refresh_per_second=REFRESH,
+            transient=True,
+            redirect_stdout=False,
+            get_renderable=self._draw,
+        )
 
     def __enter__(self) -> Bars:
         self._live.start()
@@ -197,9 +202,12 @@ def row_fields(row: Mapping[str, Any], steps: int) -> list[str]:
     left = row["seconds"] / step * (steps - step) if step else 0.0
     masks = [f"density {row['density']:.4f}, ever active {row['itop_rate']:.4f}"] if "itop_rate" in row else []
     return [
-        f"step {step:,}/{steps:,}", *(f"{k} {row[k]:.4g}" for k in SHOWN if k in row), *masks,
-        f"{row['flops']:.4g} FLOPs", f"{clock(left)} left",
-    ]  # fmt: skip
+        f"step {step:,}/{steps:,}",
+        *(f"{k} {row[k]:.4g}" for k in SHOWN if k in row),
+        *masks,
+        f"{row['flops']:.4g} FLOPs",
+        f"{clock(left)} left",
+    ]
 
 
 def fold(words: Sequence[str], between: str, width: int) -> list[str]:

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..metric_names import METRICS
+from ..base.metrics import METRICS
 from .formats import Format
 from .output import Column, Sheet, integer, measured, ratio, render
 

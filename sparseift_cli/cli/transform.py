@@ -11,7 +11,7 @@ from . import options
 from .formats import Format, without_github
 
 if TYPE_CHECKING:
-    from ..transforms.transformation import Transformation
+    from ..transform.transformation import Transformation
 
 HELP = """Transform a model or checkpoint, and write it: weights, masks, plan and audit.
 
@@ -91,10 +91,10 @@ def transform(
     *,
     spec: dict[str, Any],
 ) -> None:
-    from ..artifact import require_writable
     from ..errors import UsageError, one_of
-    from ..request import Request, parse_input
-    from ..source import resolve
+    from ..models.request import Request, parse_input
+    from ..models.source import resolve
+    from ..transform.artifact import require_writable
 
     fmt = without_github(fmt, json, "transform")
     one_of("--init", init, ("fresh", "preserve"))
@@ -120,17 +120,21 @@ def transform(
     given |= {k: v for k, v in {"member": transform, "sparsity": sparsity}.items() if v is not None}
     if "sparsity" not in given:
         raise UsageError("a transform needs its sparsity", hint="--sparsity 0.9")
-    from ..conversion import convert
-    from ..spec import TrainingSpec, TransformSpec, member_named
-    from ..transforms.transformation import Options
+    from ..plan.spec import TrainingSpec, TransformSpec, member_named
+    from ..transform.convert import convert
+    from ..transform.transformation import Options
 
     wanted = TransformSpec.of(given | {"member": member_named(given.get("member", "wide"))})
     start: Any = {"start": init, "init": weight_init, "scores": None if masks == "random" else masks}
     new, done = convert(
-        request, wanted, checkpoint=checkpoint, key=key, plan_only=plan_only,
+        request,
+        wanted,
+        checkpoint=checkpoint,
+        key=key,
+        plan_only=plan_only,
         training=TrainingSpec(**recipe.training) if recipe else None,
         options=Options(seed=seed, connect=connect, preserve_slack=preserve_slack, **start),
-    )  # fmt: skip
+    )
     if out is not None:
         from ..api import save
 
@@ -139,8 +143,8 @@ def transform(
 
 
 def _is_checkpoint_file(source: str) -> bool:
-    from ..artifact import is_artifact
     from ..errors import UsageError
+    from ..transform.artifact import is_artifact
     from .inspect import is_checkpoint
 
     if is_artifact(source):
@@ -149,7 +153,7 @@ def _is_checkpoint_file(source: str) -> bool:
 
 
 def _show(done: Transformation, out: Path | None, fmt: Format, *, summary: bool, depth: int | None) -> None:
-    from ..flop_audit import audit
+    from ..plan.audit import audit
     from . import flops_view
 
     result = audit(done.plan.table, done.plan.spec, done.plan.training)
@@ -172,8 +176,10 @@ def _show(done: Transformation, out: Path | None, fmt: Format, *, summary: bool,
 
 def _lines(done: Transformation, out: Path | None) -> list[str]:
     m = done.measured
-    lines = [f"Counted again after the surgery: {m.forward_macs:,} MACs, {m.nonzero_params:,} non-zero of {m.params:,} "
-             "parameters, as planned."]  # fmt: skip
+    lines = [
+        f"Counted again after the surgery: {m.forward_macs:,} MACs, {m.nonzero_params:,} non-zero of {m.params:,} "
+        "parameters, as planned."
+    ]
     if done.deviation is not None:
         lines.append(f"Largest difference to the dense model's output: {done.deviation:.2g} of its largest value.")
     if any(done.dead):

@@ -23,8 +23,12 @@ if TYPE_CHECKING:
 __all__ = ["CATALOG", "Augment", "Batches", "DataSet", "Targets", "find", "open_data", "write_tokens"]
 
 _NEED_TORCH = {
-    "Augment": "augment", "Batches": "batches", "DataSet": "dataset", "Targets": "dataset", "write_tokens": "token_files"
-}  # fmt: skip
+    "Augment": "augment",
+    "Batches": "batches",
+    "DataSet": "dataset",
+    "Targets": "dataset",
+    "write_tokens": "token_files",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..base.randomness import coin, lane
 from ..errors import UsageError, one_of
-from ..randomness import coin, lane
 
 
 @dataclass(frozen=True, slots=True)

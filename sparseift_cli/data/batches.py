@@ -35,11 +35,23 @@ class Batches:
     """
 
     def __init__(
-        self, dataset: DataSet, split: str, batch_size: int, seed: int = 0, *, train: bool | None = None,
-        augment: Augment | Literal["default"] | None = "default", device: torch.device | str = "cpu", rank: int = 0,
-        world: int = 1, seq: int | None = None, workers: int = 0, limit: int | None = None,
-        dtype: torch.dtype = torch.float32, channels_last: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        dataset: DataSet,
+        split: str,
+        batch_size: int,
+        seed: int = 0,
+        *,
+        train: bool | None = None,
+        augment: Augment | Literal["default"] | None = "default",
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        world: int = 1,
+        seq: int | None = None,
+        workers: int = 0,
+        limit: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+    ) -> None:
         dataset.check_split(split)
         train = split == "train" if train is None else train
         if (dataset.kind == "tokens") != (seq is not None):

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from ..checkpoint.facts import Malformed
 from ..errors import UsageError
-from .archives import read_members
 from .array_pickle import Array, read_arrays
 from .augment import Augment
 from .images import ImageSet, Read
 from .packed_cifar import is_packed, read_packed
-from .places import Remote, search
+from .places import Remote, read_members, search
 
 SHAPE = (3, 32, 32)
 _PIXELS = prod(SHAPE)
@@ -83,13 +82,24 @@ def _open(name: str, root: str | Path | None, download: bool) -> ImageSet:
     archives = [remote.file_name for remote in version.archives]
     packed = ["cifar-100"] if name == "cifar100" else []
     place, read = search(
-        name, root, [*version.folders, *archives, *packed], partial(_recognise, version),
-        remotes=version.archives[:1], download=download,
-    )  # fmt: skip
+        name,
+        root,
+        [*version.folders, *archives, *packed],
+        partial(_recognise, version),
+        remotes=version.archives[:1],
+        download=download,
+    )
     return ImageSet(
-        name, read, split_names=tuple(version.batches), shape=SHAPE, classes=version.classes, source=str(place),
-        mean=version.mean, std=version.std, augment=Augment(crop=4, flip=True),
-    )  # fmt: skip
+        name,
+        read,
+        split_names=tuple(version.batches),
+        shape=SHAPE,
+        classes=version.classes,
+        source=str(place),
+        mean=version.mean,
+        std=version.std,
+        augment=Augment(crop=4, flip=True),
+    )
 
 
 def _recognise(version: _Version, place: Path) -> tuple[Path, Read] | None:

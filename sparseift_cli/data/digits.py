@@ -8,12 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..base.randomness import key_of
 from ..errors import UsageError
-from ..randomness import key_of
-from .archives import read_file
 from .images import ImageSet
 from .permutation import Permutation
-from .places import data_home
+from .places import data_home, read_file
 
 _SIDE = 8
 _TEST_SHARE = 5  # one in so many of each digit, drawn by a fixed permutation
@@ -37,9 +36,15 @@ def open_digits(root: str | Path | None = None) -> ImageSet:
         return held[split]
 
     return ImageSet(
-        "digits", read, split_names=("train", "test"), shape=(1, _SIDE, _SIDE), classes=10, source=str(path),
-        mean=(0.3041,), std=(0.3760,),
-    )  # fmt: skip
+        "digits",
+        read,
+        split_names=("train", "test"),
+        shape=(1, _SIDE, _SIDE),
+        classes=10,
+        source=str(path),
+        mean=(0.3041,),
+        std=(0.3760,),
+    )
 
 
 def _file(root: str | Path | None) -> Path:

@@ -7,10 +7,56 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..base.randomness import key_of
 from ..errors import UsageError
 from .augment import Augment, Normalise, crop_and_flip, cut_out
 from .dataset import DataSet, Request, Targets, fits_on, hash_tensors
 from .order import Order
+from .permutation import Permutation
+
+# A part of the training images kept aside, so that what is chosen by accuracy is not chosen on the test split.
+
+
+def hold_out(dataset: ImageSet, count: int) -> ImageSet:
+    """The same set with a split `valid`: `count` of its training images, drawn once for all seeds and runs.
+
+    Reads the training images, which then lie in memory twice.
+
+    Raises:
+        UsageError: it has a split called valid already, or not so many training images.
+    """
+    if "valid" in dataset.split_names:
+        raise UsageError(f"{dataset.name} has a validation split of its own", hint="leave out data.validation")
+    size = len(dataset.images("train")[1])
+    if not 0 < count < size:
+        raise UsageError(
+            f"{count} of {size} training images of {dataset.name} cannot be held out",
+            hint="choose another data.validation",
+        )
+    drawn = Permutation(size, key_of(0, dataset.name, "held out"))(torch.arange(count))
+    held = torch.zeros(size, dtype=torch.bool).index_fill_(0, drawn, True)
+
+    def read(split: str) -> tuple[Tensor, Tensor]:
+        if split not in ("train", "valid"):
+            return dataset.images(split)
+        images, labels = dataset.images("train")
+        wanted = held if split == "valid" else ~held
+        return images[wanted], labels[wanted]
+
+    channels, height, width = dataset.shape
+    others = [name for name in dataset.split_names if name != "train"]
+    return ImageSet(
+        dataset.name,
+        read,
+        split_names=("train", "valid", *others),
+        shape=(channels, height, width),
+        classes=dataset.classes,
+        source=dataset.source,
+        mean=dataset.mean,
+        std=dataset.std,
+        augment=dataset.augment,
+    )
+
 
 Read = Callable[[str], tuple[Tensor, Tensor]]
 
@@ -21,9 +67,18 @@ class ImageSet(DataSet):
     kind = "image"
 
     def __init__(
-        self, name: str, read: Read, *, split_names: Sequence[str], shape: tuple[int, int, int], classes: int, source: str,
-        mean: tuple[float, ...], std: tuple[float, ...], augment: Augment | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        read: Read,
+        *,
+        split_names: Sequence[str],
+        shape: tuple[int, int, int],
+        classes: int,
+        source: str,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        augment: Augment | None = None,
+    ) -> None:
         self.name, self.source, self.shape, self.classes = name, source, shape, classes
         self.mean, self.std, self.augment = mean, std, augment
         self.split_names, self._read = tuple(split_names), read
@@ -75,9 +130,14 @@ class ImageLoader:
         home = request.device if self._resident else torch.device("cpu")
         self._images, self._labels = images.to(home), labels.to(home)
         self._order = Order(
-            len(labels), request.batch_size, request.seed,
-            train=request.train, rank=request.rank, world=request.world, device=home,
-        )  # fmt: skip
+            len(labels),
+            request.batch_size,
+            request.seed,
+            train=request.train,
+            rank=request.rank,
+            world=request.world,
+            device=home,
+        )
         self._normalise = Normalise(dataset.mean, dataset.std, device=request.device, dtype=request.dtype)
         self.steps = self._order.steps
         self.targets = Targets(len(labels) if not request.train else self.steps * request.batch_size)

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from .archives import read_file
 from .images import ImageSet
-from .places import Remote, search
+from .places import Remote, read_file, search
 
 _LIMIT = 64 << 20  # the training images unpack to 47 MB
 _SITE = "https://ossci-datasets.s3.amazonaws.com/mnist/"
@@ -29,9 +28,15 @@ def open_mnist(root: str | Path | None = None, *, download: bool = False) -> Ima
     """MNIST: 60,000 and 10,000 images [1, 28, 28] of 10 digits. Raises UsageError where it is not there."""
     folder = search("mnist", root, ["mnist", "MNIST/raw"], _recognise, remotes=_REMOTES, download=download)
     return ImageSet(
-        "mnist", partial(_read, folder), split_names=tuple(_PREFIX), shape=(1, 28, 28), classes=10,
-        source=str(folder), mean=(0.1307,), std=(0.3081,),
-    )  # fmt: skip
+        "mnist",
+        partial(_read, folder),
+        split_names=tuple(_PREFIX),
+        shape=(1, 28, 28),
+        classes=10,
+        source=str(folder),
+        mean=(0.1307,),
+        std=(0.3081,),
+    )
 
 
 def _recognise(folder: Path) -> Path | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..base.randomness import counters, key_of, words
 from ..errors import UsageError
-from ..randomness import counters, key_of, words
 from .permutation import Permutation
 
 CHUNK = 1 << 16  # samples whose order is worked out at a time: two tensors of 512 KB, and few launches on a GPU
@@ -23,9 +23,17 @@ class Order:
     """
 
     def __init__(
-        self, size: int, batch_size: int, seed: int, *, train: bool, shuffle: bool | None = None,
-        rank: int = 0, world: int = 1, device: torch.device | str = "cpu",
-    ) -> None:  # fmt: skip
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        *,
+        train: bool,
+        shuffle: bool | None = None,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
         if not 0 <= rank < world:
             raise UsageError(f"rank {rank} of {world} processes")
         if batch_size < 1 or (train and batch_size % world):

@@ -15,7 +15,7 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-from ..randomness import below, counters, word, words
+from ..base.randomness import below, counters, word, words
 
 ROUNDS = 8
 

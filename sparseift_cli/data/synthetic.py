@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..randomness import below, counters, key_of, lane, word, words
+from ..base.randomness import below, counters, key_of, lane, word, words
 from .dataset import whole
 from .images import ImageSet
 from .tokens import Stream, TokenSet
@@ -15,9 +15,16 @@ _CHAINS = 1024  # text is written by so many hands at once, one token each at a 
 
 
 def open_synthetic_images(
-    root: None = None, *, classes: int = 10, size: int = 32, channels: int = 3, train: int = 2048, test: int = 512,
-    noise: int = 96, seed: int = 0,
-) -> ImageSet:  # fmt: skip
+    root: None = None,
+    *,
+    classes: int = 10,
+    size: int = 32,
+    channels: int = 3,
+    train: int = 2048,
+    test: int = 512,
+    noise: int = 96,
+    seed: int = 0,
+) -> ImageSet:
     """Images [channels, size, size], class by turns: a coarse picture of its own for each class, under noise.
 
     `noise` (0 to 255) is the range of what is added to every pixel; at 255 little of the class is left to see.
@@ -39,9 +46,15 @@ def open_synthetic_images(
         return (pictures[labels] + added).to(torch.uint8), labels
 
     return ImageSet(
-        "synthetic-images", read, split_names=("train", "test"), shape=(channels, size, size), classes=classes,
-        source=f"made up: noise {noise}, seed {seed}", mean=(0.5,) * channels, std=(0.2,) * channels,
-    )  # fmt: skip
+        "synthetic-images",
+        read,
+        split_names=("train", "test"),
+        shape=(channels, size, size),
+        classes=classes,
+        source=f"made up: noise {noise}, seed {seed}",
+        mean=(0.5,) * channels,
+        std=(0.2,) * channels,
+    )
 
 
 def open_synthetic_text(

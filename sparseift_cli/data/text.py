@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 
 from ..errors import UsageError, one_of
-from .archives import read_file
 from .dataset import whole
-from .places import search
+from .places import read_file, search
 from .tokens import Stream, TokenSet
 
 UNKNOWN, END = "<unk>", "<eos>"

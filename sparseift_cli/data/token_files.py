@@ -20,9 +20,8 @@ from torch import Tensor
 from ..checkpoint.bounded_json import parse_object
 from ..checkpoint.facts import Malformed
 from ..errors import UsageError, one_of
-from .archives import read_file
 from .dataset import raw_bytes, whole
-from .places import search
+from .places import read_file, search
 from .tokens import BITS, Stream, TokenSet
 
 FORMAT = "sparseift.tokens/1"
@@ -100,8 +99,6 @@ def write_tokens(folder: str | Path, splits: Mapping[str, Tensor | Stream], *, v
             raise UsageError(f"{name}: a token {high} is outside a vocabulary of {vocab}")
         data = ids.to(_HELD_AS[dtype])
         (folder / f"{name}.bin").write_bytes(raw_bytes(data))
-        entries[name] = {
-            "file": f"{name}.bin", "tokens": len(data), "words": stream.words(), "bytes": stream.bytes()
-        }  # fmt: skip
+        entries[name] = {"file": f"{name}.bin", "tokens": len(data), "words": stream.words(), "bytes": stream.bytes()}
     header = {"format": FORMAT, "dtype": dtype, "vocab": vocab, "splits": entries}
     (folder / HEADER).write_text(json.dumps(header, indent=1) + "\n", "utf-8")

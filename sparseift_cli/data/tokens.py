@@ -9,8 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..base.randomness import below, counters
 from ..errors import UsageError
-from ..randomness import below, counters
 from .dataset import DataSet, Request, Targets, fits_on, hash_tensors
 from .order import Order
 
@@ -39,9 +39,15 @@ class TokenSet(DataSet):
     shape = ()
 
     def __init__(
-        self, name: str, read: Callable[[str], Stream], *, split_names: Sequence[str], vocab: int, source: str,
+        self,
+        name: str,
+        read: Callable[[str], Stream],
+        *,
+        split_names: Sequence[str],
+        vocab: int,
+        source: str,
         vocabulary: Sequence[str] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.name, self.source, self.classes, self.vocabulary = name, source, vocab, vocabulary
         self.split_names, self._read = tuple(split_names), read
         self._held: dict[str, Stream] = {}
@@ -71,8 +77,12 @@ class TokenSet(DataSet):
 
     @cached_property
     def _largest(self) -> dict[str, int]:
-        return {name: max(int((part.to(torch.int64) & BITS[part.dtype]).max())
-                          for part in self.stream(name).tokens.split(1 << 24)) for name in self.split_names}  # fmt: skip
+        return {
+            name: max(
+                int((part.to(torch.int64) & BITS[part.dtype]).max()) for part in self.stream(name).tokens.split(1 << 24)
+            )
+            for name in self.split_names
+        }
 
     def _size(self, split: str) -> int:
         return len(self.stream(split).tokens)
@@ -109,9 +119,15 @@ class TokenLoader:
         windows = self._length - 1
         windows = windows // self.seq if request.train else -(-windows // self.seq)
         self._order = Order(
-            windows, request.batch_size, request.seed, train=request.train, shuffle=False,
-            rank=request.rank, world=request.world, device=home,
-        )  # fmt: skip
+            windows,
+            request.batch_size,
+            request.seed,
+            train=request.train,
+            shuffle=False,
+            rank=request.rank,
+            world=request.world,
+            device=home,
+        )
         self._window = counters(0, self.seq + 1, home)
         self.steps = self._order.steps
         if request.train:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..base.locations import recipes_dir
 from ..errors import UsageError
-from ..locations import recipes_dir
 from .load import find
 from .write import EDITOR
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ..data.registry import find
 from ..errors import SparseiftError, UsageError
-from ..zoo import registry
+from ..models.zoo import registry
 
 Kind = Literal["image", "tokens"]
 Values = dict[str, dict[str, Any]]
@@ -55,14 +55,20 @@ NO_TEST = ("cifar10", "cifar100", "mnist", "digits", "synthetic-images", "stdlib
 _SGD: dict[str, Any] = {"momentum": 0.9, "nesterov": True}
 _NO_DECAY = ["norm", "bias"]
 _OPTIMIZERS: dict[str, dict[str, dict[str, Any]]] = {
-    "image": {"sgd": {"lr": 0.05, "weight_decay": 1e-4, **_SGD},
-              "adamw": {"lr": 1e-3, "weight_decay": 0.05, "no_decay_on": _NO_DECAY}},
-    "cifar": {"sgd": {"lr": 0.1, "weight_decay": 5e-4, **_SGD},
-              "adamw": {"lr": 1e-3, "weight_decay": 0.05, "no_decay_on": _NO_DECAY}},
-    "imagenet": {"sgd": {"lr": 0.256, "momentum": 0.875, "weight_decay": 3.0517578125e-5, "no_decay_on": _NO_DECAY},
-                 "adamw": {"lr": 1e-3, "weight_decay": 0.05, "no_decay_on": _NO_DECAY}},
+    "image": {
+        "sgd": {"lr": 0.05, "weight_decay": 1e-4, **_SGD},
+        "adamw": {"lr": 1e-3, "weight_decay": 0.05, "no_decay_on": _NO_DECAY},
+    },
+    "cifar": {
+        "sgd": {"lr": 0.1, "weight_decay": 5e-4, **_SGD},
+        "adamw": {"lr": 1e-3, "weight_decay": 0.05, "no_decay_on": _NO_DECAY},
+    },
+    "imagenet": {
+        "sgd": {"lr": 0.256, "momentum": 0.875, "weight_decay": 3.0517578125e-5, "no_decay_on": _NO_DECAY},
+        "adamw": {"lr": 1e-3, "weight_decay": 0.05, "no_decay_on": _NO_DECAY},
+    },
     "text": {"adamw": {"lr": 6e-4, "betas": [0.9, 0.95], "weight_decay": 0.1, "no_decay_on": _NO_DECAY}, "sgd": _SGD},
-}  # fmt: skip
+}
 _SCHEDULES: dict[str, tuple[str, dict[str, Any]]] = {
     "image": ("cosine", {}),
     "cifar": ("multistep", {"milestones": ["30%", "60%", "80%"], "gamma": 0.2}),
@@ -101,10 +107,12 @@ def defaults(given: Mapping[str, Any]) -> tuple[Values, str]:
         "optimizer": {"name": optimizer, **_OPTIMIZERS[label].get(str(optimizer), {})},
         "schedule": {"name": chosen, **(options if chosen == schedule else {})},
         "training": _length(given.get("training") or {}, _TRAINING[label]),
-        "evaluation": {"every": "10%" if text else "1 epoch",
-                       "metrics": ["loss", "perplexity", "bits_per_byte"] if text else ["loss", "top1", "top5"]},
+        "evaluation": {
+            "every": "10%" if text else "1 epoch",
+            "metrics": ["loss", "perplexity", "bits_per_byte"] if text else ["loss", "top1", "top5"],
+        },
         "checkpoint": {"best": "loss" if text else "top1"},
-    }  # fmt: skip
+    }
     if label == "imagenet":
         values["data"] = {"workers": 8}
     elif "wikitext" in str(data.get("name")).lower():

@@ -37,8 +37,9 @@ def steps_per_epoch(samples: int, batch_size: int) -> int:
     """
     steps = samples // batch_size
     if steps < 1:
-        raise UsageError(f"{samples} training samples do not fill one batch of {batch_size}",
-                         hint="make training.batch_size smaller")  # fmt: skip
+        raise UsageError(
+            f"{samples} training samples do not fill one batch of {batch_size}", hint="make training.batch_size smaller"
+        )
     return steps
 
 

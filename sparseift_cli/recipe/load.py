@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..base.locations import recipes_dir
 from ..errors import UsageError, did_you_mean
-from ..locations import recipes_dir
 
 if TYPE_CHECKING:
     from .schema import Spec
@@ -104,8 +104,12 @@ def load(path: Path, sets: Sequence[str] = ()) -> Recipe:
 def _training(spec: Spec, origins: Mapping[str, str]) -> dict[str, Any]:
     """What TrainingSpec counts with. A dense recipe names no algorithm unless it says so: `--sparsity` may add a transform."""
     algorithm = spec.algorithm
-    counted = {"delta_t": algorithm.delta_t, "stop": str(algorithm.stop), "recompute": spec.training.recompute,
-               "steps": run_steps(spec)}  # fmt: skip
+    counted = {
+        "delta_t": algorithm.delta_t,
+        "stop": str(algorithm.stop),
+        "recompute": spec.training.recompute,
+        "steps": run_steps(spec),
+    }
     if spec.transform is not None or not origins["algorithm.name"].startswith("default"):
         counted["algorithm"] = algorithm.name
     return {k: v for k, v in counted.items() if v is not None}
@@ -137,5 +141,7 @@ def require_data(recipe: Recipe) -> None:
         UsageError: the recipe names none.
     """
     if recipe.spec.data is None:
-        raise UsageError(f"{recipe.path} names no data, so there is nothing to train on",
-                         hint="add `data: cifar100`, or --set data=cifar100")  # fmt: skip
+        raise UsageError(
+            f"{recipe.path} names no data, so there is nothing to train on",
+            hint="add `data: cifar100`, or --set data=cifar100",
+        )

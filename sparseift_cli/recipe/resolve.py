@@ -9,11 +9,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import SparseiftError, UsageError, did_you_mean
-from ..spec import TransformSpec, member_named
-from ..zoo import registry
+from ..models.zoo import registry
+from ..plan.spec import TransformSpec, member_named
 from . import schema
 from .defaults import NO_TEST, SPLITTABLE, defaults
-from .model_sections import Data
+from .sections import Data
 from .strict_yaml import Problems, Spot, Value
 
 MESSAGES = {
@@ -118,11 +118,15 @@ def _check(spec: schema.Spec, tree: Mapping[str, Value], start: Spot, problems: 
             _spot(tree, ["init", "start"], start), "init: preserve needs the dense checkpoint: init.checkpoint"
         )
     if spec.init.start == "preserve" and spec.init.zero_residual:
-        problems.add(_spot(tree, ["init", "zero_residual"], start),
-                     "init.zero_residual: is for fresh weights; preserve keeps the function of the checkpoint")  # fmt: skip
+        problems.add(
+            _spot(tree, ["init", "zero_residual"], start),
+            "init.zero_residual: is for fresh weights; preserve keeps the function of the checkpoint",
+        )
     if spec.checkpoint.best is not None and spec.checkpoint.best not in spec.evaluation.metrics:
-        problems.add(_spot(tree, ["checkpoint", "best"], start),
-                     f"checkpoint.best: {spec.checkpoint.best} is not among evaluation.metrics")  # fmt: skip
+        problems.add(
+            _spot(tree, ["checkpoint", "best"], start),
+            f"checkpoint.best: {spec.checkpoint.best} is not among evaluation.metrics",
+        )
 
 
 def _check_splits(data: Data, test: bool, tree: Mapping[str, Value], start: Spot, problems: Problems) -> None:
@@ -187,8 +191,13 @@ def _spot(tree: Mapping[str, Value], path: list[int | str], start: Spot) -> Spot
     return value.spot
 
 
-def _origins(spec: schema.Spec, tree: Mapping[str, Value], filled: Mapping[str, Mapping[str, Any]], label: str,
-             problems: Problems) -> dict[str, str]:  # fmt: skip
+def _origins(
+    spec: schema.Spec,
+    tree: Mapping[str, Value],
+    filled: Mapping[str, Mapping[str, Any]],
+    label: str,
+    problems: Problems,
+) -> dict[str, str]:
     found: dict[str, str] = {}
     for section in schema.SECTIONS:
         content = getattr(spec, section)

@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
-from . import model_sections as what
-from . import training_sections as how
-from .section import Section
+from . import sections as how
+from . import sections as what
+from .sections import Section
 
 Optimizer = Annotated[how.SGD | how.AdamW, Field(discriminator="name")]
 Schedule = Annotated[how.Constant | how.MultiStep | how.Cosine | how.Linear, Field(discriminator="name")]

@@ -98,10 +98,15 @@ def annotated_yaml(recipe: Recipe) -> str:
 def entries(recipe: Recipe) -> Sequence[Mapping[str, Any]]:
     """Every value of a recipe: its dotted key, value, origin, and what it means."""
     return [
-        {"key": f"{section}.{key}", "value": value, "origin": recipe.origins[f"{section}.{key}"],
-         "about": schema.fields(section, content)[key].description}
-        for section, content in _sections(recipe.spec) for key, value in content.items()
-    ]  # fmt: skip
+        {
+            "key": f"{section}.{key}",
+            "value": value,
+            "origin": recipe.origins[f"{section}.{key}"],
+            "about": schema.fields(section, content)[key].description,
+        }
+        for section, content in _sections(recipe.spec)
+        for key, value in content.items()
+    ]
 
 
 def _sections(spec: schema.Spec) -> list[tuple[str, dict[str, Any]]]:

@@ -34,8 +34,9 @@ class Rules:
     confidence: float = 0.95
 
 
-def compare(frame: pd.DataFrame, groups: pd.DataFrame, baseline: str,
-            rules: Rules) -> tuple[list[Comparison], list[str]]:  # fmt: skip
+def compare(
+    frame: pd.DataFrame, groups: pd.DataFrame, baseline: str, rules: Rules
+) -> tuple[list[Comparison], list[str]]:
     """Every group with finished runs against the baseline of the same model, data and metric; and notes on those without.
 
     Raises:
@@ -55,8 +56,11 @@ def compare(frame: pd.DataFrame, groups: pd.DataFrame, baseline: str,
         fitting = [base for base in named if base["subject"] == row["subject"]]
         ready = [base for base in fitting if base["n"]]
         if not row["n"] or not ready:
-            lacks = (f"no {baseline} baseline of {row['model']} on {row['data']} by {row['metric']}" if not fitting else
-                     f"no finished run of {row['group'] if not row['n'] else fitting[0]['group']}")  # fmt: skip
+            lacks = (
+                f"no {baseline} baseline of {row['model']} on {row['data']} by {row['metric']}"
+                if not fitting
+                else f"no finished run of {row['group'] if not row['n'] else fitting[0]['group']}"
+            )
             notes.append(f"{row['group']}: not compared, {lacks}")
             continue
         chosen = min(ready, key=lambda base: _distance(base, row))
@@ -79,8 +83,10 @@ def baselines(rows: Sequence[Row], name: str) -> list[Row]:
     found = next((tier for tier in tiers if tier), None)
     if found is None:
         known = sorted({str(row[k]) for row in rows for k in ("group", "recipe", "transform", "algorithm")})
-        raise UsageError(f"--baseline {name}: no group is called that",
-                         hint=did_you_mean(wanted, known) or f"groups: {', '.join(str(r['group']) for r in rows)}")  # fmt: skip
+        raise UsageError(
+            f"--baseline {name}: no group is called that",
+            hint=did_you_mean(wanted, known) or f"groups: {', '.join(str(r['group']) for r in rows)}",
+        )
     return found
 
 
@@ -106,17 +112,39 @@ def _compared(base: Row, row: Row, before: Sequence[Row], after: Sequence[Row], 
     if allowed and not equal:
         notes.append("the budgets are not equal, so the difference is not the transform's alone")
     return Comparison(
-        base["group"], row["group"], row["metric"], lower_is_better(row["metric"]), outcome, verdict,
-        base["mean"], row["mean"], costs(base), costs(row), ratio, allowed, paired, interval.n, len(before), len(after),
-        interval.mean if allowed else None, interval.low if allowed else None, interval.high if allowed else None,
-        interval.degrees_of_freedom if allowed else None, rules.confidence, equal, tuple(notes), tuple(by_seed) if paired else (),
-    )  # fmt: skip
+        base["group"],
+        row["group"],
+        row["metric"],
+        lower_is_better(row["metric"]),
+        outcome,
+        verdict,
+        base["mean"],
+        row["mean"],
+        costs(base),
+        costs(row),
+        ratio,
+        allowed,
+        paired,
+        interval.n,
+        len(before),
+        len(after),
+        interval.mean if allowed else None,
+        interval.low if allowed else None,
+        interval.high if allowed else None,
+        interval.degrees_of_freedom if allowed else None,
+        rules.confidence,
+        equal,
+        tuple(notes),
+        tuple(by_seed) if paired else (),
+    )
 
 
 def _pairs(before: Sequence[Row], after: Sequence[Row]) -> dict[int, tuple[float, float]]:
     """Seed -> values of equal seeds, in the order of the seeds; none where a seed is there twice (groups of several recipes)."""
-    by_seed = [{run["seed"]: run["value"] for run in runs if run["seed"] is not None and run["value"] is not None}
-               for runs in (before, after)]  # fmt: skip
+    by_seed = [
+        {run["seed"]: run["value"] for run in runs if run["seed"] is not None and run["value"] is not None}
+        for runs in (before, after)
+    ]
     if any(len(seeds) != len(_values(runs)) for seeds, runs in zip(by_seed, (before, after), strict=True)):
         return {}
     return {seed: (by_seed[0][seed], by_seed[1][seed]) for seed in sorted(by_seed[0].keys() & by_seed[1].keys())}
@@ -153,8 +181,16 @@ def _outcome(interval: statistics.Interval, lower: bool) -> tuple[Outcome, str]:
     return ("better", "") if (interval.high < 0) is lower else ("worse", "")
 
 
-def _verdict(metric: str, interval: statistics.Interval, n: tuple[int, int], ratio: float | None, equal: bool,
-             paired: bool, outcome: Outcome, why: str) -> str:  # fmt: skip
+def _verdict(
+    metric: str,
+    interval: statistics.Interval,
+    n: tuple[int, int],
+    ratio: float | None,
+    equal: bool,
+    paired: bool,
+    outcome: Outcome,
+    why: str,
+) -> str:
     unit, digits = UNITS.get(metric, metric), _digits(interval, percent=UNITS.get(metric) == "points")
     told = [f"{_signed(interval.mean, digits)} {unit}"]
     if interval.low is not None and interval.high is not None:

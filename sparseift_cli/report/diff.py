@@ -54,12 +54,13 @@ def diff(a: Path, b: Path, *, bit_for_bit: bool = False) -> Diff:
     """
     one, other = single(a), single(b)
     return Diff(
-        one, other,
+        one,
+        other,
         _changes(flat(one.recipe), flat(other.recipe)),
         _changes(environment(one), environment(other)),
         _changes(results(one), results(other), equal=True),
         exact(one, other) if bit_for_bit else None,
-    )  # fmt: skip
+    )
 
 
 def single(path: Path) -> Run:

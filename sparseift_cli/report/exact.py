@@ -92,8 +92,9 @@ def _evaluations(a: Run, b: Run, found: Exact) -> None:
         left, right = _timeless(one), _timeless(other)
         if keys := _differing(left, right):
             key = keys[0]
-            found.first_difference = (f"step {one.get('step')}: {key} is {left.get(key)!r} and {right.get(key)!r}"
-                                      + (f", and {len(keys) - 1} values more" if len(keys) > 1 else ""))  # fmt: skip
+            found.first_difference = f"step {one.get('step')}: {key} is {left.get(key)!r} and {right.get(key)!r}" + (
+                f", and {len(keys) - 1} values more" if len(keys) > 1 else ""
+            )
             return
     if len(a.metrics) != len(b.metrics):
         found.first_difference = f"{len(a.metrics)} evaluations and {len(b.metrics)}"
@@ -117,8 +118,9 @@ def _mapped(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _tensor(name: str, a: TensorInfo | None, b: TensorInfo | None, x: mmap.mmap,
-            y: mmap.mmap) -> TensorDifference | None:  # fmt: skip
+def _tensor(
+    name: str, a: TensorInfo | None, b: TensorInfo | None, x: mmap.mmap, y: mmap.mmap
+) -> TensorDifference | None:
     if a is None or b is None:
         return TensorDifference(name, f"only {'B' if a is None else 'A'} has it")
     if (a.shape, a.dtype) != (b.shape, b.dtype):
@@ -162,8 +164,11 @@ def _floats(raw: Any, dtype: str) -> Any:
 def _checkpoints(run: Path) -> dict[int, Path]:
     """Checkpoints by step; of those that were saved again, the last."""
     folder = run / CHECKPOINTS
-    named = [(int(m[1]), int(m[2] or 0), p) for p in (folder.iterdir() if folder.is_dir() else ())
-             if (m := _FOLDER.fullmatch(p.name))]  # fmt: skip
+    named = [
+        (int(m[1]), int(m[2] or 0), p)
+        for p in (folder.iterdir() if folder.is_dir() else ())
+        if (m := _FOLDER.fullmatch(p.name))
+    ]
     return {step: path for step, _, path in sorted(named)}
 
 
@@ -172,8 +177,10 @@ def _verify(folder: Path) -> None:
     for name in (TENSORS, STATE):
         wanted = ((manifest.get("files") or {}).get(name) or {}).get("sha256")
         if not (folder / name).is_file() or sha256(folder / name) != wanted:
-            raise ArtifactError(f"{folder / name} is not what its {MANIFEST} says: its SHA-256 differs",
-                                hint="the checkpoint is damaged; compare other runs, or without --exact")  # fmt: skip
+            raise ArtifactError(
+                f"{folder / name} is not what its {MANIFEST} says: its SHA-256 differs",
+                hint="the checkpoint is damaged; compare other runs, or without --exact",
+            )
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
-from ..flop_audit import Audit, audit
-from ..request import Request
-from ..source import load_table
-from ..spec import TrainingSpec, TransformSpec
+from ..models.request import Request
+from ..models.source import load_table
+from ..plan.audit import Audit, audit
+from ..plan.spec import TrainingSpec, TransformSpec
 from .published import published
 
 IMAGES, EPOCHS, BATCH = 1_281_167, 90, 256
@@ -76,14 +76,24 @@ def claims() -> tuple[Claim, ...]:
     }
     medium_exact = exact["gpt3_medium"].dense.training_macs / exact["gpt3_small"].dense.training_macs
     return (
-        Claim("ResNet-34 has 2x the training FLOPs of ResNet-18", 2, resnet, round(resnet) == 2,
-              f"Yes: {resnet:.3f}x. Of ResNet-18 under Sparse Wide at 90 % with RigL, which costs {wide18.ratio:.3f}x the dense "
-              f"ResNet-18, it is {dense['resnet34'] / wide18.training_flops:.3f}x."),
-        Claim("GPT-3 Medium has 2.4x the training FLOPs of GPT-3 Small", 2.4, medium, round(medium, 1) == 2.4,
-              f"No: {medium:.3f}x at equal tokens, {float(medium_exact):.3f}x with causal attention counted exactly. Of GPT-3 "
-              f"Small under Sparse Wide at 50 %, which costs {small50.ratio:.3f}x the dense Small, it is "
-              f"{dense['gpt3_medium'] / small50.training_flops:.3f}x."),
-    )  # fmt: skip
+        Claim(
+            "ResNet-34 has 2x the training FLOPs of ResNet-18",
+            2,
+            resnet,
+            round(resnet) == 2,
+            f"Yes: {resnet:.3f}x. Of ResNet-18 under Sparse Wide at 90 % with RigL, which costs {wide18.ratio:.3f}x the dense "
+            f"ResNet-18, it is {dense['resnet34'] / wide18.training_flops:.3f}x.",
+        ),
+        Claim(
+            "GPT-3 Medium has 2.4x the training FLOPs of GPT-3 Small",
+            2.4,
+            medium,
+            round(medium, 1) == 2.4,
+            f"No: {medium:.3f}x at equal tokens, {float(medium_exact):.3f}x with causal attention counted exactly. Of GPT-3 "
+            f"Small under Sparse Wide at 50 %, which costs {small50.ratio:.3f}x the dense Small, it is "
+            f"{dense['gpt3_medium'] / small50.training_flops:.3f}x.",
+        ),
+    )
 
 
 @cache
@@ -107,8 +117,19 @@ def _row(model: str, sparsity: str | None = None, match: str | None = None) -> R
     macs = (counted.transformed or counted.dense).training_macs
     # the article matches layers: its result is not one of a model matched as a whole
     metric, value, evidence = _result(model, sparsity) if match != "model" else (None, None, None)
-    return Row(model, "wide" if spec else "dense", sparsity, match, algorithm, samples, round(2 * macs * samples),
-               float(macs / counted.dense.training_macs), metric, value, evidence)  # fmt: skip
+    return Row(
+        model,
+        "wide" if spec else "dense",
+        sparsity,
+        match,
+        algorithm,
+        samples,
+        round(2 * macs * samples),
+        float(macs / counted.dense.training_macs),
+        metric,
+        value,
+        evidence,
+    )
 
 
 def _result(model: str, sparsity: str | None) -> tuple[str | None, float | None, str | None]:

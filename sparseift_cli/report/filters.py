@@ -24,9 +24,14 @@ _TOKEN = re.compile(
 )
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _COMPARE: Mapping[str, Callable[[Any, Any], bool]] = {
-    "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "==": operator.eq,
+    "!=": operator.ne,
     "~": lambda value, glob: fnmatchcase(value, glob),
-}  # fmt: skip
+}
 _TEXT_ONLY, _NUMBERS_ONLY = {"~"}, {"<", "<=", ">", ">="}
 
 
@@ -59,8 +64,10 @@ class Test:
             wanted = f"{wanted:g}"
         if text is not isinstance(wanted, str) or (text and self.op in _NUMBERS_ONLY):
             kind = "text" if text else "a number"
-            raise UsageError(f"'{self}': {self.name} is {kind}, as in {found!r}",
-                             hint="texts know ==, != and ~ (a glob); numbers know <, <=, >, >=, == and !=")  # fmt: skip
+            raise UsageError(
+                f"'{self}': {self.name} is {kind}, as in {found!r}",
+                hint="texts know ==, != and ~ (a glob); numbers know <, <=, >, >=, == and !=",
+            )
         return _COMPARE[self.op](found, wanted)
 
 
@@ -113,16 +120,20 @@ def parse(text: str, where: str = "--filter") -> Expression:
         if name[0] != "word" or op[0] != "op" or value[0] not in ("word", "text"):
             at = next((t for t, kinds in ((name, ("word",)), (op, ("op",))) if t[0] not in kinds), value)
             got = f"{at[1]!r}" if at[0] != "end" else "its end"
-            raise UsageError(f"{where} {text!r}: cannot be read at {got}",
-                             hint='NAME OP VALUE, joined by and/or: "sparsity >= 0.5 and algorithm == rigl"')  # fmt: skip
+            raise UsageError(
+                f"{where} {text!r}: cannot be read at {got}",
+                hint='NAME OP VALUE, joined by and/or: "sparsity >= 0.5 and algorithm == rigl"',
+            )
         terms[-1].append(_test(name[1], op[1], value, where, text))
         i += 3
         if i == len(tokens):
             return Expression(text, terms)
         joint = tokens[i][1].lower() if tokens[i][0] == "word" else ""
         if joint not in ("and", "or"):
-            raise UsageError(f"{where} {text!r}: {tokens[i][1]!r} stands where 'and' or 'or' should",
-                             hint="quote a value that has spaces in it")  # fmt: skip
+            raise UsageError(
+                f"{where} {text!r}: {tokens[i][1]!r} stands where 'and' or 'or' should",
+                hint="quote a value that has spaces in it",
+            )
         if joint == "or":
             terms.append([])
         i += 1
@@ -134,8 +145,10 @@ def _tokens(text: str, where: str) -> list[tuple[str, str]]:
     while text[at:].strip():
         found = _TOKEN.match(text, at)
         if found is None:
-            raise UsageError(f"{where} {text!r}: cannot be read at {text[at:].strip()[:10]!r}",
-                             hint='NAME OP VALUE, joined by and/or: "top1 < 76"')  # fmt: skip
+            raise UsageError(
+                f"{where} {text!r}: cannot be read at {text[at:].strip()[:10]!r}",
+                hint='NAME OP VALUE, joined by and/or: "top1 < 76"',
+            )
         kind = found.lastgroup or ""
         tokens.append((kind if kind in ("op", "word") else "text", found[kind]))
         at = found.end()

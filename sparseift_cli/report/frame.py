@@ -7,22 +7,78 @@ from typing import Any, cast
 
 import pandas as pd
 
+from ..base.metrics import METRICS
 from ..errors import UsageError, did_you_mean
-from ..metric_names import METRICS
 from . import statistics
 from .grouping import labels, lower_is_better, primary, subject
 from .read import number
 from .record import Run
 
-_ABOUT = ("recipe", "model", "data", "transform", "match", "scope", "pattern", "widths", "sparsity", "algorithm", "steps",
-          "epochs", "metric")  # fmt: skip
-_COSTS = ("flops", "dense_flops", "flops_ratio", "flops_spent", "seconds", "peak_bytes", "optimizer_bytes", "params",
-          "nonzero_params")  # fmt: skip
-RUN_COLUMNS = ("path", "group", "state", "counted", "seed", "step", *_ABOUT, "value", "best", *METRICS,
-               "train_loss", *_COSTS, "density", "itop_rate", "started", "device", "threads", "at_once",
-               "torch", "commit", "subject")  # fmt: skip
-GROUP_COLUMNS = ("group", *_ABOUT, "runs", "n", "mean", "std", "low", "high", "best", *METRICS,
-                 *_COSTS, "device", "at_once", "subject")  # fmt: skip
+_ABOUT = (
+    "recipe",
+    "model",
+    "data",
+    "transform",
+    "match",
+    "scope",
+    "pattern",
+    "widths",
+    "sparsity",
+    "algorithm",
+    "steps",
+    "epochs",
+    "metric",
+)
+_COSTS = (
+    "flops",
+    "dense_flops",
+    "flops_ratio",
+    "flops_spent",
+    "seconds",
+    "peak_bytes",
+    "optimizer_bytes",
+    "params",
+    "nonzero_params",
+)
+RUN_COLUMNS = (
+    "path",
+    "group",
+    "state",
+    "counted",
+    "seed",
+    "step",
+    *_ABOUT,
+    "value",
+    "best",
+    *METRICS,
+    "train_loss",
+    *_COSTS,
+    "density",
+    "itop_rate",
+    "started",
+    "device",
+    "threads",
+    "at_once",
+    "torch",
+    "commit",
+    "subject",
+)
+GROUP_COLUMNS = (
+    "group",
+    *_ABOUT,
+    "runs",
+    "n",
+    "mean",
+    "std",
+    "low",
+    "high",
+    "best",
+    *METRICS,
+    *_COSTS,
+    "device",
+    "at_once",
+    "subject",
+)
 """mean, std, low and high are of `metric` at the end of training, best is the mean of each run's best evaluation. All are
 over `n` runs: finished ones, one a seed; `runs` counts every directory. Costs are means too; FLOPs are of a whole run."""
 _MIXED = "mixed"
@@ -109,22 +165,40 @@ def _row(run: Run, group: str, metric: str) -> dict[str, Any]:
     first, session = sessions[0], sessions[-1]
     epochs = number(last.get("epoch")) if summary else number(recipe["training"].get("epochs"))
     return {
-        "path": str(run.path), "group": group, "state": run.state, "counted": False, "seed": run.seed,
-        "step": _count(last.get("step")) or 0, "recipe": run.name, "model": str(recipe["model"].get("name")),
-        "data": str(recipe["data"].get("name")), **transform_columns(transform),
+        "path": str(run.path),
+        "group": group,
+        "state": run.state,
+        "counted": False,
+        "seed": run.seed,
+        "step": _count(last.get("step")) or 0,
+        "recipe": run.name,
+        "model": str(recipe["model"].get("name")),
+        "data": str(recipe["data"].get("name")),
+        **transform_columns(transform),
         "sparsity": number(transform.get("sparsity", 0)),
-        "algorithm": str((recipe.get("algorithm") or {}).get("name") or "dense"), "steps": planned_steps(run),
-        "epochs": epochs, "metric": metric, "value": number(last.get(metric)), "best": best,
+        "algorithm": str((recipe.get("algorithm") or {}).get("name") or "dense"),
+        "steps": planned_steps(run),
+        "epochs": epochs,
+        "metric": metric,
+        "value": number(last.get(metric)),
+        "best": best,
         **{m: number(last.get(m)) for m in (*METRICS, "train_loss", "density", "itop_rate")},
         **{name: _count(last.get(name)) for name in ("peak_bytes", "optimizer_bytes")},
-        "flops": audited, "dense_flops": dense, "flops_ratio": audited / dense if audited and dense else None,
-        "flops_spent": _count(flops.get("spent", last.get("flops"))), "seconds": number(last.get("seconds")),
-        "params": _count(summary.get("params")), "nonzero_params": _count(summary.get("nonzero_params")),
-        "started": first.get("started"), "device": session.get("device_name") or session.get("device"),
-        "threads": session.get("threads"), "at_once": max((s["at_once"] for s in sessions if s.get("at_once")), default=None),
+        "flops": audited,
+        "dense_flops": dense,
+        "flops_ratio": audited / dense if audited and dense else None,
+        "flops_spent": _count(flops.get("spent", last.get("flops"))),
+        "seconds": number(last.get("seconds")),
+        "params": _count(summary.get("params")),
+        "nonzero_params": _count(summary.get("nonzero_params")),
+        "started": first.get("started"),
+        "device": session.get("device_name") or session.get("device"),
+        "threads": session.get("threads"),
+        "at_once": max((s["at_once"] for s in sessions if s.get("at_once")), default=None),
         "torch": (session.get("versions") or {}).get("torch"),
-        "commit": ((session.get("git") or {}).get("commit") or "")[:12] or None, "subject": subject(run, metric),
-    }  # fmt: skip
+        "commit": ((session.get("git") or {}).get("commit") or "")[:12] or None,
+        "subject": subject(run, metric),
+    }
 
 
 def planned_steps(run: Run) -> int | None:
@@ -154,11 +228,16 @@ def _grouped(label: str, part: pd.DataFrame, confidence: float) -> dict[str, Any
     of = counted if len(counted) else part  # with no finished run there is still something to name
     interval = statistics.mean_interval(numbers(column(counted, "value")), confidence)
     return {
-        "group": label, **{name: _common(column(of, name)) for name in (*_ABOUT, "device", "at_once", "subject")},
-        "runs": len(part), "n": len(counted),
-        "mean": interval.mean, "std": interval.deviation, "low": interval.low, "high": interval.high,
+        "group": label,
+        **{name: _common(column(of, name)) for name in (*_ABOUT, "device", "at_once", "subject")},
+        "runs": len(part),
+        "n": len(counted),
+        "mean": interval.mean,
+        "std": interval.deviation,
+        "low": interval.low,
+        "high": interval.high,
         **{name: mean(column(counted, name)) for name in ("best", *METRICS, *_COSTS)},
-    }  # fmt: skip
+    }
 
 
 def _plain(value: Any) -> str:

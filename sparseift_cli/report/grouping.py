@@ -10,13 +10,23 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..metric_names import LOWER_IS_BETTER, METRICS
+from ..base.metrics import LOWER_IS_BETTER, METRICS
 from .record import Run
 
-NO_MATTER = frozenset({
-    "training.seed", "training.seeds", "training.device", "training.threads",
-    "data.root", "data.download", "data.workers", "checkpoint.every", "checkpoint.keep", "evaluation.test",
-})  # fmt: skip
+NO_MATTER = frozenset(
+    {
+        "training.seed",
+        "training.seeds",
+        "training.device",
+        "training.threads",
+        "data.root",
+        "data.download",
+        "data.workers",
+        "checkpoint.every",
+        "checkpoint.keep",
+        "evaluation.test",
+    }
+)
 """Where and how often, not what: runs that differ in these alone are samples of one group."""
 COUNTS = ("parameters", "non-zero parameters", "dense training FLOPs a sample", "training FLOPs a sample")
 _ANOTHER_MODEL = ": with the same settings these are not the same model (was its code edited in between?)"
@@ -134,8 +144,10 @@ def namesakes(runs: Sequence[Run], groups: Sequence[str]) -> list[str]:
     for name, same in found.items():
         if len(same) > 1:
             keys = _telling(list(same.values()))
-            said.append(f"{name}: {len(same)} groups, because runs differ in {', '.join(keys)}"
-                        + (_ANOTHER_MODEL if set(keys) & set(COUNTS) else ""))  # fmt: skip
+            said.append(
+                f"{name}: {len(same)} groups, because runs differ in {', '.join(keys)}"
+                + (_ANOTHER_MODEL if set(keys) & set(COUNTS) else "")
+            )
     return said
 
 
@@ -144,10 +156,15 @@ def pooled(runs: Sequence[Run], groups: Sequence[str]) -> list[str]:
     found: dict[str, list[Run]] = {}
     for run, group in zip(runs, groups, strict=True):
         found.setdefault(group, []).append(run)
-    said = {group: _differing(list(map(settings, every))) or _differing(list(map(counts, every)))
-            for group, every in found.items()}  # fmt: skip
-    return [f"{group}: its {len(found[group])} runs differ in {_listed(keys)}, so they are not samples of one thing"
-            for group, keys in said.items() if keys]  # fmt: skip
+    said = {
+        group: _differing(list(map(settings, every))) or _differing(list(map(counts, every)))
+        for group, every in found.items()
+    }
+    return [
+        f"{group}: its {len(found[group])} runs differ in {_listed(keys)}, so they are not samples of one thing"
+        for group, keys in said.items()
+        if keys
+    ]
 
 
 def edited(runs: Sequence[Run], groups: Sequence[str]) -> list[str]:
@@ -157,8 +174,11 @@ def edited(runs: Sequence[Run], groups: Sequence[str]) -> list[str]:
         for session in (run.provenance or {}).get("sessions") or ():
             for module, digest in (session.get("source") or {}).items():
                 found.setdefault((group, module), set()).add(str(digest))
-    return [f"{group}: the source of {module} was edited between its runs, or in one of them"
-            for (group, module), digests in found.items() if len(digests) > 1]  # fmt: skip
+    return [
+        f"{group}: the source of {module} was edited between its runs, or in one of them"
+        for (group, module), digests in found.items()
+        if len(digests) > 1
+    ]
 
 
 def _listed(keys: Sequence[str]) -> str:

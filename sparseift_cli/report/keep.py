@@ -59,15 +59,19 @@ def keep(paths: Sequence[Path], folder: Path) -> list[Kept]:
     """
     found = collect(paths)
     if found.damaged:
-        raise ArtifactError(f"these cannot be kept:{_named(f'{path}: {reason}' for path, reason in found.skipped)}",
-                            hint="give finished runs alone")  # fmt: skip
+        raise ArtifactError(
+            f"these cannot be kept:{_named(f'{path}: {reason}' for path, reason in found.skipped)}",
+            hint="give finished runs alone",
+        )
     if not found.runs:
         raise UsageError(
             f"no run in {', '.join(map(str, paths))}", hint="give run directories, or folders of them: runs/"
         )
     if unfinished := [run for run in found.runs if run.state != "finished"]:
-        raise UsageError(f"these are not finished:{_named(f'{run.path}: {run.state}' for run in unfinished)}",
-                         hint="finish them with sparseift train --resume, or give the finished ones alone")  # fmt: skip
+        raise UsageError(
+            f"these are not finished:{_named(f'{run.path}: {run.state}' for run in unfinished)}",
+            hint="finish them with sparseift train --resume, or give the finished ones alone",
+        )
     files = {run.path: kept_files(run) for run in found.runs}
     places = {run.path: folder / run.name / run.path.resolve().name for run in found.runs}
     for run in found.runs:

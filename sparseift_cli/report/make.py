@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from ..base.metrics import METRICS
 from ..errors import ArtifactError, UsageError, did_you_mean
-from ..metric_names import METRICS
 from . import frame as frames
 from . import published
 from .collect import collect
@@ -44,13 +44,16 @@ class Options:
 
 def _known_metric(name: str | None) -> str | None:
     if name is not None and name not in METRICS:
-        raise UsageError(f"--metric {name}: no metric is called that",
-                         hint=did_you_mean(name, METRICS) or f"metrics: {', '.join(METRICS)}")  # fmt: skip
+        raise UsageError(
+            f"--metric {name}: no metric is called that",
+            hint=did_you_mean(name, METRICS) or f"metrics: {', '.join(METRICS)}",
+        )
     return name
 
 
-def make(paths: Sequence[Path], options: Options, command: Sequence[str],
-         tell: Callable[[str], None] | None = None) -> Report:  # fmt: skip
+def make(
+    paths: Sequence[Path], options: Options, command: Sequence[str], tell: Callable[[str], None] | None = None
+) -> Report:
     """The report of every run below `paths`. `tell` hears what is at work where that takes long.
 
     Raises:
@@ -60,8 +63,10 @@ def make(paths: Sequence[Path], options: Options, command: Sequence[str],
     found = collect(paths)
     if not found.runs:
         kind = ArtifactError if found.damaged else UsageError
-        raise kind(f"no run could be read in {', '.join(map(str, paths))}{_reasons(found.skipped)}",
-                   hint="give run directories, or folders that hold some: runs/")  # fmt: skip
+        raise kind(
+            f"no run could be read in {', '.join(map(str, paths))}{_reasons(found.skipped)}",
+            hint="give run directories, or folders that hold some: runs/",
+        )
     runs = list(found.runs)
     frame = frames.runs_frame(runs, _known_metric(options.metric))
     wanted = options.filter
@@ -76,8 +81,10 @@ def make(paths: Sequence[Path], options: Options, command: Sequence[str],
         else:
             late = wanted
     if not runs:
-        raise UsageError(f"--filter '{wanted.text if wanted else ''}' leaves no run of {len(found.runs)}",
-                         hint=wanted.hint if wanted else None)  # fmt: skip
+        raise UsageError(
+            f"--filter '{wanted.text if wanted else ''}' leaves no run of {len(found.runs)}",
+            hint=wanted.hint if wanted else None,
+        )
     if "group" not in options.by:
         frame = frames.regroup(frame, options.by)
     groups = frames.groups_frame(frame, options.rules.confidence)
@@ -102,7 +109,7 @@ def make(paths: Sequence[Path], options: Options, command: Sequence[str],
     notes = [*told(runs, labels), *edited(runs, labels), *(_not_counted(frame) if told is namesakes else ()), *notes]
     spectra: list[RunSpectra] = []
     if options.spectral:
-        from .spectral.spectra import spectra as of_masks  # SciPy, which nothing else here waits for
+        from .spectral.spectra import spectra as of_masks
 
         spectra, said = of_masks(runs, frames.records(frame), tell)
         notes = [*notes, *said]

@@ -101,8 +101,18 @@ def _matches(row: Published, group: Mapping[str, Any]) -> bool:
 
 
 def _ours(row: Published, group: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> Beside:
-    dense = next((g for g in groups if g["transform"] == "dense" and g["algorithm"] == "dense" and g["n"]
-                  and g["subject"] == group["subject"] and g["steps"] == group["steps"]), None)  # fmt: skip
+    dense = next(
+        (
+            g
+            for g in groups
+            if g["transform"] == "dense"
+            and g["algorithm"] == "dense"
+            and g["n"]
+            and g["subject"] == group["subject"]
+            and g["steps"] == group["steps"]
+        ),
+        None,
+    )
     value, base = group[row.metric], dense[row.metric] if dense else None
     notes = [row.note] if row.note else []
     if row.epochs and group["epochs"] and round(group["epochs"]) != row.epochs:
@@ -119,8 +129,14 @@ def _ours(row: Published, group: Mapping[str, Any], groups: Sequence[Mapping[str
 
 def _dense_alone(row: Published, groups: Sequence[Mapping[str, Any]]) -> Beside:
     """No group of ours is this row; a dense one of the same model and data may still stand beside its dense number."""
-    dense = next((g for g in groups if g["transform"] == "dense" and g["algorithm"] == "dense" and g["n"] and
-                  same_subject(row, g)), None)  # fmt: skip
+    dense = next(
+        (
+            g
+            for g in groups
+            if g["transform"] == "dense" and g["algorithm"] == "dense" and g["n"] and same_subject(row, g)
+        ),
+        None,
+    )
     return (
         Beside(row, note=row.note, dense=dense[row.metric], epochs=dense["epochs"])
         if dense

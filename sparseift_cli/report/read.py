@@ -72,8 +72,19 @@ class Files:
         sessions = (beside[PROVENANCE] or {}).get("sessions") or ()
         named = begun_as(sessions) or (summary or {}).get("recipe")
         name = named if named and isinstance(named, str) else _name(folder)
-        return Run(folder, printable(name), state, seed if isinstance(seed, int) else None, recipe, metrics, summary,
-                   beside[AUDIT], beside[PLAN], beside[PROVENANCE], tuple(warnings))  # fmt: skip
+        return Run(
+            folder,
+            printable(name),
+            state,
+            seed if isinstance(seed, int) else None,
+            recipe,
+            metrics,
+            summary,
+            beside[AUDIT],
+            beside[PLAN],
+            beside[PROVENANCE],
+            tuple(warnings),
+        )
 
     def _recipe(self, path: Path) -> Mapping[str, Any]:
         """The resolved recipe. Reading YAML strictly is slow, and runs of a recipe differ in one line: their seed's."""

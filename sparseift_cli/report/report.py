@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ..metric_names import TEST
+from ..base.metrics import TEST
 from .record import Run
 
 if TYPE_CHECKING:

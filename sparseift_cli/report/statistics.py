@@ -84,8 +84,9 @@ def welch(baseline: Sequence[float], candidate: Sequence[float], confidence: flo
     return _interval(min(n, m), difference, None, error, freedom, confidence)
 
 
-def _interval(n: int, centre: float, deviation: float | None, error: float, freedom: float,
-              confidence: float) -> Interval:  # fmt: skip
+def _interval(
+    n: int, centre: float, deviation: float | None, error: float, freedom: float, confidence: float
+) -> Interval:
     half = t_quantile((1 + confidence) / 2, freedom) * error
     return Interval(n, centre, deviation, error, freedom, centre - half, centre + half)
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..isoflop import Shape
+from ..table.shape import Shape
 
 
 def without_masks(audit: Mapping[str, Any]) -> bool:

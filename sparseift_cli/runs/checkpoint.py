@@ -23,8 +23,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..base import atomic
 from ..errors import ArtifactError
-from . import atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,8 +72,15 @@ class Checkpoints:
         self.keep = keep
         self.better = better
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, score: float | None = None,
-             metrics_bytes: int | None = None) -> Path:  # fmt: skip
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        *,
+        score: float | None = None,
+        metrics_bytes: int | None = None,
+    ) -> Path:
         """Write a checkpoint of `step`, then take away the ones that need not stay.
 
         `state` is JSON; tensors may be on any device and share memory. `score` is what `best` compares.
@@ -121,8 +128,15 @@ class Checkpoints:
         """Steps of the checkpoints that are there, oldest first; whether they verify is not asked."""
         return sorted({step for step, _, _ in self._all()})
 
-    def _write(self, folder: Path, step: int, tensors: Mapping[str, Tensor], content: bytes, score: float | None,
-               metrics_bytes: int | None) -> None:  # fmt: skip
+    def _write(
+        self,
+        folder: Path,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        content: bytes,
+        score: float | None,
+        metrics_bytes: int | None,
+    ) -> None:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
@@ -166,8 +180,10 @@ class Checkpoints:
             except ArtifactError as error:
                 skipped.append(Skipped(path, error.message))
         if skipped:
-            raise ArtifactError("\n  ".join([f"no checkpoint in {self.folder} can be used:", *map(str, skipped)]),
-                                hint="start the run anew, or bring the files back")  # fmt: skip
+            raise ArtifactError(
+                "\n  ".join([f"no checkpoint in {self.folder} can be used:", *map(str, skipped)]),
+                hint="start the run anew, or bring the files back",
+            )
         return None
 
     def _prune(self) -> None:

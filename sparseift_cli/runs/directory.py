@@ -26,8 +26,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..base import atomic
 from ..errors import ArtifactError
-from . import atomic, provenance
+from . import provenance
 from .checkpoint import Checkpoints, Loaded
 from .metrics import Metrics
 
@@ -62,9 +63,17 @@ class RunDirectory:
     better: Literal["highest", "lowest"] = "highest"
 
     @staticmethod
-    def create(root: Path, name: str, recipe: str, *, plan: Mapping[str, Any] | None = None,
-               audit: Mapping[str, Any] | None = None, now: datetime | None = None, keep: int = 2,
-               better: Literal["highest", "lowest"] = "highest") -> RunDirectory:  # fmt: skip
+    def create(
+        root: Path,
+        name: str,
+        recipe: str,
+        *,
+        plan: Mapping[str, Any] | None = None,
+        audit: Mapping[str, Any] | None = None,
+        now: datetime | None = None,
+        keep: int = 2,
+        better: Literal["highest", "lowest"] = "highest",
+    ) -> RunDirectory:
         """Make `root/name/<utc>-<hash8>/` with the recipe (its whole text), the plan and the audit.
 
         Raises:
@@ -91,13 +100,22 @@ class RunDirectory:
             ArtifactError: it is no run directory.
         """
         if not (path / RECIPE).is_file():
-            raise ArtifactError(f"{path} is no run directory: it has no {RECIPE}",
-                                hint="give a folder of runs/<recipe>/, or --resume latest")  # fmt: skip
+            raise ArtifactError(
+                f"{path} is no run directory: it has no {RECIPE}",
+                hint="give a folder of runs/<recipe>/, or --resume latest",
+            )
         return RunDirectory(path, keep, better)
 
     @staticmethod
-    def latest(root: Path, name: str, *, recipe: str | None = None, read: ReadRecipe | None = None, keep: int = 2,
-               better: Literal["highest", "lowest"] = "highest") -> RunDirectory | None:  # fmt: skip
+    def latest(
+        root: Path,
+        name: str,
+        *,
+        recipe: str | None = None,
+        read: ReadRecipe | None = None,
+        keep: int = 2,
+        better: Literal["highest", "lowest"] = "highest",
+    ) -> RunDirectory | None:
         """The newest run of `name`; None where there is none.
 
         With `recipe`: the newest of this very recipe, else the newest of the same seed (`require_recipe` then tells the
@@ -164,8 +182,10 @@ class RunDirectory:
         began_lines, now_lines = began.splitlines(), recipe.splitlines()
         lines = list(difflib.unified_diff(began_lines, now_lines, "the run's recipe", "this recipe", n=1, lineterm=""))
         more = [f"... and {len(lines) - _SHOWN} lines more"] if len(lines) > _SHOWN else []
-        raise ArtifactError("\n  ".join([f"{self.path} was begun with another recipe:", *lines[:_SHOWN], *more]),
-                            hint="resume it with its own recipe.yaml, or start a new run without --resume")  # fmt: skip
+        raise ArtifactError(
+            "\n  ".join([f"{self.path} was begun with another recipe:", *lines[:_SHOWN], *more]),
+            hint="resume it with its own recipe.yaml, or start a new run without --resume",
+        )
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -181,8 +201,9 @@ class RunDirectory:
             try:
                 held.acquire()
             except Timeout:  # an OSError too, so it is told apart here
-                raise ArtifactError(f"{self.path} is in use{self._holder()}",
-                                    hint="wait for it, or stop it; nothing was changed") from None  # fmt: skip
+                raise ArtifactError(
+                    f"{self.path} is in use{self._holder()}", hint="wait for it, or stop it; nothing was changed"
+                ) from None
         try:
             since = datetime.now(UTC).isoformat(timespec="seconds")
             atomic.write_json(self.path / f"{LOCK}.json", {"pid": os.getpid(), "since": since})
@@ -207,8 +228,15 @@ class RunDirectory:
         position = 0 if found is None else found.metrics_bytes
         return found, Metrics(self.path / METRICS, position=position)
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], metrics: Metrics, *,
-             score: float | None = None) -> Path:  # fmt: skip
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        metrics: Metrics,
+        *,
+        score: float | None = None,
+    ) -> Path:
         """A checkpoint. The lines of `metrics` so far reach the disk first, so none that it knows of is ever lost.
 
         Raises:

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ..base.atomic import sync_folder, told
 from ..errors import ArtifactError
-from .atomic import sync_folder, told
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

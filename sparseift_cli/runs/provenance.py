@@ -20,14 +20,30 @@ from ..version import __version__
 
 SCHEMA = "sparseift.provenance/1"
 PACKAGES = ("torch", "numpy", "safetensors", "pydantic", "triton")
-BITS = {"device": "device", "threads": "CPU threads", "cpu_capability": "CPU capability", "versions.torch": "torch",
-        "processes": "processes", "versions.sparseift": "sparseift", "git.commit": "commit of sparseift"}  # fmt: skip
+BITS = {
+    "device": "device",
+    "threads": "CPU threads",
+    "cpu_capability": "CPU capability",
+    "versions.torch": "torch",
+    "processes": "processes",
+    "versions.sparseift": "sparseift",
+    "git.commit": "commit of sparseift",
+}
 """What the bits of a result depend on, by dotted key, and what people call it. Another commit may transform otherwise."""
 
 
-def session(*, device: str, seed: int, data: Mapping[str, str] | None = None, command: Sequence[str] | None = None,
-            step: int = 0, processes: int = 1, at_once: int = 1, recipe: str | None = None,
-            source: Mapping[str, str] | None = None) -> dict[str, Any]:  # fmt: skip
+def session(
+    *,
+    device: str,
+    seed: int,
+    data: Mapping[str, str] | None = None,
+    command: Sequence[str] | None = None,
+    step: int = 0,
+    processes: int = 1,
+    at_once: int = 1,
+    recipe: str | None = None,
+    source: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """An entry of provenance.json: this process, now, about to run from `step` on.
 
     `data` maps what was read to its SHA-256 (or whatever identifies it); `device` is PyTorch's name for it.
@@ -41,8 +57,12 @@ def session(*, device: str, seed: int, data: Mapping[str, str] | None = None, co
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "from_step": step,
         "command": list(command if command is not None else sys.argv),
-        "versions": {"sparseift": __version__, "python": platform.python_version(), **_versions(),
-                     "torch": str(torch.__version__)},  # its build too (+cu130), which an index's package does not name
+        "versions": {
+            "sparseift": __version__,
+            "python": platform.python_version(),
+            **_versions(),
+            "torch": str(torch.__version__),
+        },  # its build too (+cu130), which an index's package does not name
         "git": git_commit(Path(__file__).resolve().parent),
         "platform": f"{platform.system()} {platform.machine()}",
         "device": device,
@@ -56,7 +76,7 @@ def session(*, device: str, seed: int, data: Mapping[str, str] | None = None, co
         "data": dict(data or {}),
         "recipe": recipe,
         "source": dict(source or {}),
-    }  # fmt: skip
+    }
 
 
 _TELLING = (
@@ -78,8 +98,10 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
     A GPU is known by its model where both sessions name one, not by its number in the machine.
     """
-    keys = {"device_name" if key == "device" and before.get("device_name") and now.get("device_name") else key: name
-            for key, name in BITS.items()}  # fmt: skip
+    keys = {
+        "device_name" if key == "device" and before.get("device_name") and now.get("device_name") else key: name
+        for key, name in BITS.items()
+    }
     found = [(name, _at(before, key), _at(now, key)) for key, name in keys.items()]
     said = [f"{name}: {then} before, {today} now" for name, then, today in found if then != today]
     for key, what in (("data", "data"), ("source", "the source of")):

@@ -61,8 +61,11 @@ def require_masked_gradients(weights: Iterable[tuple[nn.Parameter, Tensor]]) -> 
         UsageError: `Sparsifier.step` came after the optimiser's, and masked what nobody used any more.
     """
     if any(p.grad is not None and bool(p.grad[factor == 0].any()) for p, factor in weights):
-        raise UsageError("optimizer.step() was given gradients that no mask was laid on since loss.backward(): "
-                         "sparsifier.step() comes too late", hint=f"call {_ORDER}")  # fmt: skip
+        raise UsageError(
+            "optimizer.step() was given gradients that no mask was laid on since loss.backward(): "
+            "sparsifier.step() comes too late",
+            hint=f"call {_ORDER}",
+        )
 
 
 def state_of(optimizer: Optimizer, parameter: nn.Parameter) -> list[Tensor]:

@@ -26,8 +26,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import UsageError
-from .attached import masks_of
-from .find import unwrapped
+from ..masks.attached import masks_of, unwrapped
 from .sparsifier import Sparsifier
 
 STATE_FILE = "sparsifier.pt"
@@ -103,8 +102,9 @@ def lightning_callback(**options: Any) -> Any:
     return SparseTraining()
 
 
-def _make(model: nn.Module, optimizer: Optimizer, steps: Any, saved: Mapping[str, Any] | None,
-          options: Mapping[str, Any]) -> Sparsifier:  # fmt: skip
+def _make(
+    model: nn.Module, optimizer: Optimizer, steps: Any, saved: Mapping[str, Any] | None, options: Mapping[str, Any]
+) -> Sparsifier:
     given: dict[str, Any] = {"total_steps": int(steps), "state": saved} | dict(options)
     return Sparsifier(model, optimizer, **given)
 

@@ -6,10 +6,146 @@ nothing changes any more. How many non-zeros a pruned weight has at a step: `iso
 
 from __future__ import annotations
 
-from math import cos, floor, pi
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from math import ceil, cos, floor, pi
 from typing import Literal, get_args
 
-from ..isoflop import Schedule
+Algorithm = Literal["dense", "static", "set", "snfs", "rigl", "gmp", "granet"]
+ALGORITHMS: tuple[Algorithm, ...] = ("dense", "static", "set", "snfs", "rigl", "gmp", "granet")
+
+
+# --- training ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """MACs of one training step of a set of layers: the forward pass, input gradients (dX) and weight gradients (dW)."""
+
+    forward: Fraction | int = 0
+    grad_input: Fraction | int = 0
+    grad_weight: Fraction | int = 0
+
+    @property
+    def total(self) -> Fraction | int:
+        return self.forward + self.grad_input + self.grad_weight
+
+    def times(self, n: Fraction | int) -> StepCost:
+        """Of `n` such sets."""
+        return StepCost(n * self.forward, n * self.grad_input, n * self.grad_weight)
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """When masks change: every `delta_t` steps, 0 < t < stop * steps. Without `steps` the long-run limit is meant."""
+
+    delta_t: int = 100
+    stop: Fraction = Fraction(3, 4)
+    steps: int | None = None
+
+    @property
+    def end(self) -> int:
+        """The first step at which masks no longer change."""
+        return ceil(self.stop * (self.steps or 0))
+
+    @property
+    def updates(self) -> int | None:
+        """#{t : 0 < t < stop * steps, delta_t | t}; step 0 never updates. None without `steps`."""
+        return None if self.steps is None else max(0, self.end - 1) // self.delta_t
+
+    @property
+    def update_rate(self) -> Fraction:
+        """Mask updates per training step over the whole run."""
+        if self.steps is None or self.updates is None:
+            return self.stop / self.delta_t
+        return Fraction(self.updates, self.steps)
+
+    def remaining(self) -> Fraction:
+        """Mean over the run of (1 - progress)^3, the part of the pruning still to come (Zhu & Gupta 2017, eq. 1).
+
+        Progress moves every `delta_t` steps; its mean over a long run is stop / 4.
+        """
+        return self.stop / 4 if self.steps is None else _remaining(self.delta_t, self.end) / self.steps
+
+    def remaining_at_updates(self) -> Fraction:
+        """Sum over the mask updates, per training step, of (1 - progress)^3 at each: their steps compute with what is left."""
+        if self.steps is None:
+            return self.update_rate / 4
+        return _remaining_at_updates(self.delta_t, self.end) / self.steps
+
+
+@lru_cache(maxsize=64)  # matching asks again for every layer and density
+def _remaining(delta_t: int, end: int) -> Fraction:
+    held = sum((min(t + delta_t, end) - t) * (end - t) ** 3 for t in range(0, end, delta_t))
+    return Fraction(held, end**3) if end else Fraction(0)
+
+
+@lru_cache(maxsize=64)
+def _remaining_at_updates(delta_t: int, end: int) -> Fraction:
+    return Fraction(sum((end - t) ** 3 for t in range(delta_t, end, delta_t)), end**3) if end else Fraction(0)
+
+
+def nonzeros_at(step: int, start: int, final: int, schedule: Schedule) -> int:
+    """The non-zeros (or blocks) that step `step` computes with, on the cubic way from `start` down to `final`.
+
+    final + floor((start - final) (1 - progress)^3), Zhu & Gupta 2017 ("To prune, or not to prune", eq. 1). Progress moves
+    every `delta_t` steps, from 0 at step 0, and is 1 from `schedule.end` on; steps between have the number of the last
+    multiple of `delta_t`. Integers throughout, so the number is exact: never above the formula's, within one of it.
+    """
+    end = schedule.end
+    if step >= end or start <= final:
+        return final
+    left = end - step // schedule.delta_t * schedule.delta_t
+    return final + (start - final) * left**3 // end**3
+
+
+@lru_cache(maxsize=4096)  # layers and branches of one size have the same
+def nonzeros_over_run(start: int, final: int, schedule: Schedule) -> tuple[int, int]:
+    """`nonzeros_at` summed over all steps of a run, and over those with a mask update."""
+    end, over_steps, over_updates = schedule.end, 0, 0
+    for t in range(0, end, schedule.delta_t):
+        n = nonzeros_at(t, start, final, schedule)
+        over_steps += (min(t + schedule.delta_t, end) - t) * n
+        over_updates += n if t else 0
+    return over_steps + ((schedule.steps or 0) - end) * final, over_updates
+
+
+START_DENSITY: dict[Algorithm, Fraction] = {"gmp": Fraction(1), "granet": Fraction(1, 2)}
+
+
+def mean_step(algorithm: Algorithm, schedule: Schedule, sparse: StepCost, first: StepCost, dense: StepCost) -> Fraction:
+    """MACs of the mean training step of weights: `sparse` at their final non-zeros, `first` at step 0, `dense` without masks.
+
+    `dense` is the same weight of the *transformed* network, not of the model one started from. `first` differs from `sparse`
+    only under dense, GMP and GraNet, and there only for weights that have a mask, train, and are not above the start already.
+
+    * dense 3 f_D; static and SET 3 f_S; SNFS 2 f_S + f_D: a dense dW every step.
+    * RigL 3 f_S, and at each mask update a dense dW in place of the sparse one. (3 f_S dT + 2 f_S + f_D)/(dT + 1) is the
+      approximation of Evci et al. 2020, appendix H, for a run that never stops updating.
+    * GMP: the cubic schedule from dense (Zhu & Gupta 2017); GraNet: the same from half, with RigL's dense dW at its updates
+      (Liu et al. 2021).
+    """
+    if algorithm == "dense":
+        return Fraction(first.total)
+    mean = Fraction(sparse.total)
+    grown = dense.grad_weight - sparse.grad_weight
+    if algorithm == "snfs":
+        return mean + grown
+    if algorithm in START_DENSITY:
+        mean += schedule.remaining() * (first.total - sparse.total)
+        if algorithm == "granet":
+            pruned = first.grad_weight - sparse.grad_weight
+            mean += schedule.update_rate * grown - schedule.remaining_at_updates() * pruned
+    if algorithm == "rigl":
+        mean += schedule.update_rate * grown
+    return mean
+
+
+def updating_step(schedule: Schedule, sparse: StepCost, dense: StepCost) -> Fraction:
+    """The mean step of RigL while its masks still change."""
+    return sparse.total + Fraction(dense.grad_weight - sparse.grad_weight) / schedule.delta_t
+
 
 Decay = Literal["cosine", "constant", "linear", "inverse_power"]
 DECAYS: tuple[Decay, ...] = get_args(Decay)

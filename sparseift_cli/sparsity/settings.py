@@ -7,11 +7,9 @@ from fractions import Fraction
 from typing import Any, get_args
 
 from ..errors import UsageError, one_of
-from ..isoflop import Schedule
-from .algorithm import MaskAlgorithm
-from .algorithms import algorithm_named
-from .exchange import Regrow
-from .schedule import DECAYS, Decay, drop_fraction, drops, updates_at
+from .algorithms import MaskAlgorithm, algorithm_named
+from .drop_and_grow import Regrow
+from .schedule import DECAYS, Decay, Schedule, drop_fraction, drops, updates_at
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,19 @@ gradient times a boolean mask is several times as slow. Both are changed in plac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..errors import UsageError
-from .attached import SUFFIX
+from ..masks.attached import SUFFIX, is_transposed, masks_of, pattern_of
+from ..masks.layout import Block, Layout, NofM, parse_pattern
+from ..masks.mask import generator_for
+from ..masks.saliency import MaskLayout
+from .gpu.words import as_words, count, invert_
 from .guard import multiply_
-from .layout import Block, Layout, NofM, parse_pattern
-from .mask import generator_for
-from .saliency import MaskLayout
-from .words import as_words, count, invert_
 
 Fill = str | Callable[[str, Tensor], Tensor]
 
@@ -139,3 +140,40 @@ class SparseWeight:
         ever, active = as_words(self.ever, new)
         ever |= active
         self.nnz = int(new.count_nonzero()) if nnz is None else nnz
+
+
+# The sparse weights of a model, as a Sparsifier handles them.
+
+
+def find_weights(
+    model: nn.Module, optimizer: Optimizer, pattern: str | None, layouts: Mapping[str, MaskLayout], *, moves: bool
+) -> list[SparseWeight]:
+    """Every weight with a mask, in the order of the modules; `layouts` over what the module itself tells.
+
+    `pattern`: of all masks; None for the one that lies beside each.
+
+    Raises:
+        UsageError: a weight that is trained but not by this optimiser; a layout of a name that is no sparse weight; a
+            mask that does not have the pattern, or a pattern that cannot move.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    found = list[SparseWeight]()
+    for name in masks_of(model):
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        form: MaskLayout = {
+            "pattern": pattern or pattern_of(module, attribute),
+            "groups": getattr(module, "groups", 1),
+            "transposed": is_transposed(module),
+        }
+        form |= layouts.get(name, MaskLayout())
+        weight = SparseWeight(name, module, attribute, form, moves=moves)
+        if weight.parameter.requires_grad and id(weight.parameter) not in held:
+            raise UsageError(
+                f"{name} is trained but not in the optimiser", hint="give it to the optimiser, or freeze it"
+            )
+        found.append(weight)
+    unknown = set(layouts) - {w.name for w in found}
+    if unknown:
+        raise UsageError(f"layouts of {', '.join(sorted(unknown))}: no sparse weights of these names")
+    return found

@@ -26,10 +26,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..base.randomness import key_of
 from ..errors import UsageError, one_of
-from ..randomness import key_of
-from .exchange import Regrow, exchange, extend, prune
-from .find import find_weights, unwrapped
+from ..masks.attached import unwrapped
+from ..masks.mask import generator_for
+from ..masks.saliency import MaskLayout
+from .drop_and_grow import Regrow, exchange, extend, prune
+from .gpu.fast_exchange import Exchange, exchange_numbers, in_groups, on_device, quick_exchange
 from .guard import (
     all_finite,
     clear_unwritten,
@@ -41,17 +44,13 @@ from .guard import (
     state_of,
     warn_of_order,
 )
-from .mask import generator_for
-from .quick_exchange import Exchange, exchange_numbers, in_groups, on_device, quick_exchange
-from .ranks import check_ranks
-from .saliency import MaskLayout
 from .schedule import Decay
 from .settings import Settings
-from .sparse_weight import Fill, SparseWeight
-from .statistics import WeightStatistics, statistics_of
+from .sparse_weight import Fill, SparseWeight, find_weights
+from .statistics import WeightStatistics, check_ranks, statistics_of
 
 if TYPE_CHECKING:
-    from ..plan import Plan
+    from ..plan.plan import Plan
 
 SCHEMA = "sparseift.sparsifier/1"
 QUICK_ON = frozenset({"cuda"})
@@ -103,12 +102,25 @@ class Sparsifier:
         UsageError: no masks; an algorithm, schedule or option that does not exist; an N:M pattern with masks that move.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan | Optimizer | None, optimizer: Optimizer | None = None, *,
-                 algorithm: str = "rigl", total_steps: int | None = None, delta_t: int = 100,
-                 stop: float | str | Fraction = "0.75", drop_fraction: float = 0.3, schedule: Decay = "cosine",
-                 regrow: Regrow = "allow", seed: int = 0, layouts: Mapping[str, MaskLayout] | None = None,
-                 fill: Fill = "normal", check_finite: bool = False,
-                 state: Mapping[str, Any] | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan | Optimizer | None,
+        optimizer: Optimizer | None = None,
+        *,
+        algorithm: str = "rigl",
+        total_steps: int | None = None,
+        delta_t: int = 100,
+        stop: float | str | Fraction = "0.75",
+        drop_fraction: float = 0.3,
+        schedule: Decay = "cosine",
+        regrow: Regrow = "allow",
+        seed: int = 0,
+        layouts: Mapping[str, MaskLayout] | None = None,
+        fill: Fill = "normal",
+        check_finite: bool = False,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
         if isinstance(plan, Optimizer):
             plan, optimizer = None, plan
         if optimizer is None:
@@ -180,8 +192,9 @@ class Sparsifier:
     def mask_gradients(self, but: Collection[SparseWeight] = ()) -> None:
         """Multiply every gradient by its mask, in place; `but` those of these weights."""
         self._heard = True
-        live = [(w.parameter.grad, w.factor) for w in self.weights
-                if (w.nnz < w.factor.numel() or w.moves) and w not in but]  # fmt: skip
+        live = [
+            (w.parameter.grad, w.factor) for w in self.weights if (w.nnz < w.factor.numel() or w.moves) and w not in but
+        ]
         pairs = [(g, factor) for g, factor in live if g is not None]
         multiply_([g for g, _ in pairs], [factor for _, factor in pairs])
 
@@ -307,15 +320,21 @@ class Sparsifier:
         """The cells of those weights of which there is no doubt."""
         t, regrow = pending.step, self.settings.regrow
         keys, drops = [self.keys_of(w, t) for w in weights], [self.settings.drops(w.active, t) for w in weights]
-        rows = [exchange_numbers(w.places, w.active, n, ties, regrow)
-                for w, n, (_, ties) in zip(weights, drops, keys, strict=True)]  # fmt: skip
+        rows = [
+            exchange_numbers(w.places, w.active, n, ties, regrow)
+            for w, n, (_, ties) in zip(weights, drops, keys, strict=True)
+        ]
         numbers = on_device(rows, weights[0].parameter.device)
         cells, doubts = list[Tensor](), list[Tensor]()
         for group in in_groups([w.places for w in weights]):
-            found, doubted = quick_exchange([
-                self.quick_exchange_of(weights[i], pending.gradients.get(weights[i].name), keys[i][0], numbers[i], drops[i])
-                for i in group
-            ])  # fmt: skip
+            found, doubted = quick_exchange(
+                [
+                    self.quick_exchange_of(
+                        weights[i], pending.gradients.get(weights[i].name), keys[i][0], numbers[i], drops[i]
+                    )
+                    for i in group
+                ]
+            )
             cells += found
             doubts.append(doubted)
         told = torch.cat(doubts).tolist()  # the one wait for the device
@@ -335,8 +354,16 @@ class Sparsifier:
         algorithm, single = self.settings.algorithm, w.size == 1
         grow = w.cells(algorithm.grow_scores(w.parameter, gradient, key))
         drop = w.parameter.detach() if single else w.cells(algorithm.drop_scores(w.parameter))
-        return Exchange(w.cells_of_mask(), w.active, drop, grow, numbers, most, self.settings.regrow,
-                        drop_by=algorithm.drop_scores if single else None)  # fmt: skip
+        return Exchange(
+            w.cells_of_mask(),
+            w.active,
+            drop,
+            grow,
+            numbers,
+            most,
+            self.settings.regrow,
+            drop_by=algorithm.drop_scores if single else None,
+        )
 
     def keys_of(self, w: SparseWeight, t: int) -> tuple[int, int]:
         """What random growth, and the choice between equal scores, are functions of."""

@@ -2,10 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import CheckFailed
 from .sparse_weight import SparseWeight
+
+# Are the masks equal on every rank of a torch.distributed run?
+
+_WORD = 8  # bytes that are hashed at a time
+_ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 over the golden ratio, as a signed number
+
+
+def fingerprint(mask: Tensor) -> Tensor:
+    """A 64-bit hash of a boolean mask, as an int64 scalar on its device: words of 8 places, each times its own odd number.
+
+    Any single difference changes it; two random masks agree with probability of about 2^-56. No more: it is no
+    protection against somebody who wants two masks to agree.
+    """
+    flat = mask.detach().reshape(-1).view(torch.uint8)
+    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % _WORD))
+    words = flat.view(torch.int64)
+    place = torch.arange(1, words.numel() + 1, device=words.device)
+    return (words * ((place * _ODD) | 1)).sum()
+
+
+def check_ranks(masks: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Compare all masks over the ranks: one hash a mask, two small all-reduces. Nothing to do in a single process.
+
+    Every rank of the group must call it.
+
+    Raises:
+        CheckFailed: on every rank, naming the weights whose masks differ.
+    """
+    if not masks or not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return
+    low = torch.stack([fingerprint(mask) for mask in masks.values()])
+    high = low.clone()
+    dist.all_reduce(low, dist.ReduceOp.MIN, group)
+    dist.all_reduce(high, dist.ReduceOp.MAX, group)
+    differ = [name for name, same in zip(masks, (low == high).tolist(), strict=True) if not same]
+    if differ:
+        more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
+        raise CheckFailed(
+            f"masks differ between ranks: {', '.join(differ[:5])}{more}",
+            hint="average gradients over all ranks before sparsifier.step(), and give every rank the same seed",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +88,8 @@ def total(parts: Iterable[WeightStatistics]) -> WeightStatistics:
     """The counts of all weights together."""
     found = list(parts)
     return WeightStatistics(
-        sum(p.weights for p in found), sum(p.nnz for p in found), sum(p.ever_active for p in found),
+        sum(p.weights for p in found),
+        sum(p.nnz for p in found),
+        sum(p.ever_active for p in found),
         sum(p.churned for p in found),
-    )  # fmt: skip
+    )

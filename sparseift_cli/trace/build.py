@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..errors import UsageError
-from ..poly import Poly
-from ..table import LayerTable, Width, WidthKind
+from ..table.poly import Poly
+from ..table.table import LayerTable, Width, WidthKind
 from . import symbolise
 from .record import Row
 from .rows import RowBuilder, row_name
@@ -55,8 +55,15 @@ def layer_table(model: nn.Module, inputs: tuple[Any, ...], *, name: str, input_s
     return trace(model, inputs, name=name, input_shape=input_shape).table
 
 
-def trace(model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, *, name: str,
-          input_shape: tuple[int, ...], symbolic: bool = True) -> Traced:  # fmt: skip
+def trace(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    name: str,
+    input_shape: tuple[int, ...],
+    symbolic: bool = True,
+) -> Traced:
     """Trace `model(*inputs, **kwargs)` in eval mode, without memory and without running its arithmetic.
 
     The tensors in `inputs` and `kwargs` have the wanted shape (meta ones do); the model may live on any device and is left
@@ -287,8 +294,11 @@ class _Builder:
 
     def _followers(self, rows: list[Row]) -> dict[str, str]:
         """The activation that reads a row's layer, where nothing else reads it as a summand."""
-        found = {row_name(r): self.recorder.followers.get(r.weight) for r in rows
-                 if r.weight and r.weight not in self.recorder.flow.summed}  # fmt: skip
+        found = {
+            row_name(r): self.recorder.followers.get(r.weight)
+            for r in rows
+            if r.weight and r.weight not in self.recorder.flow.summed
+        }
         return {name: activation for name, activation in found.items() if activation}
 
     def _activations(self, rows: list[Row]) -> dict[str, str]:

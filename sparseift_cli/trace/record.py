@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..poly import Poly
+from ..table.poly import Poly
 from .flow import OPAQUE, VALUE, Flow, layer_of, parts_of, write
 from .free_ops import costs_no_macs
 from .symint import poly_of
@@ -172,8 +172,18 @@ class Recorder(TorchDispatchMode):
 
     # --- rows ---
 
-    def weighted(self, kind: str, x: Tensor, weight: Tensor, out: Tensor, macs: Poly, inputs: Poly, outputs: Poly,
-                 kernel: tuple[int, ...] = (), groups: Poly | None = None) -> Row:  # fmt: skip
+    def weighted(
+        self,
+        kind: str,
+        x: Tensor,
+        weight: Tensor,
+        out: Tensor,
+        macs: Poly,
+        inputs: Poly,
+        outputs: Poly,
+        kernel: tuple[int, ...] = (),
+        groups: Poly | None = None,
+    ) -> Row:
         """An op of activations `x` with a weight. A weight that is no parameter makes it a product of activations."""
         owned = self.parameter_of(weight)
         owner = owned[0].rpartition(".")[0] if owned else self.stack[-1]
@@ -245,8 +255,16 @@ class Recorder(TorchDispatchMode):
                 self.queries[maker[2]] = part if maker in keys else None
                 self.scores[maker[2]] = (self.stack[-1], head_dim, by_size)
 
-    def _row(self, owner: str, kind: str, weight: str | None, inputs: Poly, outputs: Poly,
-             kernel: tuple[int, ...], groups: Poly | None) -> Row:  # fmt: skip
+    def _row(
+        self,
+        owner: str,
+        kind: str,
+        weight: str | None,
+        inputs: Poly,
+        outputs: Poly,
+        kernel: tuple[int, ...],
+        groups: Poly | None,
+    ) -> Row:
         row = self.rows.get((owner, kind, weight))
         if row is None:
             self.clock += 1
@@ -255,8 +273,17 @@ class Recorder(TorchDispatchMode):
         row.calls += 1
         return row
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, causal: bool, *, by_size: bool = False,
-               batch: Sequence[Any] | None = None) -> None:  # fmt: skip
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        causal: bool,
+        *,
+        by_size: bool = False,
+        batch: Sequence[Any] | None = None,
+    ) -> None:
         """softmax(Q K^T) V: B x heads x T_q x T_k x d multiply-accumulates each way (q: [..., T_q, d], v: [..., T_k, d_v]).
 
         `batch`: the sizes before T_q and T_k that the scores have, where they are not those of q: a query that is shared

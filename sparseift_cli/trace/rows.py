@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from ..poly import Poly
-from ..table import Layer, Role
+from ..table.poly import Poly
+from ..table.table import Layer, Role
 from .record import Row, numel
 from .symbolise import Trace
 

@@ -16,13 +16,98 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .choices import Choices
+from ..table.poly import Poly
 from .flow import normed, parts_of, write
-from .layouts import WATCHED, note_index, note_order
+from .layouts import WATCHED, Choices, note_index, note_order, note_sum
 from .record import ATTENTION, FROM_LAYER, NEEDS_GRAD, Recorder, conv, flags_of, makers_of, mark, matmul, numel
-from .recurrent import RECURRENT
 from .symint import Facts, poly_of
 
+# What LSTM, GRU and plain RNN layers ask of their shapes, and what they cost.
+# PyTorch runs a whole recurrent layer in one op that neither takes symbolic sizes nor has a count. Per step and direction it is
+# two matrix products: input [B, I] by W_ih [G H, I] and state [B, H] by W_hh [G H, H], with G = 4, 3 or 1 gates.
+# In the backward pass the first step differs: the state it reads is what the caller gave (zeros, unless told), and needs a
+# gradient only where that does.
+
+
+def _layer(gates: int) -> Callable[..., Any]:
+    def rule(
+        rules: Any,
+        input: Tensor,
+        hx: Any,
+        params: Sequence[Tensor],
+        has_biases: Any,
+        num_layers: Any = None,
+        dropout: float = 0,
+        train: bool = False,
+        bidirectional: Any = False,
+        batch_first: Any = False,
+    ) -> Any:
+        if not isinstance(has_biases, bool) or not isinstance(batch_first, bool):
+            return NotImplemented  # a packed sequence
+        states = tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
+        directions = 1 + bool(bidirectional)
+        per_layer = len(params) // (int(num_layers) * directions)
+        steps = input.shape[1 if batch_first else 0]
+        x, hidden = input, None
+        for layer in range(int(num_layers)):
+            outputs = []
+            for direction in range(directions):
+                at = (layer * directions + direction) * per_layer
+                out, hidden = _direction(rules, x, states, params[at : at + per_layer], has_biases, gates, steps)
+                rules.tie(states[0].shape[-1], out.shape[-1])
+                rules.tie(states[-1].shape[-1], hidden if len(states) == 2 else out.shape[-1])
+                outputs.append(out)
+            width = sum(o.shape[-1] for o in outputs)
+            note_sum(rules.facts, width, [o.shape[-1] for o in outputs])
+            x = rules.made(outputs[0], (*x.shape[:-1], width), *outputs, counted=True)
+        finals = tuple(mark(s.new_empty(s.shape), flags_of(x)) for s in states)
+        return (x, *finals)
+
+    return rule
+
+
+def _direction(
+    rules: Any, x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], has_biases: bool, gates: int, steps: int
+) -> tuple[Tensor, Any]:
+    """One layer in one direction: [..., I] -> [..., H] (or what a projection makes of H), and H."""
+    w_ih, w_hh = params[:2]
+    biases = params[2:4] if has_biases else ()
+    projection = params[-1] if len(params) > 2 + 2 * has_biases else None
+    hidden = rules.facts.exact_quotient(poly_of(w_ih.shape[0]), Poly.const(gates))
+    rules.facts.equal(hidden * Poly.const(gates), poly_of(w_hh.shape[0]))
+    rules.tie(x.shape[-1], w_ih.shape[1])
+    for bias in biases:
+        rules.tie(bias.shape[0], w_ih.shape[0])
+    cell = size = rules.facts.symint(hidden)
+    if gates > 1:
+        for weight in (w_ih, w_hh):
+            note_order(rules.facts, "product", weight.shape[0], [gates, cell])
+    if projection is not None:
+        rules.tie(projection.shape[1], size)
+        size = projection.shape[0]
+    rules.tie(w_hh.shape[1], size)
+    out = rules.made(x, (*x.shape[:-1], size), *states, *params, counted=True)
+    tokens = numel(x.shape[:-1])
+    first = (tokens.divided_by(Poly.const(steps)) if steps else None) or Poly()  # tokens of the first step
+    cells = [t for t in params if t is not projection]
+    rows = [(x, w_ih, None), (None, w_hh, states[:1])]
+    if projection is not None:
+        rows.append((None, projection, [x, *states, *cells]))
+    for source, weight, beginning in rows:
+        made = mark(out.new_empty((*x.shape[:-1], weight.shape[0])), flags_of(out))
+        inputs, outputs = poly_of(weight.shape[1]), poly_of(weight.shape[0])
+        read = source if source is not None else mark(out.new_empty(out.shape), flags_of(out) | FROM_LAYER)
+        row = rules.recorder.weighted("linear", read, weight, made, tokens * inputs * outputs, inputs, outputs)
+        if beginning is not None and flags_of(read) & NEEDS_GRAD and not _any_needs_grad(beginning):
+            row.grad_inputs -= first * inputs * outputs
+    return out, cell
+
+
+def _any_needs_grad(tensors: Sequence[Tensor]) -> bool:
+    return any(flags_of(t) & NEEDS_GRAD for t in tensors)
+
+
+RECURRENT = {torch.lstm: _layer(4), torch.gru: _layer(3), torch.rnn_tanh: _layer(1), torch.rnn_relu: _layer(1)}
 Rule = Callable[..., Any]
 
 
@@ -54,8 +139,9 @@ class ShapeRules(TorchFunctionMode):
         if a != b:
             raise RuntimeError(f"sizes do not match: {a} and {b}")
 
-    def made(self, like: Tensor, shape: Sequence[Any], *sources: Tensor | None, counted: bool = False,
-             linear: bool = False) -> Tensor:  # fmt: skip
+    def made(
+        self, like: Tensor, shape: Sequence[Any], *sources: Tensor | None, counted: bool = False, linear: bool = False
+    ) -> Tensor:
         """An output of `shape` that descends from `like` and `sources`; `linear`: it is `like`, seen differently."""
         flags, makers = flags_of(like) | (FROM_LAYER if counted else 0), makers_of(like)
         for source in sources:
@@ -91,8 +177,16 @@ def _addmm(rules: ShapeRules, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta
 
 
 def _conv(spatial: int) -> Rule:
-    def rule(rules: ShapeRules, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
-             padding: Any = 0, dilation: Any = 1, groups: Any = 1) -> Any:  # fmt: skip
+    def rule(
+        rules: ShapeRules,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: Any = 1,
+    ) -> Any:
         def each(value: Any) -> list[Any]:
             values = list(value) if isinstance(value, (tuple, list)) else [value]
             return values * spatial if len(values) == 1 else values
@@ -125,8 +219,17 @@ def _conv(spatial: int) -> Rule:
 def _conv_transpose(spatial: int) -> Rule:
     """Only what the groups ask for, PyTorch answers: its shape function does not say that they lie one after another."""
 
-    def rule(rules: ShapeRules, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
-             padding: Any = 0, output_padding: Any = 0, groups: Any = 1, dilation: Any = 1) -> Any:  # fmt: skip
+    def rule(
+        rules: ShapeRules,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: Any = 1,
+        dilation: Any = 1,
+    ) -> Any:
         if not isinstance(groups, int) or groups > 1:  # weight: [in, out / groups, *kernel]
             channels, outputs = input.shape[input.dim() - spatial - 1], weight.shape[1] * groups
             note_order(rules.facts, "product", channels, [groups, weight.shape[0] // groups])
@@ -143,13 +246,29 @@ def _per_channel(rules: ShapeRules, input: Tensor, parameters: Sequence[Tensor |
     return normed(input, rules.made(input, input.shape, *parameters))
 
 
-def _batch_norm(rules: ShapeRules, input: Tensor, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
-                *_: Any, **__: Any) -> Any:  # fmt: skip
+def _batch_norm(
+    rules: ShapeRules,
+    input: Tensor,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    *_: Any,
+    **__: Any,
+) -> Any:
     return _per_channel(rules, input, (running_mean, running_var, weight, bias))
 
 
-def _instance_norm(rules: ShapeRules, input: Tensor, running_mean: Any = None, running_var: Any = None, weight: Any = None,
-                   bias: Any = None, *_: Any, **__: Any) -> Any:  # fmt: skip
+def _instance_norm(
+    rules: ShapeRules,
+    input: Tensor,
+    running_mean: Any = None,
+    running_var: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    *_: Any,
+    **__: Any,
+) -> Any:
     return _per_channel(rules, input, (running_mean, running_var, weight, bias))
 
 
@@ -177,8 +296,17 @@ def _rms_norm(rules: ShapeRules, input: Tensor, normalized_shape: Any, weight: A
     return _layer_norm(rules, input, normalized_shape, weight)
 
 
-def _attention(rules: ShapeRules, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
-               dropout_p: float = 0.0, is_causal: bool = False, scale: Any = None, enable_gqa: bool = False) -> Any:  # fmt: skip
+def _attention(
+    rules: ShapeRules,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: Any = None,
+    enable_gqa: bool = False,
+) -> Any:
     rules.tie(query.shape[-1], key.shape[-1])
     rules.tie(key.shape[-2], value.shape[-2])
     keys, values = list(key.shape[:-2]), list(value.shape[:-2])
@@ -228,8 +356,17 @@ def _grouped_mm(rules: ShapeRules, mat_a: Tensor, mat_b: Tensor, *_: Any, **__: 
     return out
 
 
-def _multi_head_attention(rules: ShapeRules, query: Tensor, key: Tensor, value: Tensor, embed_dim: Any, num_heads: Any,
-                          in_proj_weight: Tensor | None, *_: Any, **options: Any) -> Any:  # fmt: skip
+def _multi_head_attention(
+    rules: ShapeRules,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim: Any,
+    num_heads: Any,
+    in_proj_weight: Tensor | None,
+    *_: Any,
+    **options: Any,
+) -> Any:
     """What nn.MultiheadAttention does inside, where no function is seen: only notes, PyTorch answers."""
     width, head_dim = query.shape[-1], query.shape[-1] // num_heads
     note_order(rules.facts, "product", width, [num_heads, head_dim])

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..poly import Poly
+from ..table.poly import Poly
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,8 +98,14 @@ class Trace:
     outputs: list[Any] = field(default_factory=list)
 
 
-def run(model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, *,
-        symbolic: bool = True, configs: bool = True) -> Trace:  # fmt: skip
+def run(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    symbolic: bool = True,
+    configs: bool = True,
+) -> Trace:
     """Run `model(*inputs, **kwargs)` on fake tensors; real or meta ones, only their shapes and dtypes are used.
 
     Without `symbolic` all sizes stay plain numbers: the count is the same, the widths stay unknown. Without `configs` only

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch.fx.experimental.sym_node import SymNode
 
-from ..poly import Poly
+from ..table.poly import Poly
 
 
 class Facts:

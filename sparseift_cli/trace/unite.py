@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from ..poly import Poly
+from ..table.poly import Poly
 
 
 class Unifier:

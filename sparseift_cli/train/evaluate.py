@@ -35,9 +35,14 @@ def loss_of(logits: Tensor, target: Tensor, *, smoothing: float = 0.0, reduction
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Batches, metrics: Sequence[str], processes: Processes,
-             autocast: Callable[[], AbstractContextManager[Any]],
-             asked: Callable[[], int] = lambda: 0) -> dict[str, float] | None:  # fmt: skip
+def evaluate(
+    model: nn.Module,
+    batches: Batches,
+    metrics: Sequence[str],
+    processes: Processes,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    asked: Callable[[], int] = lambda: 0,
+) -> dict[str, float] | None:
     """The metrics (and the loss) over epoch 0 of `batches`, in eval mode; the model is in train mode afterwards.
 
     None where a signal `asked` the run to stop before the end: a large evaluation takes longer than a cluster waits.

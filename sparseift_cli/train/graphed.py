@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..sparsity.graphed_update import GraphedUpdate
+from ..sparsity.gpu.graphed_update import GraphedUpdate
 from .evaluate import logits_of, loss_of
 from .prepare import Prepared
 from .processes import Processes
@@ -39,9 +39,13 @@ def can_be_graphed(run: Prepared, processes: Processes) -> bool:
     """
     spec = run.spec
     return (
-        spec.training.cuda_graph and not spec.training.recompute and processes.device.type == "cuda" and processes.world == 1
-        and spec.optimizer.fused and spec.training.precision != "fp16"
-    )  # fmt: skip
+        spec.training.cuda_graph
+        and not spec.training.recompute
+        and processes.device.type == "cuda"
+        and processes.world == 1
+        and spec.optimizer.fused
+        and spec.training.precision != "fp16"
+    )
 
 
 class GraphedStep:
@@ -164,8 +168,10 @@ class GraphedStep:
                 self._record()
             except RuntimeError as error:  # the model asks the device for a value, or allocates what a graph cannot
                 reason = str(error).strip().splitlines()[0]
-                raise UsageError(f"the step of this model cannot be recorded as a CUDA graph: {reason}",
-                                 hint="--set training.cuda_graph=false makes it operation by operation") from error  # fmt: skip
+                raise UsageError(
+                    f"the step of this model cannot be recorded as a CUDA graph: {reason}",
+                    hint="--set training.cuda_graph=false makes it operation by operation",
+                ) from error
 
     def _record(self) -> None:
         run = self._run

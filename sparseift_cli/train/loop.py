@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
+from ..base.metrics import LOWER_IS_BETTER, TEST
 from ..data import Batches
 from ..errors import InterruptedRun
-from ..metric_names import LOWER_IS_BETTER, TEST
 from ..runs.directory import RunDirectory
 from ..runs.metrics import Metrics
 from ..sparsity.guard import all_finite
@@ -31,8 +31,7 @@ from ..sparsity.statistics import total
 from .evaluate import evaluate
 from .graphed import GraphedStep, can_be_graphed
 from .prepare import Prepared
-from .processes import Processes
-from .signals import stop_requested
+from .processes import Processes, stop_requested
 from .state import pack, unpack
 from .step import EagerStep, diverged
 
@@ -52,8 +51,9 @@ class Progress:
     last: dict[str, Any] = field(default_factory=dict)
 
 
-def train(run: Prepared, folder: RunDirectory, processes: Processes, report: Report,
-          tick: Callable[[int], None] | None = None) -> dict[str, Any]:  # fmt: skip
+def train(
+    run: Prepared, folder: RunDirectory, processes: Processes, report: Report, tick: Callable[[int], None] | None = None
+) -> dict[str, Any]:
     """Train from the newest checkpoint of `folder` (or from step 0) to the end; the summary of the run.
 
     The held-out split is measured now and then and at the end, the test split (where the recipe wants it) at the end alone.
@@ -168,8 +168,14 @@ def _better(run: Prepared, score: float, than: float) -> bool:
     return score < than if metric in LOWER_IS_BETTER else score > than
 
 
-def _save(run: Prepared, progress: Progress, folder: RunDirectory, metrics: Metrics | None, scaler: GradScaler,
-          processes: Processes) -> None:  # fmt: skip
+def _save(
+    run: Prepared,
+    progress: Progress,
+    folder: RunDirectory,
+    metrics: Metrics | None,
+    scaler: GradScaler,
+    processes: Processes,
+) -> None:
     """A checkpoint. Every rank takes part, as the losses are those of all; rank 0 writes."""
     if not all_finite(list(run.model.parameters())):  # finite gradients, and a step that overflowed all the same
         raise diverged(progress.step - 1, "a weight is not finite after it")
@@ -191,8 +197,9 @@ def _save(run: Prepared, progress: Progress, folder: RunDirectory, metrics: Metr
     folder.save(progress.step, tensors, state, metrics, score=_score(run, progress.last) if fresh else None)
 
 
-def _restore(progress: Progress, run: Prepared, scaler: GradScaler, state: Mapping[str, Any],
-             processes: Processes) -> None:  # fmt: skip
+def _restore(
+    progress: Progress, run: Prepared, scaler: GradScaler, state: Mapping[str, Any], processes: Processes
+) -> None:
     progress.step, progress.seconds, progress.best = int(state["step"]), float(state["seconds"]), state["best"]
     device = next(run.model.parameters()).device
     share = processes.world if processes.first else 0  # the mean of all ranks is saved, and their sum comes back
@@ -239,6 +246,6 @@ def _memory(run: Prepared, device: torch.device) -> dict[str, int]:
 
 def _stream(seed: int, step: int, rank: int) -> int:
     """The seed of what is random inside a forward pass (dropout) at a step."""
-    from ..sparsity.mask import generator_for
+    from ..masks.mask import generator_for
 
     return generator_for(seed, "forward", str(step), str(rank)).initial_seed()

@@ -30,10 +30,23 @@ def make_optimizer(model: nn.Module, spec: Spec, device: torch.device) -> Optimi
     groups = [g for g in groups if g["params"]]
     fused = settings.fused and device.type in ("cpu", "cuda") and all(p.is_floating_point() for p in trained)
     if settings.name == "sgd":
-        return SGD(groups, settings.lr, settings.momentum, weight_decay=settings.weight_decay,
-                   nesterov=settings.nesterov, fused=fused)  # fmt: skip
-    return AdamW(groups, settings.lr, settings.betas, settings.eps, settings.weight_decay, fused=fused,
-                 capturable=fused and device.type == "cuda")  # fmt: skip
+        return SGD(
+            groups,
+            settings.lr,
+            settings.momentum,
+            weight_decay=settings.weight_decay,
+            nesterov=settings.nesterov,
+            fused=fused,
+        )
+    return AdamW(
+        groups,
+        settings.lr,
+        settings.betas,
+        settings.eps,
+        settings.weight_decay,
+        fused=fused,
+        capturable=fused and device.type == "cuda",
+    )
 
 
 def _without_decay(model: nn.Module, kinds: tuple[str, ...]) -> Iterator[nn.Parameter]:

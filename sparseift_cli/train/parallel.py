@@ -26,8 +26,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Protocol
 
+from ..base.machine import cores
 from ..errors import InterruptedRun, SparseiftError, UsageError
-from ..machine import cores
 
 MARK = "@sparseift "
 """How a line of progress begins; every other line on a child's stderr is somebody else's and is shown as it is."""
@@ -95,12 +95,15 @@ def require_parallel(at_once: int) -> None:
     if at_once < 1:
         raise UsageError(f"--parallel {at_once} runs nothing", hint="--parallel 2 runs two at a time")
     if at_once > 1 and ("TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1):
-        raise UsageError("--parallel and torchrun do not go together: torchrun spreads one run over several processes",
-                         hint="leave one of them out")  # fmt: skip
+        raise UsageError(
+            "--parallel and torchrun do not go together: torchrun spreads one run over several processes",
+            hint="leave one of them out",
+        )
 
 
-def run_parallel(children: Sequence[Child], at_once: int, root: Path, resume: str | None, watch: Watch, *,
-                 tensorboard: bool = False) -> list[dict[str, Any]]:  # fmt: skip
+def run_parallel(
+    children: Sequence[Child], at_once: int, root: Path, resume: str | None, watch: Watch, *, tensorboard: bool = False
+) -> list[dict[str, Any]]:
     """Train `at_once` of them at a time, in their order; their summaries in the same order.
 
     Raises:
@@ -194,13 +197,32 @@ class _Crew:
 
     def _start(self, child: Child, seat: int, result: IO[str]) -> subprocess.Popen[str]:
         sets = [word for pair in child.sets for word in ("--set", pair)]
-        command = [sys.executable, "-m", "sparseift_cli", "train", *sets, "--seeds", str(child.seed), *self._more,
-                   f"--seat={seat}", "--json", "--events", "--", str(child.recipe)]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "sparseift_cli",
+            "train",
+            *sets,
+            "--seeds",
+            str(child.seed),
+            *self._more,
+            f"--seat={seat}",
+            "--json",
+            "--events",
+            "--",
+            str(child.recipe),
+        ]
         environment = {"OMP_NUM_THREADS": str(self._threads), **os.environ} if child.threads is None else None
         return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=result, stderr=subprocess.PIPE, env=environment,
-            encoding="utf-8", errors="replace", start_new_session=True,
-        )  # fmt: skip
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=result,
+            stderr=subprocess.PIPE,
+            env=environment,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
+        )
 
     def _listen(self, child: Child, stream: IO[str], outcome: _Outcome) -> None:
         """Pass on what a child says, until it closes its stderr."""

@@ -12,29 +12,28 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..conversion import convert
 from ..data import Batches, DataSet, open_data
-from ..data.held_out import hold_out
-from ..data.images import ImageSet
+from ..data.images import ImageSet, hold_out
 from ..errors import UsageError
-from ..flop_audit import Audit, audit
+from ..masks import force_masks, scores
+from ..models.request import Request, parse_input
+from ..models.source import build
+from ..plan.audit import Audit, audit
+from ..plan.spec import TrainingSpec, TransformSpec
 from ..recipe.durations import held_out_images, in_steps
 from ..recipe.load import Recipe, require_data, run_steps
-from ..recipe.opening import opening
-from ..request import Request, parse_input
-from ..source import build
-from ..sparsity import force_masks, scores
+from ..recipe.open_arguments import opening
 from ..sparsity.sparsifier import Sparsifier
-from ..spec import TrainingSpec, TransformSpec
 from ..trace.build import trace
-from ..transforms.edits import Masked
-from ..transforms.transformation import Options, Transformation
+from ..transform.convert import convert
+from ..transform.edits import Masked
+from ..transform.transformation import Options, Transformation
+from .compatibility import require_fit
 from .evaluate import logits_of, loss_of
-from .fit import require_fit
+from .flop_meter import Spent
 from .optimizers import learning_rate, make_optimizer
 from .processes import Processes
 from .recompute import recompute
-from .spent import Spent
 from .zero_residual import zero_residuals
 
 if TYPE_CHECKING:
@@ -65,8 +64,12 @@ class Prepared:
 
     def every(self, duration: float | str) -> int:
         """A duration of the recipe in steps, at least one."""
-        return max(1, in_steps(duration, run_steps=self.steps, epoch_steps=self.train.steps_per_epoch,
-                               unit=self.spec.training.unit))  # fmt: skip
+        return max(
+            1,
+            in_steps(
+                duration, run_steps=self.steps, epoch_steps=self.train.steps_per_epoch, unit=self.spec.training.unit
+            ),
+        )
 
     @property
     def device(self) -> torch.device:
@@ -120,17 +123,39 @@ def prepare(recipe: Recipe, seed: int, processes: Processes) -> Prepared:
     sparsifier = None
     if done is not None:
         sparsifier = Sparsifier(
-            model, done.plan, optimizer, algorithm=algorithm.name, total_steps=steps, delta_t=algorithm.delta_t,
-            stop=str(algorithm.stop), drop_fraction=algorithm.drop_fraction, schedule=algorithm.decay,
-            regrow=algorithm.regrow, seed=seed,
-        )  # fmt: skip
+            model,
+            done.plan,
+            optimizer,
+            algorithm=algorithm.name,
+            total_steps=steps,
+            delta_t=algorithm.delta_t,
+            stop=str(algorithm.stop),
+            drop_fraction=algorithm.drop_fraction,
+            schedule=algorithm.decay,
+            regrow=algorithm.regrow,
+            seed=seed,
+        )
     masked: tuple[Masked, ...] = done.surgery.masked if done else ()
     layers = counted.plan.layers if counted.plan else _dense_rows(counted)
     spent = Spent(layers, masked, spec.training.batch_size, recompute=training.recompute)
     rate = learning_rate(spec, steps, train.steps_per_epoch)
     return Prepared(
-        recipe, spec, seed, steps, dataset, train, held_out, test, model, optimizer, sparsifier, rate, counted, spent, done,
-    )  # fmt: skip
+        recipe,
+        spec,
+        seed,
+        steps,
+        dataset,
+        train,
+        held_out,
+        test,
+        model,
+        optimizer,
+        sparsifier,
+        rate,
+        counted,
+        spent,
+        done,
+    )
 
 
 def _batches(spec: Spec, dataset: DataSet, seed: int, processes: Processes) -> tuple[Batches, Batches, Batches | None]:
@@ -138,13 +163,19 @@ def _batches(spec: Spec, dataset: DataSet, seed: int, processes: Processes) -> t
     training, data = spec.training, spec.data
     assert data is not None
     if training.batch_size % (processes.world * training.accumulate):
-        raise UsageError(f"batch_size {training.batch_size} does not divide over {processes.world} processes and "
-                         f"{training.accumulate} micro-batches")  # fmt: skip
+        raise UsageError(
+            f"batch_size {training.batch_size} does not divide over {processes.world} processes and "
+            f"{training.accumulate} micro-batches"
+        )
     seq = _seq(spec, dataset)
     shared: dict[str, Any] = {
-        "device": processes.device, "rank": processes.rank, "world": processes.world, "seq": seq,
-        "workers": data.workers, "channels_last": training.channels_last,
-    }  # fmt: skip
+        "device": processes.device,
+        "rank": processes.rank,
+        "world": processes.world,
+        "seq": seq,
+        "workers": data.workers,
+        "channels_last": training.channels_last,
+    }
     augment: Any = None if data.augment == "none" else "default"
     train = Batches(dataset, "train", training.batch_size, seed, augment=augment, limit=data.limit, **shared)
     size = spec.evaluation.batch_size or training.batch_size
@@ -169,8 +200,10 @@ def _test(dataset: DataSet) -> str:
     """
     if "test" not in dataset.split_names or dataset.held_out == "test":
         has = "is watched during training" if dataset.held_out == "test" else "does not exist"
-        raise UsageError(f"evaluation.test: the test split of {dataset.name} {has}",
-                         hint="leave it out: the end of a run is measured on the held-out split")  # fmt: skip
+        raise UsageError(
+            f"evaluation.test: the test split of {dataset.name} {has}",
+            hint="leave it out: the end of a run is measured on the held-out split",
+        )
     return "test"
 
 
@@ -199,8 +232,14 @@ def request_of(spec: Spec, dataset: DataSet | None) -> Request:
     return Request(spec.model.name, classes, image, spec.model.seq)
 
 
-def _model(recipe: Recipe, dataset: DataSet, train: Batches, seed: int, training: TrainingSpec,
-           fit: Callable[[nn.Module], None]) -> tuple[nn.Module, Transformation | None, Audit]:  # fmt: skip
+def _model(
+    recipe: Recipe,
+    dataset: DataSet,
+    train: Batches,
+    seed: int,
+    training: TrainingSpec,
+    fit: Callable[[nn.Module], None],
+) -> tuple[nn.Module, Transformation | None, Audit]:
     spec = recipe.spec
     request = request_of(spec, dataset)
     with torch.random.fork_rng(devices=[]):
@@ -210,9 +249,13 @@ def _model(recipe: Recipe, dataset: DataSet, train: Batches, seed: int, training
             table = trace(built.model, built.args, built.kwargs, name=built.name, input_shape=built.input_shape).table
             return built.model, None, audit(table, None, training)
         options = Options(
-            start=spec.init.start, init=spec.init.weights, seed=seed, connect=spec.init.connect,
-            preserve_slack=spec.init.slack, scores=_ranking(spec, train, seed, fit),
-        )  # fmt: skip
+            start=spec.init.start,
+            init=spec.init.weights,
+            seed=seed,
+            connect=spec.init.connect,
+            preserve_slack=spec.init.slack,
+            scores=_ranking(spec, train, seed, fit),
+        )
         wanted = TransformSpec.of(recipe.transform)
         checkpoint = spec.init.checkpoint if spec.init.start == "preserve" else None
         model, done = convert(
@@ -244,7 +287,7 @@ def _ranking(spec: Spec, train: Batches, seed: int, fit: Callable[[nn.Module], N
 
 
 def _dense_rows(counted: Audit) -> Any:
-    from ..flop_audit import rows
+    from ..plan.audit import rows
 
     return rows(counted)
 

@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..errors import UsageError
-from ..table import LayerTable
+from ..table.table import LayerTable
 
 _ONCE = "_sparseift_once"  # the attribute of a wrapped block that holds its own forward
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -46,8 +46,11 @@ def recompute(model: nn.Module, table: LayerTable, example: Tensor) -> tuple[str
     """
     names = dict.fromkeys(row.block for row in table.layers if row.block and row.macs.terms)
     if not names:
-        raise UsageError(f"training.recompute has nothing to compute again: {table.model} has no numbered blocks with layers "
-                         "inside (layers.0, layers.1, ...)", hint="leave training.recompute out")  # fmt: skip
+        raise UsageError(
+            f"training.recompute has nothing to compute again: {table.model} has no numbered blocks with layers "
+            "inside (layers.0, layers.1, ...)",
+            hint="leave training.recompute out",
+        )
     blocks = {name: model.get_submodule(name) for name in names if name}
     _require_inside(model, blocks, example)
     for module in model.modules():
@@ -136,6 +139,8 @@ def _require_inside(model: nn.Module, blocks: dict[str, nn.Module], example: Ten
     wrong = [*outside, *(name for name, block in blocks.items() if block not in entered)]
     if wrong:
         more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-        raise UsageError(f"training.recompute cannot be: {', '.join(wrong[:_SHOWN])}{more} of the model would not be computed "
-                         "again, as the model does not call the blocks around them as modules",
-                         hint="leave training.recompute out")  # fmt: skip
+        raise UsageError(
+            f"training.recompute cannot be: {', '.join(wrong[:_SHOWN])}{more} of the model would not be computed "
+            "again, as the model does not call the blocks around them as modules",
+            hint="leave training.recompute out",
+        )

@@ -13,19 +13,18 @@ from typing import Any
 
 import torch
 
+from ..base.metrics import LOWER_IS_BETTER
 from ..errors import InterruptedRun, SparseiftError
-from ..flop_audit import to_json
-from ..metric_names import LOWER_IS_BETTER
+from ..models.source import source_hash
+from ..plan.audit import to_json
 from ..recipe.load import Recipe, load
 from ..recipe.write import resolved_yaml
 from ..runs.directory import RunDirectory
 from ..runs.provenance import session
-from ..source import source_hash
 from .loop import Report, train
 from .parallel import require_one_run
 from .prepare import Prepared, prepare, with_seed
-from .processes import ALONE, Processes, Seat, processes
-from .signals import listening, stop_requested
+from .processes import ALONE, Processes, Seat, listening, processes, stop_requested
 from .tensorboard import TensorBoard
 
 Note = Callable[..., None]
@@ -47,14 +46,31 @@ class _Call:
     tensorboard: bool
 
 
-def run_seeds(recipe: Recipe, seeds: Sequence[int], root: Path, resume: str | None, report: Report,
-              note: Note, *, tensorboard: bool = False) -> list[dict[str, Any]]:  # fmt: skip
+def run_seeds(
+    recipe: Recipe,
+    seeds: Sequence[int],
+    root: Path,
+    resume: str | None,
+    report: Report,
+    note: Note,
+    *,
+    tensorboard: bool = False,
+) -> list[dict[str, Any]]:
     """Train every seed of one recipe, as `run_jobs` does."""
     return run_jobs([(recipe, seed) for seed in seeds], root, resume, report, note, tensorboard=tensorboard)
 
 
-def run_jobs(jobs: Sequence[Job], root: Path, resume: str | None, report: Report, note: Note, *,
-             tick: Tick | None = None, tensorboard: bool = False, seat: Seat = ALONE) -> list[dict[str, Any]]:  # fmt: skip
+def run_jobs(
+    jobs: Sequence[Job],
+    root: Path,
+    resume: str | None,
+    report: Report,
+    note: Note,
+    *,
+    tick: Tick | None = None,
+    tensorboard: bool = False,
+    seat: Seat = ALONE,
+) -> list[dict[str, Any]]:
     """Train one after the other; the summaries (empty on all ranks but the first).
 
     Runs that are done already are read, not repeated.
@@ -166,14 +182,20 @@ def _train(run: Prepared, found: RunDirectory | None, text: str, call: _Call, ou
         for skipped in newest.skipped if newest else ():
             note(f"passed over checkpoint {skipped}")
         name = folder.name or recipe.name  # of the file that began it: this one may be its own recipe.yaml
-        facts = session(device=str(ours.device), seed=seed, data={run.dataset.name: run.dataset.sha256}, step=begins,
-                        processes=ours.world, at_once=ours.at_once, recipe=name,
-                        source=source_hash(run.spec.model.name))  # fmt: skip
+        facts = session(
+            device=str(ours.device),
+            seed=seed,
+            data={run.dataset.name: run.dataset.sha256},
+            step=begins,
+            processes=ours.world,
+            at_once=ours.at_once,
+            recipe=name,
+            source=source_hash(run.spec.model.name),
+        )
         for difference in folder.begin(facts):
             note(f"not as before, so bits may differ: {difference}")
         where = f"from step {begins:,}" if begins else "from the start"
-        note(f"{path} (seed {seed}, {run.steps:,} steps, {ours.device}): {where}", run.steps, begins,
-             f"seed {seed}")  # fmt: skip
+        note(f"{path} (seed {seed}, {run.steps:,} steps, {ours.device}): {where}", run.steps, begins, f"seed {seed}")
         board = TensorBoard(path) if call.tensorboard else None
 
         def tell(row: Mapping[str, Any]) -> None:

@@ -50,8 +50,10 @@ def unpack(loaded: Loaded, model: nn.Module, optimizer: Optimizer, sparsifier: S
     wrong = list(own.keys() ^ parts["model"].keys())
     wrong += [n for n in own.keys() & parts["model"].keys() if own[n].shape != parts["model"][n].shape]
     if wrong:
-        raise ArtifactError(f"{loaded.path} is of another model: {', '.join(sorted(wrong)[:4])}",
-                            hint="resume with the code and the recipe that began the run")  # fmt: skip
+        raise ArtifactError(
+            f"{loaded.path} is of another model: {', '.join(sorted(wrong)[:4])}",
+            hint="resume with the code and the recipe that began the run",
+        )
     if sparsifier is not None:
         state: dict[str, Any] = dict(loaded.state["sparsifier"])
         sparsifier.load_state_dict(state | {"masks": parts["masks"], "ever": parts["ever"]})

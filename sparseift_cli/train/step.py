@@ -32,9 +32,11 @@ class Step(Protocol):
 
 def diverged(step: int, what: str = "the loss or a gradient is not finite") -> DivergedError:
     """What a run ends with: the step, and what is wrong with it."""
-    return DivergedError(f"step {step}: {what}",
-                         hint="lower optimizer.lr, lengthen schedule.warmup, or set training.clip; "
-                              "weights and checkpoints are those before this step")  # fmt: skip
+    return DivergedError(
+        f"step {step}: {what}",
+        hint="lower optimizer.lr, lengthen schedule.warmup, or set training.clip; "
+        "weights and checkpoints are those before this step",
+    )
 
 
 def compiled(run: Prepared) -> bool:

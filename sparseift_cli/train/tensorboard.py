@@ -21,8 +21,10 @@ class TensorBoard:
         try:
             module = importlib.import_module("torch.utils.tensorboard")
         except ImportError:
-            raise UsageError("--tensorboard needs the package tensorboard",
-                             hint="pip install tensorboard; metrics.jsonl is written in any case") from None  # fmt: skip
+            raise UsageError(
+                "--tensorboard needs the package tensorboard",
+                hint="pip install tensorboard; metrics.jsonl is written in any case",
+            ) from None
         self.writer = module.SummaryWriter(str(folder / "tensorboard"))
 
     def __call__(self, row: Mapping[str, Any]) -> None:

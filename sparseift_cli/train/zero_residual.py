@@ -21,8 +21,9 @@ def zero_residuals(model: nn.Module, name: str) -> None:
     """
     found = list(_last_norms(model))
     if not found:
-        raise UsageError(f"init.zero_residual: {name} has no residual block that ends with a norm",
-                         hint="it is for ResNets")  # fmt: skip
+        raise UsageError(
+            f"init.zero_residual: {name} has no residual block that ends with a norm", hint="it is for ResNets"
+        )
     for weight in found:
         weight.zero_()
 

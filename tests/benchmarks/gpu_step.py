@@ -75,10 +75,14 @@ def official_style(recipe: Path, sets: list[str], workers: int) -> tuple[Prepare
     run = prepare(load(recipe, [*DATA, *sets]), 0, Processes(torch.device("cuda")))
     images, labels = run.dataset.images("train")
     arrays = images.permute(0, 2, 3, 1).contiguous().numpy()
-    change = transforms.Compose([
-        transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
-        transforms.Normalize((0.5,) * 3, (0.2,) * 3),
-    ])  # fmt: skip
+    change = transforms.Compose(
+        [
+            transforms.RandomCrop(32, padding=4),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize((0.5,) * 3, (0.2,) * 3),
+        ]
+    )
 
     class Images(Dataset[Any]):
         def __len__(self) -> int:
@@ -163,9 +167,18 @@ def side_by_side(recipe: Path, first: Way, count: int, args: argparse.Namespace)
         alone.append(first.time(args.steps))
         together.append(beside(crew, args.steps))
     for label, at_once, found in (("alone", 1, alone), (f"{count} on streams", count, together)):
-        yield {"recipe": recipe.stem, "sets": args.set, "way": f"{first.name}, {label}", "ms": round(statistics.median(found), 3),
-               "low": round(min(found), 3), "high": round(max(found), 3), "n": len(found), "steps": args.steps, "at_once": at_once,
-               "gpu": torch.cuda.get_device_name()}  # fmt: skip
+        yield {
+            "recipe": recipe.stem,
+            "sets": args.set,
+            "way": f"{first.name}, {label}",
+            "ms": round(statistics.median(found), 3),
+            "low": round(min(found), 3),
+            "high": round(max(found), 3),
+            "n": len(found),
+            "steps": args.steps,
+            "at_once": at_once,
+            "gpu": torch.cuda.get_device_name(),
+        }
 
 
 def main() -> None:
@@ -202,9 +215,17 @@ def main() -> None:
                 found[way.name].append(way.time(args.steps))
         for way in ways:
             each = sorted(found[way.name])
-            line = {"recipe": name, "sets": args.set, "way": way.name, "ms": round(statistics.median(each), 3),
-                    "low": round(each[0], 3), "high": round(each[-1], 3), "n": len(each), "steps": args.steps,
-                    "gpu": torch.cuda.get_device_name()}  # fmt: skip
+            line = {
+                "recipe": name,
+                "sets": args.set,
+                "way": way.name,
+                "ms": round(statistics.median(each), 3),
+                "low": round(each[0], 3),
+                "high": round(each[-1], 3),
+                "n": len(each),
+                "steps": args.steps,
+                "gpu": torch.cuda.get_device_name(),
+            }
             if args.profile:
                 profile(way, "a step")
             sparsifier = way.run.sparsifier if way.run is not None else None

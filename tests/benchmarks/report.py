@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.report_runs import make_run
+from tests.helpers.report_runs import make_run
 
 SECONDS, MEGABYTES = 5.0, 500.0
 
@@ -26,19 +26,55 @@ def build(root: Path, runs: int, evaluations: int, layers: int, *, distinct: boo
         group, seed = divmod(i, 20)
         own = i if distinct else group
         audit: dict[str, Any] = {
-            "schema": "sparseift.flops/1", "model": "resnet18", "training": {"steps": 390 * evaluations},
-            "layers": [{"name": f"layer{own}.{n}.conv", "kind": "conv2d", "role": "body", "status": "transformed", "reason": "",
-                        "calls": 1, "dense_macs": 115605504, "transformed_macs": 115605504, "ratio": 1.0, "density": 0.25,
-                        "nnz": 36864, "weights": 147456, "params": 147584,
-                        "parts": [{"name": "weight", "inputs": 128, "outputs": 128, "taps": 9, "groups": 1, "dense": False,
-                                   "nnz": 36864}]} for n in range(layers)],
-        }  # fmt: skip
+            "schema": "sparseift.flops/1",
+            "model": "resnet18",
+            "training": {"steps": 390 * evaluations},
+            "layers": [
+                {
+                    "name": f"layer{own}.{n}.conv",
+                    "kind": "conv2d",
+                    "role": "body",
+                    "status": "transformed",
+                    "reason": "",
+                    "calls": 1,
+                    "dense_macs": 115605504,
+                    "transformed_macs": 115605504,
+                    "ratio": 1.0,
+                    "density": 0.25,
+                    "nnz": 36864,
+                    "weights": 147456,
+                    "params": 147584,
+                    "parts": [
+                        {
+                            "name": "weight",
+                            "inputs": 128,
+                            "outputs": 128,
+                            "taps": 9,
+                            "groups": 1,
+                            "dense": False,
+                            "nnz": 36864,
+                        }
+                    ],
+                }
+                for n in range(layers)
+            ],
+        }
         values = [70 + group / 10 + seed / 50 + n / evaluations for n in range(evaluations)]
         how: dict[str, Any] = {"member": "wide", "sparsity": round(0.5 + group / 100, 2)} if group else {}
         name = f"net_wide{group}_rigl" if group else "net_dense"
         lr = 0.1 + own / 1e4 if distinct else 0.1
-        make_run(root, name, seed, values, epochs=evaluations, audit=audit, plan=audit, lr=lr,
-                 more={"density": 0.25, "itop_rate": 0.6, "churn": 0.01}, **how)  # fmt: skip
+        make_run(
+            root,
+            name,
+            seed,
+            values,
+            epochs=evaluations,
+            audit=audit,
+            plan=audit,
+            lr=lr,
+            more={"density": 0.25, "itop_rate": 0.6, "churn": 0.01},
+            **how,
+        )
 
 
 def measure(root: Path, *options: str) -> tuple[float, float, float, int]:

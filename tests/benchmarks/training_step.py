@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from sparseift_cli import transform
+from sparseift_cli.models.zoo.gpt import GPT, GPTConfig
+from sparseift_cli.models.zoo.registry import build
 from sparseift_cli.sparsity.sparsifier import Sparsifier
-from sparseift_cli.zoo.gpt import GPT, GPTConfig
-from sparseift_cli.zoo.registry import build
 
 DELTA_T = 100
 EVERY = 3  # steps between the updates that are timed
@@ -41,9 +41,11 @@ def resnet(batch: int) -> Case:
     model, _ = transform(build("resnet18_cifar"), torch.zeros(1, 3, 32, 32), sparsity=0.75)
     x, y = torch.randn(batch, 3, 32, 32), torch.randint(100, (batch,))
     return Case(
-        f"resnet18_cifar 128, batch {batch}", model, lambda m: nn.functional.cross_entropy(m(x), y),
+        f"resnet18_cifar 128, batch {batch}",
+        model,
+        lambda m: nn.functional.cross_entropy(m(x), y),
         lambda m: torch.optim.SGD(m.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=True, fused=True),
-    )  # fmt: skip
+    )
 
 
 def block(batch: int) -> Case:
@@ -52,10 +54,11 @@ def block(batch: int) -> Case:
     model, _ = transform(dense, torch.zeros(1, 256, dtype=torch.long), sparsity=0.75)
     x = torch.randint(256, (batch, 256))
     return Case(
-        f"GPT block 768, {batch} x 256 tokens", model,
+        f"GPT block 768, {batch} x 256 tokens",
+        model,
         lambda m: nn.functional.cross_entropy(m(x).flatten(0, 1), x.flatten()),
         lambda m: torch.optim.AdamW(m.parameters(), 6e-4, fused=True),
-    )  # fmt: skip
+    )
 
 
 class Loop:
@@ -112,9 +115,14 @@ def main() -> None:
 def report(case: Case, plain: Loop, sparse: Loop) -> None:
     """Medians, and the two promises. Both are also given from the part after the backward pass, which noise reaches less."""
     print(f"\n{case.name}, {sum(p.numel() for p in case.model.parameters()):,} weights")
-    rows = {"plain": plain.whole[False], "masked": sparse.whole[False], "with an update": sparse.whole[True],
-            "optimiser, plain": plain.late[False], "optimiser, masked": sparse.late[False],
-            "optimiser, update": sparse.late[True]}  # fmt: skip
+    rows = {
+        "plain": plain.whole[False],
+        "masked": sparse.whole[False],
+        "with an update": sparse.whole[True],
+        "optimiser, plain": plain.late[False],
+        "optimiser, masked": sparse.late[False],
+        "optimiser, update": sparse.late[True],
+    }
     for name, times in rows.items():
         print(f"  {name:20}{statistics.median(times):8.3f} [{min(times):.3f}, {max(times):.3f}]")
     step, masked, _, alone, masking, update = (statistics.median(times) for times in rows.values())

@@ -14,11 +14,11 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from sparseift_cli.sparsity import generator_for, make_mask
-from sparseift_cli.sparsity.attached import attach
-from sparseift_cli.sparsity.exchange import exchange, extend
+from sparseift_cli.masks import generator_for, make_mask
+from sparseift_cli.masks.attached import attach
+from sparseift_cli.sparsity.drop_and_grow import exchange, extend
 from sparseift_cli.sparsity.sparsifier import Sparsifier
-from tests.sparse_net import STEPS, assert_zeros, make, sparse_net
+from tests.helpers.sparse_net import STEPS, assert_zeros, make, sparse_net
 
 CUDA = "cuda"
 EVERY = 5  # steps between the updates that are timed
@@ -109,9 +109,13 @@ def cost() -> None:
     model = nn.Sequential(*(m for _ in range(depth) for m in (nn.Linear(width, width, bias=False), nn.GELU()))).to(CUDA)
     for p in model.parameters():  # activations and gradients of ordinary size: where all are zero, everything is a tie
         nn.init.normal_(p, std=(2 / (width / 4)) ** 0.5)
-    attach(model, {
-        f"{2 * i}.weight": make_mask((width, width), width * width // 4, generator=generator_for(i)) for i in range(depth)
-    })  # fmt: skip
+    attach(
+        model,
+        {
+            f"{2 * i}.weight": make_mask((width, width), width * width // 4, generator=generator_for(i))
+            for i in range(depth)
+        },
+    )
     x = torch.randn(tokens, width, device=CUDA)
     times = {kind: seconds(copy.deepcopy(model), x, kind) for kind in ("plain", "masked", "update")}
     plain, masked, update = (statistics.median(t) for t in times.values())

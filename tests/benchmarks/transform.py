@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import sparseift_cli as sparseift
-from sparseift_cli.zoo import registry
+from sparseift_cli.models.zoo import registry
 
 
 def build_like(model: nn.Module) -> list[nn.Module]:
@@ -59,9 +59,11 @@ def main() -> None:
         times.append((middle - start, time.perf_counter() - middle))
         del again, built
     ratios = sorted(a / b for a, b in times)
-    print(f"transform resnet18 at 0.9: {statistics.median(a for a, _ in times):.2f} s, building the wide model "
-          f"{statistics.median(b for _, b in times):.2f} s; ratio {statistics.median(ratios):.2f} "
-          f"[{ratios[0]:.2f}, {ratios[-1]:.2f}], n = {runs} (promise: <= 3)")  # fmt: skip
+    print(
+        f"transform resnet18 at 0.9: {statistics.median(a for a, _ in times):.2f} s, building the wide model "
+        f"{statistics.median(b for _, b in times):.2f} s; ratio {statistics.median(ratios):.2f} "
+        f"[{ratios[0]:.2f}, {ratios[-1]:.2f}], n = {runs} (promise: <= 3)"
+    )
     print(
         f"peak memory {grown:.0f} MB for {weights:.0f} MB of both models' weights: {grown / weights:.2f}x (promise: <= 1.3)"
     )

@@ -84,11 +84,17 @@ def test_gates_that_nothing_could_hold_are_not_kept(sparseift) -> None:
     assert sparseift("flops", "resnet18/wide90_rigl", "--max-flops-ratio", "1.5", "--max-layer-ratio", "1")[0] == 0
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (("--max-flops-ratio", "1.140884"), "costs 1.1408844x its dense FLOPs, above 1.140884 "),
-    (("--match", "model", "--max-flops-ratio", "0.9999999"), "costs 0.999999996x its dense FLOPs, above 0.9999999 "),
-    (("--max-layer-ratio", "0.99999995"), "costs 1.000000x its dense MACs, above 0.99999995"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--max-flops-ratio", "1.140884"), "costs 1.1408844x its dense FLOPs, above 1.140884 "),
+        (
+            ("--match", "model", "--max-flops-ratio", "0.9999999"),
+            "costs 0.999999996x its dense FLOPs, above 0.9999999 ",
+        ),
+        (("--max-layer-ratio", "0.99999995"), "costs 1.000000x its dense MACs, above 0.99999995"),
+    ],
+)
 def test_a_gate_shows_on_which_side_of_the_limit_it_is(sparseift, words: tuple[str, ...], said: str) -> None:
     code, _, err = sparseift("flops", "resnet18", "-s", "0.9", *words)
     assert code == 1 and said in err + " "
@@ -111,7 +117,7 @@ def test_every_sparsity_has_its_notice(sparseift) -> None:
 
 
 def test_a_list_of_sparsities_is_held_to_strict_as_well(sparseift) -> None:
-    source = ("flops", "tests.nets:uncounted", "--strict")
+    source = ("flops", "tests.helpers.nets:uncounted", "--strict")
     for sparsity in ("0.5", "0.5,0.75"):
         code, out, err = sparseift(*source, "-s", sparsity)
         assert code == 1 and out and "uncounted ops: aten.linalg_inv_ex" in err
@@ -136,37 +142,43 @@ def test_verify_agrees_and_names_what_fvcore_misses(sparseift) -> None:
     )
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (("flops", "resnet81"), "did you mean"),
-    (("flops", "resnet18", "-s", "1"), "not a number in [0, 1)"),
-    (("flops", "resnet18", "-s", "abc"), "not a number in [0, 1)"),
-    (("flops", "resnet18", "-s", "", "--max-flops-ratio", "1"), "not a number in [0, 1)"),  # an unset $S of a CI script
-    (("flops", "resnet18", "-s", "1e-400000000"), "not a number in [0, 1)"),
-    (("flops", "resnet18", "-t", "wdie", "-s", ".5"), "did you mean 'wide'?"),
-    (("flops", "resnet18", "-t", "wide"), "needs its sparsity"),
-    (("flops", "resnet18", "--input", "3by3"), "is not a shape"),
-    (("flops", "resnet18", "--seq", "7"), "--seq does not apply to resnet18"),
-    (("flops", "gpt2", "--input", "3x8x8"), "--input does not apply to gpt2"),
-    (("flops", "gpt2", "--input", "3x8"), "it reads tokens: give their number with --seq"),
-    (("flops", "gpt2", "--seq", "9999"), "at most 1024"),
-    (("flops", "resnet18", "--sort", "nonsense"), "cannot sort by"),
-    (("flops", "resnet18", "--depth", "0"), "folds everything"),
-    (("flops", "resnet18", "-s", ".5", "--match", "modle"), "did you mean 'model'?"),
-    (("flops", "resnet18", "--causal", "most"), "full, half or exact"),
-    (("flops", "resnet18", "--output", "/no/such/folder/x.txt"), "cannot write"),
-    (("flops", "no_such_module:make"), "cannot import"),
-    (("flops", "json:no_such"), "has no 'no_such'"),
-    (("flops", "json:dumps"), "failed: TypeError"),
-    (("flops", "collections:OrderedDict"), "not a torch.nn.Module"),
-    (("flops", "tests.benchmarks.model:make"), "input of tests.benchmarks.model:make is not known"),
-    (("flops", "tests.benchmarks.model:make", "--input", "4x8x8"), "does not run on input 1x4x8x8"),
-    (("flops", "missing.yaml"), "no recipe missing.yaml"),
-    (("flops", "gpt3_175b", "--verify"), "too many"),
-    (("flops", "resnet18", "-s", "0.9", "--max-flops-ratio", "nan"), "--max-flops-ratio nan is no ratio"),
-    (("flops", "resnet18", "-s", "0.5,0.9", "--max-layer-ratio", "nan"), "--max-layer-ratio nan is no ratio"),
-    (("flops", "mobilenet_v2", "-t", "factorized", "-s", ".75", "--pattern", "4x4"), "blocks have room for 0"),
-    (("inspect", "resnet18", "--sparsity", "0.5"), "add --why"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("flops", "resnet81"), "did you mean"),
+        (("flops", "resnet18", "-s", "1"), "not a number in [0, 1)"),
+        (("flops", "resnet18", "-s", "abc"), "not a number in [0, 1)"),
+        (
+            ("flops", "resnet18", "-s", "", "--max-flops-ratio", "1"),
+            "not a number in [0, 1)",
+        ),  # an unset $S of a CI script
+        (("flops", "resnet18", "-s", "1e-400000000"), "not a number in [0, 1)"),
+        (("flops", "resnet18", "-t", "wdie", "-s", ".5"), "did you mean 'wide'?"),
+        (("flops", "resnet18", "-t", "wide"), "needs its sparsity"),
+        (("flops", "resnet18", "--input", "3by3"), "is not a shape"),
+        (("flops", "resnet18", "--seq", "7"), "--seq does not apply to resnet18"),
+        (("flops", "gpt2", "--input", "3x8x8"), "--input does not apply to gpt2"),
+        (("flops", "gpt2", "--input", "3x8"), "it reads tokens: give their number with --seq"),
+        (("flops", "gpt2", "--seq", "9999"), "at most 1024"),
+        (("flops", "resnet18", "--sort", "nonsense"), "cannot sort by"),
+        (("flops", "resnet18", "--depth", "0"), "folds everything"),
+        (("flops", "resnet18", "-s", ".5", "--match", "modle"), "did you mean 'model'?"),
+        (("flops", "resnet18", "--causal", "most"), "full, half or exact"),
+        (("flops", "resnet18", "--output", "/no/such/folder/x.txt"), "cannot write"),
+        (("flops", "no_such_module:make"), "cannot import"),
+        (("flops", "json:no_such"), "has no 'no_such'"),
+        (("flops", "json:dumps"), "failed: TypeError"),
+        (("flops", "collections:OrderedDict"), "not a torch.nn.Module"),
+        (("flops", "tests.benchmarks.model:make"), "input of tests.benchmarks.model:make is not known"),
+        (("flops", "tests.benchmarks.model:make", "--input", "4x8x8"), "does not run on input 1x4x8x8"),
+        (("flops", "missing.yaml"), "no recipe missing.yaml"),
+        (("flops", "gpt3_175b", "--verify"), "too many"),
+        (("flops", "resnet18", "-s", "0.9", "--max-flops-ratio", "nan"), "--max-flops-ratio nan is no ratio"),
+        (("flops", "resnet18", "-s", "0.5,0.9", "--max-layer-ratio", "nan"), "--max-layer-ratio nan is no ratio"),
+        (("flops", "mobilenet_v2", "-t", "factorized", "-s", ".75", "--pattern", "4x4"), "blocks have room for 0"),
+        (("inspect", "resnet18", "--sparsity", "0.5"), "add --why"),
+    ],
+)
 def test_a_users_mistake_is_one_clear_line(sparseift, words: tuple[str, ...], said: str) -> None:
     code, out, err = sparseift(*words)
     assert code == 2 and not out

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sparseift_cli.artifact import is_artifact
-from tests.report_runs import make_run
+from sparseift_cli.transform.artifact import is_artifact
+from tests.helpers.report_runs import make_run
 
 
 @pytest.fixture(autouse=True)
@@ -33,12 +33,22 @@ def test_a_finished_run(sparseift, run: Path) -> None:
     data = json.loads(out)
     assert code == 0 and data["schema"] == "sparseift.run/1"
     assert [data[k] for k in ("path", "recipe", "seed", "state", "step", "steps", "metric", "value", "checkpoint")] == [
-        str(run), "net_wide75_rigl", 3, "finished", 780, 780, "top1", 70.0, 780]  # fmt: skip
+        str(run),
+        "net_wide75_rigl",
+        3,
+        "finished",
+        780,
+        780,
+        "top1",
+        70.0,
+        780,
+    ]
     assert data["checkpoints"] == [390, 780] and data["last"]["train_loss"] == 0.5
     assert data["next"] == [f"sparseift report '{run}'", f"sparseift inspect '{run}' --spectral"]
     table, markdown = sparseift("inspect", str(run))[1], sparseift("inspect", str(run), "-f", "md")[1]
-    facts, last = (list(csv.DictReader(io.StringIO(part))) for part in
-                   sparseift("inspect", str(run), "-f", "csv")[1].split("\n\n"))  # fmt: skip
+    facts, last = (
+        list(csv.DictReader(io.StringIO(part))) for part in sparseift("inspect", str(run), "-f", "csv")[1].split("\n\n")
+    )
     assert {"name": "state", "value": "finished"} in facts and {"name": "top1", "value": "70.0"} in last
     for shown in (table, markdown):
         assert "a finished run" in shown and "newest checkpoint" in shown and data["next"][0] in shown

@@ -78,8 +78,18 @@ def test_foreign_checkpoints(sparseift, tmp_path: Path) -> None:
     mask = torch.tensor(np.random.default_rng(0).random((8, 9)) < 0.5)
     dense = torch.ones(8, 9)
     path = tmp_path / "model.pth"
-    torch.save({"state_dict": {"a.weight": mask * 3.0, "b.weight": dense, "a.bias": torch.zeros(8),
-                               "c.weight_orig": dense.clone(), "c.weight_mask": mask.float()}}, path)  # fmt: skip
+    torch.save(
+        {
+            "state_dict": {
+                "a.weight": mask * 3.0,
+                "b.weight": dense,
+                "a.bias": torch.zeros(8),
+                "c.weight_orig": dense.clone(),
+                "c.weight_mask": mask.float(),
+            }
+        },
+        path,
+    )
     code, stdout, _ = sparseift("inspect", str(path), "--spectral", "--json")
     rows = layers(stdout)
     assert code == 0 and [row["layer"] for row in rows] == ["a.weight", "c.weight"]

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.report_runs import make_run, seeds
+from tests.helpers.report_runs import make_run, seeds
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
@@ -70,8 +70,9 @@ def test_golden_of_runs(sparseift, runs: Path) -> None:
 
 def test_golden_of_the_difference(sparseift, runs: Path) -> None:
     a, b = sorted((runs / "net_dense").iterdir())[:2]
-    code, out, _ = sparseift("report", "diff", str(a.relative_to(runs.parent)), str(b.relative_to(runs.parent)), "--json",
-                             "--exact")  # fmt: skip
+    code, out, _ = sparseift(
+        "report", "diff", str(a.relative_to(runs.parent)), str(b.relative_to(runs.parent)), "--json", "--exact"
+    )
     payload = json.loads(out)
     assert code == 1
     assert payload["schema"] == "sparseift.report-diff/1"
@@ -95,9 +96,11 @@ def test_every_format_holds_the_same_rows(sparseift, runs: Path) -> None:
     assert [int(r["flops"]) for r in groups] == [r["flops"] for r in data["groups"]]
     assert [r["path"] for r in waiting] == [r["path"] for r in data["unfinished"]]
     assert [(r["candidate"], float(r["low"]), r["verdict"]) for r in compared] == [
-        (r["candidate"], r["low"], r["verdict"]) for r in data["comparisons"]]  # fmt: skip
+        (r["candidate"], r["low"], r["verdict"]) for r in data["comparisons"]
+    ]
     assert [(r["model"], r["our_value"]) for r in reference] == [
-        (r["model"], str(r["our_value"] or "")) for r in data["reference"]]  # fmt: skip
+        (r["model"], str(r["our_value"] or "")) for r in data["reference"]
+    ]
     for shown in (table, markdown):
         for row in data["groups"]:
             assert row["group"] in shown and f"{row['mean']:#.5g}" in shown
@@ -125,7 +128,8 @@ def test_output_is_written_whole_and_stdout_stays_empty(sparseift, runs: Path, t
         code, out, _ = sparseift("report", "runs", "-f", fmt, "-o", f"out.{fmt}")
         assert (code, out) == (0, "")
         assert (tmp_path / f"out.{fmt}").read_text("utf-8") == sparseift("report", "runs", "-f", fmt)[1].replace(
-            f'"{fmt}"\n', f'"{fmt}",\n  "-o",\n  "out.{fmt}"\n')  # fmt: skip
+            f'"{fmt}"\n', f'"{fmt}",\n  "-o",\n  "out.{fmt}"\n'
+        )
     code, _, err = sparseift("report", "runs", "-o", "no/such/folder.md")
     assert code == 2 and "cannot write" in err
 
@@ -342,8 +346,9 @@ def test_letters_that_a_terminal_lacks_are_shown_escaped(runs: Path, tmp_path: P
     code = (
         f"from sparseift_cli.cli.app import main; import sys; sys.argv = ['sparseift', 'report', {str(runs)!r}]; main()"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True,
-                         env={**os.environ, "PYTHONIOENCODING": "ascii"})  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
     assert b"gr\\xf6\\xdfer" in run.stdout
 
 

@@ -13,7 +13,7 @@ import torch
 
 from sparseift_cli.runs.directory import RunDirectory
 from sparseift_cli.runs.metrics import Metrics
-from tests.report_runs import make_run, seeds
+from tests.helpers.report_runs import make_run, seeds
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,9 @@ def test_spectra_in_every_format(sparseift, masked: Path) -> None:
     payload = json.loads(sparseift("report", "--spectral", "--json")[1])
     full = 24**0.5
     assert [(r["group"], r["step"], r["runs"], r["layers"]) for r in payload["spectra"]] == [
-        ("net_wide75_rigl", 390, 2, 1), ("net_wide75_rigl", 780, 2, 1)]  # fmt: skip
+        ("net_wide75_rigl", 390, 2, 1),
+        ("net_wide75_rigl", 780, 2, 1),
+    ]
     assert [r["spectral_gap"] for r in payload["spectra"]] == pytest.approx([full, 0])
     assert [r["ramanujan_gap"] for r in payload["spectra"]] == pytest.approx([5**0.5 + 3**0.5, -1])
     assert [r["ramanujan"] for r in payload["spectra"]] == [1, 0]
@@ -105,9 +107,13 @@ def test_figure4_is_told_and_drawn(sparseift, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("words", "told"),
-    [(("-o", "f.pdf"), ".svg or .png"), (("-o", "f.svg", "--json"), "has no format json"), (("-f", "github"), "no gates to annotate"),
-     (("-o", "no/f.svg"), "cannot write no/f.svg")],
-)  # fmt: skip
+    [
+        (("-o", "f.pdf"), ".svg or .png"),
+        (("-o", "f.svg", "--json"), "has no format json"),
+        (("-f", "github"), "no gates to annotate"),
+        (("-o", "no/f.svg"), "cannot write no/f.svg"),
+    ],
+)
 def test_figure4_says_what_it_cannot_do(sparseift, words: tuple[str, ...], told: str) -> None:
     code, out, err = sparseift("report", "figure4", *words)
     assert (code, out) == (2, "") and told in err and "hint:" in err

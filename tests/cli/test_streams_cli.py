@@ -12,10 +12,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.report_runs import make_run
+from tests.helpers.report_runs import make_run
 
-TRAIN = ("train", "quickstart/digits_mlp_wide75_rigl", "--set", "training.epochs=null", "--set", "training.steps=40",
-         "--set", "evaluation.every=2", "--set", "checkpoint.every=40", "--json")  # fmt: skip
+TRAIN = (
+    "train",
+    "quickstart/digits_mlp_wide75_rigl",
+    "--set",
+    "training.epochs=null",
+    "--set",
+    "training.steps=40",
+    "--set",
+    "evaluation.every=2",
+    "--set",
+    "checkpoint.every=40",
+    "--json",
+)
 FULL = Path("/dev/full")
 needs_full = pytest.mark.skipif(not FULL.is_char_device(), reason="needs /dev/full")
 

@@ -18,16 +18,24 @@ from rich.console import Console
 
 from sparseift_cli.cli import train_progress
 from sparseift_cli.cli.train_progress import Bars, Lines, fold, progress
+from sparseift_cli.masks.attached import masks_of
 from sparseift_cli.recipe.load import find, load
-from sparseift_cli.sparsity.attached import masks_of
 from sparseift_cli.train.prepare import prepare
 from sparseift_cli.train.processes import Processes
 
 MLP = "quickstart/digits_mlp_wide75_rigl"
 SHORT = ("--set", "training.epochs=null", "--set", "training.steps=6", "--set", "evaluation.every=3")
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
-ROW = {"step": 5, "seconds": 1.0, "train_loss": 0.25, "loss": 0.5, "top1": 90.0, "flops": 10**9,
-       "density": 0.25, "itop_rate": 0.5}  # fmt: skip
+ROW = {
+    "step": 5,
+    "seconds": 1.0,
+    "train_loss": 0.25,
+    "loss": 0.5,
+    "top1": 90.0,
+    "flops": 10**9,
+    "density": 0.25,
+    "itop_rate": 0.5,
+}
 
 
 def on_a_terminal(columns: int, words: list[str], cwd: Path, **environment: str) -> tuple[str, str]:
@@ -73,8 +81,19 @@ def test_off_a_terminal_lines_are_plain(sparseift, tmp_path: Path) -> None:
     assert first.startswith(str(tmp_path)) and first.endswith("(seed 0, 6 steps, cpu): from the start")
     assert err.count("\n  step 6/6  train_loss ") == 2
     assert out.count(": 6 steps\n") == 2  # a table a recipe
-    code, out, _ = sparseift("train", MLP, "quickstart/digits_mlp_dense", *SHORT, "--runs", str(tmp_path),
-                             "--resume", "latest", "--parallel", "1", "--json")  # fmt: skip
+    code, out, _ = sparseift(
+        "train",
+        MLP,
+        "quickstart/digits_mlp_dense",
+        *SHORT,
+        "--runs",
+        str(tmp_path),
+        "--resume",
+        "latest",
+        "--parallel",
+        "1",
+        "--json",
+    )
     shown = json.loads(out)
     assert code == 0 and shown["schema"] == "sparseift.train/1"
     assert [r["recipe"] for r in shown["runs"]] == ["quickstart_digits_mlp_wide75_rigl", "quickstart_digits_mlp_dense"]
@@ -184,17 +203,23 @@ def test_sizes_of_official_sets_give_steps_without_the_data(sparseift) -> None:
     assert "not known beforehand" in out and "seconds" not in out
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    ((MLP, "--parallel", "0"), "--parallel 0 runs nothing"),
-    ((MLP, "--seeds", "0,0"), "names a seed twice"),
-    ((MLP, "--seeds", "0..1", "--resume", "runs/x/y"), "--resume RUN goes on with one run"),
-    ((MLP, "quickstart/digits_mlp_dense", "--parallel", "2", "--resume", "runs/x/y"), "--resume RUN goes on with one run"),
-    ((MLP, f"{MLP}.yaml"), "are both called quickstart_digits_mlp_wide75_rigl"),
-    ((MLP, "quickstart/digits_mpl"), "is no recipe"),
-    ((MLP, "--tflops", "100"), "add --dry-run"),
-    ((MLP, "--dry-run", "--tflops", "0"), "--tflops 0 is no speed"),
-    ((MLP, "--dry-run", "--tflops", "nan"), "--tflops nan is no speed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((MLP, "--parallel", "0"), "--parallel 0 runs nothing"),
+        ((MLP, "--seeds", "0,0"), "names a seed twice"),
+        ((MLP, "--seeds", "0..1", "--resume", "runs/x/y"), "--resume RUN goes on with one run"),
+        (
+            (MLP, "quickstart/digits_mlp_dense", "--parallel", "2", "--resume", "runs/x/y"),
+            "--resume RUN goes on with one run",
+        ),
+        ((MLP, f"{MLP}.yaml"), "are both called quickstart_digits_mlp_wide75_rigl"),
+        ((MLP, "quickstart/digits_mpl"), "is no recipe"),
+        ((MLP, "--tflops", "100"), "add --dry-run"),
+        ((MLP, "--dry-run", "--tflops", "0"), "--tflops 0 is no speed"),
+        ((MLP, "--dry-run", "--tflops", "nan"), "--tflops nan is no speed"),
+    ],
+)
 def test_a_users_mistake_is_one_clear_line(sparseift, words: tuple[str, ...], said: str) -> None:
     code, out, err = sparseift("train", *words)
     assert (code, out) == (2, "")
@@ -207,8 +232,9 @@ def test_torchrun_and_parallel_do_not_go_together(sparseift, monkeypatch: pytest
     assert code == 2 and "--parallel and torchrun do not go together" in err
 
 
-@pytest.mark.parametrize("words", [("train", MLP), ("recipe", "ls"), ("recipe", "show", MLP), ("inspect", "resnet18"),
-                                   ("report", "figure4")])  # fmt: skip
+@pytest.mark.parametrize(
+    "words", [("train", MLP), ("recipe", "ls"), ("recipe", "show", MLP), ("inspect", "resnet18"), ("report", "figure4")]
+)
 def test_only_gates_write_github_annotations(sparseift, words: tuple[str, ...]) -> None:
     code, out, err = sparseift(*words, "--format", "github")
     assert code == 2 and not out

@@ -76,7 +76,12 @@ def test_plan_only_writes_no_weights(sparseift, tmp_path: Path) -> None:
     out = tmp_path / "plan"
     assert sparseift("transform", "gpt3_13b", "-s", "0.5", "--plan-only", "--summary", "-o", str(out))[0] == 0
     assert sorted(p.name for p in out.iterdir()) == [
-        "audit.json", "plan.json", "provenance.json", "surgery.json", "table.json"]  # fmt: skip
+        "audit.json",
+        "plan.json",
+        "provenance.json",
+        "surgery.json",
+        "table.json",
+    ]
 
 
 def test_a_foreign_checkpoint(sparseift, tmp_path: Path, shared: Path) -> None:

@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparseift_cli.randomness import key_of
-from sparseift_cli.sparsity import generator_for, make_mask
-from sparseift_cli.sparsity.attached import attach
+from sparseift_cli.base.randomness import key_of
+from sparseift_cli.masks import generator_for, make_mask
+from sparseift_cli.masks.attached import attach
 from sparseift_cli.sparsity.sparsifier import Sparsifier
 
 Matrix = list[list[float]]
@@ -164,8 +164,12 @@ class Reference:
     def exchange(self, name: str, t: int, dense: list[float]) -> None:
         """Evci et al. 2020, algorithm 1: ArgTopK(-|w|, k), then ArgTopK over what is not active any more; grown at zero."""
         x = t / float(STOP * STEPS)
-        fraction = {"cosine": 0.25 * (1 + cos(pi * x)), "linear": 0.5 * (1 - x), "inverse_power": 0.5 * (1 - x) ** 3,
-                    "constant": 0.5}[self.decay]  # fmt: skip
+        fraction = {
+            "cosine": 0.25 * (1 + cos(pi * x)),
+            "linear": 0.5 * (1 - x),
+            "inverse_power": 0.5 * (1 - x) ** 3,
+            "constant": 0.5,
+        }[self.decay]
         mask, size = self.mask[name], len(self.w[name])
         n = floor(fraction * len(mask))
         if self.regrow == "forbid":
@@ -196,14 +200,32 @@ class Reference:
 # --- side by side ---
 
 
-def run_both(algorithm: str, optimizer: str, *, regrow: str = "allow", decay: str = "cosine", accumulate: int = 1,
-             clip: float | None = None, skips: tuple[int, ...] = (), foreach: bool | None = None) -> None:  # fmt: skip
+def run_both(
+    algorithm: str,
+    optimizer: str,
+    *,
+    regrow: str = "allow",
+    decay: str = "cosine",
+    accumulate: int = 1,
+    clip: float | None = None,
+    skips: tuple[int, ...] = (),
+    foreach: bool | None = None,
+) -> None:
     net = Net()
     attach(net, {n: make_mask(net.get_parameter(n).shape, k, generator=generator_for(3, n)) for n, k in FINAL.items()})
     cls, options = OPTIMIZERS[optimizer]
     opt = cls(net.parameters(), **options, foreach=foreach)
-    sparsifier = Sparsifier(net, opt, algorithm=algorithm, total_steps=STEPS, delta_t=DELTA, stop=STOP,
-                            drop_fraction=0.5, schedule=decay, regrow=regrow)  # fmt: skip
+    sparsifier = Sparsifier(
+        net,
+        opt,
+        algorithm=algorithm,
+        total_steps=STEPS,
+        delta_t=DELTA,
+        stop=STOP,
+        drop_fraction=0.5,
+        schedule=decay,
+        regrow=regrow,
+    )
     reference = Reference(algorithm, optimizer, regrow, decay, clip, net)
     moved = 0
     for t in range(STEPS):

@@ -12,7 +12,7 @@ import pytest
 import typer.main
 
 from sparseift_cli.cli.app import app
-from tests import docs
+from tests.tools import docs
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparseift_cli import source
-from sparseift_cli.flop_audit import audit
-from sparseift_cli.source import TABLES, Request, build, load_table
-from sparseift_cli.zoo import generate_tables, registry
+from sparseift_cli.models import source
+from sparseift_cli.models.source import TABLES, Request, build, load_table
+from sparseift_cli.models.zoo import generate_tables, registry
+from sparseift_cli.plan.audit import audit
 
 
 def conv(positions: int, taps: int, inputs: int, outputs: int) -> int:
@@ -68,10 +68,13 @@ def test_forward_and_training(name: str, derived: int, figure: int, training: in
     assert training == 6 * figure - 2 * stem == result.dense.training_flops
 
 
-@pytest.mark.parametrize(("name", "exact", "half"), [
-    ("gpt2", 136_169_914_368, 136_160_477_184),
-    ("gpt3_175b", 362_456_744_460_288, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "exact", "half"),
+    [
+        ("gpt2", 136_169_914_368, 136_160_477_184),
+        ("gpt3_175b", 362_456_744_460_288, None),
+    ],
+)
 def test_causal_attention(name: str, exact: int, half: int | None) -> None:
     table = load_table(Request(name))
     layers, d, tokens = (12, 768, 1024) if name == "gpt2" else (96, 12288, 2048)
@@ -96,8 +99,15 @@ def test_reference_file(shared: Path) -> None:
         if "causal_exact_total_macs" in row:
             assert audit(table, causal="exact").dense.forward_macs == row["causal_exact_total_macs"]
         for part, figure in row["parts_macs"].items():
-            pattern = {"attn_qkv": ".c_attn", "attn_proj": ".attn.c_proj", "attn_qk": ".qk", "attn_av": ".av", "lm_head": "lm_head",
-                       "mlp": ".mlp.", "linear": "fc"}.get(part) or str(part)  # fmt: skip
+            pattern = {
+                "attn_qkv": ".c_attn",
+                "attn_proj": ".attn.c_proj",
+                "attn_qk": ".qk",
+                "attn_av": ".av",
+                "lm_head": "lm_head",
+                "mlp": ".mlp.",
+                "linear": "fc",
+            }.get(part) or str(part)
             assert (
                 sum(m for n, m in macs.items() if n.startswith(pattern) or (pattern in n and pattern[0] == "."))
                 == figure

@@ -38,30 +38,49 @@ RULES = {
         who=("*",), but=("cli", "cli.*", "__main__"), never=(".cli",), breaks=("trace.build", "from ..cli import app")
     ),
     "the roots import nothing of ours": Rule(
-        who=("isoflop", "poly", "errors"), never=(".",), breaks=("isoflop", "from .errors import UsageError")
+        who=("table.poly", "table.shape", "errors"),
+        never=(".",),
+        breaks=("table.poly", "from ..errors import UsageError"),
+    ),
+    "base rests on errors alone": Rule(
+        who=("base", "base.*"),
+        never=(".plan", ".table", ".models", ".trace", ".masks", ".sparsity", ".data", ".recipe", ".runs", ".report"),
+        breaks=("base.machine", "from ..plan import spec"),
     ),
     "the roots need no torch": Rule(
-        who=("isoflop", "poly", "errors", "locations"), never=HEAVY, breaks=("poly", "import numpy as np")
+        who=("plan.isoflop", "table.*", "errors", "base.locations"),
+        never=HEAVY,
+        breaks=("table.poly", "import numpy as np"),
     ),
     "facts, plan and audit are pure": Rule(
-        who=("spec", "table", "widths", "growth", "layer_plan", "matching", "plan", "flop_audit", "training_cost"),
-        never=(*TORCH, ".trace", ".zoo"),
-        breaks=("plan", "def f():\n    import torch.nn"),
+        who=("table", "table.*", "plan", "plan.*"),
+        never=(*TORCH, ".trace", ".models"),
+        breaks=("plan.plan", "def f():\n    import torch.nn"),
     ),
     "transforms never see the zoo": Rule(
-        who=("transforms", "transforms.*"), never=(".zoo",), breaks=("transforms.surgery", "from ..zoo import registry")
+        who=("transform", "transform.*"),
+        but=("transform.convert", "transform.restore", "transform.artifact"),
+        never=(".models",),
+        breaks=("transform.surgery", "from ..models.zoo import registry"),
+    ),
+    "masks know no algorithm, plan or model": Rule(
+        who=("masks", "masks.*"),
+        never=(".sparsity", ".plan", ".transform", ".models", ".recipe"),
+        breaks=("masks.mask", "from ..plan import spec"),
     ),
     "sparsity never sees transforms": Rule(
-        who=("sparsity", "sparsity.*"), never=(".transforms",), breaks=("sparsity.mask", "from .. import transforms")
+        who=("sparsity", "sparsity.*"),
+        never=(".transform", ".plan"),
+        breaks=("sparsity.settings", "from .. import transform"),
     ),
     "report never imports torch": Rule(
         who=("report", "report.*"), never=TORCH, breaks=("report.html.page", "def f():\n    from torch import nn")
     ),
     "the registry starts without torch": Rule(
-        who=("zoo", "zoo.registry", "zoo.catalog"),
+        who=("models", "models.zoo", "models.zoo.registry", "models.zoo.catalog", "data", "data.registry"),
         never=TORCH,
         lazy=True,
-        breaks=("zoo.registry", "from torch import nn"),
+        breaks=("models.zoo.registry", "from torch import nn"),
     ),
     "commands start light": Rule(
         who=("cli", "cli.*", "__main__"), never=HEAVY, lazy=True, breaks=("cli.flops", "if True:\n    import pandas")
@@ -150,7 +169,7 @@ def test_rule_can_fail(rule: Rule) -> None:
     ("package", "line", "name"),
     [
         ("sparseift_cli.cli", "from .. import __version__", "sparseift_cli.__version__"),
-        ("sparseift_cli.cli", "from ..zoo.registry import load", "sparseift_cli.zoo.registry.load"),
+        ("sparseift_cli.cli", "from ..models.zoo.registry import load", "sparseift_cli.models.zoo.registry.load"),
         ("sparseift_cli", "from . import plan", "sparseift_cli.plan"),
         ("sparseift_cli", "import torch.nn as nn", "torch.nn"),
         ("sparseift_cli", "def f():\n  import importlib\n  return importlib.import_module('torch')", "torch"),

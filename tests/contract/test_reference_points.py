@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from sparseift_cli.errors import CheckFailed, UsageError
-from sparseift_cli.flop_audit import Audit, audit
-from sparseift_cli.isoflop import Schedule, StepCost, erdos_renyi, mean_step
-from sparseift_cli.source import Request, load_table
-from sparseift_cli.spec import TrainingSpec, TransformSpec
-from sparseift_cli.table import LayerTable
+from sparseift_cli.models.source import Request, load_table
+from sparseift_cli.plan.audit import Audit, audit
+from sparseift_cli.plan.isoflop import erdos_renyi
+from sparseift_cli.plan.spec import TrainingSpec, TransformSpec
+from sparseift_cli.sparsity.schedule import Schedule, StepCost, mean_step
+from sparseift_cli.table.table import LayerTable
 
 
 @cache
@@ -32,13 +33,26 @@ def body_density(result: Audit) -> float:
     return sum(r.macs for r in rows) / sum(r.full_macs for r in rows)
 
 
-@pytest.mark.parametrize(("name", "base", "sparsity", "expected"), [
-    ("resnet18_cifar", 90, "0.5", 0.49500), ("resnet18_cifar", 128, "0.75", 0.75082), ("resnet18_cifar", 202, "0.9", 0.90033),
-    ("resnet18", 90, "0.5", 0.50868), ("resnet18", 128, "0.75", 0.76748), ("resnet18", 202, "0.9", 0.91475),
-    ("resnet34", 90, "0.5", 0.50119), ("resnet34", 128, "0.75", 0.75836), ("resnet34", 202, "0.9", 0.90685),
-    ("resnet18_cifar", None, "0.5", 0.50220), ("resnet18_cifar", None, "0.75", 0.75082), ("resnet18_cifar", None, "0.9", 0.90065),
-    ("resnet18", None, "0.5", 0.51620), ("resnet18", None, "0.75", 0.76748), ("resnet18", None, "0.9", 0.91502),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "base", "sparsity", "expected"),
+    [
+        ("resnet18_cifar", 90, "0.5", 0.49500),
+        ("resnet18_cifar", 128, "0.75", 0.75082),
+        ("resnet18_cifar", 202, "0.9", 0.90033),
+        ("resnet18", 90, "0.5", 0.50868),
+        ("resnet18", 128, "0.75", 0.76748),
+        ("resnet18", 202, "0.9", 0.91475),
+        ("resnet34", 90, "0.5", 0.50119),
+        ("resnet34", 128, "0.75", 0.75836),
+        ("resnet34", 202, "0.9", 0.90685),
+        ("resnet18_cifar", None, "0.5", 0.50220),
+        ("resnet18_cifar", None, "0.75", 0.75082),
+        ("resnet18_cifar", None, "0.9", 0.90065),
+        ("resnet18", None, "0.5", 0.51620),
+        ("resnet18", None, "0.75", 0.76748),
+        ("resnet18", None, "0.9", 0.91502),
+    ],
+)
 def test_matched_sparsity(name: str, base: int | None, sparsity: str, expected: float) -> None:
     result = planned(name, sparsity=sparsity, base_width=base, match="model")
     assert round(1 - body_density(result), 5) == pytest.approx(expected, abs=1.1e-5)
@@ -52,10 +66,17 @@ def test_unmatched_ratio(base: int, sparsity: str, expected: float) -> None:
     assert float(result.forward_ratio or 0) == pytest.approx(expected, abs=5e-5)
 
 
-@pytest.mark.parametrize(("name", "expected"), [
-    ("resnet18", (0.4855, 0.2325, 0.0849)), ("resnet34", (0.4931, 0.2416, 0.0928)), ("resnet50", (0.4937, 0.2424, 0.0935)),
-    ("mobilenet_v2", (0.4746, 0.2194, 0.0735)), ("vit_b_16", (0.4897, 0.2376, 0.0893)), ("gpt3_small", (0.3138, 0.0253, None)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("resnet18", (0.4855, 0.2325, 0.0849)),
+        ("resnet34", (0.4931, 0.2416, 0.0928)),
+        ("resnet50", (0.4937, 0.2424, 0.0935)),
+        ("mobilenet_v2", (0.4746, 0.2194, 0.0735)),
+        ("vit_b_16", (0.4897, 0.2376, 0.0893)),
+        ("gpt3_small", (0.3138, 0.0253, None)),
+    ],
+)
 def test_ideal_body_density(name: str, expected: tuple[float | None, ...]) -> None:
     for sparsity, density in zip(("0.5", "0.75", "0.9"), expected, strict=True):
         ideal = planned(name, sparsity=sparsity).ideal_body_density
@@ -117,9 +138,16 @@ def test_rigl_overhead_in_the_papers_form(match: str, expected: float) -> None:
     assert rigl.transformed.training_macs == static.transformed.training_macs + Fraction(3, 4) * exact
 
 
-@pytest.mark.parametrize(("algorithm", "sparsity", "expected"), [
-    ("gmp", "0.5", 1.1875), ("gmp", "0.75", 1.5625), ("gmp", "0.9", 2.6875), ("granet", "0.75", 1.1875), ("granet", "0.9", 1.75),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("algorithm", "sparsity", "expected"),
+    [
+        ("gmp", "0.5", 1.1875),
+        ("gmp", "0.75", 1.5625),
+        ("gmp", "0.9", 2.6875),
+        ("granet", "0.75", 1.1875),
+        ("granet", "0.9", 1.75),
+    ],
+)
 def test_gradual_pruning_costs_more_under_wide(algorithm: Any, sparsity: str, expected: float) -> None:
     density = 1 - Fraction(sparsity)
     sparse, dense = StepCost(1, 1, 1), StepCost(1 / density, 1 / density, 1 / density)
@@ -189,10 +217,33 @@ def test_gradual_pruning_of_a_known_length_is_counted_to_the_non_zero(algorithm:
     assert result.training_while_updating == result.transformed.training_macs
 
 
-@pytest.mark.parametrize(("sparsity", "expected", "dense_layers"), [
-    ("0.8", {"conv1": 0.142805, "layer1.0.conv2": 0.638095, "layer3.0.conv2": 0.912562, "layer4.0.conv2": 0.956534, "fc": 0.851824}, 8),
-    ("0.9", {"conv1": 0.579962, "layer1.0.conv2": 0.822662, "layer3.0.conv2": 0.957154, "layer4.0.conv2": 0.978701, "fc": 0.927392}, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sparsity", "expected", "dense_layers"),
+    [
+        (
+            "0.8",
+            {
+                "conv1": 0.142805,
+                "layer1.0.conv2": 0.638095,
+                "layer3.0.conv2": 0.912562,
+                "layer4.0.conv2": 0.956534,
+                "fc": 0.851824,
+            },
+            8,
+        ),
+        (
+            "0.9",
+            {
+                "conv1": 0.579962,
+                "layer1.0.conv2": 0.822662,
+                "layer3.0.conv2": 0.957154,
+                "layer4.0.conv2": 0.978701,
+                "fc": 0.927392,
+            },
+            1,
+        ),
+    ],
+)
 def test_erk_of_resnet50(sparsity: str, expected: dict[str, float], dense_layers: int) -> None:
     """RigL's published ERK sparsities: a given density of all weights, each weight counted once."""
     t = table("resnet50")
@@ -206,8 +257,13 @@ def test_erk_of_resnet50(sparsity: str, expected: dict[str, float], dense_layers
     assert sum(d == 1 for d in densities) == dense_layers
 
 
-MEMBERS = [{"member": "sparse_wide"}, {"member": "sparse_wide", "scope": "inner"}, {"member": "sparse_parallel"},
-           {"member": "sparse_factorized"}, {"member": "sparse_doped"}]  # fmt: skip
+MEMBERS = [
+    {"member": "sparse_wide"},
+    {"member": "sparse_wide", "scope": "inner"},
+    {"member": "sparse_parallel"},
+    {"member": "sparse_factorized"},
+    {"member": "sparse_doped"},
+]
 REFUSED = {("gpt3_small", "0.9")}  # what is left alone already costs more than the dense model
 
 

@@ -14,16 +14,16 @@ from torch import nn
 
 import sparseift_cli
 from sparseift_cli.errors import SparseiftError, UsageError
-from sparseift_cli.flop_audit import Audit, audit, to_json
-from sparseift_cli.plan import make_plan
+from sparseift_cli.models.source import Request, load_table
+from sparseift_cli.plan.audit import Audit, audit, to_json
+from sparseift_cli.plan.plan import make_plan
+from sparseift_cli.plan.spec import TrainingSpec, TransformSpec
 from sparseift_cli.recipe.load import load
 from sparseift_cli.runs.directory import RunDirectory
-from sparseift_cli.source import Request, load_table
-from sparseift_cli.spec import TrainingSpec, TransformSpec
 from sparseift_cli.train.run import run_seeds
-from sparseift_cli.transforms.transformation import Options, transformation_of
+from sparseift_cli.transform.transformation import Options, transformation_of
 from tests.contract.test_ground_truth import CIFAR_STEM, conv, resnet18
-from tests.nets import residual
+from tests.helpers.nets import residual
 
 CONTROL: dict[str, Any] = {"member": "sparse_wide", "match": "off", "scope": "none"}
 HEAD = 512 * 100
@@ -92,8 +92,11 @@ MODELS = [
 @pytest.mark.parametrize("model", MODELS)
 def test_it_is_the_layers_that_wide_widens(model: str, depthwise: str) -> None:
     """The same layers as Sparse Wide with scope all, each at floor(density * weights)."""
-    wide = {p.layer.name for p in make_plan(load_table(Request(model)), TransformSpec(sparsity="0.75", depthwise=depthwise)).layers
-            if p.status == "transformed"}  # fmt: skip
+    wide = {
+        p.layer.name
+        for p in make_plan(load_table(Request(model)), TransformSpec(sparsity="0.75", depthwise=depthwise)).layers
+        if p.status == "transformed"
+    }
     result = counted(model, depthwise=depthwise)
     assert result.plan is not None and result.plan.sizes == result.table.sizes
     assert {p.layer.name for p in result.plan.layers if p.status == "transformed"} == wide
@@ -138,14 +141,17 @@ def test_updates_of_rigl_are_counted_as_always() -> None:
     )
 
 
-@pytest.mark.parametrize(("changes", "said", "hint"), [
-    ({"match": "layer"}, "so match layer cannot be held", "use it with match off"),
-    ({"match": "model"}, "so match model cannot be held", "use it with match off"),
-    ({"member": "sparse_doped"}, "a control of wide, not doped", "use member wide, or leave scope out"),
-    ({"distribution": "erk"}, "distribution erk has no budget to spread", "use distribution uniform"),
-    ({"base_width": 128}, "base width 128 contradicts it", "leave one of them out"),
-    ({"scope": "nothing"}, "scope", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "said", "hint"),
+    [
+        ({"match": "layer"}, "so match layer cannot be held", "use it with match off"),
+        ({"match": "model"}, "so match model cannot be held", "use it with match off"),
+        ({"member": "sparse_doped"}, "a control of wide, not doped", "use member wide, or leave scope out"),
+        ({"distribution": "erk"}, "distribution erk has no budget to spread", "use distribution uniform"),
+        ({"base_width": 128}, "base width 128 contradicts it", "leave one of them out"),
+        ({"scope": "nothing"}, "scope", None),
+    ],
+)
 def test_what_contradicts_it(changes: dict[str, Any], said: str, hint: str | None) -> None:
     with pytest.raises(UsageError, match=said) as error:
         spec(**changes)
@@ -221,7 +227,7 @@ def test_a_saved_control_comes_back(tmp_path: Path) -> None:
 
 
 RECIPE = """
-model: {name: "tests.nets:residual", input: 3x8x8}
+model: {name: "tests.helpers.nets:residual", input: 3x8x8}
 data: synthetic-images
 transform: {member: wide, match: off, scope: none}
 sparsity: 0.75
@@ -232,7 +238,7 @@ evaluation: {every: 6, metrics: [top1, loss], limit: 32}
 
 
 def test_it_trains(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(root)  # `tests.nets` is found from here
+    monkeypatch.chdir(root)  # `tests.helpers.nets` is found from here
     path = tmp_path / "control.yaml"
     path.write_text(RECIPE)
     rows: list[int] = []

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import pytest
 
-from sparseift_cli.plan import make_plan
-from sparseift_cli.request import Request
-from sparseift_cli.source import build
-from sparseift_cli.spec import MEMBERS, TransformSpec
+from sparseift_cli.models.request import Request
+from sparseift_cli.models.source import build
+from sparseift_cli.plan.plan import make_plan
+from sparseift_cli.plan.spec import MEMBERS, TransformSpec
 from sparseift_cli.trace.build import trace
-from sparseift_cli.transforms.check import measure, require_as_planned
-from sparseift_cli.transforms.surgery import operate, surgery_for
+from sparseift_cli.transform.check import measure, require_as_planned
+from sparseift_cli.transform.surgery import operate, surgery_for
 
-SMALLER = ["resnet18", "resnet50", "resnet20", "wrn22_2", "mobilenet_v2", "vit_s_16", "botnet50", "mobilevit_s", "bert_base", "gpt2", "llama_tiny"]  # fmt: skip
+SMALLER = [
+    "resnet18",
+    "resnet50",
+    "resnet20",
+    "wrn22_2",
+    "mobilenet_v2",
+    "vit_s_16",
+    "botnet50",
+    "mobilevit_s",
+    "bert_base",
+    "gpt2",
+    "llama_tiny",
+]
 
 
 @pytest.mark.parametrize("name", SMALLER)
 def test_measured_is_planned(name: str) -> None:
-    """One of each family; `python -m tests.survey zoo` does all of them."""
+    """One of each family; `python -m tests.tools.survey zoo` does all of them."""
     built = build(Request(name))
     before = trace(built.model, built.args, built.kwargs, name=name, input_shape=built.input_shape)
     for member in MEMBERS:

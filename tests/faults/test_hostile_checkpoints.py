@@ -156,7 +156,7 @@ def test_tensors_of_other_layouts_are_told_apart_from_none(sparseift, tmp_path: 
 
 def test_what_fits_adds_up(sparseift, tmp_path: Path) -> None:
     """Counters of batches may be left out, and are counted on neither side."""
-    from sparseift_cli.zoo import registry
+    from sparseift_cli.models.zoo import registry
 
     state = {k: v for k, v in registry.build("resnet20").state_dict().items() if "num_batches" not in k}
     del state["linear.weight"]

@@ -19,8 +19,23 @@ from sparseift_cli.runs.checkpoint import Checkpoints
 from sparseift_cli.runs.directory import RunDirectory
 from sparseift_cli.runs.metrics import Metrics, read_metrics
 
-CALLS = ("open", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "write", "chmod", "ftruncate", "close", "stat",
-         "scandir", "listdir", "fdopen")  # fmt: skip
+CALLS = (
+    "open",
+    "fsync",
+    "rename",
+    "replace",
+    "mkdir",
+    "unlink",
+    "rmdir",
+    "write",
+    "chmod",
+    "ftruncate",
+    "close",
+    "stat",
+    "scandir",
+    "listdir",
+    "fdopen",
+)
 
 
 class Killed(BaseException):

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparseift_cli.isoflop import (
-    Shape,
+from sparseift_cli.plan.isoflop import (
     branches,
     density,
     doped_rank,
@@ -23,6 +22,7 @@ from sparseift_cli.isoflop import (
     scaled_width,
     share,
 )
+from sparseift_cli.table.shape import Shape
 
 getcontext().prec = 60
 SPARSITIES = st.one_of(

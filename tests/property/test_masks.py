@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparseift_cli.errors import UsageError
-from sparseift_cli.sparsity import disjoint_masks, empty_rows_and_columns, generator_for, make_mask, room
+from sparseift_cli.masks import disjoint_masks, empty_rows_and_columns, generator_for, make_mask, room
 
 
 @dataclass(frozen=True)
@@ -213,8 +213,9 @@ def test_disjoint_n_of_m(weight: Weight, seed: int, case: tuple[int, int, int]) 
 
 
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), BLOCKS, COUNTS, SEEDS, st.booleans(), st.booleans())
-def test_balance(heads: int, tall: int, wide: int, block: tuple[int, int], fraction: float, seed: int, by_rows: bool,
-                 scored: bool) -> None:  # fmt: skip
+def test_balance(
+    heads: int, tall: int, wide: int, block: tuple[int, int], fraction: float, seed: int, by_rows: bool, scored: bool
+) -> None:
     """Each head's share differs by at most one block, the first ones having more, and no output is empty needlessly."""
     rows, columns = tall * block[0] * (heads if by_rows else 1), wide * block[1] * (1 if by_rows else heads)
     size, generator = prod(block), generator_for(seed)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 RECIPE = """
-model: {{name: "tests.nets:{net}", input: 3x8x8}}
+model: {{name: "tests.helpers.nets:{net}", input: 3x8x8}}
 data: synthetic-images
 {transform}
 optimizer: {optimizer}
@@ -26,7 +26,7 @@ OPTIMIZERS = {
 @pytest.fixture
 def write_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """`write_recipe("rigl", "sgd", steps=12)`: a recipe file; dense where the algorithm is None."""
-    monkeypatch.chdir(Path(__file__).resolve().parent.parent.parent)  # `tests.nets` is found from here
+    monkeypatch.chdir(Path(__file__).resolve().parent.parent.parent)  # `tests.helpers.nets` is found from here
 
     def write(
         algorithm: str | None,

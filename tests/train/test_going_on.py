@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from sparseift_cli.errors import InterruptedRun
+from sparseift_cli.models.source import source_hash
 from sparseift_cli.recipe.load import load
 from sparseift_cli.report.collect import collect
 from sparseift_cli.report.frame import groups_frame, records, runs_frame
-from sparseift_cli.source import source_hash
 from sparseift_cli.train import run as running
 from sparseift_cli.train.run import run_jobs
 
@@ -120,7 +120,7 @@ def test_edited_code_is_told_when_a_run_goes_on(
     (tmp_path / "edited_net.py").write_text("from tests.nets import cnn as net\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     recipe = write_recipe("rigl")
-    recipe.write_text(recipe.read_text().replace("tests.nets:cnn", "edited_net:net"))
+    recipe.write_text(recipe.read_text().replace("tests.helpers.nets:cnn", "edited_net:net"))
     path = stopped(recipe, 0, tmp_path / "runs")
     said: list[str] = []
     (tmp_path / "edited_net.py").write_text("from tests.nets import cnn as net  # edited\n")
@@ -129,5 +129,5 @@ def test_edited_code_is_told_when_a_run_goes_on(
 
 
 def test_only_the_users_own_modules_have_a_source() -> None:
-    assert list(source_hash("tests.nets:cnn")) in ([], ["tests.nets"])
+    assert list(source_hash("tests.helpers.nets:cnn")) in ([], ["tests.helpers.nets"])
     assert source_hash("resnet18") == source_hash("timm:resnet18") == source_hash("not.imported:net") == {}

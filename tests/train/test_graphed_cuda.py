@@ -40,8 +40,14 @@ def deterministic(monkeypatch: pytest.MonkeyPatch) -> Any:
     torch.use_deterministic_algorithms(False)
 
 
-def ready(tmp_path: Path, training: str = "clip: 1.0", algorithm: str = "rigl", optimizer: str = SGD,
-          pattern: str = "unstructured", regrow: str = "allow") -> Prepared:  # fmt: skip
+def ready(
+    tmp_path: Path,
+    training: str = "clip: 1.0",
+    algorithm: str = "rigl",
+    optimizer: str = SGD,
+    pattern: str = "unstructured",
+    regrow: str = "allow",
+) -> Prepared:
     path = tmp_path / "recipe.yaml"
     path.write_text(
         RECIPE.format(training=training, algorithm=algorithm, optimizer=optimizer, pattern=pattern, regrow=regrow)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from sparseift_cli.errors import ArtifactError, DivergedError, InterruptedRun, UsageError
+from sparseift_cli.masks.attached import masks_of
 from sparseift_cli.recipe.load import load
 from sparseift_cli.runs.directory import RunDirectory
 from sparseift_cli.runs.metrics import read_metrics
-from sparseift_cli.sparsity.attached import masks_of
 from sparseift_cli.train import loop
 from sparseift_cli.train.evaluate import evaluate
 from sparseift_cli.train.prepare import prepare
@@ -28,7 +28,7 @@ from sparseift_cli.train.processes import Processes
 from sparseift_cli.train.run import run_jobs, run_seeds
 from sparseift_cli.train.state import unpack
 from sparseift_cli.train.step import EagerStep
-from tests.two_processes import on_two_processes
+from tests.helpers.two_processes import on_two_processes
 
 Write = Callable[..., Path]
 CPU = Processes(torch.device("cpu"))
@@ -76,8 +76,13 @@ def test_resuming_anywhere_gives_the_same_bytes(
         assert have.keys() == want.keys()
         assert [n for n in want if not torch.equal(have[n], want[n])] == []
         assert have_state == want_state
-        rows = [[{k: v for k, v in r.items() if k not in ("seconds", "peak_bytes")} for r in read_metrics(Path(p) / "metrics.jsonl")]
-                for p in (whole["path"], again["path"])]  # fmt: skip
+        rows = [
+            [
+                {k: v for k, v in r.items() if k not in ("seconds", "peak_bytes")}
+                for r in read_metrics(Path(p) / "metrics.jsonl")
+            ]
+            for p in (whole["path"], again["path"])
+        ]
         assert rows[0] == rows[1]
         shutil.rmtree(copy.parent)
 
@@ -316,7 +321,12 @@ def test_two_processes_compute_what_one_does(write_recipe: Write, tmp_path: Path
 def test_two_processes_measure_the_model_that_is_saved(write_recipe: Write, tmp_path: Path) -> None:
     """Each has batch statistics of its own after a step; rank 0's are those of the checkpoint."""
     recipe = write_recipe(None, steps=20)
-    sets = ["model.name=sparseift_cli.quickstart:digits_mlp", "model.input=null", "data=digits", "evaluation.limit=200"]
+    sets = [
+        "model.name=sparseift_cli.models.examples:digits_mlp",
+        "model.input=null",
+        "data=digits",
+        "evaluation.limit=200",
+    ]
     together = on_two_processes(recipe, tmp_path / "two", *(word for one in sets for word in ("--set", one)))
     ready = prepare(load(recipe, sets), 0, CPU)
     newest = RunDirectory.open(Path(together["path"])).checkpoints.newest()

@@ -1,6 +1,6 @@
 """Every recipe that we ship trains: two steps on the CPU with its own transform, algorithm, optimiser and schedule.
 
-What is shrunk: the model (`tests.recipe_nets`, but for the quickstarts, which run as they are), the data (made up, where
+What is shrunk: the model (`tests.helpers.recipe_nets`, but for the quickstarts, which run as they are), the data (made up, where
 the real ones are not on every machine), batch, length and the time between mask updates.
 """
 
@@ -30,9 +30,19 @@ def shrunk(recipe: Recipe) -> list[str]:
     """`--set` options for a run of seconds."""
     spec = recipe.spec
     assert spec.data is not None
-    sets = ["training.epochs=null", "training.steps=2", f"training.batch_size={BATCH}", "training.device=cpu",
-            f"training.accumulate={min(2, spec.training.accumulate)}", "algorithm.delta_t=1", "algorithm.stop=1",
-            "data.workers=0", "data.limit=16", "evaluation.limit=8", f"evaluation.batch_size={BATCH}"]  # fmt: skip
+    sets = [
+        "training.epochs=null",
+        "training.steps=2",
+        f"training.batch_size={BATCH}",
+        "training.device=cpu",
+        f"training.accumulate={min(2, spec.training.accumulate)}",
+        "algorithm.delta_t=1",
+        "algorithm.stop=1",
+        "data.workers=0",
+        "data.limit=16",
+        "evaluation.limit=8",
+        f"evaluation.batch_size={BATCH}",
+    ]
     if recipe.transform.get("match") == "train":  # of two steps one is an update: no density matches that
         sets.append("transform.match=model")
     if recipe.path.parent.name == "quickstart":
@@ -43,7 +53,10 @@ def shrunk(recipe: Recipe) -> list[str]:
     tokens = spec.data.name in ("tokens", "wikitext-2")
     if recipe.transform.get("base_width"):  # hidden 768 -> 1536; here 96 -> 192
         sets.append(f"transform.base_width={recipe.transform['base_width'] // 8}")
-    sets += [f"model.name=tests.recipe_nets:{name}", *(f"model.{k}=null" for k in ("num_classes", "input", "seq"))]
+    sets += [
+        f"model.name=tests.helpers.recipe_nets:{name}",
+        *(f"model.{k}=null" for k in ("num_classes", "input", "seq")),
+    ]
     if spec.evaluation.test:  # made-up sets have none
         sets.append("evaluation.test=false")
     return [*sets, f"data.name={'synthetic-text' if tokens else 'synthetic-images'}"]
@@ -51,7 +64,7 @@ def shrunk(recipe: Recipe) -> list[str]:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_trains(name: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(root)  # `tests.recipe_nets` is found from here
+    monkeypatch.chdir(root)  # `tests.helpers.recipe_nets` is found from here
     path = FOLDER / f"{name}.yaml"
     recipe = load(path, shrunk(load(path)))
     (summary,) = run_seeds(recipe, [0], tmp_path, None, quiet, quiet)

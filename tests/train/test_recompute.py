@@ -15,12 +15,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparseift_cli.errors import UsageError
-from sparseift_cli.flop_audit import audit
-from sparseift_cli.quickstart import bytes_gpt
+from sparseift_cli.models.examples import bytes_gpt
+from sparseift_cli.models.source import Request, load_table
+from sparseift_cli.models.zoo import registry
+from sparseift_cli.plan.audit import audit
+from sparseift_cli.plan.spec import TrainingSpec
 from sparseift_cli.recipe.load import load
-from sparseift_cli.source import Request, load_table
-from sparseift_cli.spec import TrainingSpec
-from sparseift_cli.table import Layer, LayerTable
+from sparseift_cli.table.table import Layer, LayerTable
 from sparseift_cli.trace.build import trace
 from sparseift_cli.train.graphed import can_be_graphed
 from sparseift_cli.train.prepare import Prepared, prepare
@@ -28,8 +29,7 @@ from sparseift_cli.train.processes import Processes
 from sparseift_cli.train.recompute import COMPILES, recompute
 from sparseift_cli.train.run import run_seeds
 from sparseift_cli.train.step import EagerStep
-from sparseift_cli.zoo import registry
-from tests.nets import Residual, mlp, residual
+from tests.helpers.nets import Residual, mlp, residual
 
 Write = Callable[..., Path]
 CPU = Processes(torch.device("cpu"))
@@ -110,8 +110,10 @@ def executed(model: nn.Module, x: Tensor) -> int:
 def test_what_is_executed_is_what_is_audited(made: Callable[[], tuple[nn.Module, Tensor]]) -> None:
     model, x = made()
     table = table_of(model, x)
-    training = {again: audit(table, training=TrainingSpec(algorithm="dense", recompute=again)).dense.training_flops
-                for again in (False, True)}  # fmt: skip
+    training = {
+        again: audit(table, training=TrainingSpec(algorithm="dense", recompute=again)).dense.training_flops
+        for again in (False, True)
+    }
     inside = sum(row.macs.evaluate(table.sizes) for row in table.layers if row.block)
     assert 0 < inside < table.macs
     assert training[True] == training[False] + 2 * inside
@@ -195,11 +197,21 @@ def test_no_cuda_graph_with_recomputation(write_recipe: Write) -> None:
 # --- blocks ---
 
 
-@pytest.mark.parametrize(("name", "block"), [
-    ("layer1.0.conv1", "layer1.0"), ("layer2.0.downsample.0", "layer2.0"), ("transformer.h.11.attn.qk", "transformer.h.11"),
-    ("encoder.encoder_layer_3.mlp.0", "encoder.encoder_layer_3"), ("trunk_output.block1.block1-2.f.a.0", "trunk_output.block1.block1-2"),
-    ("stages.1.blocks.2.fc", "stages.1"), ("conv1", None), ("classifier.1", None), ("layer1.conv1", None), ("0", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("layer1.0.conv1", "layer1.0"),
+        ("layer2.0.downsample.0", "layer2.0"),
+        ("transformer.h.11.attn.qk", "transformer.h.11"),
+        ("encoder.encoder_layer_3.mlp.0", "encoder.encoder_layer_3"),
+        ("trunk_output.block1.block1-2.f.a.0", "trunk_output.block1.block1-2"),
+        ("stages.1.blocks.2.fc", "stages.1"),
+        ("conv1", None),
+        ("classifier.1", None),
+        ("layer1.conv1", None),
+        ("0", None),
+    ],
+)
 def test_the_block_of_a_layer(name: str, block: str | None) -> None:
     assert Layer(name, "conv", "body").block == block
 

@@ -22,11 +22,11 @@ from sparseift_cli.runs.directory import RunDirectory
 from sparseift_cli.runs.metrics import read_metrics
 from sparseift_cli.train import loop
 from sparseift_cli.train.evaluate import evaluate
+from sparseift_cli.train.processes import listening
 from sparseift_cli.train.run import run_jobs
-from sparseift_cli.train.signals import listening
 
 Write = Callable[..., Path]
-CNN = "sparseift_cli.quickstart:digits_cnn"
+CNN = "sparseift_cli.models.examples:digits_cnn"
 
 
 def quiet(*_: Any) -> None:

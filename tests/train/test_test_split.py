@@ -16,7 +16,7 @@ from sparseift_cli.report.frame import groups_frame, records, runs_frame
 from sparseift_cli.runs.directory import RunDirectory
 from sparseift_cli.runs.metrics import read_metrics
 from sparseift_cli.train.run import run_seeds
-from tests.nets import letters
+from tests.helpers.nets import letters
 
 HERE = Path(__file__).resolve().parents[2]
 SPLITS = {
@@ -25,7 +25,7 @@ SPLITS = {
     "test": "the quest is to be\n",
 }
 RECIPE = """
-model: "tests.nets:letters"
+model: "tests.helpers.nets:letters"
 data: {{name: {data}}}
 optimizer: {{name: sgd, lr: 0.5}}
 training: {{steps: 6, batch_size: 8, device: cpu}}
@@ -43,7 +43,7 @@ def trained(tmp_path: Path, recipe: str) -> Path:
 
 @pytest.fixture
 def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.chdir(HERE)  # `tests.nets` is found from here
+    monkeypatch.chdir(HERE)  # `tests.helpers.nets` is found from here
     (tmp_path / "texts").mkdir()
     for name, text in SPLITS.items():
         (tmp_path / "texts" / f"{name}.txt").write_text(text)
@@ -70,7 +70,9 @@ def test_the_last_line_has_the_test_split(tmp_path: Path, texts: str) -> None:
 
 
 def test_a_test_split_that_is_watched_is_none(tmp_path: Path) -> None:
-    recipe = RECIPE.format(data="digits").replace("tests.nets:letters", "sparseift_cli.quickstart:digits_mlp")
+    recipe = RECIPE.format(data="digits").replace(
+        "tests.helpers.nets:letters", "sparseift_cli.models.examples:digits_mlp"
+    )
     with pytest.raises(
         UsageError, match=r"recipe.yaml:6:\d+: evaluation.test: digits has no test split beside the one"
     ):

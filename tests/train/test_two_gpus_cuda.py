@@ -17,7 +17,7 @@ from torch import Tensor
 from sparseift_cli.recipe.load import load
 from sparseift_cli.runs.directory import RunDirectory
 from sparseift_cli.train.run import run_seeds
-from tests.two_processes import on_two_processes
+from tests.helpers.two_processes import on_two_processes
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
@@ -63,8 +63,21 @@ def test_one_run_over_two_gpus_computes_what_one_gpu_does(write_recipe: Write, t
 def test_runs_beside_each_other_get_a_gpu_each(write_recipe: Write, tmp_path: Path) -> None:
     recipe = write_recipe("rigl")
     in_turn = alone(recipe, tmp_path / "turn")
-    command = [sys.executable, "-m", "sparseift_cli", "train", str(recipe), "--runs", str(tmp_path / "once"), *words(),
-               "--seeds", "0..1", "--parallel", "2", "--json"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "sparseift_cli",
+        "train",
+        str(recipe),
+        "--runs",
+        str(tmp_path / "once"),
+        *words(),
+        "--seeds",
+        "0..1",
+        "--parallel",
+        "2",
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     beside = json.loads(done.stdout)["runs"]

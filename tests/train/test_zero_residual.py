@@ -18,7 +18,7 @@ from sparseift_cli.train.run import run_seeds
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECIPE = """
-model: {{name: "tests.recipe_nets:{net}", input: 3x32x32}}
+model: {{name: "tests.helpers.recipe_nets:{net}", input: 3x32x32}}
 data: synthetic-images
 {more}
 init: {{zero_residual: true}}
@@ -29,7 +29,7 @@ WIDE = "transform: wide\nsparsity: 0.5\nalgorithm: {name: rigl, delta_t: 2}"
 
 @pytest.fixture(autouse=True)
 def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)  # `tests.recipe_nets` is found from here
+    monkeypatch.chdir(ROOT)  # `tests.helpers.recipe_nets` is found from here
 
 
 def write(tmp_path: Path, net: str, more: str) -> Path:
@@ -70,7 +70,9 @@ def test_a_net_without_such_a_norm(tmp_path: Path) -> None:
 
 def test_a_preserved_function_is_not_zeroed(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
-    path.write_text("model: resnet18_cifar\ndata: cifar100\ntransform: wide\nsparsity: 0.5\n"
-                    "init: {start: preserve, checkpoint: a.pt, zero_residual: true}\ntraining: {steps: 1}\n")  # fmt: skip
+    path.write_text(
+        "model: resnet18_cifar\ndata: cifar100\ntransform: wide\nsparsity: 0.5\n"
+        "init: {start: preserve, checkpoint: a.pt, zero_residual: true}\ntraining: {steps: 1}\n"
+    )
     with pytest.raises(UsageError, match="zero_residual: is for fresh weights"):
         load(path)

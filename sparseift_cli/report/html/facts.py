@@ -79,8 +79,18 @@ def published(report: Report) -> Safe | None:
         sparsity = "" if p.sparsity is None else f" {100 * p.sparsity:g} %"
         what = f"{p.model} on {p.data}: {p.transform}{sparsity}{f', {p.algorithm}' if p.algorithm else ''}"
         ours = [b.group, _text(b.n), _number(b.dense, ".4g"), _number(b.value, ".4g"), _number(b.difference, "+.3g")]
-        rows.append([what, p.metric, _number(p.dense), _number(p.value), _number(p.difference, "+"), f"[{p.evidence}]",
-                     *(ours if len(columns) > 7 else ()), b.note])  # fmt: skip
+        rows.append(
+            [
+                what,
+                p.metric,
+                _number(p.dense),
+                _number(p.value),
+                _number(p.difference, "+"),
+                f"[{p.evidence}]",
+                *(ours if len(columns) > 7 else ()),
+                b.note,
+            ]
+        )
     sources = "; ".join(dict.fromkeys(b.published.source for b in report.reference))
     known = [f"[{letter}] {meaning}" for letter, meaning in evidence().items()]
     return join(
@@ -106,10 +116,18 @@ def _run(run: Run) -> list[Child]:
     session = _session(run)
     commit = ((session.get("git") or {}).get("commit") or "")[:10]
     dirty = " + changes" if (session.get("git") or {}).get("dirty") else ""
-    return [run.path.name, run.name, run.state, _text(run.seed), _text(session.get("started")), commit + dirty,
-            _text(session.get("device_name") or session.get("device")), _text(session.get("threads")),
-            _text(session.get("at_once")),
-            _text((session.get("versions") or {}).get("torch"))]  # fmt: skip
+    return [
+        run.path.name,
+        run.name,
+        run.state,
+        _text(run.seed),
+        _text(session.get("started")),
+        commit + dirty,
+        _text(session.get("device_name") or session.get("device")),
+        _text(session.get("threads")),
+        _text(session.get("at_once")),
+        _text((session.get("versions") or {}).get("torch")),
+    ]
 
 
 def _session(run: Run) -> Mapping[str, Any]:

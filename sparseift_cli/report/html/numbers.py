@@ -44,10 +44,20 @@ def comparisons(report: Report) -> Safe | None:
         *plain("outcome"),
     ]
     rows = [
-        [c.candidate, c.baseline, c.metric, _short(c.candidate_mean), _short(c.baseline_mean), _signed(c.difference),
-         f"{_signed(c.low, 3)} to {_signed(c.high, 3)}" if c.low is not None else None, f"{c.n}{' pairs' if c.paired else ''}",
-         _ratio(c.flops_ratio), c.outcome] for c in report.comparisons
-    ]  # fmt: skip
+        [
+            c.candidate,
+            c.baseline,
+            c.metric,
+            _short(c.candidate_mean),
+            _short(c.baseline_mean),
+            _signed(c.difference),
+            f"{_signed(c.low, 3)} to {_signed(c.high, 3)}" if c.low is not None else None,
+            f"{c.n}{' pairs' if c.paired else ''}",
+            _ratio(c.flops_ratio),
+            c.outcome,
+        ]
+        for c in report.comparisons
+    ]
     how = {f"{100 * c.confidence:g} %" for c in report.comparisons}
     caption = f"Differences, candidate minus baseline, with {' or '.join(sorted(how))} intervals by Student's t"
     return join([element("h3", "Comparisons"), table(caption, columns, rows)])
@@ -72,9 +82,20 @@ def _group(group: Group) -> list[Child]:
     transform = (
         f"{row.get('transform')} {100 * sparsity:g} %" if is_number(sparsity) and sparsity else row.get("transform")
     )
-    return [group.short, _text(transform), _text(row.get("algorithm")), str(row.get("n")), _short(row.get("mean")),
-            _short(row.get("std")), interval, _count(row.get("flops")), _ratio(row.get("flops_ratio")),
-            _count(row.get("nonzero_params")), _count(row.get("params")), _short(row.get("seconds"))]  # fmt: skip
+    return [
+        group.short,
+        _text(transform),
+        _text(row.get("algorithm")),
+        str(row.get("n")),
+        _short(row.get("mean")),
+        _short(row.get("std")),
+        interval,
+        _count(row.get("flops")),
+        _ratio(row.get("flops_ratio")),
+        _count(row.get("nonzero_params")),
+        _count(row.get("params")),
+        _short(row.get("seconds")),
+    ]
 
 
 def _audit(name: str, group: Group, picture: Picture | None, figure: Callable[[Picture], Safe]) -> Safe:
@@ -84,14 +105,20 @@ def _audit(name: str, group: Group, picture: Picture | None, figure: Callable[[P
     counted = f"1 MAC = {audit.get('flops_per_mac', 2)} FLOPs, causal attention counted {audit.get('causal')}"
     masks = ", trained without masks" if group.unmasked else ""
     caption = f"{name}{masks}: totals of one sample; {counted}"
-    return element("div", element("h4", name), figure(picture) if picture else None,
-                   table(caption, columns, _totals(totals)))  # fmt: skip
+    return element(
+        "div", element("h4", name), figure(picture) if picture else None, table(caption, columns, _totals(totals))
+    )
 
 
 def _totals(totals: Mapping[str, Any]) -> list[list[Child]]:
     dense, after = totals.get("dense") or {}, totals.get("transformed") or {}
-    named = {"forward_flops": "forward FLOPs", "training_flops": "training FLOPs", "params": "parameters",
-             "nonzero_params": "non-zero parameters", "activation_factor": "activations, × dense"}  # fmt: skip
+    named = {
+        "forward_flops": "forward FLOPs",
+        "training_flops": "training FLOPs",
+        "params": "parameters",
+        "nonzero_params": "non-zero parameters",
+        "activation_factor": "activations, × dense",
+    }
     rows: list[list[Child]] = []
     for key, name in named.items():
         before, now = dense.get("params" if key == "nonzero_params" else key), after.get(key)
@@ -109,10 +136,20 @@ def _layers(name: str, group: Group) -> Safe:
         *words("why"),
     ]
     rows = [
-        [_text(r["name"]), _text(r.get("kind")), _text(r.get("role")), _text(r["status"]), _count(r["dense_macs"]),
-         _count(r["transformed_macs"]), _ratio(r.get("ratio")), _ratio(r.get("density")), _count(r.get("nnz")),
-         _text(r.get("reason"))] for r in (group.audit or {}).get("layers", ())
-    ]  # fmt: skip
+        [
+            _text(r["name"]),
+            _text(r.get("kind")),
+            _text(r.get("role")),
+            _text(r["status"]),
+            _count(r["dense_macs"]),
+            _count(r["transformed_macs"]),
+            _ratio(r.get("ratio")),
+            _ratio(r.get("density")),
+            _count(r.get("nnz")),
+            _text(r.get("reason")),
+        ]
+        for r in (group.audit or {}).get("layers", ())
+    ]
     said = f"{name}: every layer, untouched ones too"
     return folded(f"{name}: all {len(rows)} layers", table(said, columns, rows))
 

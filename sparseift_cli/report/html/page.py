@@ -22,8 +22,12 @@ from .svg import inline
 
 CSS = Path(__file__).with_name("page.css")
 OUTCOMES = {  # a mark beside the word, so that it is not told by colour alone
-    "better": "▲", "worse": "▼", "no difference shown": "≈", "no claim": "○", "refused": "✕",
-}  # fmt: skip
+    "better": "▲",
+    "worse": "▼",
+    "no difference shown": "≈",
+    "no claim": "○",
+    "refused": "✕",
+}
 
 
 def page(report: Report, title: str = "Iso-FLOP report") -> str:
@@ -57,10 +61,14 @@ def page(report: Report, title: str = "Iso-FLOP report") -> str:
     body = element(
         "body",
         element("a", "Skip to the verdict", class_="skip", href="#verdict"),
-        element("header", element("h1", title), element("p", _scope(report), class_="muted"),
-                element("nav", links, aria_label="On this page")),
+        element(
+            "header",
+            element("h1", title),
+            element("p", _scope(report), class_="muted"),
+            element("nav", links, aria_label="On this page"),
+        ),
         element("main", *(_section(*section) for section in kept)),
-    )  # fmt: skip
+    )
     return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
 
 
@@ -100,8 +108,12 @@ def _verdict(report: Report) -> Safe:
     told = [_counted(fair)] if fair else []
     told += [f"at unequal FLOPs: {_counted(unequal)}"] if unequal else []
     headline = f"{_many(len(report.comparisons), 'comparison')} with the baseline: {'; '.join(told)}."
-    return join([element("p", headline, class_="headline"),
-                 element("ul", *(_compared(c) for c in [*fair, *unequal]), class_="verdicts")])  # fmt: skip
+    return join(
+        [
+            element("p", headline, class_="headline"),
+            element("ul", *(_compared(c) for c in [*fair, *unequal]), class_="verdicts"),
+        ]
+    )
 
 
 def _counted(comparisons: Sequence[Comparison]) -> str:
@@ -112,8 +124,14 @@ def _counted(comparisons: Sequence[Comparison]) -> str:
 def _compared(comparison: Comparison) -> Safe:
     mark = element("span", f"{OUTCOMES[comparison.outcome]} ", aria_hidden="true")
     unequal = " at unequal FLOPs" if comparison.allowed and not comparison.equal_flops else ""
-    who = element("p", element("span", mark, comparison.outcome, unequal, class_="outcome"), ": ",
-                  element("strong", comparison.candidate), " against ", comparison.baseline)  # fmt: skip
+    who = element(
+        "p",
+        element("span", mark, comparison.outcome, unequal, class_="outcome"),
+        ": ",
+        element("strong", comparison.candidate),
+        " against ",
+        comparison.baseline,
+    )
     notes = [element("p", note, class_="muted") for note in comparison.notes]
     return element(
         "li",

@@ -10,9 +10,17 @@ from ..plots.pictures import Picture
 from .element import Safe
 
 _PAGE_COLORS = {
-    style.INK: "ink", style.MUTED: "muted", style.GRID: "grid", style.PAPER: "paper", style.BLUE: "blue",
-    style.VERMILLION: "vermillion", style.GREEN: "green", style.PURPLE: "purple", style.ORANGE: "orange", style.SKY: "sky",
-}  # fmt: skip
+    style.INK: "ink",
+    style.MUTED: "muted",
+    style.GRID: "grid",
+    style.PAPER: "paper",
+    style.BLUE: "blue",
+    style.VERMILLION: "vermillion",
+    style.GREEN: "green",
+    style.PURPLE: "purple",
+    style.ORANGE: "orange",
+    style.SKY: "sky",
+}
 _COLOR = re.compile("|".join(_PAGE_COLORS), re.IGNORECASE)
 _PAINT = ("fill", "stroke")
 _GONE = (
@@ -43,8 +51,12 @@ def inline(picture: Picture, described_by: str) -> Safe:
     width = float(root.attrib.pop("width").removesuffix("pt"))
     for key in ("height", "version"):
         root.attrib.pop(key, None)
-    root.attrib |= {"role": "img", "aria-labelledby": f"{prefix}title", "aria-describedby": described_by,
-                    "style": f"max-width: {width * 1.75:.0f}px"}  # fmt: skip
+    root.attrib |= {
+        "role": "img",
+        "aria-labelledby": f"{prefix}title",
+        "aria-describedby": described_by,
+        "style": f"max-width: {width * 1.75:.0f}px",
+    }
     return Safe(ElementTree.tostring(root, encoding="unicode"))
 
 

@@ -8,15 +8,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from ...metric_names import LOWER_IS_BETTER, TEST
+from ...base.metrics import LOWER_IS_BETTER, TEST
 from ..record import Run
 from ..report import Report
 from ..unmasked import as_trained, without_masks
 from .style import BASELINE, Look, look
 
 NAMES = {
-    "top1": "top-1 accuracy (%)", "top5": "top-5 accuracy (%)", "loss": "validation loss", "bits_per_byte": "bits per byte",
-}  # fmt: skip
+    "top1": "top-1 accuracy (%)",
+    "top5": "top-5 accuracy (%)",
+    "loss": "validation loss",
+    "bits_per_byte": "bits per byte",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,8 +83,16 @@ def _place_unknown(axes: Axes, rows: Sequence[Row], divisor: float) -> None:
     for at, row in enumerate(rows):  # one above the other, the rightmost to the left of its line
         x, left = row.training_flops / divisor, row.training_flops == widest
         axes.axvline(x, ymax=0.2, color=MUTED, linestyle=":", linewidth=1.6, zorder=1)
-        axes.annotate(_name(row), (x, 0.15 - 0.09 * at), xycoords=("data", "axes fraction"), xytext=(-4 if left else 4, 0),
-                      textcoords="offset points", ha="right" if left else "left", va="center", color=MUTED)  # fmt: skip
+        axes.annotate(
+            _name(row),
+            (x, 0.15 - 0.09 * at),
+            xycoords=("data", "axes fraction"),
+            xytext=(-4 if left else 4, 0),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            va="center",
+            color=MUTED,
+        )
 
 
 def _name(row: Row) -> str:

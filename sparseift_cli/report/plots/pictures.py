@@ -41,27 +41,60 @@ def pictures(report: Report) -> Iterator[tuple[Family, list[Picture]]]:
         name = _free(taken, family.slug)
         made = []
         if family.drawable:
-            made.append(Picture(f"{name}-flops", "Against training FLOPs", tradeoff.described(family),
-                                tradeoff.accuracy_against_flops(family)))  # fmt: skip
-            made.append(Picture(f"{name}-curves", "Learning curves", curves.learning_described(family),
-                                curves.learning_curves(family)))  # fmt: skip
+            made.append(
+                Picture(
+                    f"{name}-flops",
+                    "Against training FLOPs",
+                    tradeoff.described(family),
+                    tradeoff.accuracy_against_flops(family),
+                )
+            )
+            made.append(
+                Picture(
+                    f"{name}-curves",
+                    "Learning curves",
+                    curves.learning_described(family),
+                    curves.learning_curves(family),
+                )
+            )
         if curves.moving(family):
-            made.append(Picture(f"{name}-masks", "Mask churn and ITOP rate", curves.movement_described(family),
-                                curves.mask_movement(family)))  # fmt: skip
+            made.append(
+                Picture(
+                    f"{name}-masks",
+                    "Mask churn and ITOP rate",
+                    curves.movement_described(family),
+                    curves.mask_movement(family),
+                )
+            )
         if spectra.measured(report, family):
-            made.append(Picture(f"{name}-spectra", "How well the masks connect", spectra.described(report, family),
-                                spectra.mask_spectra(report, family)))  # fmt: skip
+            made.append(
+                Picture(
+                    f"{name}-spectra",
+                    "How well the masks connect",
+                    spectra.described(report, family),
+                    spectra.mask_spectra(report, family),
+                )
+            )
         for group in family.transformed:
             if layers.counted(group):
                 file, title = (
                     _free(taken, f"{name}-layers-{slug(group.name)}"),
                     f"FLOPs per layer: {family.plan_name(group)}",
                 )
-                made.append(Picture(file, title, layers.flops_described(family, group),
-                                    layers.flops_per_layer(family, group), group))  # fmt: skip
+                made.append(
+                    Picture(
+                        file, title, layers.flops_described(family, group), layers.flops_per_layer(family, group), group
+                    )
+                )
         if any(layers.weighted(group) for group in family.transformed):
-            made.append(Picture(f"{name}-sparsity", "Sparsity per layer", layers.sparsity_described(family),
-                                layers.sparsity_per_layer(family)))  # fmt: skip
+            made.append(
+                Picture(
+                    f"{name}-sparsity",
+                    "Sparsity per layer",
+                    layers.sparsity_described(family),
+                    layers.sparsity_per_layer(family),
+                )
+            )
         yield family, made
 
 
@@ -83,8 +116,9 @@ def save_all(report: Report, directory: Path) -> list[Path]:
                 png.write_bytes(to_png(picture.figure))
                 written += [svg, png]
     except OSError as error:
-        raise UsageError(f"cannot write pictures to {directory}: {error.strerror}",
-                         hint="give a folder that can be written") from None  # fmt: skip
+        raise UsageError(
+            f"cannot write pictures to {directory}: {error.strerror}", hint="give a folder that can be written"
+        ) from None
     return written
 
 

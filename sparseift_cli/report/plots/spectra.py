@@ -59,6 +59,8 @@ def described(report: Report, family: Family) -> str:
     for group in measured(report, family):
         ends = [series(report, group, key)[-1] for key, _ in _GAPS]
         spectral, ramanujan = (mean_and_range(values) for _, values in ends)
-        parts.append(f"{group.short} at step {ends[0][0]:,}: spectral gap {spectral[0]:.3g}, Ramanujan gap {ramanujan[0]:.3g} "
-                     f"({ramanujan[1]:.3g} to {ramanujan[2]:.3g} over {len(ends[1][1])} layers)")  # fmt: skip
+        parts.append(
+            f"{group.short} at step {ends[0][0]:,}: spectral gap {spectral[0]:.3g}, Ramanujan gap {ramanujan[0]:.3g} "
+            f"({ramanujan[1]:.3g} to {ramanujan[2]:.3g} over {len(ends[1][1])} layers)"
+        )
     return "Spectral gap and Ramanujan gap of the masks over optimiser steps. " + "; ".join(parts) + "."

@@ -94,8 +94,9 @@ def house() -> Iterator[None]:
         yield
 
 
-def new_figure(title: str, height: float, rows: int = 1, *, same_x: bool = True,
-               heights: Sequence[float] | None = None) -> tuple[Figure, list[Axes]]:  # fmt: skip
+def new_figure(
+    title: str, height: float, rows: int = 1, *, same_x: bool = True, heights: Sequence[float] | None = None
+) -> tuple[Figure, list[Axes]]:
     """A figure WIDTH x `height` inches, a title over all of it, `rows` axes above one another. Call it inside `house()`.
 
     `heights`: their shares of the height, in any unit; equal ones without.

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from ...metric_names import LOWER_IS_BETTER
+from ...base.metrics import LOWER_IS_BETTER
 from .families import Family, Group, is_number, scaled
 from .style import INK, MUTED, house, legend_below, new_figure
 
@@ -90,8 +90,12 @@ def _draw_ends(axes: Axes, ended: Sequence[Group], family: Family, labels: Seque
 
 def dense_budget(family: Family) -> float | None:
     """What the dense model spends over the same run, as summaries say; that of most runs where lengths differ."""
-    found = [run.summary["flops"]["dense"] for g in family.groups for run in g.runs
-             if run.summary and is_number((run.summary.get("flops") or {}).get("dense"))]  # fmt: skip
+    found = [
+        run.summary["flops"]["dense"]
+        for g in family.groups
+        for run in g.runs
+        if run.summary and is_number((run.summary.get("flops") or {}).get("dense"))
+    ]
     return Counter(found).most_common(1)[0][0] if found else None
 
 
@@ -117,13 +121,30 @@ def _draw_end(axes: Axes, group: Group, metric: str, place: int) -> None:
     values = [value for _, value in group.finals(metric)]
     look = group.look
     axes.axhline(place, color=MUTED, linewidth=0.4, zorder=1)
-    axes.plot(values, [place] * len(values), linestyle="", marker=look.marker, markersize=4, markerfacecolor="none",
-              markeredgecolor=look.color, markeredgewidth=0.9, zorder=3)  # fmt: skip
+    axes.plot(
+        values,
+        [place] * len(values),
+        linestyle="",
+        marker=look.marker,
+        markersize=4,
+        markerfacecolor="none",
+        markeredgecolor=look.color,
+        markeredgewidth=0.9,
+        zorder=3,
+    )
     low, high = group.row.get("low"), group.row.get("high")
     if len(values) >= FEWEST and is_number(low) and is_number(high):
         axes.hlines([place], [low], [high], color=look.color, linewidth=1.2, zorder=2)
-    axes.plot([statistics.fmean(values)], [place], linestyle="", marker=look.marker, markersize=8, color=look.color,
-              zorder=4, label=group.label)  # fmt: skip
+    axes.plot(
+        [statistics.fmean(values)],
+        [place],
+        linestyle="",
+        marker=look.marker,
+        markersize=8,
+        color=look.color,
+        zorder=4,
+        label=group.label,
+    )
 
 
 def _way(group: Group, metric: str, divisor: float) -> list[tuple[float, float]]:
@@ -139,8 +160,16 @@ def _draw_way(axes: Axes, group: Group, points: Sequence[tuple[float, float]], p
     every = max(1, len(points) // 10)
     size, width, marks = (4.0, 1.6, (0, every)) if place is None else (3.5, 0.9, (place % (2 * every), 4 * every))
     look = group.look
-    axes.plot(*zip(*points, strict=True), color=look.color, linestyle=look.dashes, marker=look.marker, markersize=size,
-              linewidth=width, markevery=marks, label=group.label)  # fmt: skip
+    axes.plot(
+        *zip(*points, strict=True),
+        color=look.color,
+        linestyle=look.dashes,
+        marker=look.marker,
+        markersize=size,
+        linewidth=width,
+        markevery=marks,
+        label=group.label,
+    )
 
 
 def _log_axis(axes: Axes) -> None:
@@ -155,5 +184,13 @@ def _name_ends(axes: Axes, family: Family, ways: Sequence[Sequence[tuple[float, 
     offset, side = (6, "bottom") if family.metric in LOWER_IS_BETTER else (-6, "top")
     for group, points in zip(family.groups, ways, strict=True):
         if points and points[-1][0] > 0 and budget and not 1 / _FAR < points[-1][0] / budget < _FAR:
-            axes.annotate(group.short, points[-1], (0, offset), textcoords="offset points", rotation=90, ha="center",
-                          va=side, fontsize=8)  # fmt: skip
+            axes.annotate(
+                group.short,
+                points[-1],
+                (0, offset),
+                textcoords="offset points",
+                rotation=90,
+                ha="center",
+                va=side,
+                fontsize=8,
+            )

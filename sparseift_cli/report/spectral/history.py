@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...artifact import MASKS, WEIGHTS
 from ...checkpoint.facts import TensorInfo, printable
 from ...errors import ArtifactError
 from ...runs.checkpoint import MANIFEST, TENSORS
 from ...runs.directory import CHECKPOINTS
+from ...transform.artifact import MASKS, WEIGHTS
 from ..tensors import tensors_in
 from .gaps import Spectrum, spectral, unrolled
 
@@ -74,8 +74,9 @@ class Kept:
     path: Path
 
 
-def history(run: str | Path, *, skipped: list[str] | None = None,
-            tell: Callable[[str], None] | None = None) -> list[LayerSpectrum]:  # fmt: skip
+def history(
+    run: str | Path, *, skipped: list[str] | None = None, tell: Callable[[str], None] | None = None
+) -> list[LayerSpectrum]:
     """The spectrum of every masked layer in every kept checkpoint of a run directory, by step, then in file order.
 
     Empty for dense runs and runs without checkpoints. A checkpoint that is damaged, or that the running run deletes
@@ -128,8 +129,9 @@ def checkpoint_layers(folder: str | Path) -> Iterator[MaskedLayer]:
     except (ValueError, KeyError, TypeError):
         raise ArtifactError(f"{path / MANIFEST} is damaged", hint="use another checkpoint of the run") from None
     if size != wanted:
-        raise ArtifactError(f"{path / TENSORS} has {size:,} bytes instead of {wanted:,}",
-                            hint="use another checkpoint of the run")  # fmt: skip
+        raise ArtifactError(
+            f"{path / TENSORS} has {size:,} bytes instead of {wanted:,}", hint="use another checkpoint of the run"
+        )
     yield from _layers(_under("masks/", tensors := tensors_in(path / TENSORS)), _under("model/", tensors))
 
 
@@ -149,8 +151,10 @@ def _under(prefix: str, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorIn
 def _layers(masks: Mapping[str, TensorInfo], weights: Mapping[str, TensorInfo]) -> Iterator[MaskedLayer]:
     for name, info in masks.items():
         if info.dtype != "bool" or name not in weights or weights[name].shape != info.shape:
-            raise ArtifactError(f"{info.storage.path}: the mask of {printable(name)} fits no weight",
-                                hint="masks and weights are of different models")  # fmt: skip
+            raise ArtifactError(
+                f"{info.storage.path}: the mask of {printable(name)} fits no weight",
+                hint="masks and weights are of different models",
+            )
         yield MaskedLayer(name, _raw(info, np.dtype(np.uint8)) != 0, _floats(weights[name]))
 
 

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 GAPS = ("spectral_gap", "ramanujan_gap", "weighted_spectral_gap")
 
 
-def spectra(runs: Sequence[Run], frame_rows: Sequence[Mapping[str, Any]],
-            tell: Callable[[str], None] | None = None) -> tuple[list[RunSpectra], list[str]]:  # fmt: skip
+def spectra(
+    runs: Sequence[Run], frame_rows: Sequence[Mapping[str, Any]], tell: Callable[[str], None] | None = None
+) -> tuple[list[RunSpectra], list[str]]:
     """Of the runs in a group's means, of all its runs where there are none; and what could not be read, in words.
 
     `frame_rows` are the rows of `frame.runs_frame`, one for each of `runs`; `tell` hears which layer is at work.
@@ -56,12 +57,16 @@ def summed(report: Report) -> list[dict[str, Any]]:
         for step in sorted({step for step, _, _ in every}):
             rows = [row.spectrum.to_json() for at, _, row in every if at == step]
             gaps = [row["ramanujan_gap"] for row in rows if row["ramanujan_gap"] is not None]
-            found.append({
-                "group": group, "step": step, "runs": len({path for at, path, _ in every if at == step}),
-                "layers": len({row.layer for at, _, row in every if at == step}),
-                **{name: _mean([row[name] for row in rows]) for name in GAPS},
-                "ramanujan": sum(gap >= 0 for gap in gaps) / len(gaps) if gaps else None,
-            })  # fmt: skip
+            found.append(
+                {
+                    "group": group,
+                    "step": step,
+                    "runs": len({path for at, path, _ in every if at == step}),
+                    "layers": len({row.layer for at, _, row in every if at == step}),
+                    **{name: _mean([row[name] for row in rows]) for name in GAPS},
+                    "ramanujan": sum(gap >= 0 for gap in gaps) / len(gaps) if gaps else None,
+                }
+            )
     return found
 
 

@@ -105,9 +105,17 @@ def _sparse(part: csr_array) -> NDArray[Any]:
     start = np.random.default_rng(0).standard_normal(small)
     for basis in (32, 256):  # the larger one converges where values crowd together
         try:
-            return np.asarray(svds(part, k=2, ncv=min(basis, small), v0=start, solver="arpack",
-                                   tol=TOLERANCE,  # pyright: ignore[reportArgumentType]  # a float, says SciPy
-                                   return_singular_vectors=False))  # fmt: skip
+            return np.asarray(
+                svds(
+                    part,
+                    k=2,
+                    ncv=min(basis, small),
+                    v0=start,
+                    solver="arpack",
+                    tol=TOLERANCE,  # pyright: ignore[reportArgumentType]  # a float, says SciPy
+                    return_singular_vectors=False,
+                )
+            )
         except ArpackError:
             continue
     raise ArithmeticError("the singular values of a mask {}x{} did not converge".format(*_shape(part)))

@@ -1,0 +1,1 @@
+"""What every other package rests on: text, files, randomness, registries. Imports errors only."""

@@ -1,0 +1,23 @@
+"""Where the files shipped beside the code lie: in an installed wheel and in a source checkout. Imports errors only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import UsageError
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def recipes_dir() -> Path:
+    """The folder of the shipped recipes, `<model>/*.yaml`, whatever the working directory.
+
+    A wheel carries it inside the package; a checkout (and so an editable install) keeps it beside the package.
+
+    Raises:
+        UsageError: this installation has no recipes.
+    """
+    for folder in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes"):
+        if folder.is_dir():
+            return folder
+    raise UsageError(f"no recipes beside {_PACKAGE}", hint="the installation is incomplete: install sparseift again")

@@ -1,0 +1,71 @@
+"""Where masks live: a boolean buffer `weight_mask` beside each sparse `weight`, outside the state dict.
+
+Beside it lies its pattern, `weight_mask_pattern`, which whoever moves the mask keeps. A buffer follows its module through
+`.to`, `deepcopy` and replication; being no part of the state dict, it leaves checkpoints as any PyTorch code expects them.
+Zeros are stored in the weight itself, so a forward pays nothing for the mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+SUFFIX = "_mask"
+_PATTERN = "_mask_pattern"
+
+
+def attach(model: nn.Module, masks: Mapping[str, Tensor], pattern: str = "unstructured") -> None:
+    """Put each mask, which has that pattern, beside its weight, on the same device; weights that it leaves out become zero.
+
+    Raises:
+        KeyError: `model` has no parameter of that name.
+        ValueError: a mask has not the shape of its weight.
+    """
+    for key, mask in masks.items():
+        path, _, name = key.rpartition(".")
+        module = model.get_submodule(path)
+        weight = module._parameters[name]
+        if weight is None or weight.shape != mask.shape:
+            raise ValueError(
+                f"mask of {key}: {tuple(mask.shape)}, weight {None if weight is None else tuple(weight.shape)}"
+            )
+        mask = mask.to(weight.device, torch.bool)
+        module.register_buffer(name + SUFFIX, mask, persistent=False)
+        setattr(module, name + _PATTERN, pattern)
+        with torch.no_grad():  # turned round and back in place: a copy of a large mask is memory for nothing
+            weight.masked_fill_(mask.logical_not_(), 0)
+            mask.logical_not_()
+
+
+def pattern_of(module: nn.Module, name: str) -> str:
+    """The pattern of the mask beside the parameter `name` of `module`."""
+    return getattr(module, name + _PATTERN, "unstructured")
+
+
+def masks_of(model: nn.Module) -> dict[str, Tensor]:
+    """Weight key -> its boolean mask, of the same shape; in the order of the modules."""
+    found = {}
+    for path, module in model.named_modules():
+        for name, mask in module._buffers.items():
+            weight = module._parameters.get(name.removesuffix(SUFFIX)) if name.endswith(SUFFIX) else None
+            if mask is not None and weight is not None and mask.shape == weight.shape and mask.dtype == torch.bool:
+                found[f"{path}.{name}".removeprefix(".").removesuffix(SUFFIX)] = mask
+    return found
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel, DataParallel and torch.compile wrappers, whose names masks go by."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Does the weight lie as [in, out]: Hugging Face's Conv1D, a transposed convolution?"""
+    return type(module).__name__ == "Conv1D" or bool(getattr(module, "transposed", False))

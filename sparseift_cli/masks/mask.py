@@ -1,0 +1,172 @@
+"""Masks with exactly the non-zeros that the plan gives a layer.
+
+What is random depends on a generator alone: `generator_for(seed, layer, part)` makes every mask a function of the seed and
+of its own name, whatever else is drawn before it. Scores, masks and generators live on the CPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+from .layout import Block, Layout, NofM, parse_pattern, room
+from .n_of_m import n_of_m_masks
+from .select import at_random, disjoint
+
+
+def generator_for(seed: int, *names: str) -> torch.Generator:
+    """A CPU generator for what `names` name (a layer, a part of it, ...), whose seed is a hash of them and of `seed`.
+
+    The hash has 64 bits and is the same on every machine; torch's Mersenne twister takes in the lower 32 of them.
+    """
+    digest = hashlib.blake2b(json.dumps([seed, *names]).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+def make_mask(
+    shape: Sequence[int],
+    nnz: int,
+    *,
+    generator: torch.Generator,
+    pattern: str = "unstructured",
+    scores: Tensor | None = None,
+    connect: bool = True,
+    groups: int = 1,
+    transposed: bool = False,
+    row_balance: int | None = None,
+    column_balance: int | None = None,
+) -> Tensor:
+    """A mask [*shape] with exactly `nnz` True: at random, or where `scores` [*shape] are largest.
+
+    Args:
+        shape: of the weight: [out, in], [out, in / groups, *kernel], or with `transposed` [in, out],
+            [in, out / groups, *kernel].
+        pattern: unstructured; N:M along the inputs (see `n_of_m`); RxC blocks of R outputs by C columns of
+            `weight.flatten(1)`, which never cross from one group to the next. Rows and columns that fill no block stay
+            empty. A block's score is the sum of its scores.
+        scores: compared in float32; ties are broken at random.
+        connect: no output without a weight where nnz allows, else as few as possible. The best place of a row that would be
+            empty replaces the worst of a row that has more than one. With blocks the same for rows of blocks.
+        row_balance: number of equal contiguous blocks of rows (attention heads; 3 * heads of a fused QKV), each of which
+            gets nnz / row_balance, the first ones one more (one block more) where that is no integer.
+        column_balance: the same for columns, as an output projection needs. N:M patterns are balanced without either.
+
+    Raises:
+        UsageError: no mask of this shape and pattern has `nnz` non-zeros, or scores that are NaN or of another shape.
+    """
+    layout, kind = Layout(tuple(shape), groups, transposed), parse_pattern(pattern)
+    matrix = None if scores is None else _score_matrix(layout, scores)
+    _check_counts(layout, kind, pattern, [nnz])
+    if isinstance(kind, NofM):
+        (mask,) = n_of_m_masks(layout, kind, 1, generator, matrix)
+    else:
+        balance = _balance(layout, kind, row_balance, column_balance)
+        keys = None if matrix is None else _without_nan(layout.to_blocks(matrix, kind))
+        if keys is None and balance == (1, 1):
+            cells = at_random(layout.grid(kind), nnz // kind.size, generator)
+            if not connect or not cells.numel() or cells.view(torch.uint8).amax(1).all():
+                return layout.from_matrix(layout.from_blocks(cells, kind))
+        (cells,) = disjoint(layout.grid(kind), [nnz // kind.size], generator, keys, connect=connect, balance=balance)
+        mask = layout.from_blocks(cells, kind)
+    return layout.from_matrix(mask)
+
+
+def disjoint_masks(
+    shape: Sequence[int],
+    nnzs: Sequence[int],
+    *,
+    generator: torch.Generator,
+    pattern: str = "unstructured",
+    connect: bool = True,
+    groups: int = 1,
+    transposed: bool = False,
+    row_balance: int | None = None,
+    column_balance: int | None = None,
+) -> list[Tensor]:
+    """Random masks [*shape], one per entry of `nnzs` and with exactly that many True, no place in two of them.
+
+    For the branches of Sparse Parallel that are summed before the activation: together they are one weight, so a place
+    in two branches would be spent twice. Arguments as in `make_mask`; `connect` holds in every branch as far as there are
+    places, and sets places of each row aside for the branches to come.
+
+    Raises:
+        UsageError: the weight has fewer places than sum(nnzs), or one of the counts is impossible by itself.
+    """
+    layout, kind = Layout(tuple(shape), groups, transposed), parse_pattern(pattern)
+    _check_counts(layout, kind, pattern, nnzs)
+    if isinstance(kind, NofM):
+        return [layout.from_matrix(m) for m in n_of_m_masks(layout, kind, len(nnzs), generator)]
+    balance = _balance(layout, kind, row_balance, column_balance)
+    counts = [nnz // kind.size for nnz in nnzs]
+    cells = disjoint(layout.grid(kind), counts, generator, connect=connect, balance=balance)
+    return [layout.from_matrix(layout.from_blocks(c, kind)) for c in cells]
+
+
+def empty_rows_and_columns(mask: Tensor, groups: int = 1, transposed: bool = False) -> tuple[int, int]:
+    """(outputs without a weight, input channels that no output reads) of a mask or weight, over all groups.
+
+    Raises:
+        UsageError: not the shape of a weight, or groups that do not divide it.
+    """
+    layout = Layout(tuple(mask.shape), groups, transposed)
+    live = layout.to_matrix(mask.bool()).reshape(groups, -1, layout.channels, layout.taps).view(torch.uint8)
+    rows = live.flatten(2).amax(2)  # of bytes: several times as fast as `any` of booleans
+    columns = live.amax(1).amax(2)
+    return rows.numel() - int(rows.count_nonzero()), columns.numel() - int(columns.count_nonzero())
+
+
+def _balance(layout: Layout, kind: Block, rows: int | None, columns: int | None) -> tuple[int, int]:
+    """How many blocks of rows and of columns get equal shares."""
+    if rows is not None and columns is not None:
+        raise UsageError("a mask is balanced over rows or over columns, not both")
+    if (rows is not None or columns is not None) and layout.groups > 1:
+        raise UsageError("a grouped convolution has no heads to balance")
+    for parts, size, side, what in (
+        (rows, layout.rows, kind.rows, "rows"),
+        (columns, layout.columns, kind.columns, "columns"),
+    ):
+        if parts is not None and (parts < 1 or size % parts or size // parts % side):
+            whole = f" of whole blocks of {side}" if side > 1 else ""
+            raise UsageError(
+                f"{size} {what} are not {parts} equal parts{whole}",
+                hint=f"choose heads that are a multiple of {side}, or no balance" if whole else None,
+            )
+    return rows or 1, columns or 1
+
+
+def _check_counts(layout: Layout, kind: NofM | Block, pattern: str, nnzs: Sequence[int]) -> None:
+    named = f"a weight of {layout.rows} outputs x {layout.columns}"
+    space = room(layout.shape, kind, groups=layout.groups, transposed=layout.transposed)
+    if isinstance(kind, NofM):
+        if any(nnz != space for nnz in nnzs):
+            raise UsageError(f"{pattern} gives {named} {space} non-zeros, not {_listed(nnzs)}")
+        if len(nnzs) * kind.n > kind.m:
+            raise UsageError(f"{len(nnzs)} disjoint {pattern} masks need groups of {len(nnzs) * kind.n} inputs or more")
+        return
+    if min(nnzs, default=0) < 0 or sum(nnzs) > space:
+        raise UsageError(f"{_listed(nnzs)} non-zeros do not fit {named}: {pattern} has room for {space}")
+    if any(nnz % kind.size for nnz in nnzs):
+        raise UsageError(f"{_listed(nnzs)} non-zeros are not whole {pattern} blocks of {kind.size}")
+
+
+def _listed(nnzs: Sequence[int]) -> str:
+    return " + ".join(map(str, nnzs)) or "no"
+
+
+def _score_matrix(layout: Layout, scores: Tensor) -> Tensor:
+    if tuple(scores.shape) != layout.shape:
+        raise UsageError(f"scores of shape {tuple(scores.shape)} for a weight of shape {layout.shape}")
+    return _without_nan(layout.to_matrix(scores.detach().to("cpu", torch.float32)))
+
+
+def _without_nan(keys: Tensor) -> Tensor:
+    """`keys` themselves; the sum of a block can be NaN where infinities of both signs meet in it."""
+    found = int(keys.isnan().count_nonzero())
+    if found:
+        raise UsageError(f"{found} of {keys.numel()} scores are NaN")
+    return keys

@@ -1,0 +1,199 @@
+"""SOURCE on the command line, to a LayerTable: a zoo name, a recipe, `library:name` or `pkg.module:callable`.
+
+A zoo model at its default input comes from its shipped table without importing torch; everything else is built on the
+meta device and traced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+from ..recipe import load as recipes
+from ..table.table import LayerTable
+from .libraries import Made, maker
+from .request import Request, parse_input
+from .zoo import registry
+
+if TYPE_CHECKING:
+    from torch import nn
+
+TABLES = Path(__file__).resolve().parent / "zoo" / "tables"
+
+
+def resolve(request: Request) -> tuple[Request, recipes.Recipe | None]:
+    """Open a recipe, if the source is one; options given on the command line win over the recipe's."""
+    path = recipes.find(request.source)
+    if path is None:
+        return request, None
+    recipe = recipes.load(path)
+    options = recipe.options
+    image = request.image or parse_input(options.get("input"))
+    return (
+        Request(
+            recipe.model,
+            request.num_classes or options.get("num_classes"),
+            image,
+            request.seq or options.get("seq"),
+            request.batch if request.batch != 1 else options.get("batch", 1),
+        ),
+        recipe,
+    )
+
+
+def load_table(request: Request, *, fresh: bool = False) -> LayerTable:
+    """The LayerTable of a request; `fresh` traces a zoo model instead of reading its shipped table.
+
+    Raises:
+        UsageError: no such source, or it does not run on that input.
+    """
+    if ":" not in request.source and request.default and not fresh:
+        name = registry.lookup(request.source).name
+        shipped = TABLES / f"{name}.json"
+        if shipped.is_file():
+            return LayerTable.from_json(json.loads(shipped.read_text(encoding="utf-8"))["table"])
+    built = build(request)
+    from ..trace.build import trace
+
+    return trace(built.model, built.args, built.kwargs, name=built.name, input_shape=built.input_shape).table
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model in eval mode, the arguments of one forward, and the name to print."""
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    name: str
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of the first tensor that the model is given."""
+        return shape_of(self.args, self.kwargs)
+
+
+def shape_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape of the first tensor among the arguments; () without any."""
+    return next((tuple(t.shape) for t in (*args, *kwargs.values()) if hasattr(t, "shape")), ())
+
+
+def build(request: Request, *, device: str = "meta") -> Built:
+    """Build a source on `device`, freshly initialised (or with the weights that a Hugging Face folder holds).
+
+    Raises:
+        UsageError: the source cannot be found or built.
+    """
+    import torch
+
+    if ":" in request.source:
+        make = maker(request.source)
+        made = make(request, device) if make else _foreign(request, device)
+        return Built(made.model.eval(), made.args, made.kwargs, request.source)
+    info = registry.lookup(request.source)
+    if info.kind == "image" and request.image is not None and len(request.image) != 3:
+        raise UsageError(f"{info.name} takes channels x height x width", hint="--input 3x224x224")
+    image: Any = request.image
+    from ..trace.fake_mode import no_init
+
+    with torch.device(device), no_init(device):
+        model = registry.build(info.name, num_classes=request.num_classes, seq=request.seq, image=image)
+    inputs = registry.example_input(info, batch=request.batch, seq=request.seq, image=image, device=device)
+    return Built(model.eval(), (inputs,), {}, info.name)
+
+
+def _foreign(request: Request, device: str) -> Made:
+    """`pkg.module:callable`, called without arguments; the callable may also return (model, example inputs).
+
+    Example inputs are a tensor, a tuple of positional arguments or a mapping of keyword arguments.
+    """
+    import torch
+    from torch import nn
+
+    if request.num_classes is not None:
+        raise UsageError(
+            "--num-classes is for zoo models", hint="let the callable build the model with the classes you want"
+        )
+    made = _call(request.source, device)
+    inputs: Any = None
+    if isinstance(made, tuple) and len(made) == 2:
+        made, inputs = made
+    if not isinstance(made, nn.Module):
+        raise UsageError(
+            f"{request.source} gave {type(made).__name__}, not a torch.nn.Module",
+            hint="the callable returns a module, or (module, example_input)",
+        )
+    if request.seq is not None:
+        inputs = torch.zeros((request.batch, request.seq), dtype=torch.int64, device=device)
+    elif request.image is not None:
+        inputs = torch.zeros((request.batch, *request.image), device=device)
+    if inputs is None:
+        raise UsageError(
+            f"the input of {request.source} is not known",
+            hint="let the callable return (module, example_input), or give one sample's shape: --input 3x224x224, "
+            "or --seq 128 for token ids; in a recipe model.input or model.seq",
+        )
+    args, kwargs = as_call(inputs)
+    return Made(made, args, kwargs)
+
+
+def as_call(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A tensor, a tuple of positional or a mapping of keyword arguments, as (args, kwargs)."""
+    if isinstance(example_input, Mapping):
+        return (), dict(example_input)
+    return (tuple(example_input) if isinstance(example_input, (tuple, list)) else (example_input,)), {}
+
+
+def source_hash(source: str) -> dict[str, str]:
+    """SHA-256 of the file of the module that a `pkg.module:callable` names, by the module's name; what was imported, if it was.
+
+    Empty for zoo names and other libraries, whose versions say what they are, and for a module without a file.
+    """
+    module = source.partition(":")[0]
+    if ":" not in source or maker(source) is not None:
+        return {}
+    file = getattr(sys.modules.get(module), "__file__", None)
+    try:
+        return {module: hashlib.sha256(Path(file).read_bytes()).hexdigest()} if file else {}
+    except OSError:
+        return {}
+
+
+def _call(source: str, device: str) -> Any:
+    import torch
+
+    module_name, _, attribute = source.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # as `python -m` does: the user's own file next to them
+    try:
+        target: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"cannot import {error.name!r} for {source}",
+            hint="SOURCE is pkg.module:callable, seen from this folder or installed",
+        ) from None
+    except Exception as error:
+        raise UsageError(f"importing {module_name} failed: {type(error).__name__}: {error}") from error
+    for part in attribute.split("."):
+        if not hasattr(target, part):
+            raise UsageError(f"module {module_name} has no {attribute!r}")
+        target = getattr(target, part)
+    if isinstance(target, torch.nn.Module) or not callable(target):
+        return target
+    from ..trace.fake_mode import no_init
+
+    try:
+        with torch.device(device), no_init(device):
+            return target()
+    except Exception as error:
+        raise UsageError(
+            f"{source}() failed: {type(error).__name__}: {error}",
+            hint="it is called without arguments; wrap it in a function that needs none",
+        ) from error

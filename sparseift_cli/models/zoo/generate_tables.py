@@ -1,0 +1,34 @@
+"""Write the zoo's layer tables anew: `python -m sparseift_cli.models.zoo.generate_tables [NAME ...]`.
+
+Each file holds one model at its default input: the table that every command reads without torch, and the names and shapes
+of its `state_dict`, by which `inspect` recognises checkpoints. A test proves them current.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from ...trace.build import layer_table
+from ..source import TABLES, Request, build
+from . import registry
+
+
+def document(name: str) -> str:
+    """The generated file of one zoo model, as text."""
+    built = build(Request(name))
+    table = layer_table(built.model, built.args, name=name, input_shape=built.input_shape)
+    shapes = {key: list(tensor.shape) for key, tensor in built.model.state_dict().items()}
+    data = {"table": table.to_json(), "state_dict": shapes}
+    return json.dumps(data, separators=(",", ":")).replace('{"name"', '\n{"name"') + "\n"
+
+
+def main(names: list[str]) -> None:
+    """Write the files of the named models, or of all."""
+    TABLES.mkdir(exist_ok=True)
+    for name in names or registry.names():
+        (TABLES / f"{name}.json").write_text(document(name), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

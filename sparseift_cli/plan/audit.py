@@ -1,0 +1,296 @@
+"""The Audit: what a plan costs, in exact integers, and who owns the difference to the dense model. Pure; no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+from ..errors import UsageError
+from ..table.poly import Poly
+from ..table.table import LayerTable
+from .budget import ideal_body_density, s_max
+from .layer_plan import LayerPlan
+from .plan import Plan, dense_layers, make_plan
+from .spec import TrainingSpec, TransformSpec
+from .training_cost import dense_training_macs, opened, run_macs, training_macs_while_updating
+
+SCHEMA = "sparseift.flops/1"
+OWNERS: tuple[str, ...] = (
+    "stem",
+    "head",
+    "attention",
+    "depthwise",
+    "other untouched",
+    "rounding",
+    "matching",
+    "sparsity",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Of a whole model: MACs and FLOPs of a forward pass and of the mean training step, parameters, activations."""
+
+    forward_macs: int
+    training_macs: Fraction
+    params: int
+    activations: int
+    nonzero_params: int
+
+    @property
+    def forward_flops(self) -> int:
+        return 2 * self.forward_macs
+
+    @property
+    def training_flops(self) -> int:
+        """To the nearest whole FLOP; only schedules with mask updates have fractions."""
+        return round(2 * self.training_macs)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """A dense model and, if a transform was asked for, what it becomes."""
+
+    table: LayerTable
+    causal: str
+    training: TrainingSpec
+    dense: Totals
+    plan: Plan | None = None
+    transformed: Totals | None = None
+    training_while_updating: Fraction | None = None  # RigL's mean step while masks change; else that of the whole run
+
+    @property
+    def forward_ratio(self) -> Fraction | None:
+        return (
+            Fraction(self.transformed.forward_macs, self.dense.forward_macs)
+            if self.transformed and self.dense.forward_macs
+            else None
+        )
+
+    @property
+    def training_ratio(self) -> Fraction | None:
+        return (
+            self.transformed.training_macs / self.dense.training_macs
+            if self.transformed and self.dense.training_macs
+            else None
+        )
+
+    @property
+    def activation_factor(self) -> float | None:
+        """Output elements of all counted layers, after over before: what no FLOP count shows."""
+        return (
+            self.transformed.activations / self.dense.activations
+            if self.transformed and self.dense.activations
+            else None
+        )
+
+    @property
+    def nonzero_after_training(self) -> int:
+        """Non-zero parameters when training ends: the plan's, or what training without masks (algorithm `dense`) opens."""
+        if self.plan is None or self.transformed is None:
+            return self.dense.nonzero_params
+        if self.training.algorithm != "dense":
+            return self.transformed.nonzero_params
+        rows = [row for row in self.plan.layers if row.status == "transformed"]
+        more = sum(opened(row, p, "dense", self.plan.spec.block) - p.nnz for row in rows for p in row.parts)
+        return self.transformed.nonzero_params + more
+
+    def owners(self) -> dict[str, int]:
+        """MACs above (or below) the dense model's by who causes them; they sum to the whole difference exactly."""
+        owed: dict[str, int] = dict.fromkeys(OWNERS, 0)
+        for row in self.plan.layers if self.plan else ():
+            owed[_owner(row, self.plan)] += row.macs - row.dense_macs
+        return {k: v for k, v in owed.items() if v}
+
+    @property
+    def s_max(self) -> float | None:
+        """The sparsity above which --match model cannot be met (Sparse Wide that widens)."""
+        if self.plan is None or self.plan.growth is None or self.control:
+            return None
+        return s_max(self.plan.layers, self.plan.growth)
+
+    @property
+    def control(self) -> bool:
+        """Is it no iso-FLOP transform, but the sparse model of the dense one's own widths (scope none)?"""
+        return self.plan is not None and self.plan.spec.scope == "none"
+
+    @property
+    def ideal_body_density(self) -> float | None:
+        """The density of the transformed layers under --match model at unrounded widths (Sparse Wide)."""
+        if self.plan is None or self.plan.growth is None or not self.plan.growth.grown:
+            return None
+        return ideal_body_density(self.plan.layers, self.plan.spec, self.plan.growth)
+
+
+def audit(
+    table: LayerTable, spec: TransformSpec | None = None, training: TrainingSpec | None = None, *, causal: str = "full"
+) -> Audit:
+    """Count a dense model, and what `spec` makes of it.
+
+    `causal` says how attention under a causal mask counts: in `full` (as a dense kernel computes it), `half`, or `exact`
+    (T (T + 1) / 2 query-key pairs).
+
+    Raises:
+        UsageError, CheckFailed: as `make_plan`; or `causal` is not one of the three or not a whole number.
+    """
+    table = with_causal(table, causal)
+    training = training or TrainingSpec()
+    baseline = dense_layers(table)
+    params = table.params
+    dense = Totals(
+        forward_macs=table.macs,
+        training_macs=Fraction(dense_training_macs(baseline, training)),
+        params=params,
+        activations=sum(row.activations.evaluate(table.sizes) for row in table.layers),
+        nonzero_params=params,
+    )
+    if spec is None:
+        return Audit(table, causal, training, dense)
+    plan = make_plan(table, spec, training)
+    stored = sum(row.params for row in plan.layers)
+    transformed = Totals(
+        forward_macs=sum(row.macs for row in plan.layers),
+        training_macs=run_macs(plan.layers, training, spec.block),
+        params=stored,
+        activations=sum(row.activations for row in plan.layers),
+        nonzero_params=stored - sum(row.weights - row.nnz for row in plan.layers),
+    )
+    updating = transformed.training_macs
+    if training.algorithm == "rigl":
+        updating = training_macs_while_updating(plan.layers, training)
+    return Audit(table, causal, training, dense, plan, transformed, updating)
+
+
+def recount(plan: Plan, training: TrainingSpec | None = None, causal: str = "full") -> Audit:
+    """Count a plan that was carried out, by its own training or another; its non-zeros are what they are.
+
+    Raises:
+        UsageError: its model was matched by one count, and another would have given it other non-zeros.
+    """
+    result = audit(plan.table, plan.spec, training or plan.training, causal=causal)
+    if result.plan is None or [r.parts for r in result.plan.layers] != [r.parts for r in plan.layers]:
+        raise UsageError(
+            f"this model was planned with match {plan.spec.match}, and counted so it would have other non-zeros",
+            hint="transform its source again, or count it as it was planned",
+        )
+    return result
+
+
+def with_causal(table: LayerTable, causal: str) -> LayerTable:
+    """The table with attention products under a causal mask counted in full, half or exactly."""
+    if causal == "full":
+        return table
+    if causal not in ("half", "exact"):
+        raise UsageError(f"unknown causal count {causal!r}", hint="full, half or exact")
+
+    def pairs(queries: int, keys: int) -> Fraction:
+        if causal == "half":
+            return Fraction(1, 2)
+        return Fraction(sum(min(i + 1, keys) for i in range(queries)), queries * keys)
+
+    layers = []
+    for row in table.layers:
+        if row.causal:
+            part = pairs(*row.causal)
+            terms = [(m, c * part) for m, c in row.macs.terms]
+            if any(c.denominator != 1 for _, c in terms):
+                raise UsageError(
+                    f"half of {row.name}'s query-key pairs is not a whole number", hint="use --causal exact"
+                )
+            row = replace(row, macs=Poly((m, int(c)) for m, c in terms))
+        layers.append(row)
+    return replace(table, layers=tuple(layers))
+
+
+def _owner(row: LayerPlan, plan: Plan | None) -> str:
+    if row.status == "transformed" and plan and plan.spec.scope == "none":
+        return "sparsity"
+    if row.status == "transformed":
+        return "matching" if plan and plan.scale is not None else "rounding"
+    if row.layer.role in ("input", "output", "attention"):
+        return {"input": "stem", "output": "head", "attention": "attention"}[row.layer.role]
+    return "depthwise" if row.layer.kind == "depthwise" else "other untouched"
+
+
+# --- JSON ---
+
+
+def to_json(result: Audit) -> dict[str, Any]:
+    """The `sparseift.flops/1` document. Every row is in `layers`; fields may be added, none removed."""
+    t = result.transformed
+    plan = result.plan
+    data: dict[str, Any] = {
+        "schema": SCHEMA,
+        "model": result.table.model,
+        "input": list(result.table.input),
+        "unit": "flop",
+        "flops_per_mac": 2,
+        "causal": result.causal,
+        "transform": plan.spec.to_json() if plan else None,
+        "training": result.training.to_json(),
+        "totals": {
+            "dense": _totals(result.dense),
+            "transformed": None
+            if t is None
+            else _totals(t) | {"nonzero_params": t.nonzero_params, "activation_factor": result.activation_factor},
+            "ratio": None
+            if t is None
+            else {"forward": _number(result.forward_ratio), "training": _number(result.training_ratio)},
+        },
+        "layers": [row_json(row) for row in rows(result)],
+        "uncounted": list(result.table.uncounted),
+    }
+    if plan is not None:
+        data["difference"] = result.owners()
+        data["matching"] = {
+            "scale": _number(plan.scale),
+            "s_max": result.s_max,
+            "ideal_body_density": result.ideal_body_density,
+            "training_ratio_while_updating": _number(
+                (result.training_while_updating or 0) / result.dense.training_macs
+            ),
+        }
+        data["widths"] = plan.to_json()["free_widths"]
+    return data
+
+
+def rows(result: Audit) -> list[LayerPlan]:
+    """One row per layer: the plan's, or the dense model's own."""
+    if result.plan:
+        return list(result.plan.layers)
+    return dense_layers(result.table)
+
+
+def row_json(row: LayerPlan) -> dict[str, Any]:
+    """One row of `layers` in the JSON document."""
+    layer = row.layer
+    return {
+        "name": layer.name,
+        "kind": layer.kind,
+        "role": layer.role,
+        "status": row.status,
+        "reason": row.reason or row.detail,
+        "calls": layer.calls,
+        "dense_macs": row.dense_macs,
+        "transformed_macs": row.macs,
+        "ratio": row.macs / row.dense_macs if row.dense_macs else None,
+        "density": float(row.density) if row.parts else None,
+        "nnz": row.nnz if row.parts else None,
+        "weights": row.weights if row.parts else None,
+        "params": row.params,
+        "parts": [p.to_json() for p in row.parts],
+    }
+
+
+def _totals(totals: Totals) -> dict[str, int]:
+    return {
+        "forward_macs": totals.forward_macs,
+        "forward_flops": totals.forward_flops,
+        "training_flops": totals.training_flops,
+        "params": totals.params,
+    }
+
+
+def _number(value: Fraction | None) -> float | None:
+    return None if value is None else float(value)

@@ -1,0 +1,348 @@
+"""What the sections of a recipe share: frozen, strict models whose fields say in a sentence what they mean."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
+
+from ..data.registry import CATALOG, find
+from ..errors import UsageError, did_you_mean
+from ..sparsity.schedule import Algorithm
+from . import durations
+
+
+class Section(BaseModel):
+    """One section. `SHORT` is the field that a single word stands for: `optimizer: sgd` is `optimizer: {name: sgd}`.
+
+    `WORDS` are what this word may be, where the field's type does not say it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    SHORT: ClassVar[str | None] = None
+    WORDS: ClassVar[tuple[str, ...]] = ()
+
+
+Duration = Annotated[
+    float | str,
+    PlainValidator(durations.check),
+    WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": durations.PATTERN}]}),
+]
+"""A number in the unit of the run's length, or text: `500 steps`, `2 epochs`, `10%`."""
+
+Count = Annotated[int, Field(ge=1)]
+Part = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+# The sections that say what is trained on what: model, data, transform, init, algorithm.
+
+DATA_NAMES = (*CATALOG, "imagenet")
+"""What `data.name` may be; imagenet is an image folder whose size is known."""
+
+
+def _data_name(name: str) -> str:
+    if name.lower() == "imagenet":
+        return "imagenet"
+    try:
+        return find(name)
+    except UsageError as error:
+        near = did_you_mean(name, DATA_NAMES)
+        raise ValueError(f"{error.message}, {near or 'there are ' + ', '.join(DATA_NAMES)}") from None
+
+
+MemberName = Literal[
+    "wide", "parallel", "factorized", "doped", "sparse_wide", "sparse_parallel", "sparse_factorized", "sparse_doped"
+]
+
+
+class Model(Section):
+    """The dense model one starts from."""
+
+    SHORT: ClassVar[str | None] = "name"
+    name: str = Field(description="A zoo model, torchvision:NAME, timm:NAME, hf:FOLDER or pkg.module:callable.")
+    num_classes: Count | None = Field(None, description="Classes of an image model. Default: those of the data.")
+    input: str | None = Field(
+        None,
+        pattern=r"^[1-9]\d*(x[1-9]\d*)*$",
+        description="One sample's shape, as 3x224x224. Default: the model's own; of a zoo model that of the data.",
+    )
+    seq: Count | None = Field(None, description="Tokens in a sample of a language model. Default: the model's own.")
+
+
+class Data(Section):
+    """What it learns from."""
+
+    SHORT: ClassVar[str | None] = "name"
+    WORDS: ClassVar[tuple[str, ...]] = DATA_NAMES
+    name: Annotated[str, AfterValidator(_data_name), WithJsonSchema({"enum": list(DATA_NAMES)})] = Field(
+        description="The data set."
+    )
+    root: str | None = Field(
+        None, description="Folder or file of the data. Default: $SPARSEIFT_DATA, else ~/.cache/sparseift."
+    )
+    download: bool = Field(True, description="CIFAR, MNIST: fetch it, checksums checked, where it is not there.")
+    augment: Literal["default", "none"] = Field(
+        "default", description="Of training images: what the set names (CIFAR: crop and flip), or nothing."
+    )
+    limit: Count | None = Field(
+        None, description="Use the first N training samples only (images, or windows of model.seq tokens)."
+    )
+    level: Literal["bytes", "words"] = Field("bytes", description="Text by bytes or by words.")
+    max_vocab: Count | None = Field(
+        None, description="words: keep the N most frequent. Default: all of the training text."
+    )
+    validation: Annotated[float, Field(ge=0.01, le=0.99)] | None = Field(
+        None,
+        description="Held out to watch: of CIFAR, MNIST or digits a part of the training images, drawn once (then "
+        "evaluation.test is for the test split); of text in a single file its end, 0.1 unless told.",
+    )
+    workers: Annotated[int, Field(ge=0)] = Field(
+        0, description="Image folders: processes that decode; 0: the main one."
+    )
+
+
+class Transform(Section):
+    """The Sparse-IFT transform: the options of `sparseift flops` and `transform`, under the same names."""
+
+    SHORT: ClassVar[str | None] = "member"
+    member: MemberName = Field("wide", description="The member of the family.")
+    sparsity: Annotated[float, Field(ge=0, lt=1)] = Field(
+        description="s: 0.9 means that nine of ten weights are zero. Also written at the top level of a recipe."
+    )
+    match: Literal["off", "layer", "model", "train"] = Field(
+        "layer",
+        description="What is held iso-FLOP: each transformed layer, the model's forward, its training, nothing.",
+    )
+    scope: Literal["all", "inner", "none"] = Field(
+        "all",
+        description="wide: every inner width, only widths that no residual stream shares, or none: the layers that all "
+        "would widen become sparse at their dense size, a control (match: off).",
+    )
+    include: tuple[str, ...] = Field((), description="Transform only layers that match one of these globs.")
+    exclude: tuple[str, ...] = Field((), description="Leave layers that match one of these globs as they are.")
+    width_multiple: Count = Field(1, description="wide: round widths to this multiple.")
+    base_width: Count | None = Field(
+        None, description="wide: new width of the stem; every other width keeps its proportion to it."
+    )
+    heads: Literal["scale_dim", "scale_count"] = Field(
+        "scale_dim", description="wide: attention grows by larger heads, or by more of them."
+    )
+    depthwise: Literal["dense", "sparse"] = Field("dense", description="wide: what depthwise convolutions become.")
+    branch_activation: Literal["each", "sum"] = Field(
+        "each", description="parallel: norm and activation in each branch, or after their sum."
+    )
+    inner: Literal["activation", "norm", "linear"] = Field(
+        "activation", description="factorized: what stands between U and V."
+    )
+    norm: Literal["model", "batch_norm", "none"] = Field("model", description="Norm inside a member.")
+    activation: str = Field(
+        "model",
+        description="Activation inside a member: the model's (parallel: behind a norm, that of the layer itself), none, or one "
+        "of torch.nn.functional.",
+    )
+    projections: Literal["untouched", "transformed"] = Field(
+        "untouched", description="Attention projections under parallel, factorized and doped."
+    )
+    pattern: str = Field(
+        "unstructured",
+        pattern=r"^(unstructured|\d+:\d+|\d+x\d+)$",
+        description="unstructured, N:M (2:4) or blocks (4x4).",
+    )
+    distribution: Literal["uniform", "er", "erk"] = Field(
+        "uniform", description="How non-zeros are spread over layers; er and erk need match: model or train."
+    )
+
+
+class Init(Section):
+    """Weights and masks at step 0."""
+
+    SHORT: ClassVar[str | None] = "start"
+    start: Literal["fresh", "preserve"] = Field(
+        "fresh",
+        description="fresh: drawn anew. preserve: the function of a dense checkpoint; with scope none its largest weights.",
+    )
+    checkpoint: str | None = Field(None, description="preserve: the dense checkpoint, a file or folder.")
+    key: str | None = Field(None, description="preserve: dotted path of the state dict in the checkpoint.")
+    weights: Literal["dense", "density_scaled"] = Field(
+        "dense", description="fresh: deviations from the dense fan, or from fan times density."
+    )
+    masks: Literal["random", "magnitude", "snip", "grasp", "force"] = Field(
+        "random", description="fresh: which weights are kept; snip, grasp and force look at training batches."
+    )
+    slack: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1, description="preserve: this part of the weights, the smallest, goes to new channels."
+    )
+    connect: bool = Field(True, description="Give every output a non-zero where the count allows.")
+    zero_residual: bool = Field(
+        False, description="fresh: the residual branches of a ResNet begin at zero, by the scale of their last norm."
+    )
+
+
+class MaskAlgorithm(Section):
+    """How masks change while it trains."""
+
+    SHORT: ClassVar[str | None] = "name"
+    name: Algorithm = Field(
+        "static", description="dense, static, set, rigl, gmp, granet (snfs is counted, not trained)."
+    )
+    delta_t: Count = Field(100, description="Optimiser steps between two mask updates.")
+    drop_fraction: Part = Field(0.3, description="Part of the active weights that the first update exchanges.")
+    decay: Literal["cosine", "constant", "linear", "inverse_power"] = Field(
+        "cosine", description="How the drop fraction falls until `stop`."
+    )
+    stop: Part = Field(0.75, description="Part of the run after which masks stay as they are.")
+    regrow: Literal["allow", "forbid"] = Field(
+        "allow", description="Whether a weight may return in the update that dropped it."
+    )
+
+
+# The sections that say how it is trained: optimizer, schedule, training, evaluation, checkpoint.
+
+NoDecay = tuple[Literal["norm", "bias"], ...]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Metric = Literal["loss", "top1", "top5", "perplexity", "bits_per_byte"]
+
+_NO_DECAY = "Parameters without weight decay: norm, bias."
+_WEIGHT_DECAY = "Weight decay."
+_LR = "Learning rate at its peak."
+_FUSED = "One kernel for the whole update, where the device has it."
+
+
+class SGD(Section):
+    """Stochastic gradient descent."""
+
+    SHORT: ClassVar[str | None] = "name"
+    name: Literal["sgd"] = Field("sgd", description="The optimiser.")
+    lr: Positive = Field(0.1, description=_LR)
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Momentum.")
+    nesterov: bool = Field(False, description="Nesterov's form of momentum.")
+    weight_decay: NotNegative = Field(0.0, description=_WEIGHT_DECAY)
+    no_decay_on: NoDecay = Field((), description=_NO_DECAY)
+    fused: bool = Field(True, description=_FUSED)
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> SGD:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
+        return self
+
+
+class AdamW(Section):
+    """Adam with decoupled weight decay."""
+
+    SHORT: ClassVar[str | None] = "name"
+    name: Literal["adamw"] = Field("adamw", description="The optimiser.")
+    lr: Positive = Field(1e-3, description=_LR)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.999), description="Decay of the means of gradients and of their squares."
+    )
+    eps: Positive = Field(1e-8, description="Added to the root of the mean square.")
+    weight_decay: NotNegative = Field(0.01, description=_WEIGHT_DECAY)
+    no_decay_on: NoDecay = Field((), description=_NO_DECAY)
+    fused: bool = Field(True, description=_FUSED)
+
+
+class _Schedule(Section):
+    SHORT: ClassVar[str | None] = "name"
+    warmup: Duration = Field(0.0, description="The learning rate rises linearly from 0 over this time.")
+
+
+class Constant(_Schedule):
+    """The peak, from the end of the warm-up on."""
+
+    name: Literal["constant"] = Field("constant", description="The schedule of the learning rate.")
+
+
+class MultiStep(_Schedule):
+    """The peak times gamma at each milestone."""
+
+    name: Literal["multistep"] = Field("multistep", description="The schedule of the learning rate.")
+    milestones: tuple[Duration, ...] = Field(("30%", "60%", "80%"), description="When the learning rate drops.")
+    gamma: Positive = Field(0.1, description="What each milestone multiplies it by.")
+
+
+class Cosine(_Schedule):
+    """Half a cosine from the peak to `final_lr`, from the end of the warm-up to the end of the run."""
+
+    name: Literal["cosine"] = Field("cosine", description="The schedule of the learning rate.")
+    final_lr: NotNegative = Field(0.0, description="Learning rate at the end.")
+
+
+class Linear(_Schedule):
+    """A straight line from the peak to `final_lr`, from the end of the warm-up to the end of the run."""
+
+    name: Literal["linear"] = Field("linear", description="The schedule of the learning rate.")
+    final_lr: NotNegative = Field(0.0, description="Learning rate at the end.")
+
+
+class Training(Section):
+    """The run itself."""
+
+    epochs: Positive | None = Field(None, description="Length of the run in passes over the training data.")
+    steps: Count | None = Field(None, description="Length of the run in optimiser steps, instead of epochs.")
+    batch_size: Count = Field(
+        128, description="Samples of a step, over all micro-batches and processes; epochs leave out a smaller last one."
+    )
+    accumulate: Count = Field(1, description="Micro-batches that a process adds up to a step.")
+    clip: Positive | None = Field(None, description="Largest norm of the gradient; larger ones are scaled to it.")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Label smoothing.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="Autocast forward and backward to this type."
+    )
+    channels_last: bool = Field(False, description="Images in channels-last memory.")
+    compile: bool | Literal["auto"] = Field(
+        False, description="torch.compile the model and the augmentation; auto: on a GPU only."
+    )
+    cuda_graph: bool = Field(
+        True, description="On a GPU, replay the whole step as a CUDA graph, where that can be (not fp16, one process)."
+    )
+    recompute: bool = Field(
+        False,
+        description="Activation checkpointing: less memory, a second forward of every repeated block a step; no CUDA graph.",
+    )
+    deterministic: bool = Field(
+        False, description="Deterministic kernels: on a GPU, resuming is exact to the bit only with these; slower."
+    )
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
+    threads: Count | None = Field(None, description="CPU threads; bits depend on it. Default: PyTorch's choice.")
+    seed: Seed = Field(0, description="Of weights, masks, data order and augmentation.")
+    seeds: tuple[Seed, ...] = Field(
+        (), description="One run for each of these, instead of `seed`. --seeds 0..4 sets it."
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Training:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("the length of the run is epochs or steps: give one of them")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} does not divide into {self.accumulate} micro-batches")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("seeds has a seed twice")
+        return self
+
+    @property
+    def unit(self) -> Literal["epochs", "steps"]:
+        """What a plain number as a duration counts."""
+        return "steps" if self.epochs is None else "epochs"
+
+
+class Evaluation(Section):
+    """What is measured on held-out data, and when."""
+
+    every: Duration = Field("1 epoch", description="Time between two evaluations; the end of the run has one always.")
+    metrics: tuple[Metric, ...] = Field(("loss",), description="What is measured.")
+    limit: Count | None = Field(
+        None, description="Use the first N held-out samples only (images, or windows of model.seq tokens)."
+    )
+    batch_size: Count | None = Field(None, description="Samples of a batch. Default: that of the training.")
+    test: bool = Field(False, description="Measure the test split too, once, at the end: where another one is watched.")
+
+
+class Checkpoint(Section):
+    """What a run leaves on disk to resume from."""
+
+    every: Duration = Field("5%", description="Time between two checkpoints; the end of the run has one always.")
+    keep: Count = Field(2, description="The newest N are kept, beside the best.")
+    best: Metric | None = Field(None, description="The metric that says which one is best (loss, perplexity: lowest).")

@@ -1,0 +1,1 @@
+"""The mask update as a few GPU kernels, which a CUDA graph can hold."""

@@ -1,0 +1,85 @@
+"""From a SOURCE or a checkpoint file to a transformed module: what `sparseift transform` does before it writes anything."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..errors import UsageError
+from ..models.request import Request
+from ..models.source import build
+from ..models.weights import load_into, recognised
+from ..plan.spec import TrainingSpec, TransformSpec
+from .transformation import REMEMBERED, Options, Transformation, transform_module
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..checkpoint import Checkpoint
+    from ..checkpoint.recognise import Match
+
+
+def convert(
+    request: Request,
+    spec: TransformSpec,
+    *,
+    checkpoint: str | None = None,
+    key: str | None = None,
+    training: TrainingSpec | None = None,
+    options: Options | None = None,
+    plan_only: bool = False,
+) -> tuple[nn.Module, Transformation]:
+    """Build the model of `request`, give it the weights of `checkpoint`, transform it.
+
+    With a checkpoint and no `request.source` the zoo model that fits it is taken. `plan_only` stays on the meta device:
+    planned, operated and counted, without memory for weights.
+
+    Raises:
+        UsageError, CheckpointError: no such source, or a checkpoint that does not fit it.
+        CheckFailed: no density fits the budget, or what came out is not what was planned.
+    """
+    opened: Checkpoint | None = None
+    match: Match | None = None
+    if checkpoint is not None:
+        opened, match, request = _with_checkpoint(request, checkpoint, key)
+    built = build(request, device="meta" if plan_only else "cpu")
+    if opened is not None and not plan_only:
+        load_into(built.model, opened, match)
+    new, done = transform_module(
+        built.model,
+        built.args,
+        built.kwargs,
+        spec,
+        name=built.name,
+        input_shape=built.input_shape,
+        training=training,
+        options=options,
+    )
+    done = replace(done, source=request.to_json())
+    new.__dict__[REMEMBERED] = done
+    return new, done
+
+
+def _with_checkpoint(request: Request, path: str, key: str | None) -> tuple[Checkpoint, Match | None, Request]:
+    from ..checkpoint import open_checkpoint
+    from ..checkpoint.recognise import load_catalogue, recognise
+    from ..models.zoo import registry
+
+    if not request.source:
+        fit = recognised(path, key)
+        classes = request.num_classes or fit.match.resized_head()
+        if fit.match.resized_vocabulary() and not fit.match.resized_head():
+            raise UsageError(
+                f"{path} is a {fit.match.model} with {fit.match.resized_vocabulary():,} tokens",
+                hint="--model package.module:callable builds it with that vocabulary",
+            )
+        return fit.checkpoint, fit.match, replace(request, source=fit.match.model, num_classes=classes)
+    opened = open_checkpoint(path, key=key)
+    if ":" in request.source:
+        return opened, None, request
+    name = registry.lookup(request.source).name
+    catalogue = {name: load_catalogue()[name]}
+    match = next(iter(recognise({t.name: t.shape for t in opened.tensors}, catalogue)), None)
+    if match is not None and request.num_classes is None:
+        request = replace(request, num_classes=match.resized_head())
+    return opened, match, request

@@ -1,0 +1,177 @@
+"""Sparse Wide: every dim of every parameter, and every number that a module holds, follows the new widths.
+
+The paper (Sparse-IFT, section 3.1) multiplies all widths by sqrt(1/density). Which numbers those are, the trace found;
+here they are written down as edits. Some numbers follow from a width without being one: an attention scale head_dim ** -0.5
+kept as a float, the frequencies of a rotary embedding, the sizes in a Hugging Face configuration.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..plan.plan import Plan
+from ..table.poly import Poly
+from ..trace.structure import Structure
+from ..trace.symbolise import NOT_WIDTHS, is_config
+from .edits import Resize, SetAttribute
+
+_SCALES = ("scal", "norm_factor", "temperature", "inv_")
+_STREAM = ("hidden_size", "n_embd", "d_model", "model_dim", "embed_dim", "hidden_dim", "word_embed_proj_dim")
+_HEAD_DIM = ("head_dim", "d_kv", "kv_channels", "attention_head_size", "head_size")
+_COUNTS = (
+    "num",
+    "layer",
+    "position",
+    "vocab",
+    "token",
+    "head",
+    "group",
+    "bucket",
+    "expert",
+    "image",
+    "patch",
+    "channels",
+)
+
+
+def resizes(plan: Plan, structure: Structure) -> Iterator[Resize]:
+    """Every parameter and buffer whose shape changes."""
+    for key, dims in structure.shapes.items():
+        new = tuple(d.evaluate(plan.sizes) for d in dims)
+        if new != tuple(d.evaluate(plan.table.sizes) for d in dims):
+            yield Resize(key, new, rotary=key.endswith("inv_freq"))
+
+
+def attributes(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[SetAttribute]:
+    """Every number held by a module or configuration that changes with the widths."""
+    if plan.sizes == plan.table.sizes:
+        return
+    for (owner, name, index), width in structure.attributes.items():
+        new = width.evaluate(plan.sizes)
+        if new != width.evaluate(plan.table.sizes):
+            yield SetAttribute(owner, name, new, index)
+    yield from _scales(plan, structure, model)
+    yield from _untied(plan, structure, model)
+
+
+def _scales(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[SetAttribute]:
+    """Floats that are a width to the power of 1/2 or -1/2, as attention scales are: no shape shows them."""
+    for path, module in model.named_modules():
+        floats = {k: v for k, v in _floats(module).items() if any(part in k.lower() for part in _SCALES)}
+        if not floats:
+            continue
+        for old, new in _sizes_around(path, plan, structure):
+            for name, value in list(floats.items()):
+                for power in (-0.5, 0.5):
+                    if old != new and math.isclose(value, old**power, rel_tol=1e-5):
+                        yield SetAttribute(path, name, new**power)
+                        floats.pop(name)
+                        break
+
+
+def _floats(module: nn.Module) -> dict[str, float]:
+    """Floats that a module keeps, as attributes or as buffers of one element (Gemma's embedding scale)."""
+    found = {k: v for k, v in module.__dict__.items() if type(v) is float}
+    for key, buffer in module._buffers.items():
+        if buffer is not None and buffer.numel() == 1 and buffer.is_floating_point() and not buffer.is_meta:
+            found[key] = float(buffer)
+    return found
+
+
+def _sizes_around(path: str, plan: Plan, structure: Structure) -> Iterator[tuple[int, int]]:
+    """(dense, new) of the widths a module may scale by: what its attention sums over, its own numbers, its parameters."""
+    below = f"{path}." if path else ""
+    contracted = [
+        d
+        for p, dims in structure.contracted.items()
+        if p == path or p.startswith(below) or path.startswith(f"{p}.")
+        for d in dims
+    ]
+    numbers = [d for (owner, _, _), d in structure.attributes.items() if owner == path]
+    own = [d for key, dims in structure.shapes.items() if key.startswith(below) for d in dims]
+    for d in dict.fromkeys([*contracted, *numbers, *own]):
+        yield d.evaluate(plan.table.sizes), d.evaluate(plan.sizes)
+
+
+def _untied(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[SetAttribute]:
+    """Sizes that the forward never compared with a shape: in a Hugging Face configuration, or used in a formula alone.
+
+    They are known by what they are called and by their value. A name of the residual stream takes the width of the token
+    embedding, a name of the head dim that of attention; in configurations any other size is written where every width of
+    that dense size has the same new one.
+    """
+    sizes = _Becomes(plan, structure)
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        yield from sizes.of(path, module.__dict__, by_value=False)
+        for key, config in module.__dict__.items():
+            if is_config(config) and id(config) not in seen:
+                seen.add(id(config))
+                yield from sizes.of(f"{path}.{key}" if path else key, config.__dict__, by_value=True)
+
+
+class _Becomes:
+    """What a dense size becomes, by the name it has."""
+
+    def __init__(self, plan: Plan, structure: Structure) -> None:
+        self.tied = {(owner, name) for owner, name, _ in structure.attributes}
+        self.by_value: dict[int, set[int]] = {}
+        for dims in structure.shapes.values():
+            for d in dims:
+                self.by_value.setdefault(d.evaluate(plan.table.sizes), set()).add(d.evaluate(plan.sizes))
+        embeddings = (structure.shapes[r.layer.weight or ""] for r in plan.layers if r.layer.kind == "embedding")
+        residual = (Poly.var(i) for i, w in enumerate(plan.table.widths) if w.residual)
+        self.stream = _pairs(residual, plan) | _pairs((dims[1] for dims in embeddings if len(dims) == 2), plan)
+        self.head_dim = _pairs((d for dims in structure.contracted.values() for d in dims), plan)
+
+    def of(self, owner: str, numbers: Mapping[str, Any], *, by_value: bool) -> Iterator[SetAttribute]:
+        for name, value in numbers.items():
+            if type(value) is not int or (owner, name) in self.tied or name in NOT_WIDTHS:
+                continue
+            if name in _STREAM:
+                new = self.stream.get(value)
+            elif name in _HEAD_DIM:
+                new = self.head_dim.get(value)
+            elif by_value and not any(word in name for word in _COUNTS):
+                sizes = self.by_value.get(value, set())  # with that of a width that stayed there is no telling
+                new = next(iter(sizes)) if len(sizes) == 1 else None
+            else:
+                continue
+            if new is not None and new != value:
+                yield SetAttribute(owner, name, new)
+        heads = set(self.head_dim.values())
+        if by_value and numbers.get("head_dim") is None and "num_attention_heads" in numbers and len(heads) == 1:
+            yield SetAttribute(owner, "head_dim", heads.pop())  # or it would be hidden_size // num_attention_heads
+
+
+def _pairs(dims: Iterable[Poly], plan: Plan) -> dict[int, int]:
+    """Dense size -> new size."""
+    return {d.evaluate(plan.table.sizes): d.evaluate(plan.sizes) for d in dims}
+
+
+class HeadBlocks:
+    """How many heads (times the parts of a fused projection) lie side by side along a dim of an attention projection.
+
+    Views know it: (3, heads, head_dim) of a fused QKV, (heads, head_dim) of what an output projection reads. Equations may
+    name a dim otherwise than the view did, so dims are told apart by their value at a probe.
+    """
+
+    def __init__(self, plan: Plan, structure: Structure) -> None:
+        assert plan.growth is not None
+        self.sizes = plan.sizes
+        self.probe = plan.growth.solution.probe()
+        self.layouts = {whole.evaluate(self.probe): layout for whole, layout in structure.layouts.items()}
+
+    def along(self, width: Poly) -> int:
+        """1 where no view took the dim apart, or one that has another order."""
+        layout = self.layouts.get(width.evaluate(self.probe))
+        if layout is None:
+            return 1
+        if layout.kind == "sum":
+            parts = {(self.along(p), p.evaluate(self.sizes)) for p in layout.parts}
+            return len(layout.parts) * parts.pop()[0] if len(parts) == 1 else 1
+        return math.prod(p.evaluate(self.sizes) for p in layout.parts[:-1])

@@ -1,0 +1,268 @@
+"""Kept runs: the same bytes every time, nothing of a machine in them, nothing kept that is not finished, pages that are current."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sparseift_cli.cli.app import main
+from sparseift_cli.errors import ArtifactError, UsageError
+from sparseift_cli.recipe import catalog
+from sparseift_cli.report.collect import collect
+from sparseift_cli.report.html.facts import command
+from sparseift_cli.report.keep import keep, local
+from tests.helpers.report_runs import make_run, seeds, write
+from tests.tools import results
+
+KEPT = {"recipe.yaml", "metrics.jsonl.gz", "summary.json", "audit.json", "provenance.json"}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def private(run: Path) -> None:
+    """Give a run everything that a machine may leave in it."""
+    told = json.loads((run / "provenance.json").read_text())
+    told["sessions"][0]["command"] = [
+        "/opt/me/env/bin/sparseift",
+        "train",
+        "/opt/me/src/recipes/net/dense.yaml",
+        "--set",
+        "data.root=/opt/me/data/c100",
+        "--runs=../../me/runs",
+        "--seeds",
+        "0..2",
+    ]
+    write(run / "provenance.json", told)
+    told = json.loads((run / "summary.json").read_text())
+    write(run / "summary.json", told | {"path": str(run)})
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(recipe.replace("  root: null", '  root: "/opt/me/data/c100"'))
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "tensors").write_text("large")
+    (run / "lock").write_text("")
+
+
+def test_keeping_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    runs = seeds(tmp_path / "runs", "net_dense", [70.0, 72.0])
+    first = keep([tmp_path / "runs"], tmp_path / "kept")
+    before = files(tmp_path / "kept")
+    assert [k.state for k in first] == ["new", "new"]
+    assert [k.path for k in first] == [tmp_path / "kept" / "net_dense" / run.name for run in runs]
+    assert {Path(name).name for name in before} == KEPT
+    assert [k.state for k in keep(runs, tmp_path / "kept")] == ["unchanged"] * 2
+    keep([tmp_path / "kept"], tmp_path / "again")  # what is kept can be kept elsewhere
+    assert files(tmp_path / "kept") == files(tmp_path / "again") == before
+    kept = collect([tmp_path / "kept"])
+    assert [run.metrics for run in kept.runs] == [run.metrics for run in collect([tmp_path / "runs"]).runs]
+    (tmp_path / "kept" / "net_dense" / runs[0].name / "audit.json").write_text("{}")
+    assert [k.state for k in keep(runs, tmp_path / "kept")] == ["replaced", "unchanged"]
+    assert files(tmp_path / "kept") == before
+
+
+def test_nothing_names_a_machine(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs", "net_dense")
+    private(run)
+    keep([run], tmp_path / "kept")
+    (kept,) = collect([tmp_path / "kept"]).runs
+    text = b"".join(files(tmp_path / "kept").values()).decode("utf-8", "replace")
+    assert "/opt" not in text and str(tmp_path) not in text
+    assert kept.recipe["data"]["root"] == "c100"
+    assert kept.summary["path"] == f"net_dense/{run.name}"
+    assert command(kept) == "sparseift train net/dense.yaml --set data.root=c100 --runs=runs --seeds 0..2"
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("/data/me/runs", "runs"),
+        ("~/runs", "runs"),
+        ("..", ".."),
+        ("../me/runs", "runs"),
+        ("a/../../me", "me"),
+        ("C:\\Users\\me\\runs", "runs"),
+        ("--runs=/data/me/my runs", "--runs=my runs"),
+        ("hf:/data/me/llama", "hf:llama"),
+        ("/src/recipes/net/wide.yaml", "net/wide.yaml"),
+        ("runs/a", "runs/a"),
+        ("net/wide75", "net/wide75"),
+        ("2026-01-01T12:00:00+00:00", "2026-01-01T12:00:00+00:00"),
+        ("https://host/a/b", "https://host/a/b"),
+    ],
+)
+def test_paths_lose_what_is_private(text: str, want: str) -> None:
+    assert local(text) == want == local(want)
+
+
+def test_what_cannot_be_kept_is_named_and_nothing_is_written(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs", "net_dense", 0)
+    stopped = make_run(tmp_path / "runs", "net_wide", 1, finished=False)
+    with pytest.raises(UsageError, match=f"not finished:\n  {stopped}: stopped"):
+        keep([tmp_path / "runs"], tmp_path / "kept")
+    broken = make_run(tmp_path / "runs", "net_wide", 2)
+    (broken / "summary.json").write_text("{")
+    with pytest.raises(ArtifactError, match=r"summary\.json is no JSON"):
+        keep([tmp_path / "runs"], tmp_path / "kept")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="no run in"):
+        keep([tmp_path / "empty"], tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+
+
+def test_another_run_is_not_overwritten(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", "net_dense", 0, (50.0, 70.0))
+    other = make_run(tmp_path / "b", "net_dense", 0, (50.0, 71.0))
+    keep([run], tmp_path / "kept")
+    before = files(tmp_path / "kept")
+    with pytest.raises(ArtifactError, match="holds something else"):
+        keep([other], tmp_path / "kept")
+    assert files(tmp_path / "kept") == before
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "runs", "net_dense", 0)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["sparseift", "report", "keep", "runs", "-o", "kept", "--json"])
+    with pytest.raises(SystemExit):
+        main()
+    told = json.loads(capsys.readouterr().out)
+    assert told["schema"] == "sparseift.report-keep/1"
+    assert [(row["kept"], row["state"]) for row in told["runs"]] == [
+        ("kept/net_dense/20260101T120000Z-00000000", "new")
+    ]
+
+
+# --- the pages of kept results ---
+
+
+def test_every_page_is_current() -> None:
+    difference = "".join(map(results.stale, results.folders()))
+    assert not difference, f"run `make results`:\n{difference}"
+
+
+def test_the_picture_of_the_readme_is_drawn_from_kept_runs(root: Path, tmp_path: Path) -> None:
+    pictures = re.findall(r"!\[.+\]\((recipes/.+/results/.+\.svg)\)", (root / "README.md").read_text("utf-8"))
+    assert pictures and all(0 < (root / picture).stat().st_size < 60_000 for picture in pictures)
+    folder = tmp_path / Path(pictures[0]).parent
+    for run in sorted((root / pictures[0]).parent.glob("*/*/recipe.yaml"))[::3]:  # a seed of each recipe
+        shutil.copytree(run.parent, folder / run.parent.parent.name / run.parent.name)
+    assert results.main(True, tmp_path) == 0
+    drawn = tmp_path / pictures[0]
+    if not drawn.exists():
+        pytest.skip("another matplotlib than the pinned one draws it otherwise")
+    drawn.write_text(drawn.read_text("utf-8").replace("dense", "sparse"), "utf-8")
+    assert f"{pictures[0]}\n+++" in results.stale(folder, tmp_path)
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Path:
+    """A repository with results of ResNet-18 on CIFAR-100: dense, wide at 90 %, and one that no shipped recipe is called."""
+    seeds(tmp_path / "runs", "resnet18_cifar100_dense", [76.5, 77.0, 77.5], epochs=200)
+    wide = {"member": "wide", "sparsity": 0.9, "epochs": 200, "flops": 11 * 10**14}
+    seeds(tmp_path / "runs", "resnet18_cifar100_wide90_rigl", [79.5, 80.0, 80.5], **wide)
+    seeds(tmp_path / "runs", "own", [70.0], **{**wide, "sparsity": 0.5})
+    keep([tmp_path / "runs"], tmp_path / "recipes" / "resnet18_cifar100" / "results")
+    return tmp_path
+
+
+def test_page_says_what_the_runs_say(house: Path) -> None:
+    (folder,) = results.folders(house)
+    text = results.page(folder, "recipes/resnet18_cifar100/results")
+    assert "## resnet18_cifar on cifar100, 200 epochs, 78,000 steps" in text
+    assert (
+        "| resnet18_cifar100_dense | 3 | 77.00 ± 0.50 | 77.00 | 1.000e+15 | 1.0000 | 1,000 | 250 | 20.0 s | 77 [n] |"
+        in text
+    )
+    assert (
+        "| resnet18_cifar100_wide90_rigl | 3 | 80.00 ± 0.50 | 80.00 | 1.100e+15 | 1.1000 | 1,000 | 250 | 20.0 s | 80.1 [n] |"
+        in text
+    )
+    assert "+3.00 points" in text and "1.1000x training FLOPs (unequal)" in text and "arXiv:2303.11525" in text
+    (line,) = (line for line in text.splitlines() if line.startswith("sparseift train resnet18_cifar100/wide90_rigl"))
+    assert line.endswith("--seeds 0..2") and "--set" in line  # these runs have few of the recipe's own values
+    assert text.splitlines().count("sparseift") >= 1  # the recorded command of the other one
+
+
+def test_page_names_the_seeds_of_a_difference(house: Path) -> None:
+    """It is that of the pairs, where means of the table are over other seeds too and may lie the other way round."""
+    runs = house / "more" / "runs"
+    seeds(runs, "net_dense", [70.0, 72.0, 77.0])
+    seeds(runs, "net_wide75_rigl", [70.2, 72.1], member="wide")
+    folder = house / "recipes" / "net" / "results"
+    keep([runs], folder)
+    (line,) = (s for s in results.page(folder, "recipes/net/results").splitlines() if s.startswith("- net_wide75"))
+    assert line.startswith("- net_wide75_rigl: +0.1") and line.endswith("(paired by seed, over seeds 0 and 1)")
+
+
+def test_page_tells_which_runs_shared_a_device(house: Path) -> None:
+    (folder,) = results.folders(house)
+    assert "shared the device" not in results.page(folder, "recipes/x/results")
+    seeds(house / "beside", "resnet18_cifar100_wide75_set", [79.0], member="wide", epochs=200, at_once=3)
+    keep([house / "beside"], folder)
+    seeds(house / "mixed", "resnet18_cifar100_wide75_rigl", [79.0], member="wide", epochs=200)
+    seeds(house / "mixed", "resnet18_cifar100_wide75_rigl", [79.5], member="wide", epochs=200, at_once=3, stamp=1)
+    seeds(
+        house / "mixed",
+        "resnet18_cifar100_wide75_static",
+        [78.0],
+        member="wide",
+        algorithm="static",
+        epochs=200,
+        at_once=3,
+    )
+    keep([house / "beside", house / "mixed"], folder)
+    page = results.page(folder, "recipes/x/results")
+    assert "longer where so many runs (in brackets) shared the device" in page
+    rows = {
+        name.strip(): line
+        for line in page.splitlines()
+        if line.startswith("| resnet18") and (name := line.split("|")[1])
+    }
+    assert [
+        count in rows[f"resnet18_cifar100_{name}"]
+        for name, count in (("wide75_rigl", " (1 or 3) |"), ("wide75_set", " (3) |"), ("wide75_static", " (3) |"))
+    ] == [True] * 3
+    assert "(3)" not in rows["resnet18_cifar100_dense"]
+
+
+def test_published_number_stands_beside_training_of_its_length_only(house: Path) -> None:
+    (folder,) = results.folders(house)
+    seeds(house / "long", "resnet18_cifar100_dense_long", [78.0], epochs=400)
+    keep([house / "long"], folder)
+    lines = results.page(folder, "recipes/x/results").splitlines()
+    dense, long = (
+        [line for line in lines if line.startswith(f"| resnet18_cifar100_dense{more} |")] for more in ("", "_long")
+    )
+    assert len(dense) == len(long) == 1 and dense[0].endswith("| 77 [n] |") and long[0].endswith("|  |")
+
+
+def test_page_that_is_not_current_is_told(house: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder,) = results.folders(house)
+    assert results.main(False, house) == 1 and "as its runs say" in capsys.readouterr().out
+    assert results.main(True, house) == 0
+    assert results.stale(folder, house) == "" and results.main(False, house) == 0
+    page = folder / "README.md"
+    page.write_text(page.read_text("utf-8").replace("80.1", "82.1"), "utf-8")
+    assert "-| resnet18_cifar100_wide90_rigl" in results.stale(folder, house)
+
+
+def test_kept_recipes_are_no_shipped_ones(house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog, "recipes_dir", lambda: house / "recipes")
+    assert list(catalog.shipped()) == []
+    (house / "recipes" / "net").mkdir()
+    (house / "recipes" / "net" / "dense.yaml").write_text("# A net.\nmodel: x\n")
+    assert [entry.name for entry in catalog.shipped()] == ["net/dense"]
+
+
+def test_a_page_takes_in_what_was_written_about_it(house: Path) -> None:
+    (folder,) = results.folders(house)
+    assert "What to make of it" not in results.page(folder, "recipes/x/results")
+    (folder / "notes.md").write_text("It was the learning rate.\n", "utf-8")
+    assert "## What to make of it\n\nIt was the learning rate.\n\n## Repeat it" in results.page(
+        folder, "recipes/x/results"
+    )

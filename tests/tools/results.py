@@ -1,0 +1,297 @@
+"""The page of every folder of kept results, recipes/<model>/results/README.md, and its pictures, made from the runs in it.
+
+`python -m tests.tools.results --write` (or `make results`) writes them anew; without --write it prints what differs and exits 1.
+Nothing on a page is typed by hand, but for what stands in the folder's notes.md: means and spreads are the report's own,
+and the commands name every value in which a kept run differs from the shipped recipe of its name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+from sparseift_cli.recipe.catalog import shipped
+from sparseift_cli.recipe.durations import in_words
+from sparseift_cli.recipe.load import load
+from sparseift_cli.recipe.write import flow, resolved_yaml
+from sparseift_cli.report import frame as frames
+from sparseift_cli.report.compare import Rules
+from sparseift_cli.report.grouping import NO_MATTER, flat, lower_is_better
+from sparseift_cli.report.html.facts import command
+from sparseift_cli.report.make import Options, make
+from sparseift_cli.report.plots.pictures import pictures
+from sparseift_cli.report.plots.style import to_svg
+from sparseift_cli.report.published import evidence, published, same_subject
+from sparseift_cli.report.record import Run
+from sparseift_cli.report.report import Report
+from sparseift_cli.report.statistics import mean_interval
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PAGE = "README.md"
+NAMES = {"top1": "top-1 (%)", "top5": "top-5 (%)", "loss": "validation loss", "bits_per_byte": "bits per byte"}
+BESIDE = {
+    "perplexity": "perplexity",
+    "test_top1": "test top-1 (%)",
+    "test_loss": "test loss",
+    "test_perplexity": "test perplexity",
+}
+"""What a page shows beside the metric that its recipes call best, where runs have measured it."""
+SHARED = ", longer where so many runs (in brackets) shared the device"
+
+
+def folders(root: Path = ROOT) -> list[Path]:
+    """Every folder of kept results that holds a run."""
+    return [f for f in sorted(root.glob("recipes/*/results")) if any(f.glob("*/*/recipe.yaml"))]
+
+
+def made(folder: Path) -> Report:
+    """The report that the page and the pictures of `folder` show."""
+    plain = make([folder], Options(), [])
+    has_baseline = any(row["transform"] == row["algorithm"] == "dense" for row in frames.records(plain.groups))
+    return make([folder], Options("dense" if has_baseline else None, Rules(allow_unequal=True), "paper"), [])
+
+
+def figures(report: Report) -> dict[str, tuple[str, str]]:
+    """Name -> (title, SVG) of the metric against training FLOPs, for every model with something to compare.
+
+    Letters stay letters, so that a picture is small; the bytes are those of the matplotlib of .ci/constraints.txt.
+    """
+    return {
+        f"{picture.name}.svg": (
+            picture.figure.get_suptitle().replace("\n", " "),
+            to_svg(picture.figure, picture.title, text=True),
+        )
+        for family, drawn in pictures(report)
+        if family.transformed
+        for picture in drawn
+        if picture.name.endswith("-flops")
+    }
+
+
+def page(folder: Path, shown: str) -> str:
+    """The page of the runs in `folder`, which commands call `shown`."""
+    report = made(folder)
+    return _page(report, figures(report), shown, _thoughts(folder))
+
+
+def _thoughts(folder: Path) -> str:
+    """What somebody wrote about the results, in notes.md: the one part of a page that no tool can make."""
+    notes = folder / "notes.md"
+    return notes.read_text("utf-8").strip() if notes.is_file() else ""
+
+
+def _page(report: Report, drawn: Mapping[str, tuple[str, str]], shown: str, thoughts: str = "") -> str:
+    groups = frames.records(report.groups)
+    parts = [
+        f"# Results of {PurePosixPath(shown).parent.name}",
+        "Written by `make results` from the runs kept in this folder, which hold recipe, audit, provenance and every evaluation.\n"
+        "Means and sample deviations are over seeds, at the end of training; FLOPs are audited, of a whole run, mask updates\n"
+        "included; × dense: over those of the dense model in as many steps.",
+    ]
+    for subject in dict.fromkeys((row["subject"], row["steps"]) for row in groups):
+        rows = [row for row in groups if (row["subject"], row["steps"]) == subject and row["n"]]
+        parts += [_heading(rows[0]), _table(report, rows)] if rows else []
+    parts += [
+        "\n".join(_notes(report, groups)),
+        *(f"![{title}]({name})" for name, (title, _) in drawn.items()),
+    ]
+    if report.comparisons:
+        told = [
+            f"- {c.candidate}: {c.verdict}{c.pairing}"
+            for c in sorted(report.comparisons, key=lambda c: not c.equal_flops)
+        ]
+        unequal = any(not c.equal_flops for c in report.comparisons)
+        how = "Differences with 95 % intervals by Student's t." + (" Unequal budgets are marked so." if unequal else "")
+        parts += ["## Against dense", how, "\n".join(told)]
+    parts += ["## What to make of it", thoughts] if thoughts else []
+    parts += ["## Repeat it", "```bash\n" + "\n".join([*commands(report.runs), *_after(report.runs, shown)]) + "\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _heading(row: Mapping[str, Any]) -> str:
+    epochs = f"{in_words(row['epochs'], 'epoch')}, " if isinstance(row["epochs"], float) and row["epochs"] >= 1 else ""
+    return f"## {str(row['model']).rpartition(':')[2]} on {row['data']}, {epochs}{row['steps']:,} steps"
+
+
+def _table(report: Report, rows: Sequence[Mapping[str, Any]]) -> str:
+    metric = rows[0]["metric"]
+    beside = [name for name in BESIDE if name != metric and any(row[name] is not None for row in rows)]
+    head = [
+        "recipe",
+        "seeds",
+        f"{NAMES.get(metric, metric)} {'↓' if lower_is_better(metric) else '↑'}",
+        "best",
+        *(BESIDE[name] for name in beside),
+        "training FLOPs",
+        "× dense",
+        "parameters",
+        "non-zero",
+        "wall time",
+        "published",
+    ]
+    lines = [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
+    for row in rows:
+        counted = [run for run in frames.records(report.frame) if run["group"] == row["group"] and run["counted"]]
+        ratio = "" if row["flops_ratio"] is None else f"{row['flops_ratio']:.4f}"
+        cells = [
+            row["group"],
+            row["n"],
+            _spread([run["value"] for run in counted]),
+            _digits(row["best"]),
+            *(_spread([run[name] for run in counted]) for name in beside),
+            f"{row['flops']:#.4g}" if row["flops"] else "",
+            ratio,
+            f"{row['params'] or 0:,}",
+            f"{row['nonzero_params'] or 0:,}",
+            f"{_clock(row['seconds'])}{_crowd(report, row)}",
+            _published(report, row),
+        ]
+        lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float | None]) -> str:
+    """Mean and sample deviation of the values that are there."""
+    interval = mean_interval([v for v in values if v is not None])
+    if interval.mean is None:
+        return ""
+    return _digits(interval.mean) + ("" if interval.deviation is None else f" ± {_digits(interval.deviation, 2)}")
+
+
+def _digits(value: float, digits: int = 4) -> str:
+    """So many of them, zeros at the end too."""
+    return f"{value:#.{digits}g}".rstrip(".")
+
+
+def _published(report: Report, row: Mapping[str, Any]) -> str:
+    """The published number of the same model, data, transform, sparsity and algorithm, with its tag."""
+    if row["transform"] == row["algorithm"] == "dense":
+        found = [
+            (p.dense, p.evidence)
+            for p in published()
+            if p.dense is not None and same_subject(p, row) and p.epochs in (None, round(row["epochs"] or 0))
+        ]
+    else:
+        found = [(b.published.value, b.published.evidence) for b in report.reference if b.group == row["group"]]
+    return ", ".join(dict.fromkeys(f"{value:g} [{tag}]" for value, tag in found if value is not None))
+
+
+def _notes(report: Report, groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    devices: dict[str, list[str]] = {}
+    for row in groups:
+        devices.setdefault(str(row["device"]), []).append(str(row["group"]))
+    most, *others = sorted(devices, key=lambda device: -len(devices[device]))
+    others = [f"{', '.join(devices[device])}: {device}" for device in others]
+    where = most + (f" (but {'; '.join(others)})" if others else "")
+    shared = any(_crowd(report, row) for row in groups)
+    found = [f"- Ran on {where}. Wall time is of training and evaluation{SHARED if shared else ''}."]
+    if any(_published(report, row) for row in groups if row["n"]):
+        tags = ", ".join(f"[{tag}] {meaning}" for tag, meaning in evidence().items())
+        found.append(f"- Published: {published()[0].source}; {tags}.")
+    found += [f"- {b.group}: {b.note}." for b in report.reference if b.group and b.note]
+    return [*found, *(f"- {note}." for note in report.notes)]
+
+
+def _crowd(report: Report, row: Mapping[str, Any]) -> str:
+    """How many runs shared the device with those of a group: ` (2)`; ` (1 or 2)` where seeds differ."""
+    seen = sorted({run["at_once"] or 1 for run in frames.records(report.frame) if run["group"] == row["group"]})
+    return "" if seen == [1] else f" ({' or '.join(map(str, seen))})"
+
+
+def commands(runs: Sequence[Run]) -> list[str]:
+    """What trains these runs again: the shipped recipe of that name and what was set otherwise, else the recorded command."""
+    recipes = {entry.name.replace("/", "_"): entry for entry in shipped()}
+    seeds: dict[str, list[int]] = {}
+    for run in runs:
+        entry = recipes.get(run.name)
+        if entry is None or run.seed is None:
+            line = command(run)
+            seeds.setdefault(line, []) if line else None
+            continue
+        now = flat(yaml.safe_load(resolved_yaml(load(entry.path).spec)))
+        then = flat(run.recipe)
+        changed = {k: v for k, v in then.items() if k not in NO_MATTER and k in now and now[k] != v}
+        words = [
+            "sparseift",
+            "train",
+            entry.name,
+            *(w for k, v in changed.items() for w in ("--set", f"{k}={flow(v)}")),
+        ]
+        seeds.setdefault(shlex.join(words), []).append(run.seed)
+    return [f"{line} --seeds {_seeds(sorted(set(of)))}" if of else line for line, of in seeds.items()]
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    span = range(seeds[0], seeds[-1] + 1)
+    return f"{span[0]}..{span[-1]}" if len(span) > 1 and list(span) == list(seeds) else ",".join(map(str, seeds))
+
+
+def _after(runs: Sequence[Run], shown: str) -> list[str]:
+    names = " \\\n  ".join(dict.fromkeys(f"runs/{shlex.quote(run.name)}" for run in runs))
+    return [
+        f"sparseift report keep -o {shown} \\\n  {names}",
+        f"sparseift report {shown} --reference paper",
+        "make results",
+    ]
+
+
+def _clock(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return (
+        f"{seconds:.1f} s"
+        if seconds < 120
+        else f"{seconds / 60:.1f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def stale(folder: Path, root: Path = ROOT) -> str:
+    """How the page of `folder` and its pictures differ from what its runs say, as a unified diff; empty when they do not."""
+    shown = folder.relative_to(root).as_posix()
+    difference = ""
+    for file, new in _files(folder, shown).items():
+        old = file.read_text("utf-8") if file.exists() else ""
+        name = f"{shown}/{file.relative_to(folder).as_posix()}"
+        difference += "".join(
+            difflib.unified_diff(old.splitlines(True), new.splitlines(True), name, "as its runs say", n=0)
+        )
+    return difference
+
+
+def _files(folder: Path, shown: str) -> dict[Path, str]:
+    report = made(folder)
+    drawn = figures(report)
+    pictured = {folder / name: svg for name, (_, svg) in drawn.items()}
+    return {folder / PAGE: _page(report, drawn, shown, _thoughts(folder))} | (pictured if _draws_as_pinned() else {})
+
+
+def _draws_as_pinned() -> bool:
+    """Another matplotlib places letters elsewhere, which makes no picture stale."""
+    pins = (ROOT / ".ci" / "constraints.txt").read_text("utf-8")
+    return f"matplotlib=={version('matplotlib')}\n" in pins
+
+
+def main(write: bool, root: Path = ROOT) -> int:
+    """Bring every page up to date, or say how it differs. Returns the exit code."""
+    for folder in folders(root):
+        if difference := stale(folder, root):
+            if not write:
+                print(difference)
+                return 1
+            for file, content in _files(folder, folder.relative_to(root).as_posix()).items():
+                file.write_text(content, "utf-8")
+            print(f"{folder.relative_to(root).as_posix()}: written")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main("--write" in sys.argv[1:]))

@@ -1,0 +1,304 @@
+"""A wide network that starts as the dense one: the same outputs, the planned masks, and gradients where slack was spent."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparseift_cli.errors import UsageError
+from sparseift_cli.models.weights import load_into, recognised
+from sparseift_cli.models.zoo import registry
+from sparseift_cli.models.zoo.bert import Bert, BertConfig
+from sparseift_cli.plan.plan import make_plan
+from sparseift_cli.plan.spec import TransformSpec
+from sparseift_cli.trace.build import trace
+from sparseift_cli.transform.initialise import initialise
+from sparseift_cli.transform.preserve import deviation, preserve
+from sparseift_cli.transform.surgery import operate, surgery_for
+from tests.helpers.preserve_models import (
+    EXACT,
+    MODELS,
+    KeptScale,
+    Widened,
+    encoder,
+    images,
+    tiny_gpt,
+    tiny_llama,
+    tokens,
+    trained,
+    widened,
+)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("sparsity", ["0.6", "0.9"])
+def test_same_function_and_planned_masks(name: str, sparsity: str) -> None:
+    make, x = MODELS[name]
+    torch.manual_seed(0)
+    case = widened(trained(make(), x), x, sparsity=sparsity)
+    assert case.deviation(x) <= EXACT, case.kept.notes
+    for masked in case.surgery.masked:
+        mask, weight = case.kept.masks[masked.key], case.new.get_parameter(masked.key)
+        assert mask.dtype == torch.bool and int(mask.sum()) == masked.nnz
+        assert not weight[~mask].any()
+    assert not any("not exact" in note for note in case.kept.notes)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_slack_costs_the_smallest_weights_and_nothing_leaks(name: str) -> None:
+    make, x = MODELS[name]
+    torch.manual_seed(0)
+    dense = trained(make(), x)
+    without, case = widened(dense, x), widened(dense, x, slack=0.1)
+    silenced = copy.deepcopy(case.new)
+    random = 0
+    with torch.no_grad():
+        for masked in case.surgery.masked:
+            mask = case.kept.masks[masked.key]
+            assert int(mask.sum()) == masked.nnz
+            added = mask & ~without.kept.masks[masked.key]
+            dropped = without.kept.masks[masked.key] & ~mask
+            assert int(added.sum()) == int(dropped.sum()) <= 0.1 * masked.nnz
+            assert case.new.get_parameter(masked.key)[added].all()
+            silenced.get_parameter(masked.key)[added] = 0
+            random += int(added.sum())
+    assert random
+    assert deviation(case.new, silenced, (x,), {}) <= EXACT  # no live output reads them
+    assert EXACT < case.deviation(x) < 0.5
+
+
+@pytest.mark.parametrize(("name", "side"), [("resnet18", 64), ("mobilenet_v2", 32)])
+def test_zoo_convolutional_networks(name: str, side: int) -> None:
+    torch.manual_seed(0)
+    x = images(side, 4)
+    case = widened(trained(registry.build(name, num_classes=10), x), x, sparsity="0.75")
+    assert case.deviation(x) <= EXACT
+    with torch.no_grad():
+        first, second, *_ = case.dense(x)
+    assert float((first - second).abs().max()) > 0.05  # what is compared depends on the input
+    assert all(int(case.kept.masks[m.key].sum()) == m.nnz for m in case.surgery.masked)
+
+
+def test_a_foreign_checkpoint_keeps_its_logits(shared: Path) -> None:
+    fit = recognised(shared / "data" / "checkpoints" / "resnet20-12fca82f.th")
+    dense = registry.build("resnet20").eval()
+    load_into(dense, fit.checkpoint, fit.match)
+    x = images(batch=16)
+    case = widened(dense, x)
+    with torch.no_grad():
+        before, after = dense(x), case.new.eval()(x)
+    assert float((before - after).abs().max()) <= EXACT * float(before.abs().max())
+    assert torch.equal(before.argmax(1), after.argmax(1))
+
+
+@pytest.mark.parametrize("slack", [0.0, 0.1])
+def test_batch_norm_is_exact_in_train_mode(slack: float) -> None:
+    torch.manual_seed(0)
+    x = images(batch=4)
+    dense = trained(registry.build("resnet20"), x)
+    case = widened(dense, x, slack=slack)
+    if slack:  # against the dense network without the weights that gave way
+        with torch.no_grad():
+            for masked in case.surgery.masked:
+                if "layer1" in masked.key:  # where the live channels are simply the first 16
+                    dense.get_parameter(masked.key).copy_(case.new.get_parameter(masked.key)[:16, :16])
+        block, wide = dense.layer1.train(), case.new.layer1.train()
+        y = torch.randn(4, 16, 8, 8)
+        padded = torch.cat([y, torch.randn(4, len(case.new.bn1.weight) - 16, 8, 8)], 1)
+        assert torch.allclose(block(y), wide(padded)[:, :16], atol=1e-4)
+        return
+    a, b = dense.train()(x).detach(), case.new.train()(x).detach()
+    assert float((a - b).abs().max()) <= EXACT * float(a.abs().max())
+    assert torch.allclose(dense.bn1.running_mean, case.new.bn1.running_mean[:16], atol=1e-6)
+    assert torch.allclose(dense.layer1[0].bn2.running_var, case.new.layer1[0].bn2.running_var[:16], rtol=1e-4)
+
+
+def gradients(case: Widened, x: Tensor) -> dict[str, Tensor]:
+    """Of every sparse weight, where its mask has nothing: what RigL would grow by."""
+    case.new.train().zero_grad()
+    case.new(x).float().square().mean().backward()
+    found = {}
+    for key, mask in case.kept.masks.items():
+        grad = case.new.get_parameter(key).grad
+        assert grad is not None
+        found[key] = grad.masked_fill(mask, 0)
+    return found
+
+
+def test_without_slack_inner_channels_are_a_dead_saddle() -> None:
+    torch.manual_seed(0)
+    x = images(batch=4)
+    case = widened(trained(registry.build("resnet20"), x), x)
+    grads = gradients(case, x)
+    inner = [f"layer1.{i}.conv{n}.weight" for i in range(3) for n in (1, 2)]
+    for key in inner:  # no weight into an added channel, and none out of one that nothing feeds
+        assert not grads[key][16:].any()
+    for key in inner[1::2]:
+        assert not grads[key][:, 16:].any()
+    assert any("no gradient" in note for note in case.kept.notes)
+
+
+def test_with_slack_gradients_reach_added_channels() -> None:
+    torch.manual_seed(0)
+    x = images(batch=4)
+    case = widened(trained(registry.build("resnet20"), x), x, slack=0.1)
+    grads = gradients(case, x)
+    for key in [f"layer1.{i}.conv2.weight" for i in range(3)]:
+        assert grads[key][:16, 16:].any()
+    assert not any("no gradient" in note for note in case.kept.notes)
+
+
+def test_slack_reaches_the_added_channels_of_a_norms_stream() -> None:
+    torch.manual_seed(0)
+    ids = tokens()
+    for make in (tiny_gpt, lambda: tiny_llama(tied=True)):
+        case = widened(trained(make()), ids, slack=0.1)
+        grads = gradients(case, ids)
+        writers = [k for k in grads if k.endswith(("c_proj.weight", "o_proj.weight", "down_proj.weight"))]
+        for key in writers[:-1]:  # the last one writes what the head alone reads
+            into_stream = grads[key][:, 48:] if "c_proj" in key else grads[key][48:]
+            assert into_stream.any(), key
+
+
+def test_fused_projections_keep_their_heads_in_front_of_the_new_ones() -> None:
+    torch.manual_seed(0)
+    dense = trained(tiny_gpt())
+    case = widened(dense, tokens())
+    old = dense.transformer.h[0].attn.c_attn.weight.view(48, 3, 4, 12)
+    new = case.new.transformer.h[0].attn.c_attn.weight[:48].view(48, 3, 4, -1)
+    d = new.shape[-1]
+    assert torch.equal(new[:, 1:, :, :12], old[:, 1:])
+    assert torch.allclose(new[:, 0, :, :12], old[:, 0] * (d / 12) ** 0.5)
+    assert not new[..., 12:].any()
+
+
+def test_layer_norm_by_hand() -> None:
+    """x + W f(LN(x)) with everything written out: centred writers, sqrt(a) gains, eps times a."""
+    torch.manual_seed(0)
+    dense = trained(encoder())
+    x = torch.randn(2, 5, 7)
+    case = widened(dense, x)
+    block, wide = dense[1].layers[0], case.new[1].layers[0]
+    live = torch.tensor([head * wide.self_attn.head_dim + i for head in range(4) for i in range(4)])
+    a = 16 / wide.norm1.normalized_shape[0]
+    assert wide.norm1.eps == pytest.approx(1e-5 * a)
+    assert torch.allclose(wide.norm1.weight[live], block.norm1.weight * a**0.5)
+    centring = torch.eye(16) - torch.ones(16, 16) / 16
+    assert torch.allclose(wide.linear2.weight[live][:, :32], centring @ block.linear2.weight, atol=1e-6)
+    assert torch.allclose(wide.linear2.bias[live], centring @ block.linear2.bias, atol=1e-6)
+    stem = case.new[0]  # dense: the mean of its outputs stands in every added one
+    added = [i for i in range(len(stem.bias)) if i not in set(live.tolist())]
+    assert torch.allclose(stem.weight[added], dense[0].weight.mean(0).expand(len(added), 7), atol=1e-6)
+
+
+def test_post_norm_is_exact_with_equal_gains_and_says_so_where_it_is_not() -> None:
+    torch.manual_seed(0)
+    config = BertConfig(hidden=48, depth=2, num_heads=4, mlp=96, vocab=101, max_seq=32)
+    fresh = widened(Bert(config).eval(), tokens())
+    assert fresh.deviation(tokens()) <= EXACT
+    case = widened(trained(Bert(config)), tokens())
+    assert EXACT < case.deviation(tokens()) < 0.1
+    assert any("not exact" in note and "another LayerNorm" in note for note in case.kept.notes)
+
+
+def test_fewer_non_zeros_than_dense_weights_are_told() -> None:
+    torch.manual_seed(0)
+    case = widened(trained(tiny_gpt()), tokens(), sparsity="0.5", match="model")
+    assert case.deviation(tokens()) > EXACT
+    assert any(note.startswith("not exact: the plan has fewer") for note in case.kept.notes)
+    assert all(int(case.kept.masks[m.key].sum()) == m.nnz for m in case.surgery.masked)
+
+
+@pytest.mark.parametrize(
+    "spec", [{"scope": "inner"}, {"heads": "scale_count"}, {"width_multiple": 8}, {"match": "off"}], ids=str
+)
+def test_other_specs(spec: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    case = widened(trained(tiny_gpt()), tokens(), **spec)
+    assert case.deviation(tokens()) <= EXACT
+
+
+def test_rotary_frequencies_of_the_live_pairs_stay() -> None:
+    torch.manual_seed(0)
+    case = widened(trained(tiny_llama(tied=False)), tokens())
+    like = torch.zeros(1)
+    old, new = (m.model.rotary_emb(16, like)[0] for m in (case.dense, case.new))
+    assert torch.allclose(old, new[:, : old.shape[1]], atol=1e-6)
+    assert [e.name for e in case.kept.attributes if e.owner == "model.rotary_emb"] == ["theta"]
+
+
+def test_numbers_that_follow_a_width_without_a_shape_keep_their_values() -> None:
+    torch.manual_seed(0)
+    case = widened(trained(KeptScale()), tokens())
+    assert case.new.embed_scale == 4.0
+    assert case.new.scale < 0.5  # the query's weights make up for it
+
+
+def test_channel_shuffle_is_refused() -> None:
+    class Shuffle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=2), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.a(x))
+            x = x.unflatten(1, (2, x.shape[1] // 2)).transpose(1, 2).flatten(1, 2)
+            return self.c(F.relu(self.b(x)).mean((2, 3)))
+
+    with pytest.raises(UsageError, match="two orders") as caught:
+        widened(Shuffle(), images(8))
+    assert "fresh" in (caught.value.hint or "")
+
+
+def test_patterns_and_slacks_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(UsageError, match="2x2 pattern"):
+        widened(tiny_gpt().eval(), tokens(), pattern="2x2")
+    with pytest.raises(UsageError, match="slack"):
+        widened(tiny_gpt().eval(), tokens(), slack=1.0)
+
+
+def test_the_seed_decides_where_slack_goes() -> None:
+    torch.manual_seed(0)
+    dense = trained(tiny_gpt())
+    first, again = widened(dense, tokens(), slack=0.1), widened(dense, tokens(), slack=0.1)
+    for key, value in first.new.state_dict().items():
+        assert torch.equal(value, again.new.state_dict()[key]), key
+
+
+def test_deviation_is_relative_and_takes_real_inputs() -> None:
+    a, b = nn.Linear(4, 2), nn.Linear(4, 2)
+    b.load_state_dict(a.state_dict())
+    assert deviation(b, a, (torch.zeros(3, 4),), {}) == 0
+    with torch.no_grad():
+        b.weight.mul_(1.5)
+        for layer in (a, b):
+            layer.bias.zero_()
+    assert deviation(b, a, (torch.zeros(3, 4, device="meta"),), {}) == pytest.approx(0.5)
+    with torch.no_grad():
+        b.weight[0, 0] = torch.nan
+    assert deviation(b, a, (torch.ones(3, 4),), {}) == torch.inf
+    gpt = tiny_gpt().train()
+    assert deviation(gpt, gpt, (torch.zeros(1, 32, dtype=torch.long),), {}) == 0  # ids within the 101 rows of words
+    assert gpt.training
+
+
+def test_hugging_face_gpt2() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=101, n_embd=48, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0
+    )
+    dense = trained(transformers.GPT2LMHeadModel(config))
+    traced = trace(dense, (), {"input_ids": tokens()}, name="gpt2", input_shape=(2, 16))
+    plan = make_plan(traced.table, TransformSpec(sparsity="0.9"))
+    surgery = surgery_for(plan, traced.structure, dense)
+    new = operate(dense, surgery)
+    initialise(new, dense, surgery)
+    preserve(new, dense, plan, surgery, traced.structure, slack=0)
+    assert deviation(new, dense, (), {"input_ids": tokens()}) <= EXACT
