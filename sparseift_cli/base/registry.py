@@ -64,11 +64,15 @@ class Registry(Generic[T]):
         return entry
 
     def canonical(self, name: str) -> str:
-        """The name that `name` is listed under: lower case, `-` as `_`, aliases resolved; `package.module:Name` as it is."""
+        """The name that `name` is listed under: case, dashes, dots and underscores never matter, aliases are resolved.
+
+        What is not listed, and `package.module:Name`, comes back as it is.
+        """
         if ":" in name:
             return name
-        word = name.strip().lower().replace("-", "_")
-        return next((self.aliases[spelling] for spelling in (name, word) if spelling in self.aliases), word)
+        listed = {_squeezed(known): known for known in self.names}
+        spellings = {_squeezed(alias): known for alias, known in self.aliases.items()} | listed
+        return spellings.get(_squeezed(name), name)
 
     def get(self, name: str) -> T:
         """The entry called `name`, one of an installed package, or the object that `package.module:Name` imports.
@@ -78,17 +82,15 @@ class Registry(Generic[T]):
         """
         if ":" in name:
             return self._import(name)
-        word = self.canonical(name)
-        for spelling in (word, name, word.replace("_", "-")):
-            if spelling in self._entries:
-                return self._entries[spelling]
-            if spelling in self._installed:
-                entry = self._load(spelling)
-                self._entries[spelling] = entry
-                return entry
+        known = self.canonical(name)
+        if known in self._entries:
+            return self._entries[known]
+        if known in self._installed:
+            self._entries[known] = self._import(self._installed[known])
+            return self._entries[known]
         raise UsageError(
             f"unknown {self.kind} {name!r}",
-            hint=did_you_mean(word, self.names) or f"known: {', '.join(self.names)}; or package.module:Name",
+            hint=did_you_mean(name, self.names) or f"known: {', '.join(self.names)}; or package.module:Name",
         )
 
     @property
@@ -100,10 +102,7 @@ class Registry(Generic[T]):
         return iter(self.names)
 
     def __contains__(self, name: object) -> bool:
-        if not isinstance(name, str):
-            return False
-        word = self.canonical(name)
-        return any(spelling in self.names for spelling in (word, name, word.replace("_", "-")))
+        return isinstance(name, str) and self.canonical(name) in self.names
 
     @cached_property
     def _installed(self) -> dict[str, str]:
@@ -111,9 +110,6 @@ class Registry(Generic[T]):
         from importlib.metadata import entry_points
 
         return {point.name: point.value for point in entry_points(group=self.group)}
-
-    def _load(self, name: str) -> T:
-        return self._import(self._installed[name])
 
     def _import(self, target: str) -> T:
         entry = import_object(target, self.kind)
@@ -124,6 +120,10 @@ class Registry(Generic[T]):
         reason = self._check(entry) if self._check else None
         if reason:
             raise UsageError(f"{name} is not a {self.kind}: {reason}")
+
+
+def _squeezed(name: str) -> str:
+    return "".join(filter(str.isalnum, name.lower()))
 
 
 def import_object(target: str, kind: str) -> object:
