@@ -125,7 +125,7 @@ def table_names() -> list[str]:
 
 
 def _tables() -> Traversable:
-    return files("sparseift_cli") / "zoo" / "tables"
+    return files("sparseift_cli.models.zoo") / "tables"
 
 
 def _fits(match: Match) -> bool:
