@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .errors import ArtifactError, CheckFailed, SparseiftError, UsageError
     from .plan.spec import TrainingSpec, TransformSpec
     from .sparsity.sparsifier import Sparsifier
-    from .transform.transformation import Options
+    from .transforms.transformation import Options
 
 __all__ = [
     "ArtifactError",
@@ -36,7 +36,7 @@ __all__ = [
 _HOMES = {
     "ArtifactError": "errors",
     "CheckFailed": "errors",
-    "Options": "transform.transformation",
+    "Options": "transforms.transformation",
     "Sparsifier": "sparsity.sparsifier",
     "SparseiftError": "errors",
     "TrainingSpec": "plan.spec",

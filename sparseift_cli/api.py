@@ -20,12 +20,12 @@ from .plan.audit import audit as count
 from .plan.plan import Plan
 from .plan.spec import TrainingSpec, TransformSpec, member_named
 from .table.table import LayerTable
-from .transform.artifact import BUFFERS, MASKS, WEIGHTS, is_artifact, open_artifact, provenance, write
+from .transforms.artifact import BUFFERS, MASKS, WEIGHTS, is_artifact, open_artifact, provenance, write
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from .transform.transformation import Options, Transformation
+    from .transforms.transformation import Options, Transformation
 
 M = TypeVar("M", bound="nn.Module")
 
@@ -62,8 +62,8 @@ def transform(
     """
     from torch import inference_mode
 
-    from .masks.attached import unwrapped
-    from .transform.transformation import transform_module
+    from .mask.attached import unwrapped
+    from .transforms.transformation import transform_module
 
     if isinstance(model, str | Path):
         raise UsageError(
@@ -120,7 +120,7 @@ def flops(
         if wanted is None and recipe and recipe.transform:
             wanted, training = TransformSpec.of(recipe.transform), training or TrainingSpec(**recipe.training)
         return count(load_table(request), wanted, training, causal=causal)
-    from .transform.transformation import transformation_of
+    from .transforms.transformation import transformation_of
 
     done = transformation_of(model)
     if done is not None and wanted is not None:
@@ -139,7 +139,7 @@ def audit(model: nn.Module, example_input: Any) -> Audit:
         UsageError: `model` was not made by `transform` or read by `load`, or was planned at another input.
         CheckFailed: it does not cost what its plan says (its masks or layers were changed).
     """
-    from .transform.check import measure, require_as_planned
+    from .transforms.check import measure, require_as_planned
 
     model, done = _transformed(model, "flops(model, example_input) counts any model")
     _require_planned_input(done, example_input)
@@ -203,7 +203,7 @@ def load(path: str | Path, *, into: nn.Module | None = None) -> nn.Module:
     """
     from torch import inference_mode
 
-    from .transform.restore import restore
+    from .transforms.restore import restore
 
     with inference_mode(False):  # as `transform`
         return restore(open_artifact(path), into)
@@ -211,7 +211,7 @@ def load(path: str | Path, *, into: nn.Module | None = None) -> nn.Module:
 
 def masks(model: nn.Module) -> dict[str, Any]:
     """Weight name -> boolean mask, for every sparse weight of a transformed model; names as in the module inside wrappers."""
-    from .masks.attached import masks_of, unwrapped
+    from .mask.attached import masks_of, unwrapped
 
     return masks_of(unwrapped(model))
 
@@ -225,7 +225,7 @@ def copy_masks(source: nn.Module, target: nn.Module) -> None:
     Raises:
         UsageError: `target` is no copy of `source`: a weight is missing or has another shape.
     """
-    from .masks.attached import attach, masks_of, pattern_of, unwrapped
+    from .mask.attached import attach, masks_of, pattern_of, unwrapped
 
     source, target = unwrapped(source), unwrapped(target)
     masks, theirs = masks_of(source), dict(target.named_parameters(remove_duplicate=False))
@@ -260,7 +260,7 @@ def untied(model: nn.Module) -> dict[str, Any]:
 
 def unsaved_buffers(model: nn.Module) -> dict[str, Any]:
     """The buffers that no state dict holds (position tables, causal masks), masks of weights apart, every tensor once."""
-    from .masks.attached import masks_of
+    from .mask.attached import masks_of
 
     skipped = {id(t) for t in masks_of(model).values()}
     found: dict[str, Any] = {}
@@ -275,8 +275,8 @@ def unsaved_buffers(model: nn.Module) -> dict[str, Any]:
 
 def _transformed(model: nn.Module, otherwise: str) -> tuple[nn.Module, Transformation]:
     """The module inside torch.compile and DataParallel, and what was done to it."""
-    from .masks.attached import unwrapped
-    from .transform.transformation import transformation_of
+    from .mask.attached import unwrapped
+    from .transforms.transformation import transformation_of
 
     model = unwrapped(model)
     done = transformation_of(model)
@@ -287,8 +287,8 @@ def _transformed(model: nn.Module, otherwise: str) -> tuple[nn.Module, Transform
 
 def _checked_masks(model: nn.Module, done: Transformation) -> dict[str, Any] | None:
     """The masks of a transformed model, which its weights obey; None on meta."""
-    from .masks.attached import masks_of
-    from .transform.masking import require_masked
+    from .mask.attached import masks_of
+    from .transforms.masking import require_masked
 
     if any(p.is_meta for p in model.parameters()):
         return None

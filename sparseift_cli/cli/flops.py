@@ -70,7 +70,7 @@ def flops(
     from ..models.request import Request, parse_input
     from ..models.source import load_table, resolve
     from ..plan.audit import audit
-    from ..transform.artifact import is_artifact
+    from ..transforms.artifact import is_artifact
     from . import gates
 
     fmt = Format.json if json else fmt
@@ -129,7 +129,7 @@ def _tell(result: Audit, problems: list[Problem], fmt: Format, output: Any, **vi
 def _stored(source: str, counted: dict[str, Any], causal: str, *, fixed: bool, verify: bool) -> Audit:
     """What a folder of `sparseift transform` costs: its plan is made, so it can only be counted and shown otherwise."""
     from ..errors import UsageError
-    from ..transform.artifact import open_artifact
+    from ..transforms.artifact import open_artifact
 
     if fixed:
         raise UsageError(f"{source} is a transformed model; its plan is fixed", hint="transform its source again")

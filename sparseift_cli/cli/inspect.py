@@ -139,7 +139,7 @@ def inspect(
 
         inspect_spectral(source, is_file=is_checkpoint(source), every=every_checkpoint, key=key, fmt=fmt, output=output)
         return
-    from ..transform.artifact import is_artifact, is_run, open_artifact
+    from ..transforms.artifact import is_artifact, is_run, open_artifact
 
     if is_run(source):
         _refuse(

@@ -18,7 +18,7 @@ from .formats import Format
 from .output import Column, Sheet, integer, ratio, render
 
 if TYPE_CHECKING:
-    from ..transform.artifact import Artifact
+    from ..transforms.artifact import Artifact
 
 SCHEMA = "sparseift.inspect/1"
 SORTS = {"name": False, "parameters": True, "bytes": True, "zeros": True, "density": False}  # True: largest first

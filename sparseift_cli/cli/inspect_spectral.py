@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.facts import Checkpoint, TensorInfo, printable
 from ..errors import SparseiftError, UsageError
-from ..transform.artifact import is_artifact, open_artifact
+from ..transforms.artifact import is_artifact, open_artifact
 from .formats import Format
 from .output import Column, Sheet, integer, ratio, render
 from .ticker import Ticker

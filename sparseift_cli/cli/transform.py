@@ -11,7 +11,7 @@ from . import options
 from .formats import Format, without_github
 
 if TYPE_CHECKING:
-    from ..transform.transformation import Transformation
+    from ..transforms.transformation import Transformation
 
 HELP = """Transform a model or checkpoint, and write it: weights, masks, plan and audit.
 
@@ -94,7 +94,7 @@ def transform(
     from ..errors import UsageError, one_of
     from ..models.request import Request, parse_input
     from ..models.source import resolve
-    from ..transform.artifact import require_writable
+    from ..transforms.artifact import require_writable
 
     fmt = without_github(fmt, json, "transform")
     one_of("--init", init, ("fresh", "preserve"))
@@ -121,8 +121,8 @@ def transform(
     if "sparsity" not in given:
         raise UsageError("a transform needs its sparsity", hint="--sparsity 0.9")
     from ..plan.spec import TrainingSpec, TransformSpec, member_named
-    from ..transform.convert import convert
-    from ..transform.transformation import Options
+    from ..transforms.convert import convert
+    from ..transforms.transformation import Options
 
     wanted = TransformSpec.of(given | {"member": member_named(given.get("member", "wide"))})
     start: Any = {"start": init, "init": weight_init, "scores": None if masks == "random" else masks}
@@ -144,7 +144,7 @@ def transform(
 
 def _is_checkpoint_file(source: str) -> bool:
     from ..errors import UsageError
-    from ..transform.artifact import is_artifact
+    from ..transforms.artifact import is_artifact
     from .inspect import is_checkpoint
 
     if is_artifact(source):

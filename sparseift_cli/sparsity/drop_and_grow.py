@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..base.randomness import words
-from ..masks.select import at_random, nth_largest
+from ..mask.select import at_random, nth_largest
 
 _SAMPLE = 14  # log2 of the places that are looked at to guess the threshold
 _SMALL = 1 << 17

@@ -26,7 +26,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import UsageError
-from ..masks.attached import masks_of, unwrapped
+from ..mask.attached import masks_of, unwrapped
 from .sparsifier import Sparsifier
 
 STATE_FILE = "sparsifier.pt"

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import UsageError
-from ..masks.attached import SUFFIX, is_transposed, masks_of, pattern_of
-from ..masks.layout import Block, Layout, NofM, parse_pattern
-from ..masks.mask import generator_for
-from ..masks.saliency import MaskLayout
+from ..mask.attached import SUFFIX, is_transposed, masks_of, pattern_of
+from ..mask.layout import Block, Layout, NofM, parse_pattern
+from ..mask.mask import generator_for
+from ..mask.saliency import MaskLayout
 from .gpu.words import as_words, count, invert_
 from .guard import multiply_
 

@@ -28,9 +28,9 @@ from torch.optim import Optimizer
 
 from ..base.randomness import key_of
 from ..errors import UsageError, one_of
-from ..masks.attached import unwrapped
-from ..masks.mask import generator_for
-from ..masks.saliency import MaskLayout
+from ..mask.attached import unwrapped
+from ..mask.mask import generator_for
+from ..mask.saliency import MaskLayout
 from .drop_and_grow import Regrow, exchange, extend, prune
 from .gpu.fast_exchange import Exchange, exchange_numbers, in_groups, on_device, quick_exchange
 from .guard import (

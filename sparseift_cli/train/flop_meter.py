@@ -14,7 +14,7 @@ from ..plan.layer_plan import LayerPlan
 from ..plan.training_cost import prices, step_cost
 from ..sparsity.schedule import StepCost
 from ..sparsity.sparsifier import StepRecord
-from ..transform.edits import Masked
+from ..transforms.edits import Masked
 
 
 class Spent:

@@ -246,6 +246,6 @@ def _memory(run: Prepared, device: torch.device) -> dict[str, int]:
 
 def _stream(seed: int, step: int, rank: int) -> int:
     """The seed of what is random inside a forward pass (dropout) at a step."""
-    from ..masks.mask import generator_for
+    from ..mask.mask import generator_for
 
     return generator_for(seed, "forward", str(step), str(rank)).initial_seed()

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from ..data import Batches, DataSet, open_data
 from ..data.images import ImageSet, hold_out
 from ..errors import UsageError
-from ..masks import force_masks, scores
+from ..mask import force_masks, scores
 from ..models.request import Request, parse_input
 from ..models.source import build
 from ..plan.audit import Audit, audit
@@ -25,9 +25,9 @@ from ..recipe.load import Recipe, require_data, run_steps
 from ..recipe.open_arguments import opening
 from ..sparsity.sparsifier import Sparsifier
 from ..trace.build import trace
-from ..transform.convert import convert
-from ..transform.edits import Masked
-from ..transform.transformation import Options, Transformation
+from ..transforms.convert import convert
+from ..transforms.edits import Masked
+from ..transforms.transformation import Options, Transformation
 from .compatibility import require_fit
 from .evaluate import logits_of, loss_of
 from .flop_meter import Spent

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import InterruptedRun, UsageError
-from ..masks.attached import SUFFIX, masks_of
+from ..mask.attached import SUFFIX, masks_of
 
 # SIGTERM and SIGINT ask a run to stop after the step it is in; a second one means now.
 

@@ -14,8 +14,8 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from sparseift_cli.masks import generator_for, make_mask
-from sparseift_cli.masks.attached import attach
+from sparseift_cli.mask import generator_for, make_mask
+from sparseift_cli.mask.attached import attach
 from sparseift_cli.sparsity.drop_and_grow import exchange, extend
 from sparseift_cli.sparsity.sparsifier import Sparsifier
 from tests.helpers.sparse_net import STEPS, assert_zeros, make, sparse_net

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sparseift_cli.transform.artifact import is_artifact
+from sparseift_cli.transforms.artifact import is_artifact
 from tests.helpers.report_runs import make_run
 
 

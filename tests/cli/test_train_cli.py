@@ -18,7 +18,7 @@ from rich.console import Console
 
 from sparseift_cli.cli import train_progress
 from sparseift_cli.cli.train_progress import Bars, Lines, fold, progress
-from sparseift_cli.masks.attached import masks_of
+from sparseift_cli.mask.attached import masks_of
 from sparseift_cli.recipe.load import find, load
 from sparseift_cli.train.prepare import prepare
 from sparseift_cli.train.processes import Processes

@@ -44,7 +44,7 @@ RULES = {
     ),
     "base rests on errors alone": Rule(
         who=("base", "base.*"),
-        never=(".plan", ".table", ".models", ".trace", ".masks", ".sparsity", ".data", ".recipe", ".runs", ".report"),
+        never=(".plan", ".table", ".models", ".trace", ".mask", ".sparsity", ".data", ".recipe", ".runs", ".report"),
         breaks=("base.machine", "from ..plan import spec"),
     ),
     "the roots need no torch": Rule(
@@ -58,20 +58,20 @@ RULES = {
         breaks=("plan.plan", "def f():\n    import torch.nn"),
     ),
     "transforms never see the zoo": Rule(
-        who=("transform", "transform.*"),
-        but=("transform.convert", "transform.restore", "transform.artifact"),
+        who=("transforms", "transforms.*"),
+        but=("transforms.convert", "transforms.restore", "transforms.artifact"),
         never=(".models",),
-        breaks=("transform.surgery", "from ..models.zoo import registry"),
+        breaks=("transforms.surgery", "from ..models.zoo import registry"),
     ),
     "masks know no algorithm, plan or model": Rule(
-        who=("masks", "masks.*"),
-        never=(".sparsity", ".plan", ".transform", ".models", ".recipe"),
-        breaks=("masks.mask", "from ..plan import spec"),
+        who=("mask", "mask.*"),
+        never=(".sparsity", ".plan", ".transforms", ".models", ".recipe"),
+        breaks=("mask.mask", "from ..plan import spec"),
     ),
     "sparsity never sees transforms": Rule(
         who=("sparsity", "sparsity.*"),
-        never=(".transform", ".plan"),
-        breaks=("sparsity.settings", "from .. import transform"),
+        never=(".transforms", ".plan"),
+        breaks=("sparsity.settings", "from .. import transforms"),
     ),
     "report never imports torch": Rule(
         who=("report", "report.*"), never=TORCH, breaks=("report.html.page", "def f():\n    from torch import nn")

@@ -21,7 +21,7 @@ from sparseift_cli.plan.spec import TrainingSpec, TransformSpec
 from sparseift_cli.recipe.load import load
 from sparseift_cli.runs.directory import RunDirectory
 from sparseift_cli.train.run import run_seeds
-from sparseift_cli.transform.transformation import Options, transformation_of
+from sparseift_cli.transforms.transformation import Options, transformation_of
 from tests.contract.test_ground_truth import CIFAR_STEM, conv, resnet18
 from tests.helpers.nets import residual
 

@@ -9,8 +9,8 @@ from sparseift_cli.models.source import build
 from sparseift_cli.plan.plan import make_plan
 from sparseift_cli.plan.spec import MEMBERS, TransformSpec
 from sparseift_cli.trace.build import trace
-from sparseift_cli.transform.check import measure, require_as_planned
-from sparseift_cli.transform.surgery import operate, surgery_for
+from sparseift_cli.transforms.check import measure, require_as_planned
+from sparseift_cli.transforms.surgery import operate, surgery_for
 
 SMALLER = [
     "resnet18",

@@ -12,7 +12,7 @@ from torch import nn
 
 import sparseift_cli as sparseift
 from sparseift_cli.errors import ArtifactError, UsageError
-from sparseift_cli.masks.attached import masks_of
+from sparseift_cli.mask.attached import masks_of
 from sparseift_cli.models.zoo import registry
 
 X = torch.randn(2, 3, 8, 8)

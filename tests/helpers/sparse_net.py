@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparseift_cli.masks import generator_for, make_mask
-from sparseift_cli.masks.attached import attach
+from sparseift_cli.mask import generator_for, make_mask
+from sparseift_cli.mask.attached import attach
 from sparseift_cli.sparsity.sparsifier import Sparsifier
 
 STEPS = 24

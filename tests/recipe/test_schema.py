@@ -61,7 +61,7 @@ def test_algorithm_section_has_the_settings_of_the_sparsifier() -> None:
 
 
 def test_init_section_has_the_options_of_the_transformation() -> None:
-    from sparseift_cli.transform.transformation import Options
+    from sparseift_cli.transforms.transformation import Options
 
     hints = get_type_hints(Options)
     assert schema.choices(Init.model_fields["start"].annotation) == get_args(hints["start"])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparseift_cli.base.randomness import key_of
 from sparseift_cli.errors import UsageError
-from sparseift_cli.masks.mask import generator_for
+from sparseift_cli.mask.mask import generator_for
 from sparseift_cli.sparsity.algorithms import ALGORITHMS, algorithm_named
 from sparseift_cli.sparsity.drop_and_grow import best, exchange, extend, prune
 from sparseift_cli.sparsity.schedule import ALGORITHMS as COSTED

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparseift_cli.masks.mask import generator_for
+from sparseift_cli.mask.mask import generator_for
 from sparseift_cli.sparsity.drop_and_grow import Regrow, exchange
 from sparseift_cli.sparsity.gpu.fast_exchange import Exchange, exchange_numbers, in_groups, on_device, quick_exchange
 from sparseift_cli.sparsity.gpu.fast_selection import looks, spots

@@ -14,7 +14,7 @@ import sparseift_cli as sparseift
 from sparseift_cli.errors import UsageError
 from sparseift_cli.trace import fake_mode
 from sparseift_cli.trace.build import layer_table
-from sparseift_cli.transform.transformation import Options
+from sparseift_cli.transforms.transformation import Options
 
 
 class Attend(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import sparseift_cli as sparseift
 from sparseift_cli.plan.widths import solve
 from sparseift_cli.table.table import LayerTable
-from sparseift_cli.transform.transformation import Options
+from sparseift_cli.transforms.transformation import Options
 
 SCALES: dict[str, Callable[[Any], Any]] = {
     "power": lambda size: size**-0.5,

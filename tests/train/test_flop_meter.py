@@ -14,7 +14,7 @@ from sparseift_cli.errors import CheckFailed
 from sparseift_cli.plan.audit import audit
 from sparseift_cli.plan.spec import TrainingSpec
 from sparseift_cli.train.flop_meter import Spent
-from sparseift_cli.transform.transformation import transformation_of
+from sparseift_cli.transforms.transformation import transformation_of
 
 ALGORITHMS = ("dense", "static", "set", "rigl", "gmp", "granet")
 MEMBERS = ("wide", "parallel", "factorized", "doped")

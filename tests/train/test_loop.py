@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sparseift_cli.errors import ArtifactError, DivergedError, InterruptedRun, UsageError
-from sparseift_cli.masks.attached import masks_of
+from sparseift_cli.mask.attached import masks_of
 from sparseift_cli.recipe.load import load
 from sparseift_cli.runs.directory import RunDirectory
 from sparseift_cli.runs.metrics import read_metrics

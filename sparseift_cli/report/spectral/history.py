@@ -20,7 +20,7 @@ from ...checkpoint.facts import TensorInfo, printable
 from ...errors import ArtifactError
 from ...runs.checkpoint import MANIFEST, TENSORS
 from ...runs.directory import CHECKPOINTS
-from ...transform.artifact import MASKS, WEIGHTS
+from ...transforms.artifact import MASKS, WEIGHTS
 from ..tensors import tensors_in
 from .gaps import Spectrum, spectral, unrolled
 

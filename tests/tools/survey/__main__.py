@@ -29,9 +29,9 @@ from sparseift_cli.plan.plan import Plan, make_plan
 from sparseift_cli.plan.spec import MEMBERS, TransformSpec
 from sparseift_cli.table.table import LayerTable
 from sparseift_cli.trace.build import trace
-from sparseift_cli.transform.check import measure, require_as_planned
-from sparseift_cli.transform.surgery import operate, surgery_for
-from sparseift_cli.transform.transformation import transform_module
+from sparseift_cli.transforms.check import measure, require_as_planned
+from sparseift_cli.transforms.surgery import operate, surgery_for
+from sparseift_cli.transforms.transformation import transform_module
 
 from .families import SETS, Subject
 

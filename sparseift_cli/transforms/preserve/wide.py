@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ...errors import UsageError
-from ...masks import generator_for
+from ...mask import generator_for
 from ...plan.plan import Plan
 from ...trace.flow import VALUE, is_layer_norm
 from ...trace.structure import Structure

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 import sparseift_cli as sparseift
 from sparseift_cli.errors import ArtifactError, CheckFailed, UsageError
 from sparseift_cli.plan.spec import TransformSpec
-from sparseift_cli.transform import transformation
-from sparseift_cli.transform.members.base import Member
-from sparseift_cli.transform.transformation import Options
+from sparseift_cli.transforms import transformation
+from sparseift_cli.transforms.members.base import Member
+from sparseift_cli.transforms.transformation import Options
 
 MEMBERS = ("wide", "parallel", "factorized", "doped")
 X = torch.randn(4, 8)

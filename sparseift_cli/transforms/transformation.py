@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, get_args
 from torch import Tensor, nn
 
 from ..errors import CheckFailed, UsageError, one_of
-from ..masks.attached import attach, unwrapped
+from ..mask.attached import attach, unwrapped
 from ..plan.plan import Plan, make_plan
 from ..plan.spec import TrainingSpec, TransformSpec
 from ..trace.build import trace

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import sparseift_cli as sparseift
 from sparseift_cli.errors import SparseiftError, UsageError
-from sparseift_cli.masks.attached import masks_of
+from sparseift_cli.mask.attached import masks_of
 from tests.helpers.parts import Net
 
 torch.manual_seed(0)

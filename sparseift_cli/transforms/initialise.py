@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..masks.mask import generator_for
+from ..mask.mask import generator_for
 from .edits import Surgery
 from .layers import is_transposed
 from .members.base import Member

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor, nn
 
 from ..errors import CheckFailed
-from ..masks import disjoint_masks, empty_rows_and_columns, generator_for, has_pattern, make_mask
+from ..mask import disjoint_masks, empty_rows_and_columns, generator_for, has_pattern, make_mask
 from ..plan.plan import Plan
 from .edits import Masked, Surgery
 

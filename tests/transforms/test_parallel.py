@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import sparseift_cli as sparseift
 from sparseift_cli.models import zoo
-from sparseift_cli.transform.members.parallel import SparseParallel
+from sparseift_cli.transforms.members.parallel import SparseParallel
 
 
 class Residual(nn.Module):

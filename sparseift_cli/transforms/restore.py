@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..errors import ArtifactError, CheckFailed, UsageError
-from ..masks.attached import attach, masks_of, unwrapped
+from ..mask.attached import attach, masks_of, unwrapped
 from ..models.source import Request, build
 from ..plan.plan import make_plan
 from .artifact import BUFFERS, MASKS, WEIGHTS, Artifact

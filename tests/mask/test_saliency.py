@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparseift_cli.errors import UsageError
-from sparseift_cli.masks import force_masks, generator_for, make_mask, scores
+from sparseift_cli.mask import force_masks, generator_for, make_mask, scores
 
 LOSS = functional.cross_entropy
 KEYS = ["0.weight", "2.weight"]

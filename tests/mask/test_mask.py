@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from sparseift_cli.checkpoint import open_checkpoint, scan
 from sparseift_cli.errors import UsageError
-from sparseift_cli.masks import disjoint_masks, empty_rows_and_columns, generator_for, make_mask, room
-from sparseift_cli.masks.select import nth_largest, top
+from sparseift_cli.mask import disjoint_masks, empty_rows_and_columns, generator_for, make_mask, room
+from sparseift_cli.mask.select import nth_largest, top
 
 
 def draw(shape: tuple[int, ...], nnz: int, seed: int = 0, **options) -> Tensor:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparseift_cli as sparseift
-from sparseift_cli.transform.members.base import Member
-from sparseift_cli.transform.transformation import Options
+from sparseift_cli.transforms.members.base import Member
+from sparseift_cli.transforms.transformation import Options
 
 LOCAL = ("parallel", "factorized", "doped")
 X = torch.randn(4, 5, 16)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UsageError
-from ...masks import generator_for, make_mask
+from ...mask import generator_for, make_mask
 from ...plan.plan import Plan
 from ..edits import Masked, Replace, Surgery
 from ..layers import bias_of, groups_of, is_transposed, weight_of
