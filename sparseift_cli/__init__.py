@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .version import __version__
@@ -45,12 +47,23 @@ _HOMES = {
 }
 
 
+class _Package(ModuleType):
+    """This package: a public function keeps its name when a subpackage of the same name (`transform`, `masks`) is imported."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (isinstance(value, ModuleType) and name in __all__):  # Python sets each imported submodule on its parent
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
 def __getattr__(name: str) -> Any:
-    """The public names, imported when they are asked for: `import sparseift_cli` itself costs nothing."""
+    """The public names, imported at their first use: `import sparseift_cli` itself costs nothing."""
     from importlib import import_module
 
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'api')}"), name)
-    globals()[name] = value  # `sparseift_cli.audit` is the function, though a submodule has that name too
+    globals()[name] = value
     return value
