@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .version import __version__
@@ -45,17 +43,6 @@ _HOMES = {
     "TransformSpec": "plan.spec",
     "UsageError": "errors",
 }
-
-
-class _Package(ModuleType):
-    """This package: a public function keeps its name when a subpackage of the same name (`transform`, `masks`) is imported."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (isinstance(value, ModuleType) and name in __all__):  # Python sets each imported submodule on its parent
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
