@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from ..plan.audit import Audit
     from ..plan.spec import TrainingSpec, TransformSpec
     from ..table.table import LayerTable
+    from ..trace.verify import Verification
     from .gates import Problem
 
 HELP = """Count a model's FLOPs exactly, dense and transformed, layer by layer.
@@ -58,7 +60,7 @@ def flops(
     max_layer_ratio: Annotated[
         float | None, typer.Option(help="Exit 1 if a transformed row exceeds this ratio.")
     ] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Count again with fvcore on real tensors.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Count again with FlopCounterMode and fvcore.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 1 if an op could not be counted.")] = False,
     fmt: options.FormatOption = Format.table,
     json: options.Json = False,
@@ -106,11 +108,11 @@ def flops(
         _compare(table, specs, training, causal, fmt, output, max_flops_ratio, max_layer_ratio, strict=strict)
         return
     result = audit(table, specs[0] if specs else None, training, causal=causal)
-    crosscheck = _verify(request, table) if verify else None
+    verification = _verify(request, table) if verify else None
     problems = gates.check(result, max_flops_ratio, max_layer_ratio, strict=strict)
-    if crosscheck is not None and not crosscheck.agree:
-        problems.append(gates.Problem(None, crosscheck.verdict))
-    _tell(result, problems, fmt, output, depth=depth, sort=sort, summary=summary, crosscheck=crosscheck)
+    if verification is not None and not verification.agree:
+        problems.append(gates.Problem(None, verification.verdict))
+    _tell(result, problems, fmt, output, depth=depth, sort=sort, summary=summary, verification=verification)
 
 
 def _tell(result: Audit, problems: list[Problem], fmt: Format, output: Any, **view: Any) -> None:
@@ -188,12 +190,13 @@ def _compare(
     gates.stop_on(problems, told=fmt is Format.github)
 
 
-def _verify(request: Request, table: LayerTable) -> Any:
+def _verify(request: Request, table: LayerTable) -> Verification:
+    """The dense model, counted again by FlopCounterMode and fvcore."""
     from ..models.source import build
-    from ..trace.verify import crosscheck
+    from ..trace.verify import verify
 
-    def on_cpu() -> tuple[Any, tuple[Any, ...]]:
-        built = build(request, device="cpu")
-        return built.model, (*built.args, *built.kwargs.values())
+    def build_on(device: str) -> tuple[Any, tuple[Any, ...], Mapping[str, Any]]:
+        built = build(request, device=device)
+        return built.model, built.args, built.kwargs
 
-    return crosscheck(on_cpu, table)
+    return verify(build_on, table)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckFailed, UsageError, did_you_mean
 from ..plan.audit import Audit, row_json, rows, to_json
@@ -16,6 +16,9 @@ from ..table.shape import Shape
 from ..table.table import LayerTable
 from .formats import Format
 from .output import Column, Sheet, apart, integer, ratio, render
+
+if TYPE_CHECKING:
+    from ..trace.verify import Verification
 
 WITHOUT_MASKS = (
     "Trained without masks (algorithm dense): forward MACs and non-zeros are the plan's, not what is trained."
@@ -32,7 +35,7 @@ def show(
     depth: int | None,
     sort: str | None,
     summary: bool,
-    crosscheck: Any = None,
+    verification: Verification | None = None,
     extra: dict[str, Any] | None = None,
 ) -> None:
     """Print one audit; `extra` joins the JSON document."""
@@ -41,11 +44,11 @@ def show(
         sheets.append(_totals(result, _title(result) if summary else "Totals"))
     if fmt is not Format.csv and result.plan:
         sheets.append(_owners(result))
-    if fmt is not Format.csv and crosscheck is not None:
-        sheets.append(crosscheck_sheet(crosscheck))
+    if fmt is not Format.csv and verification is not None:
+        sheets.append(verification_sheet(verification))
     payload = to_json(result) | (extra or {})
-    if crosscheck is not None:
-        payload["verify"] = crosscheck.to_json()
+    if verification is not None:
+        payload["verify"] = verification.to_json()
     if not summary:
         shown = {row["name"]: row for row in sheets[0].rows}
         payload["layers"] = (
@@ -340,14 +343,14 @@ def _compared(sparsity: str, result: Audit | CheckFailed) -> dict[str, Any]:
     }
 
 
-def crosscheck_sheet(crosscheck: Any) -> Sheet:
-    """fvcore beside our count."""
+def verification_sheet(verification: Verification) -> Sheet:
+    """The counts of FlopCounterMode and fvcore next to ours, in MACs, and the verdict."""
     columns = [
         Column("what", "counted"),
         Column("ours", "sparseift MACs", integer, right=True),
+        Column("flop_counter", "FlopCounterMode MACs", integer, right=True),
         Column("fvcore", "fvcore MACs", integer, right=True),
         Column("note", "note", priority=1),
     ]
-    return Sheet(
-        "Counted again with fvcore, dense model on real tensors", columns, crosscheck.rows, [crosscheck.verdict]
-    )
+    title = "Counted again by FlopCounterMode (meta tensors) and fvcore (real tensors), dense model"
+    return Sheet(title, columns, verification.rows, [verification.verdict])

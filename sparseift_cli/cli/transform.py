@@ -169,7 +169,7 @@ def _show(done: Transformation, out: Path | None, fmt: Format, *, summary: bool,
         "inputs_not_read": done.dead[1],
         "notes": list(done.notes),
     }
-    flops_view.show(result, fmt, None, depth=depth, sort=None, summary=summary, crosscheck=None, extra=extra)
+    flops_view.show(result, fmt, None, depth=depth, sort=None, summary=summary, extra=extra)
     for line in _lines(done, out):
         typer.echo(line, err=True)
 

@@ -1,105 +1,209 @@
-"""The second opinion: fvcore counts the dense model on real tensors, and we say whether the two agree to the MAC.
+"""`flops --verify`: count the dense model again with two public counters, and say whether all counts are equal.
 
-fvcore's unit is the MAC under the name "flop". It also counts norms and other elementwise work, which is left out here, and
-it has no rule for fused attention, so what it misses is listed and then counted with a rule given to it.
+The three counters and what is known about each:
+
+sparseift
+    The trace in this folder (`build.trace`). Convolutions, linear layers and attention products, in MACs.
+FlopCounterMode (torch.utils.flop_counter)
+    PyTorch's own counter, in FLOPs of 2 per MAC. It runs one forward pass of the model in eval mode on *meta* tensors (shapes
+    without memory), so a model of any size can be checked. On real CPU tensors it would count 0 for fused attention, whose
+    CPU kernel it has no formula for, and for the fast path of nn.MultiheadAttention; on meta tensors PyTorch computes both from
+    plain matrix products. Only the forward pass is used: its count of the backward of grouped convolutions is wrong.
+fvcore (FlopCountAnalysis)
+    Counts MACs, under the name "flop", on a torch.jit trace of real tensors. It has no rule for fused attention and for recurrent
+    layers. It is therefore run twice: as it is, and with a rule for attention that we give to it. It also counts norms and
+    elementwise work, which is left out here.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UsageError
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
 from ..table.table import LayerTable
 
-MAX_PARAMETERS = 2_000_000_000  # 8 GB of float32: real tensors need real memory
-_MACS = ("conv", "linear", "addmm", "matmul", "bmm", "mm", "einsum", "baddbmm")
+Build = Callable[[str], tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]]]
+
+MAX_PARAMETERS = 2_000_000_000  # of a model that fvcore counts: real tensors of float32 take 4 bytes each
+_MAC_OPS = ("conv", "linear", "addmm", "matmul", "bmm", "mm", "einsum", "baddbmm")  # fvcore's names
+_UNSEEN_WORDS = ("attention", "lstm", "gru", "rnn", "conv", "mm")  # in the name of an op that costs MACs
+_ATTENTION_OP = "aten::scaled_dot_product_attention"
 
 
 @dataclass(frozen=True)
-class Crosscheck:
-    """Both counts in MACs, part by part."""
+class _FvcoreCount:
+    """fvcore's count in MACs: as it is (`by_operator`), and what its attention rule adds (`attention`)."""
 
-    rows: list[dict[str, Any]]
-    unseen: dict[str, int]  # ops fvcore has no rule for, and how often they occur
-    agree: bool
+    by_operator: Mapping[str, int]
+    attention: int
+    unseen: dict[str, int]
+
+    @property
+    def unaided(self) -> int:
+        return sum(self.by_operator.values())
+
+    @property
+    def total(self) -> int:
+        return self.unaided + self.attention
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The counts of one dense forward pass, in MACs, and whether they are equal.
+
+    `flop_counter` or `fvcore` is None where that counter could not run; `notes` say why.
+    """
+
+    ours: int
+    flop_counter: int | None
+    fvcore: _FvcoreCount | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def agree(self) -> bool:
+        """At least one other counter ran, and no difference is left unexplained.
+
+        fvcore counting less is explained where it names ops that it has no rule for, and FlopCounterMode agrees with us.
+        """
+        if self.flop_counter is None:
+            return self.fvcore is not None and self.fvcore.total == self.ours
+        fvcore_agrees = self.fvcore is None or self.fvcore.total == self.ours or self._fvcore_gap_is_known
+        return self.flop_counter == self.ours and fvcore_agrees
+
+    @property
+    def _fvcore_gap_is_known(self) -> bool:
+        if self.fvcore is None:
+            return False
+        return self.fvcore.total < self.ours and any(op != _ATTENTION_OP for op in self.fvcore.unseen)
 
     @property
     def verdict(self) -> str:
-        seen = "fvcore and sparseift agree to the MAC." if self.agree else "fvcore and sparseift DISAGREE."
-        if not self.unseen:
-            return seen
-        return f"{seen} Without help fvcore does not see: {', '.join(f'{op} x{n}' for op, n in sorted(self.unseen.items()))}."
+        """Who agrees, who does not and by how much, and why where that is known; then what could not run."""
+        counts = {"FlopCounterMode": self.flop_counter, "fvcore": self.fvcore.total if self.fvcore else None}
+        same = [name for name, macs in counts.items() if macs == self.ours]
+        sentences = []
+        if same:
+            sentences.append(f"{', '.join(same)} and sparseift agree to the MAC.")
+        for name, macs in counts.items():
+            if macs is not None and macs != self.ours:
+                known = name == "fvcore" and self._fvcore_gap_is_known
+                verb = "counts" if known else "DISAGREES:"
+                why = ", having no rule for some ops" if known else ""
+                sentences.append(f"{name} {verb} {macs:,} MACs where sparseift counts {self.ours:,}{why}.")
+        if self.fvcore and self.fvcore.unseen:
+            ops = ", ".join(f"{op} x{n}" for op, n in sorted(self.fvcore.unseen.items()))
+            sentences.append(f"By itself fvcore does not count: {ops}.")
+        if not any(macs is not None for macs in counts.values()):
+            sentences.append("No other counter could run on this model: nothing is verified.")
+        return " ".join([*sentences, *self.notes])
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a comparison, in MACs: `ours`, `flop_counter`, `fvcore` (None: this counter has no such number)."""
+
+        def row(what: str, ours: int | None, flop_counter: int | None, fvcore: int | None, note: str | None) -> Any:
+            return {"what": what, "ours": ours, "flop_counter": flop_counter, "fvcore": fvcore, "note": note}
+
+        if self.fvcore is None:
+            return [row("whole model", self.ours, self.flop_counter, None, None)]
+        unaided, attention = self.fvcore.unaided, self.fvcore.attention
+        by_operator = ", ".join(f"{k} {v:,}" for k, v in sorted(self.fvcore.by_operator.items()))
+        rows = [row("whole model, fvcore as it is", self.ours, self.flop_counter, unaided, f"fvcore: {by_operator}")]
+        if attention:
+            whole = "whole model, fvcore given a rule for attention"
+            rows.append(row("fused attention products", None, None, attention, "fvcore, by the rule given to it"))
+            rows.append(row(whole, self.ours, self.flop_counter, unaided + attention, None))
+        return rows
 
     def to_json(self) -> dict[str, Any]:
-        return {"agree": self.agree, "rows": self.rows, "unseen_by_fvcore": self.unseen}
+        return {
+            "agree": self.agree,
+            "rows": self.rows,
+            "unseen_by_fvcore": self.fvcore.unseen if self.fvcore else {},
+            "verdict": self.verdict,
+        }
 
 
-def crosscheck(build: Callable[[], tuple[Any, tuple[Any, ...]]], table: LayerTable) -> Crosscheck:
-    """Build the model on real tensors and count it with fvcore.
+def verify(build: Build, table: LayerTable) -> Verification:
+    """Count the model of `table` again.
 
-    Raises:
-        UsageError: the model is too large for real tensors.
+    Args:
+        build: device -> (model, positional inputs, keyword inputs); called with "meta" for FlopCounterMode and "cpu" for fvcore.
+        table: our count of the same model on inputs of the same shapes.
     """
+    notes: list[str] = []
+    flop_counter = fvcore = None
+    try:
+        flop_counter = count_with_flop_counter(*build("meta"))
+    except Exception as error:  # whatever a forward raises on meta tensors: the other counter can still run
+        notes.append(f"FlopCounterMode could not run: {_first_line(error)}.")
     if table.params > MAX_PARAMETERS:
-        raise UsageError(
-            f"--verify runs {table.model} on real tensors, and its {table.params:,} parameters are too many",
-            hint="verify a smaller model of the same family",
+        notes.append(
+            f"fvcore was not run: it needs real tensors, and {table.params:,} parameters are too many "
+            f"(up to {MAX_PARAMETERS:,} are run)."
         )
+    else:
+        try:
+            fvcore = _count_with_fvcore(*build("cpu"))
+        except Exception as error:  # torch.jit cannot trace every model
+            notes.append(f"fvcore could not run: {_first_line(error)}.")
+    return Verification(table.macs, flop_counter, fvcore, tuple(notes))
+
+
+def count_with_flop_counter(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """MACs of one forward pass by torch's FlopCounterMode, on meta tensors of the shapes of the inputs (any shape).
+
+    The model is moved to the meta device, which drops its values.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 16, 10))
+    >>> count_with_flop_counter(model, (torch.empty(1, 3, 4, 4),), {})  # 16 pixels * 8 * 27 taps + 128 * 10
+    4736
+    """
+    args, named = tree_map_only(Tensor, lambda t: t.to("meta"), (args, dict(kwargs)))
+    counter = FlopCounterMode(display=False)
+    with torch.device("meta"), torch.no_grad(), counter:
+        model.to("meta").eval()(*args, **named)
+    return counter.get_total_flops() // 2  # it counts the multiplication and the addition
+
+
+def _count_with_fvcore(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _FvcoreCount:
+    """MACs by fvcore, on real tensors; it takes positional inputs only."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it uses torch.jit, which is deprecated, and is what fvcore has
+        warnings.simplefilter("ignore")  # fvcore uses torch.jit, which warns that it is deprecated
         from fvcore.nn import FlopCountAnalysis
 
-    model, inputs = build()
-    logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        plain = FlopCountAnalysis(model, inputs)
-        plain.tracer_warnings("none")
-        by_operator = {k: int(v) for k, v in plain.by_operator().items()}
-        unseen = {
-            k: v
-            for k, v in plain.unsupported_ops().items()
-            if "attention" in k or "lstm" in k or "conv" in k or "mm" in k
-        }
-        helped = FlopCountAnalysis(model, inputs).set_op_handle("aten::scaled_dot_product_attention", _attention)
-        helped.tracer_warnings("none")
-        attention = int(helped.by_operator().get("scaled_dot_product_attention", 0))
-    counted = {k: v for k, v in by_operator.items() if k in _MACS}
-    weighted = sum(row.macs.evaluate(table.sizes) for row in table.layers if row.weighted and row.role != "attention")
-    products = sum(row.macs.evaluate(table.sizes) for row in table.layers) - weighted
-    theirs = sum(counted.values())
-    unaided = ", ".join(f"{k} {v:,}" for k, v in sorted(counted.items()))
-    whole = {
-        "what": "whole model, fvcore given a rule for attention",
-        "ours": weighted + products,
-        "fvcore": theirs + attention,
-    }
-    rows: list[dict[str, Any]] = [
-        {"what": "whole model, fvcore as it is", "ours": weighted + products, "fvcore": theirs, "note": unaided}
-    ]
-    if attention:
-        rows.append(
-            {
-                "what": "fused attention products",
-                "ours": None,
-                "fvcore": attention,
-                "note": "counted by the rule given to it",
-            }
-        )
-        rows.append(whole | {"note": None})
-    return Crosscheck(rows, unseen, theirs + attention == weighted + products)
+        logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
+        inputs = (*args, *kwargs.values())
+        unaided = FlopCountAnalysis(model, inputs)
+        unaided.tracer_warnings("none")
+        by_operator = {op: int(macs) for op, macs in unaided.by_operator().items() if op in _MAC_OPS}
+        missed = unaided.unsupported_ops().items()
+        unseen = {op: n for op, n in missed if any(word in op for word in _UNSEEN_WORDS)}
+        aided = FlopCountAnalysis(model, inputs).set_op_handle(_ATTENTION_OP, _attention_macs)
+        aided.tracer_warnings("none")
+        attention = int(aided.by_operator().get("scaled_dot_product_attention", 0))
+    return _FvcoreCount(by_operator, attention, unseen)
 
 
-def _attention(inputs: list[Any], outputs: list[Any]) -> int:
-    """MACs of fused attention from its traced shapes: queries x keys x (d + d_v) for every head of every sample."""
+def _attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    """MACs of fused attention from its jit values: queries x keys x (d + d_v) for every head of every sample."""
     from fvcore.nn.jit_handles import get_shape
 
-    q, k, v = (get_shape(x) or [] for x in inputs[:3])
+    q, k, v = (get_shape(x) or [] for x in inputs[:3])  # [..., queries, d], [..., keys, d], [..., keys, d_v]
     pairs = k[-2]
     for dim in q[:-1]:
         pairs *= dim
     return pairs * (q[-1] + v[-1])
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__

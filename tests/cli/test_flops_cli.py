@@ -133,10 +133,20 @@ def test_comparison_names_what_cannot_be_matched_and_exits_1(sparseift) -> None:
     assert rows[1]["forward_ratio"] <= 1 and "no density matches" in rows[2]["note"]
 
 
+def test_verify_of_a_model_too_large_for_fvcore_uses_flop_counter_mode(sparseift) -> None:
+    code, out, _ = sparseift("flops", "gpt3_175b", "--verify", "--json")
+    found = json.loads(out)["verify"]
+    assert code == 0 and found["agree"] is True
+    assert found["rows"][0]["flop_counter"] == found["rows"][0]["ours"] and found["rows"][0]["fvcore"] is None
+    assert "fvcore was not run" in found["verdict"] and "are too many" in found["verdict"]
+
+
 def test_verify_agrees_and_names_what_fvcore_misses(sparseift) -> None:
     data = json.loads(sparseift("flops", "vit_s_16", "--verify", "--json")[1])
     assert data["verify"]["agree"] is True
     assert data["verify"]["unseen_by_fvcore"] == {"aten::scaled_dot_product_attention": 12}
+    assert data["verify"]["rows"][0]["flop_counter"] == data["verify"]["rows"][0]["ours"]
+    assert data["verify"]["verdict"].startswith("FlopCounterMode, fvcore and sparseift agree to the MAC.")
     assert (
         data["verify"]["rows"][0]["fvcore"] < data["verify"]["rows"][0]["ours"] == data["verify"]["rows"][-1]["fvcore"]
     )
@@ -172,7 +182,6 @@ def test_verify_agrees_and_names_what_fvcore_misses(sparseift) -> None:
         (("flops", "tests.benchmarks.model:make"), "input of tests.benchmarks.model:make is not known"),
         (("flops", "tests.benchmarks.model:make", "--input", "4x8x8"), "does not run on input 1x4x8x8"),
         (("flops", "missing.yaml"), "no recipe missing.yaml"),
-        (("flops", "gpt3_175b", "--verify"), "too many"),
         (("flops", "resnet18", "-s", "0.9", "--max-flops-ratio", "nan"), "--max-flops-ratio nan is no ratio"),
         (("flops", "resnet18", "-s", "0.5,0.9", "--max-layer-ratio", "nan"), "--max-layer-ratio nan is no ratio"),
         (("flops", "mobilenet_v2", "-t", "factorized", "-s", ".75", "--pattern", "4x4"), "blocks have room for 0"),
