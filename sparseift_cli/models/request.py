@@ -8,6 +8,13 @@ from typing import Any
 
 from ..errors import UsageError
 
+_OLD_SPELLING = "sparseift_cli.quickstart:"
+
+
+def proper_source(source: str) -> str:
+    """A source as it is written today: recipes and runs of older versions say `sparseift_cli.quickstart:digits_mlp`."""
+    return source.removeprefix(_OLD_SPELLING)
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -18,6 +25,9 @@ class Request:
     image: tuple[int, ...] | None = None
     seq: int | None = None
     batch: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "source", proper_source(self.source))
 
     def to_json(self) -> dict[str, Any]:
         """What another process needs to build the same model."""

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidato
 
 from ..data.registry import CATALOG, find
 from ..errors import UsageError, did_you_mean
+from ..models.request import proper_source
 from ..sparsity.schedule import Algorithm
 from . import durations
 
@@ -61,7 +62,9 @@ class Model(Section):
     """The dense model one starts from."""
 
     SHORT: ClassVar[str | None] = "name"
-    name: str = Field(description="A zoo model, torchvision:NAME, timm:NAME, hf:FOLDER or pkg.module:callable.")
+    name: Annotated[str, AfterValidator(proper_source)] = Field(
+        description="A zoo model, torchvision:NAME, timm:NAME, hf:FOLDER or pkg.module:callable."
+    )
     num_classes: Count | None = Field(None, description="Classes of an image model. Default: those of the data.")
     input: str | None = Field(
         None,

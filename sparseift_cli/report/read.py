@@ -17,6 +17,7 @@ from types import NoneType
 from typing import Any
 
 from ..errors import ArtifactError, UsageError
+from ..models.request import proper_source
 from ..recipe import strict_yaml
 from ..runs.directory import AUDIT, LOCK, METRICS, PLAN, PROVENANCE, RECIPE, SUMMARY
 from ..runs.metrics import read_metrics
@@ -102,6 +103,7 @@ class Files:
                 raise Damaged(" ".join(error.message.replace(f"{path}:", f"{RECIPE}:").split())) from None
             found = printable(document.plain())
             _require_sections(found)
+            found["model"] = {**found["model"], "name": proper_source(str(found["model"].get("name")))}
             self._recipes[key] = found
         recipe = self._recipes[key]
         if len(seeds) == 1:

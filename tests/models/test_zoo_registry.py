@@ -11,7 +11,7 @@ import pytest
 
 from sparseift_cli.errors import UsageError
 from sparseift_cli.models import zoo
-from sparseift_cli.models.zoo.catalog import ALIASES, MODELS
+from sparseift_cli.models.zoo.catalog import ALIASES, MODELS, QUICKSTART
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_no_two_names_collide() -> None:
     assert all(zoo.lookup(name).name == name for name in MODELS)
     assert set(ALIASES.values()) <= set(MODELS)
     assert not set(ALIASES) & set(MODELS)
-    assert len(zoo.names()) == len(set(zoo.names())) == 34
+    assert len(zoo.names()) == len(set(zoo.names())) == 38
 
 
 def test_unknown_name_gets_a_suggestion_and_the_list() -> None:
@@ -57,10 +57,10 @@ def test_unknown_name_gets_a_suggestion_and_the_list() -> None:
 
 
 def test_every_model_says_what_it_is() -> None:
-    for info in MODELS.values():
+    for info in map(zoo.lookup, MODELS):
         assert (info.image is None) == (info.num_classes is None) == (info.seq is not None) == (info.kind == "tokens")
         assert info.title
-        assert "keys of" in info.source
+        assert "keys of" in info.source or info.source == QUICKSTART
 
 
 def test_input_shapes() -> None:
@@ -95,5 +95,5 @@ def test_batch_of_none_is_refused() -> None:
 
 
 def test_names_need_no_torch(root: Path) -> None:
-    code = "import sys; from sparseift_cli import zoo; zoo.lookup('gpt2'); sys.exit('torch' in sys.modules)"
+    code = "import sys; from sparseift_cli.models import zoo; zoo.lookup('gpt2'); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)

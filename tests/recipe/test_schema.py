@@ -160,11 +160,12 @@ def test_shipped_recipes_audit(entry: Any, capsys: pytest.CaptureFixture[str]) -
 def test_quickstart_models_build_and_widen(name: str) -> None:
     import torch
 
-    from sparseift_cli.models import examples as quickstart
-    from sparseift_cli.models.source import Request, resolve
+    from sparseift_cli.models.request import Request
+    from sparseift_cli.models.source import build, resolve
     from sparseift_cli.recipe.load import find
 
-    model, inputs = getattr(quickstart, name)()
+    built = build(Request(name), device="cpu")
+    model, inputs = built.model.train(), built.args[0]
     assert sum(p.numel() for p in model.parameters()) < 300_000
     assert model(inputs.expand(2, *inputs.shape[1:])).shape[-1] in (10, 256)
     assert torch.isfinite(model(inputs.expand(2, *inputs.shape[1:]))).all()
@@ -172,7 +173,7 @@ def test_quickstart_models_build_and_widen(name: str) -> None:
         path = find(f"quickstart/{name}_{size}")
         assert path is not None
         request, recipe = resolve(Request(str(path)))
-        assert (request.source, recipe is not None) == (f"sparseift_cli.models.examples:{name}", True)
+        assert (request.source, recipe is not None) == (name, True)
 
 
 def test_siblings_differ_in_their_transform_only() -> None:

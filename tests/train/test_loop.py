@@ -322,7 +322,7 @@ def test_two_processes_measure_the_model_that_is_saved(write_recipe: Write, tmp_
     """Each has batch statistics of its own after a step; rank 0's are those of the checkpoint."""
     recipe = write_recipe(None, steps=20)
     sets = [
-        "model.name=sparseift_cli.models.examples:digits_mlp",
+        "model.name=digits_mlp",
         "model.input=null",
         "data=digits",
         "evaluation.limit=200",

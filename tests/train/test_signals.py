@@ -26,7 +26,7 @@ from sparseift_cli.train.processes import listening
 from sparseift_cli.train.run import run_jobs
 
 Write = Callable[..., Path]
-CNN = "sparseift_cli.models.examples:digits_cnn"
+CNN = "digits_cnn"
 
 
 def quiet(*_: Any) -> None:

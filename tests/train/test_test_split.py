@@ -70,9 +70,7 @@ def test_the_last_line_has_the_test_split(tmp_path: Path, texts: str) -> None:
 
 
 def test_a_test_split_that_is_watched_is_none(tmp_path: Path) -> None:
-    recipe = RECIPE.format(data="digits").replace(
-        "tests.helpers.nets:letters", "sparseift_cli.models.examples:digits_mlp"
-    )
+    recipe = RECIPE.format(data="digits").replace("tests.helpers.nets:letters", "digits_mlp")
     with pytest.raises(
         UsageError, match=r"recipe.yaml:6:\d+: evaluation.test: digits has no test split beside the one"
     ):

@@ -1,11 +1,16 @@
-"""What the zoo holds: one `ModelInfo` per model, told without torch."""
+"""What the zoo holds: one `ModelInfo` per model, readable without torch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from ...base.registry import Registry
 from ...errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Image = tuple[int, int, int]
 """Channels, height and width in pixels."""
@@ -13,14 +18,20 @@ Image = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """One model of the zoo, as far as it can be told without torch."""
+    """One model by name: what is known of it without building it, and where it is built.
+
+    A model from outside brings `make`, which is called with `num_classes` and `image` (image models) or with nothing
+    (language models) and returns the module:
+
+        MODELS.register("my_net", ModelInfo("my_net", make=my_net, image=(3, 32, 32), num_classes=10))
+    """
 
     name: str
-    family: str
-    """The module of this package that defines it."""
-    title: str
+    family: str = ""
+    """The module of this package that defines it; empty where `make` builds it."""
+    title: str = ""
     """One line for people."""
-    source: str
+    source: str = ""
     """Paper, and whose `state_dict` keys the model has."""
     image: Image | None = None
     """Default input of an image model; None for a language model."""
@@ -30,6 +41,8 @@ class ModelInfo:
     """Default tokens per sequence of a language model; None for an image model."""
     max_seq: int | None = None
     """Tokens that fit the table of learned positions; None where there is no table."""
+    make: Callable[..., nn.Module] | None = None
+    """Builds a model from outside the zoo."""
 
     @property
     def kind(self) -> Literal["image", "tokens"]:
@@ -127,7 +140,9 @@ def _gpt3(size: str) -> ModelInfo:
 
 LLAMA = f"Llama 3: arXiv 2407.21783; {TRANSFORMERS} (LlamaForCausalLM)"
 
-MODELS = {
+QUICKSTART = "for the quickstart recipes of sparseift"
+
+_ZOO = {
     info.name: info
     for info in (
         *map(_resnet, (18, 34, 50, 101, 152)),
@@ -170,6 +185,10 @@ MODELS = {
         *map(_gpt3, ("Small", "Medium", "Large", "XL", "2.7B", "6.7B", "13B", "175B")),
         ModelInfo("llama_tiny", "llama", "Llama-style decoder of 11 M parameters, GQA, tied head", LLAMA, seq=256),
         ModelInfo("llama3_8b", "llama", "Llama 3 8B, GQA, trained on 8192 tokens", LLAMA, seq=4096),
+        ModelInfo("digits_mlp", "digits", "Seven linear layers for 8x8 digits", QUICKSTART, (1, 8, 8), 10),
+        ModelInfo("digits_cnn", "digits", "Four convolutions for 8x8 digits", QUICKSTART, (1, 8, 8), 10),
+        ModelInfo("bytes_gpt", "gpt", "GPT over bytes: 4 blocks of width 64", QUICKSTART, seq=128, max_seq=128),
+        ModelInfo("wikitext_gpt", "gpt", "GPT over bytes: 6 blocks of width 256", QUICKSTART, seq=256, max_seq=256),
     )
 }
 
@@ -190,3 +209,17 @@ ALIASES = {
     "meta_llama_3_8b": "llama3_8b",
 }
 """Names that other places use. Case, dashes, dots and underscores never matter and need no entry."""
+
+
+def _not_a_model(entry: object) -> str | None:
+    if not isinstance(entry, ModelInfo):
+        return f"it is a {type(entry).__name__}, not a ModelInfo"
+    if not entry.family and entry.make is None:
+        return "it has no `make` that builds it"
+    if (entry.image is None) == (entry.seq is None):
+        return "it needs `image`, one sample's (channels, height, width), or `seq`, tokens in a sample: one of them"
+    return None
+
+
+MODELS: Registry[ModelInfo] = Registry("model", "models", _ZOO, aliases=ALIASES, check=_not_a_model)
+"""Every model by name, those of installed packages (entry points `sparseift.models`) included."""

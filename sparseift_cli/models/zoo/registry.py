@@ -10,36 +10,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ...errors import UsageError, did_you_mean
-from .catalog import ALIASES, MODELS, Image, ModelInfo
+from .catalog import MODELS, Image, ModelInfo
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
 
-def _squeezed(name: str) -> str:
-    """Letters and digits alone: case, dashes, dots and underscores never matter."""
-    return "".join(filter(str.isalnum, name.lower()))
-
-
-_BY_SQUEEZED = {_squeezed(name): name for name in MODELS} | {_squeezed(k): name for k, name in ALIASES.items()}
-
-
 def names() -> list[str]:
-    """Every model: image models by family, then language models by family, each from small to large."""
+    """Every model: image models by family, then language models by family, each from small to large; then the others."""
     return list(MODELS)
 
 
 def lookup(name: str) -> ModelInfo:
     """The model called `name`: `resnet18`, `ResNet-18`, `gpt3-2.7b` or an alias. Raises UsageError for any other."""
-    found = _BY_SQUEEZED.get(_squeezed(name))
-    if found is None:
-        near = did_you_mean(name.replace("-", "_"), MODELS)
-        known = f"the zoo has {', '.join(MODELS)}"
-        if name.lower().endswith((".safetensors", ".pt", ".pth", ".th", ".bin", ".ckpt")):
-            near, known = None, f"a checkpoint? sparseift inspect {name} says what model it is of"
-        raise UsageError(f"no model is called '{name}'", hint=f"{near} {known}" if near else known)
-    return MODELS[found]
+    if name in MODELS:
+        return MODELS.get(name)
+    near = did_you_mean(name.replace("-", "_"), MODELS)
+    known = f"the zoo has {', '.join(MODELS)}"
+    if name.lower().endswith((".safetensors", ".pt", ".pth", ".th", ".bin", ".ckpt")):
+        near, known = None, f"a checkpoint? sparseift inspect {name} says what model it is of"
+    raise UsageError(f"no model is called '{name}'", hint=f"{near} {known}" if near else known)
 
 
 def build(
@@ -52,6 +43,8 @@ def build(
     Raises UsageError for an unknown name and for what `ModelInfo.with_input` refuses.
     """
     info = lookup(name).with_input(num_classes=num_classes, seq=seq, image=image)
+    if info.make is not None:
+        return info.make(**({"num_classes": info.num_classes, "image": info.image} if info.image else {}))
     family = import_module(f"{__package__}.{info.family}")
     config = family.CONFIGS[info.name]
     if info.kind == "image":
