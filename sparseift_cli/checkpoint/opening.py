@@ -86,7 +86,7 @@ def _read(path: Path, file: BinaryIO, size: int, key: str | None) -> _Opened:
     if kind == "safetensors":
         if key is not None:
             raise Malformed("is safetensors, which holds one flat list of tensors", hint="leave out --key")
-        tensors, metadata = read_header(path, file, size)
+        tensors, metadata = read_header(path)
         return _Opened(path, _FORMATS[kind], size, tensors, metadata=metadata)
     saved = (read_zip if kind == "zip" else read_legacy)(path, file, size)
     found = find_state_dict(saved.root, key)

@@ -1,100 +1,88 @@
-"""The header of a `.safetensors` file, in plain Python: the data behind it is never touched.
+"""The tensors of a `.safetensors` file, listed from its header by the safetensors library; no tensor is read.
 
-Layout: 8 bytes n (little-endian), n bytes of JSON `{name: {dtype, shape, data_offsets: [begin, end]}}`, then the data.
-As in the reference implementation the tensors must tile the data exactly: no holes, no overlaps, nothing behind.
+Layout of the file: 8 bytes n (little-endian), n bytes of JSON `{name: {dtype, shape, data_offsets: [begin, end]}}`, then the
+data. The library checks that the tensors cover the data exactly: no gaps, no overlaps, nothing behind the last one, and every
+shape needs as many bytes as its offsets say. It does not say where in the file a tensor is; that follows from its answers: in
+the order of their data, each tensor begins where the one before it ends.
 https://github.com/huggingface/safetensors#format
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from math import prod
+import os
+from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
 
-from .bounded_json import MAX_BYTES, parse_object
-from .dtypes import BITS, SAFETENSORS
-from .facts import LARGEST, Malformed, Storage, TensorInfo, printable, row_major
+from .bounded_json import MAX_BYTES
+from .dtypes import SAFETENSORS
+from .facts import Malformed, Storage, TensorInfo, printable, row_major
 
-MAX_DIMS = 64
+MAX_DIMS = 64  # as in PyTorch
+_DAMAGED = "download or copy it again"
+
+# What safetensors says of a broken file -> what we say. Anything else is passed on as it is.
+_IN_WORDS = {
+    "incomplete metadata": "truncated, or with bytes that belong to no tensor: its header does not describe all of the file",
+    "invalid offset for tensor": "damaged: two of its tensors overlap, or bytes between them belong to no tensor",
+    "invalid shape, data type, or offset": "damaged: the shape of a tensor does not fit the bytes that it claims",
+    "overflow": "damaged: the shape of a tensor is impossible",
+}
 
 
-def read_header(path: Path, file: BinaryIO, size: int) -> tuple[list[TensorInfo], dict[str, str]]:
-    """Tensors in the order of their data, and the `__metadata__`, of an open file of `size` bytes.
+def read_header(path: Path) -> tuple[list[TensorInfo], dict[str, str]]:
+    """Tensors in the order of their data, and the `__metadata__`. Imports no torch.
 
     Raises:
         Malformed: the header or the file's size breaks the format.
+        OSError: the file cannot be read.
     """
-    file.seek(0)
-    length = int.from_bytes(file.read(8), "little")
-    if length > size - 8:
-        raise Malformed(
-            f"truncated or not safetensors: its header claims {length:,} bytes, the file has {size:,}",
-            hint="download or copy it again",
-        )
-    if length > MAX_BYTES:
-        raise Malformed(f"its safetensors header claims {length:,} bytes; up to {MAX_BYTES:,} are read")
-    header = parse_object(file.read(length), "the safetensors header")
-    metadata = _metadata(header.pop("__metadata__", {}))
-    tensors = [_tensor(path, 8 + length, size, name, facts) for name, facts in header.items()]
-    tensors.sort(key=lambda t: (t.storage.offset, t.nbytes))
-    _check_tiling(tensors, 8 + length, size)
+    length = _header_length(path)
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            slices = [(name, file.get_slice(name)) for name in file.offset_keys()]
+            listed = [(name, str(part.get_dtype()), tuple(part.get_shape())) for name, part in slices]
+    except SafetensorError as error:
+        raise _malformed(str(error)) from None
+    tensors: list[TensorInfo] = []
+    begin = 8 + length
+    for name, code, shape in listed:
+        tensors.append(_tensor(path, begin, name, code, shape))
+        begin += tensors[-1].nbytes
     return tensors, metadata
 
 
-def _metadata(found: object) -> dict[str, str]:
-    if not isinstance(found, dict):
-        raise Malformed("`__metadata__` of the safetensors header is not an object")
-    if not all(isinstance(value, str) for value in found.values()):
-        raise Malformed("`__metadata__` of the safetensors header holds something other than text")
-    return found
+def _header_length(path: Path) -> int:
+    """Bytes of the JSON header, refused where it is longer than the file or than any list of tensors needs.
 
-
-def _tensor(path: Path, data: int, size: int, name: str, facts: object) -> TensorInfo:
-    """One entry of the header; `data` is the offset of the data in a file of `size` bytes."""
-    shown = printable(name)
-    if not isinstance(facts, dict) or not {"dtype", "shape", "data_offsets"} <= facts.keys():
-        raise Malformed(f"tensor {shown!r}: the header lacks its dtype, shape or data_offsets")
-    code, shape, offsets = facts["dtype"], facts["shape"], facts["data_offsets"]
-    if not isinstance(code, str) or code not in SAFETENSORS:
-        raise Malformed(f"tensor {shown!r}: unknown dtype {_shown(code)}")
-    if not _sizes(shape) or len(shape) > MAX_DIMS or prod(shape) > LARGEST // 16:
-        raise Malformed(f"tensor {shown!r}: impossible shape {_shown(shape)}")
-    if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise Malformed(f"tensor {shown!r}: impossible data_offsets {_shown(offsets)}")
-    dtype = SAFETENSORS[code]
-    bits, nbytes = prod(shape) * BITS[dtype], offsets[1] - offsets[0]
-    if data + offsets[1] > size:
+    The library accepts headers of 100 MB, and a Python object for each tensor of one takes several times its size.
+    """
+    with path.open("rb") as file:
+        size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+    if length > size - 8:
         raise Malformed(
-            f"truncated: tensor {shown!r} ends at byte {data + offsets[1]:,}, the file has {size:,}",
-            hint="download or copy it again",
+            f"truncated or not safetensors: its header claims {length:,} bytes, the file has {size:,}", hint=_DAMAGED
         )
-    if bits != nbytes * 8:
-        raise Malformed(f"tensor {shown!r}: shape {shape} of {dtype} needs {(bits + 7) // 8:,} bytes, not {nbytes:,}")
-    dims = tuple(shape)
-    return TensorInfo(name, dims, dtype, Storage(path, data + offsets[0], nbytes), row_major(dims))
+    if length > MAX_BYTES:
+        raise Malformed(f"its safetensors header claims {length:,} bytes; up to {MAX_BYTES:,} are read")
+    return length
 
 
-def _sizes(found: object) -> bool:
-    """Is it a list of non-negative 64-bit integers? (True is an int in Python, and no size.)"""
-    return isinstance(found, list) and all(type(n) is int and 0 <= n <= LARGEST for n in found)
+def _malformed(error: str) -> Malformed:
+    what = error.removeprefix("Error while deserializing header: ")
+    for begins, words in _IN_WORDS.items():
+        if what.startswith(begins):
+            return Malformed(words, hint=_DAMAGED)
+    return Malformed(f"its safetensors header cannot be read: {printable(what, 160)}", hint=_DAMAGED)
 
 
-def _shown(value: object) -> str:
-    """A value of the header for a message; of anything nested only its type, for printing it could overflow the stack."""
-    if isinstance(value, list) and all(isinstance(n, int | float) for n in value[:9]):
-        return f"[{', '.join(printable(str(n), 24) for n in value[:8])}{', …' if len(value) > 8 else ''}]"
-    return repr(printable(value, 40)) if isinstance(value, str) else f"of type {type(value).__name__}"
-
-
-def _check_tiling(tensors: Iterable[TensorInfo], data: int, size: int) -> None:
-    end, last = data, None
-    for tensor in tensors:
-        if tensor.storage.offset < end:
-            raise Malformed(f"tensors {printable(last or '')!r} and {printable(tensor.name)!r} overlap")
-        if tensor.storage.offset > end:
-            hole = tensor.storage.offset - end
-            raise Malformed(f"{hole:,} bytes before {printable(tensor.name)!r} belong to no tensor")
-        end, last = end + tensor.nbytes, tensor.name
-    if end != size:
-        raise Malformed(f"{size - end:,} bytes behind the last tensor belong to no tensor")
+def _tensor(path: Path, begin: int, name: str, code: str, shape: tuple[int, ...]) -> TensorInfo:
+    """One tensor whose data begins at byte `begin` of the file; `code` is the format's name of its element type."""
+    if code not in SAFETENSORS:
+        raise Malformed(f"tensor {printable(name)!r}: unknown dtype {printable(code, 40)!r}")
+    if len(shape) > MAX_DIMS:
+        raise Malformed(f"tensor {printable(name)!r} has {len(shape):,} dimensions; up to {MAX_DIMS} are read")
+    info = TensorInfo(name, shape, SAFETENSORS[code], Storage(path, begin, 0), row_major(shape))
+    return replace(info, storage=Storage(path, begin, info.nbytes))

@@ -16,8 +16,7 @@ def tensors_in(path: Path) -> dict[str, TensorInfo]:
         ArtifactError: the file is missing, cannot be read, or is not of its format.
     """
     try:
-        with path.open("rb") as file:
-            return {info.name: info for info in read_header(path, file, path.stat().st_size)[0]}
+        return {info.name: info for info in read_header(path)[0]}
     except Malformed as error:
         raise ArtifactError(f"{path}: {error.what}", hint=error.hint) from None
     except OSError as error:

@@ -8,12 +8,16 @@ import os
 import pickle
 import random
 import struct
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+
+from sparseift_cli.checkpoint import open_checkpoint, read_tensor
 
 
 class Payload:
@@ -53,6 +57,12 @@ HOSTILE: dict[str, bytes] = {
     "beyond.safetensors": header({"a": {**F32, "data_offsets": [0, 1 << 50]}}),
     "negative.safetensors": header({"a": {**F32, "data_offsets": [-8, 0]}}, bytes(8)),
     "overlap.safetensors": header({"a": F32, "b": F32}, bytes(8)),
+    "hole.safetensors": header({"a": F32, "b": {**F32, "data_offsets": [12, 20]}}, bytes(20)),
+    "behind.safetensors": header({"a": F32}, bytes(12)),
+    "short.safetensors": header({"a": F32}, bytes(4)),
+    "misfit.safetensors": header({"a": {**F32, "shape": [3]}}, bytes(8)),
+    "metadata.safetensors": header({"a": F32, "__metadata__": {"n": 3}}, bytes(8)),
+    "dimensions.safetensors": header({"a": {**F32, "shape": [2] + [1] * 64}}, bytes(8)),
     "absurd.safetensors": header({"a": {**F32, "shape": [1 << 62, 1 << 62]}}, bytes(8)),
     "dtype.safetensors": header({"a": {**F32, "dtype": "F99"}}, bytes(8)),
 }
@@ -64,6 +74,54 @@ def test_a_file_that_is_no_checkpoint(sparseift, tmp_path: Path, name: str) -> N
     path.write_bytes(HOSTILE[name])
     code, out, err = sparseift("inspect", str(path))
     assert code == 2 and not out and err.startswith("sparseift: ") and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("huge-header", "its header claims 1,152,921,504,606,846,976 bytes, the file has 10"),
+        ("overlap", "two of its tensors overlap, or bytes between them belong to no tensor"),
+        ("hole", "two of its tensors overlap, or bytes between them belong to no tensor"),
+        ("behind", "truncated, or with bytes that belong to no tensor"),
+        ("short", "truncated, or with bytes that belong to no tensor"),
+        ("misfit", "the shape of a tensor does not fit the bytes that it claims"),
+        ("absurd", "the shape of a tensor is impossible"),
+        ("dtype", "unknown variant `F99`"),
+        ("dimensions", "has 65 dimensions; up to 64 are read"),
+    ],
+)
+def test_what_is_wrong_with_a_safetensors_file_is_said(sparseift, tmp_path: Path, name: str, said: str) -> None:
+    path = tmp_path / f"{name}.safetensors"
+    path.write_bytes(HOSTILE[path.name])
+    assert said in sparseift("inspect", str(path))[2]
+
+
+def test_offsets_of_a_safetensors_header_are_those_of_the_file(tmp_path: Path) -> None:
+    """The library lists names in the order of the data; each tensor begins where the one before it ends."""
+    state = {
+        "z": torch.arange(5.0),
+        "a": torch.ones(3, 2, dtype=torch.bfloat16),
+        "m": torch.zeros(0, 4),
+        "b": torch.tensor(7),
+    }
+    save_file(state, str(tmp_path / "four.safetensors"), metadata={"format": "pt"})
+    found = open_checkpoint(tmp_path / "four.safetensors")
+    raw = (tmp_path / "four.safetensors").read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    claimed = {k: v["data_offsets"] for k, v in json.loads(raw[8 : 8 + length]).items() if k != "__metadata__"}
+    at = {t.name: [t.storage.offset - 8 - length, t.storage.offset + t.nbytes - 8 - length] for t in found.tensors}
+    assert at == claimed and found.metadata == {"format": "pt"}
+    for name, tensor in state.items():
+        assert torch.equal(read_tensor(found, name), tensor)
+
+
+def test_listing_a_safetensors_file_imports_no_torch(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, str(tmp_path / "a.safetensors"))
+    code = (
+        "import sys; from sparseift_cli.checkpoint import open_checkpoint; "
+        f"open_checkpoint({str(tmp_path / 'a.safetensors')!r}); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("legacy", [False, True])
