@@ -34,7 +34,7 @@ class Option:
         flags: its spellings on the command line; `--name-with-dashes` if none are given.
         names: the values it may have, where a registry or a tuple lists them and not a `Literal`. A registry also takes
             `package.module:Name`.
-        only: the member or algorithm that alone reads it; the others ignore it. Shown before the help.
+        only: the members or algorithms that read it; the others ignore it. Shown before the help.
         minimum: the smallest value; `above` a limit that is no value itself.
         maximum: the largest value; `below` a limit that is no value itself.
         pattern: regular expression that the text must match.
@@ -90,7 +90,8 @@ class DeclaredOption:
     @property
     def help(self) -> str:
         """The sentence, behind the member or algorithm that it is for."""
-        return f"{self.option.only}: {self.option.help}" if self.option.only else self.option.help
+        text = self.option.help
+        return f"{self.option.only}: {text[0].lower()}{text[1:]}" if self.option.only else text
 
     @property
     def shown_default(self) -> str | None:

@@ -1,4 +1,7 @@
-"""What a user asks for: the transform, and how the transformed network would be trained. Checked on construction; no torch."""
+"""What a user asks for: the transform, and how the transformed network is trained. Checked on construction; no torch.
+
+Every option is declared here and only here, on its annotated field: `base/options.py` says what is made from it.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from numbers import Integral
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
+from ..base.options import Option, check
 from ..errors import UsageError, did_you_mean, one_of
-from ..sparsity.schedule import ALGORITHMS, Algorithm, Schedule
+from ..sparsity.schedule import Algorithm, Schedule
 from .isoflop import density
-from .widths import HeadScaling
 
 Member = Literal["sparse_wide", "sparse_parallel", "sparse_factorized", "sparse_doped"]
 MEMBERS: tuple[Member, ...] = get_args(Member)
@@ -20,47 +22,141 @@ Match = Literal["off", "layer", "model", "train"]
 MATCHES: tuple[Match, ...] = get_args(Match)
 Scope = Literal["all", "inner", "none"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
+HeadScaling = Literal["scale_dim", "scale_count"]
 
 ACTIVATIONS = ("relu", "relu6", "gelu", "silu", "hardswish", "mish", "elu", "selu", "leaky_relu")
-"""Functions of torch.nn.functional that may stand inside a member."""
+"""Functions of torch.nn.functional that a member may apply."""
+
+# The headings under which --help lists the options.
+_TRANSFORM = "Transform"
+_WIDE = "Sparse Wide"
+_LOCAL = "Parallel, Factorized, Doped"
+_TRAINING = "Training FLOPs"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransformSpec:
-    """One Sparse-IFT transform. Every field has the meaning of section 2 of the paper or is named as ours.
+    """One Sparse-IFT transform. Its options are declared here, for the command line, recipes and the documentation alike.
+
+    Every option has the meaning of section 2 of the paper (arXiv 2303.11525), or is our own: scope inner and none, match model
+    and train.
 
     Raises:
         UsageError: a value that does not exist, or a combination that contradicts itself.
     """
 
-    member: Member = "sparse_wide"
-    sparsity: str = "0.5"
-    match: Match = "layer"  # what is held iso-FLOP: nothing, each transformed layer, the model's forward, its training
-    scope: Scope = "all"
-    """Which widths Sparse Wide grows: every inner one (the paper), only those no stream shares, or none.
-
-    With `none` the layers that `all` would widen become sparse at their dense size: 1 - s of their FLOPs, no iso-FLOP
-    transform but the control of one.
+    member: Annotated[
+        Member,
+        Option("The member of the Sparse-IFT family.", panel=_TRANSFORM, flags=("--transform", "-t"), shown="wide"),
+    ] = "sparse_wide"
+    sparsity: Annotated[
+        str,
+        Option(
+            "The share of zeros in transformed layers: 0.9 means that nine of ten weights are zero.",
+            panel=_TRANSFORM,
+            flags=("--sparsity", "-s"),
+            decimal=True,
+            minimum=0,
+            below=1,
+            metavar="NUMBER",
+        ),
+    ] = "0.5"
+    match: Annotated[
+        Match,
+        Option(
+            "What keeps the dense model's FLOPs: each transformed layer, the model's forward pass, its training, or nothing.",
+            panel=_TRANSFORM,
+        ),
+    ] = "layer"
+    scope: Annotated[
+        Scope,
+        Option(
+            "Which widths grow: all inner ones; only those that no residual stream shares; or none, as a control: the layers "
+            "that all would widen become sparse at their dense size (needs match off).",
+            panel=_WIDE,
+            only="wide",
+        ),
+    ] = "all"
+    include: Annotated[
+        tuple[str, ...],
+        Option("Transform only layers whose name matches one of these globs.", panel=_TRANSFORM, metavar="GLOB"),
+    ] = ()
+    exclude: Annotated[
+        tuple[str, ...],
+        Option("Leave layers whose name matches one of these globs as they are.", panel=_TRANSFORM, metavar="GLOB"),
+    ] = ()
+    width_multiple: Annotated[
+        int, Option("Round widths to a multiple of this.", panel=_WIDE, only="wide", minimum=1)
+    ] = 1
+    base_width: Annotated[
+        int | None,
+        Option(
+            "New width of the stem; every other width keeps its proportion to it.",
+            panel=_WIDE,
+            only="wide",
+            minimum=1,
+        ),
+    ] = None
+    heads: Annotated[
+        HeadScaling, Option("Attention grows by larger heads, or by more of them.", panel=_WIDE, only="wide")
+    ] = "scale_dim"
+    depthwise: Annotated[
+        Literal["dense", "sparse"],
+        Option("Depthwise convolutions stay dense, or become sparse.", panel=_WIDE, only="wide"),
+    ] = "dense"
+    branch_activation: Annotated[
+        Literal["each", "sum"],
+        Option("Norm and activation in each branch, or after the sum of branches.", panel=_LOCAL, only="parallel"),
+    ] = "each"
+    inner: Annotated[
+        Literal["activation", "norm", "linear"],
+        Option("What is between the factors U and V.", panel=_LOCAL, only="factorized"),
+    ] = "activation"
+    norm: Annotated[
+        Literal["model", "batch_norm", "none"],
+        Option(
+            "Norm inside a transformed convolution: as in the model, batch norm, or none.",
+            panel=_LOCAL,
+            only="parallel, factorized",
+        ),
+    ] = "model"
+    activation: Annotated[
+        str,
+        Option(
+            "Activation inside a transformed layer: as in the model, none, or a function of torch.nn.functional (relu, gelu, "
+            "silu, ...).",
+            panel=_LOCAL,
+            only="parallel, factorized",
+            metavar="NAME",
+        ),
+    ] = "model"
+    """`model`: the function that follows the layer in the model. Where a norm is between them in a Parallel layer, it is the
+    function behind that norm which reads the layer itself, with no residual sum between them.
     """
-    include: tuple[str, ...] = ()  # globs on layer names
-    exclude: tuple[str, ...] = ()
-    width_multiple: int = 1
-    base_width: int | None = None  # new width of the stem; every other width keeps its proportion to it
-    heads: HeadScaling = "scale_dim"
-    depthwise: Literal["dense", "sparse"] = "dense"
-    branch_activation: Literal["each", "sum"] = (
-        "each"  # Sparse Parallel: norm and activation per branch, or after the sum
-    )
-    inner: Literal["activation", "norm", "linear"] = "activation"  # Sparse Factorized: what stands between U and V
-    norm: Literal["model", "batch_norm", "none"] = "model"  # inside Parallel and Factorized convolutions
-    activation: str = (
-        # there too: the one that follows in the model (in Parallel, behind a norm: that reads the layer itself, with no sum in
-        # between), a function of torch.nn.functional, or none
-        "model"
-    )
-    projections: Literal["untouched", "transformed"] = "untouched"  # of attention, under the local members
-    pattern: str = "unstructured"  # or N:M, or RxC blocks
-    distribution: Literal["uniform", "er", "erk"] = "uniform"
+    projections: Annotated[
+        Literal["untouched", "transformed"],
+        Option(
+            "Whether attention projections are transformed; with no non-linearity between, they fold into one matrix.",
+            panel=_LOCAL,
+            only="parallel, factorized, doped",
+        ),
+    ] = "untouched"
+    pattern: Annotated[
+        str,
+        Option(
+            "Where zeros may be: unstructured, N:M (2:4) or blocks (4x4).",
+            panel=_TRANSFORM,
+            pattern=r"^(unstructured|\d+:\d+|\d+x\d+)$",
+            metavar="PATTERN",
+        ),
+    ] = "unstructured"
+    distribution: Annotated[
+        Literal["uniform", "er", "erk"],
+        Option(
+            "How non-zeros are distributed over layers; er and erk need match model or train.",
+            panel=_TRANSFORM,
+        ),
+    ] = "uniform"
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
@@ -73,23 +169,12 @@ class TransformSpec:
                 f"sparsity {self.sparsity!r} is not a number in [0, 1)",
                 hint="0.9 means that 90 % of the weights are zero",
             ) from None
-        one_of("transform", self.member, MEMBERS)
-        one_of("match", self.match, MATCHES)
-        one_of("scope", self.scope, SCOPES)
-        one_of("heads", self.heads, ("scale_dim", "scale_count"))
-        one_of("depthwise", self.depthwise, ("dense", "sparse"))
-        one_of("branch_activation", self.branch_activation, ("each", "sum"))
-        one_of("inner", self.inner, ("activation", "norm", "linear"))
-        one_of("distribution", self.distribution, ("uniform", "er", "erk"))
-        one_of("norm", self.norm, ("model", "batch_norm", "none"))
+        check(self)
         one_of("activation", self.activation.partition(":")[0], ("model", "none", *ACTIVATIONS))
-        one_of("projections", self.projections, ("untouched", "transformed"))
         for name in ("width_multiple", "base_width"):
             size = getattr(self, name)
             if size is not None:
-                if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
-                    raise UsageError(f"{name.replace('_', ' ')} {size!r} is not a positive whole number")
-                object.__setattr__(self, name, int(size))  # numpy's are whole numbers too
+                object.__setattr__(self, name, int(size))  # an integer of numpy, too
         if self.scope == "none":
             self._require_control()
         if self.distribution != "uniform" and self.match not in ("model", "train"):
@@ -97,6 +182,10 @@ class TransformSpec:
                 f"distribution {self.distribution} gives layers different FLOPs, so it cannot match each layer",
                 hint="use it with --match model",
             )
+        self._require_pattern()
+
+    def _require_pattern(self) -> None:
+        """The pattern exists, and an N:M pattern has the density of the sparsity."""
         if self.n_of_m and Fraction(*self.n_of_m) != self.density:
             n, m = self.n_of_m
             raise UsageError(
@@ -108,8 +197,8 @@ class TransformSpec:
             )
 
     def _require_control(self) -> None:
-        """Scope none widens nothing, so it can hold no budget and set no width."""
-        what = "scope none widens nothing: the same layers become sparse at their dense size"
+        """Scope none widens nothing, so it cannot keep the FLOPs and sets no width."""
+        what = "scope none widens nothing: the same layers get sparse at their dense size"
         if self.member != "sparse_wide":
             raise UsageError(
                 f"{what}, which is a control of wide, not {self.member.removeprefix('sparse_')}",
@@ -166,18 +255,38 @@ class TransformSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingSpec:
-    """How training FLOPs are counted: the algorithm, its mask schedule, and whether blocks are computed again."""
+    """How training FLOPs are counted: the algorithm, its mask schedule, and whether blocks are computed again.
 
-    algorithm: Algorithm = "static"
-    delta_t: int = 100
-    stop: str = "0.75"
-    steps: int | None = None
-    recompute: bool = False  # activation checkpointing: one more forward of every repeated block
+    Raises:
+        UsageError: a value that does not exist or is out of range.
+    """
+
+    algorithm: Annotated[Algorithm, Option("How masks change during training.", panel=_TRAINING)] = "static"
+    delta_t: Annotated[int, Option("Optimiser steps between two mask updates.", panel=_TRAINING, minimum=1)] = 100
+    stop: Annotated[
+        str,
+        Option(
+            "The share of the run after which masks stay as they are.",
+            panel=_TRAINING,
+            decimal=True,
+            minimum=0,
+            maximum=1,
+            metavar="NUMBER",
+        ),
+    ] = "0.75"
+    steps: Annotated[
+        int | None,
+        Option("Optimiser steps of the run; without it, the mean over a long run.", panel=_TRAINING, minimum=1),
+    ] = None
+    recompute: Annotated[
+        bool,
+        Option(
+            "Activation checkpointing: less memory, a second forward pass of every repeated block; no CUDA graph.",
+            panel=_TRAINING,
+        ),
+    ] = False
 
     def __post_init__(self) -> None:
-        one_of("algorithm", self.algorithm, ALGORITHMS)
-        if self.delta_t < 1 or (self.steps is not None and self.steps < 1):
-            raise UsageError("the number of steps and the steps between mask updates must be positive")
         try:
             stop = Fraction(self.stop)
         except (ValueError, ZeroDivisionError):
@@ -186,6 +295,7 @@ class TrainingSpec:
             raise UsageError(
                 f"stop {self.stop!r} is not a fraction of the run", hint="0.75 ends mask updates at 75 % of the steps"
             )
+        check(self)
 
     @staticmethod
     def of(options: Mapping[str, Any]) -> TrainingSpec:

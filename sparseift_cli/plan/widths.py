@@ -14,12 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import lcm
-from typing import Literal
 
 from ..table.poly import Poly
 from ..table.table import Width
+from .spec import HeadScaling
 
-HeadScaling = Literal["scale_dim", "scale_count"]
 Affine = dict[int | None, Fraction]  # free width id -> coefficient; None -> the constant
 
 _CONSTANT, _COUNT, _IN_FIXED_SUM = "must equal a constant", "a count, not a width", "part of a sum of fixed size"

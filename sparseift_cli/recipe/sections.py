@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Collection
+from dataclasses import MISSING, dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    PlainValidator,
+    WithJsonSchema,
+    create_model,
+    model_validator,
+)
+from pydantic_core.core_schema import CoreSchema, no_info_after_validator_function, str_schema
 
+from ..base.options import DeclaredOption, options_of
+from ..base.registry import Registry
 from ..data.registry import CATALOG, find
 from ..errors import UsageError, did_you_mean
 from ..models.request import proper_source
+from ..plan.spec import TrainingSpec, TransformSpec
 from ..sparsity.schedule import Algorithm
 from . import durations
 
@@ -35,6 +52,77 @@ Count = Annotated[int, Field(ge=1)]
 Part = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+
+
+@dataclass(frozen=True, slots=True)
+class _NameIn:
+    """A field's type: a name of a registry, or `package.module:Name`; any spelling the registry reads, listed when asked."""
+
+    registry: Registry[Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(self._checked, str_schema())
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"enum": list(self.registry.names)}, {"type": "string", "pattern": OBJECT_PATTERN}]}
+
+    def _checked(self, name: str) -> str:
+        try:
+            self.registry.get(name)
+        except UsageError as error:
+            raise ValueError(f"{error.message} ({error.hint})" if error.hint else error.message) from None
+        return self.registry.canonical(name)
+
+
+OBJECT_PATTERN = r"^[\w.]+:[\w.]+$"
+"""`package.module:Name`."""
+
+
+def section_of(
+    declaring: type, *, required: Collection[str] = (), without: Collection[str] = (), name: str | None = None
+) -> type[Section]:
+    """A base class for a section: a field for each option that the dataclass `declaring` declares.
+
+    Args:
+        declaring: a dataclass whose fields have an `Option`.
+        required: options that a recipe must give although the dataclass has a default.
+        without: options that recipes write elsewhere, or not at all.
+        name: makes the section one of several that a key `name` chooses between, and this is its word.
+    """
+    fields: dict[str, Any] = {}
+    if name is not None:
+        fields["name"] = (Literal[name], Field(name, description="The name."))
+    for declared in options_of(declaring).values():
+        if declared.name not in without:
+            fields[declared.name] = field_of(declared, required=declared.name in required)
+    return create_model(declaring.__name__, __base__=Section, __module__=__name__, **fields)
+
+
+def field_of(declared: DeclaredOption, *, required: bool = False) -> tuple[Any, Any]:
+    """Type and default of the field of a section that a declared option means."""
+    option = declared.option
+    kind: Any = declared.type
+    if isinstance(option.names, Registry):
+        kind = Annotated[str, _NameIn(option.names)]
+    elif option.names is not None:
+        kind = Literal[declared.choices]
+    elif option.decimal:
+        kind = float
+    if declared.optional:
+        kind = kind | None
+    default = declared.default
+    if required or default is MISSING:
+        default = ...
+    elif option.decimal:
+        default = float(default)
+    bounds = {"ge": option.minimum, "gt": option.above, "le": option.maximum, "lt": option.below}
+    limits: dict[str, Any] = {word: limit for word, limit in bounds.items() if limit is not None}
+    return kind, Field(default, description=declared.help, pattern=option.pattern, **limits)
+
+
+def option(declaring: type, name: str) -> Any:
+    """Default, bounds and description of one declared option, for the field of a section that has other fields too."""
+    return field_of(options_of(declaring)[name])[1]
 
 
 # The sections that say what is trained on what: model, data, transform, init, algorithm.
@@ -106,56 +194,15 @@ class Data(Section):
     )
 
 
-class Transform(Section):
+class Transform(section_of(TransformSpec, required=("sparsity",))):
     """The Sparse-IFT transform: the options of `sparseift flops` and `transform`, under the same names."""
 
     SHORT: ClassVar[str | None] = "member"
     member: MemberName = Field("wide", description="The member of the family.")
-    sparsity: Annotated[float, Field(ge=0, lt=1)] = Field(
-        description="s: 0.9 means that nine of ten weights are zero. Also written at the top level of a recipe."
-    )
-    match: Literal["off", "layer", "model", "train"] = Field(
-        "layer",
-        description="What is held iso-FLOP: each transformed layer, the model's forward, its training, nothing.",
-    )
-    scope: Literal["all", "inner", "none"] = Field(
-        "all",
-        description="wide: every inner width, only widths that no residual stream shares, or none: the layers that all "
-        "would widen become sparse at their dense size, a control (match: off).",
-    )
-    include: tuple[str, ...] = Field((), description="Transform only layers that match one of these globs.")
-    exclude: tuple[str, ...] = Field((), description="Leave layers that match one of these globs as they are.")
-    width_multiple: Count = Field(1, description="wide: round widths to this multiple.")
-    base_width: Count | None = Field(
-        None, description="wide: new width of the stem; every other width keeps its proportion to it."
-    )
-    heads: Literal["scale_dim", "scale_count"] = Field(
-        "scale_dim", description="wide: attention grows by larger heads, or by more of them."
-    )
-    depthwise: Literal["dense", "sparse"] = Field("dense", description="wide: what depthwise convolutions become.")
-    branch_activation: Literal["each", "sum"] = Field(
-        "each", description="parallel: norm and activation in each branch, or after their sum."
-    )
-    inner: Literal["activation", "norm", "linear"] = Field(
-        "activation", description="factorized: what stands between U and V."
-    )
-    norm: Literal["model", "batch_norm", "none"] = Field("model", description="Norm inside a member.")
-    activation: str = Field(
-        "model",
-        description="Activation inside a member: the model's (parallel: behind a norm, that of the layer itself), none, or one "
-        "of torch.nn.functional.",
-    )
-    projections: Literal["untouched", "transformed"] = Field(
-        "untouched", description="Attention projections under parallel, factorized and doped."
-    )
-    pattern: str = Field(
-        "unstructured",
-        pattern=r"^(unstructured|\d+:\d+|\d+x\d+)$",
-        description="unstructured, N:M (2:4) or blocks (4x4).",
-    )
-    distribution: Literal["uniform", "er", "erk"] = Field(
-        "uniform", description="How non-zeros are spread over layers; er and erk need match: model or train."
-    )
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
 
 
 class Init(Section):
@@ -190,12 +237,12 @@ class MaskAlgorithm(Section):
     name: Algorithm = Field(
         "static", description="dense, static, set, rigl, gmp, granet (snfs is counted, not trained)."
     )
-    delta_t: Count = Field(100, description="Optimiser steps between two mask updates.")
+    delta_t: int = option(TrainingSpec, "delta_t")
     drop_fraction: Part = Field(0.3, description="Part of the active weights that the first update exchanges.")
     decay: Literal["cosine", "constant", "linear", "inverse_power"] = Field(
         "cosine", description="How the drop fraction falls until `stop`."
     )
-    stop: Part = Field(0.75, description="Part of the run after which masks stay as they are.")
+    stop: float = option(TrainingSpec, "stop")
     regrow: Literal["allow", "forbid"] = Field(
         "allow", description="Whether a weight may return in the update that dropped it."
     )
@@ -301,10 +348,7 @@ class Training(Section):
     cuda_graph: bool = Field(
         True, description="On a GPU, replay the whole step as a CUDA graph, where that can be (not fp16, one process)."
     )
-    recompute: bool = Field(
-        False,
-        description="Activation checkpointing: less memory, a second forward of every repeated block a step; no CUDA graph.",
-    )
+    recompute: bool = option(TrainingSpec, "recompute")
     deterministic: bool = Field(
         False, description="Deterministic kernels: on a GPU, resuming is exact to the bit only with these; slower."
     )

@@ -36,7 +36,7 @@ def test_a_declaration_is_read_from_the_field() -> None:
     assert found["finish"].choices == ("matt", "gloss") and not found["finish"].takes_objects
     assert found["colour"].choices == ("red", "green") and found["colour"].takes_objects
     assert (found["primer"].type, found["primer"].optional, found["primer"].default) == (int, True, None)
-    assert found["finish"].help == "oil: How it shines." and found["coats"].shown_default == "2"
+    assert found["finish"].help == "oil: how it shines." and found["coats"].shown_default == "2"
     assert found["primer"].shown_default is None
 
 
