@@ -159,7 +159,7 @@ def test_one_glob_may_be_given_as_a_string() -> None:
     [{"base_width": 0}, {"base_width": -3}, {"width_multiple": 1.5}, {"width_multiple": 0}, {"width_multiple": True}],
 )
 def test_widths_are_positive_whole_numbers(wrong: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="is not a whole number|must be at least 1"):
+    with pytest.raises(UsageError, match=r"is not a whole number|must be at least 1"):
         TransformSpec(**wrong)
 
 
