@@ -149,11 +149,13 @@ def test_shipped_recipes_audit(entry: Any, capsys: pytest.CaptureFixture[str]) -
     assert data["transform"]["sparsity"] == float(recipe.transform["sparsity"])
     assert data["training"]["algorithm"] == recipe.training["algorithm"]
     assert data["training"]["steps"] == recipe.training["steps"]
-    ratio = data["totals"]["ratio"]["forward"]
+    match, ratios = recipe.transform["match"], data["totals"]["ratio"]
     if recipe.transform["scope"] == "none":  # a control
-        assert ratio < 1
-        return
-    assert 0.99 < ratio <= 1 if recipe.transform["match"] == "model" else ratio >= 0.999
+        assert ratios["forward"] < 1
+    elif match in ("model", "train"):
+        assert 0.99 < ratios["forward" if match == "model" else "training"] <= 1
+    else:
+        assert ratios["forward"] >= 0.999
 
 
 @pytest.mark.parametrize("name", ["digits_mlp", "digits_cnn", "bytes_gpt"])
