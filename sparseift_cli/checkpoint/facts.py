@@ -10,19 +10,41 @@ from math import prod
 from pathlib import Path
 
 from ..errors import CheckpointError, did_you_mean
-from .dtypes import BITS, is_integer
+from .untrusted import printable
 
 LARGEST = 2**63 - 1  # no size in any format goes beyond a signed 64-bit integer
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "position_ids", "inv_freq", "masked_bias")
 
-
-class Malformed(Exception):
-    """What is wrong with a file, without its name: `open_checkpoint` puts that in front."""
-
-    def __init__(self, what: str, *, hint: str | None = None) -> None:
-        super().__init__(what)
-        self.what = what
-        self.hint = hint
+# Bits per element. The 4- and 6-bit types exist in safetensors only, packed; they are listed but not read.
+BITS = {
+    "bool": 8,
+    "uint8": 8,
+    "int8": 8,
+    "uint16": 16,
+    "int16": 16,
+    "uint32": 32,
+    "int32": 32,
+    "uint64": 64,
+    "int64": 64,
+    "float16": 16,
+    "bfloat16": 16,
+    "float32": 32,
+    "float64": 64,
+    "float8_e4m3fn": 8,
+    "float8_e5m2": 8,
+    "float8_e4m3fnuz": 8,
+    "float8_e5m2fnuz": 8,
+    "float8_e8m0fnu": 8,
+    "complex32": 32,
+    "complex64": 64,
+    "complex128": 128,
+    "qint8": 8,
+    "quint8": 8,
+    "qint32": 32,
+    "float6_e2m3fn": 6,
+    "float6_e3m2fn": 6,
+    "float4_e2m1fn": 4,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,12 +172,6 @@ def looks_like_buffer(name: str, dtype: str, shape: tuple[int, ...]) -> bool:
     return name.endswith("attn.bias") and len(shape) == 4 and shape[:2] == (1, 1)
 
 
-def printable(text: str, limit: int = 200) -> str:
-    """Text from a file that nobody here wrote, safe for a terminal: no control characters, no endless lines."""
-    clean = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[: limit + 1])
-    return clean if len(text) <= limit else clean[:limit] + "…"
-
-
 def _merged(spans: Iterable[tuple[Storage, int, int]]) -> Iterable[tuple[int, int]]:
     """The union of byte spans, per storage, as disjoint spans."""
     held: tuple[Storage, int, int] | None = None
@@ -168,3 +184,13 @@ def _merged(spans: Iterable[tuple[Storage, int, int]]) -> Iterable[tuple[int, in
         held = (storage, begin, end)
     if held:
         yield held[1:]
+
+
+def is_integer(dtype: str) -> bool:
+    """True for booleans and plain integers: counters, masks and indices, never trained weights."""
+    return dtype == "bool" or dtype.startswith(("int", "uint"))
+
+
+def is_readable(dtype: str) -> bool:
+    """True where elements are whole bytes that torch can compare with zero; quantised integers have their own zero."""
+    return BITS[dtype] >= 8 and not dtype.startswith(("q", "complex32"))

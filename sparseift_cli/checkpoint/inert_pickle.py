@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import IO, BinaryIO, Protocol, cast
 
-from .facts import Malformed, printable
+from .untrusted import Malformed, printable
 
 MAX_BYTES = 32 << 20
 MAX_INSTRUCTIONS = 2_000_000  # about 150 MB at the worst; a checkpoint of 10,000 tensors has half of it

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import CheckpointError
-from .dtypes import BITS, is_readable
-from .facts import Checkpoint, TensorInfo, printable
+from .facts import BITS, Checkpoint, TensorInfo, is_readable
+from .untrusted import printable
 
 if TYPE_CHECKING:
     import torch

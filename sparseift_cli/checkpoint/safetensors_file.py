@@ -13,12 +13,37 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from .bounded_json import MAX_BYTES
-from .dtypes import SAFETENSORS
-from .facts import Malformed, Storage, TensorInfo, printable, row_major
+from .facts import Storage, TensorInfo, row_major
+from .untrusted import MAX_JSON_BYTES, Malformed, printable
 
 MAX_DIMS = 64  # as in PyTorch
 _DAMAGED = "download or copy it again"
+
+# https://github.com/huggingface/safetensors/blob/main/safetensors/src/tensor.rs, enum Dtype
+SAFETENSORS = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F6_E2M3": "float6_e2m3fn",
+    "F6_E3M2": "float6_e3m2fn",
+    "F4": "float4_e2m1fn",
+}
 
 # What safetensors says of a broken file -> what we say. Anything else is passed on as it is.
 _IN_WORDS = {
@@ -65,8 +90,8 @@ def _header_length(path: Path) -> int:
         raise Malformed(
             f"truncated or not safetensors: its header claims {length:,} bytes, the file has {size:,}", hint=_DAMAGED
         )
-    if length > MAX_BYTES:
-        raise Malformed(f"its safetensors header claims {length:,} bytes; up to {MAX_BYTES:,} are read")
+    if length > MAX_JSON_BYTES:
+        raise Malformed(f"its safetensors header claims {length:,} bytes; up to {MAX_JSON_BYTES:,} are read")
     return length
 
 

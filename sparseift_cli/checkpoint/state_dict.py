@@ -9,9 +9,10 @@ from itertools import islice
 from typing import TypeGuard, cast
 
 from ..errors import did_you_mean
-from .facts import Entry, Malformed, printable
+from .facts import Entry
 from .inert_pickle import Global, Opaque
 from .torch_rules import PickledTensor
+from .untrusted import Malformed, printable
 
 # Where training scripts put their weights, the likeliest first. A moving average is the second choice: it is a copy.
 USUAL_KEYS = (

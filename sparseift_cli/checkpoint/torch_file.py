@@ -14,11 +14,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
-from .dtypes import BITS
-from .facts import Malformed, Storage, TensorInfo, printable
+from .facts import BITS, Storage, TensorInfo
 from .inert_pickle import MAX_BYTES, Window, read_pickle
 from .state_dict import describe
 from .torch_rules import PickledTensor, TorchRules
+from .untrusted import Malformed, printable
 
 # The directory of a zip archive as `torch.save` writes it: members are stored, never compressed.
 # Python's zipfile would inflate what it reads and build an object per member; a checkpoint needs neither. Only names,

@@ -12,12 +12,32 @@ from itertools import islice
 from math import prod
 from typing import cast
 
-from .dtypes import BITS, STORAGES
-from .facts import LARGEST, Malformed
+from .facts import BITS, LARGEST
 from .inert_pickle import Global, Opaque, plain_key
+from .untrusted import Malformed
 
 MAX_DIMS = 64
 MAX_EXPANDED = 1 << 26  # elements of a broadcast tensor (stride 0) that its storage does not hold
+
+# torch.FloatStorage and the rest; UntypedStorage holds bytes, and its tensors name their own dtype.
+STORAGES = {
+    "BoolStorage": "bool",
+    "ByteStorage": "uint8",
+    "CharStorage": "int8",
+    "ShortStorage": "int16",
+    "IntStorage": "int32",
+    "LongStorage": "int64",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "FloatStorage": "float32",
+    "DoubleStorage": "float64",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
+    "QInt8Storage": "qint8",
+    "QUInt8Storage": "quint8",
+    "QInt32Storage": "qint32",
+    "UntypedStorage": "uint8",
+}
 
 # Classes whose instances stay opaque: settings and statistics that training scripts save beside the weights.
 _HARMLESS = {

@@ -7,11 +7,18 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .facts import Checkpoint, TensorInfo
-from .patterns import Pattern, PatternFinder
-from .reading import TensorReader, Unreadable, as_matrix
+from .reading import ALIGN, TILE, Matrix, TensorReader, Tile, Unreadable, as_matrix
 
 if TYPE_CHECKING:
     import torch
+
+
+GROUPS = (2, 4, 8, 16)
+SIZES = (1, 2, 4, 8, 16, 32, 64)  # sides of blocks, up to ALIGN
+_FULL = 0.9  # of N non-zeros that an average group has, for an N:M pattern
+_HOLES = 0.01  # of the non-zeros, at most, may be zeros inside non-zero blocks: weights that are zero by themselves
+_FEW = 0.01  # below this share of zeros a matrix is dense
+_ENOUGH = 16  # groups, for a pattern to be more than chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,3 +108,169 @@ def comparable(values: torch.Tensor) -> torch.Tensor:
         return values.to(torch.float32)
     signed = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
     return values.view(signed[values.dtype]) if values.dtype in signed else values
+
+
+# --- the pattern of the zeros of one matrix ---
+
+
+@dataclass(frozen=True, slots=True)
+class NM:
+    """At most n non-zeros in every m consecutive entries along dimension `dim` of the tensor."""
+
+    n: int
+    m: int
+    dim: int
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m} along dim {self.dim}"
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Zeros come in blocks of rows x columns of the matrix; with `taps` > 1 the columns are whole channels of taps."""
+
+    rows: int
+    columns: int
+    taps: int = 1
+
+    def __str__(self) -> str:
+        whole = f" ({self.columns // self.taps} channels of {self.taps} taps)" if self.taps > 1 else ""
+        return f"blocks {self.rows}x{self.columns}{whole}"
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """What was found. `most[dim][m]`: the most non-zeros in any aligned group of m along dimension dim."""
+
+    empty_rows: int
+    empty_columns: int
+    lines: str | None  # "rows", "columns" or "rows and columns" where these explain every zero
+    nm: NM | None
+    block: Block | None
+    most: dict[int, dict[int, int]]
+
+    def label(self, zeros: int, numel: int) -> str:
+        """The pattern in a few words: the simplest that explains the zeros."""
+        if zeros == numel:
+            return "all zero"
+        if self.lines:
+            return f"empty {self.lines}"
+        if self.nm or self.block:
+            return str(self.nm or self.block)
+        return "" if zeros < _FEW * numel else "unstructured"
+
+
+class PatternFinder:
+    """Feed it every tile of a matrix, in order, then ask for the `pattern`."""
+
+    def __init__(self, matrix: Matrix) -> None:
+        import torch
+
+        self.rows, self.columns, self.taps = matrix.rows, matrix.columns, matrix.taps
+        self.swapped = matrix.swapped
+        self.nonzeros = 0
+        self.row_counts = torch.zeros(self.rows, dtype=torch.int64)
+        self.column_any = torch.zeros(self.columns, dtype=torch.bool)
+        channels = self.columns // self.taps
+        self.groups = {
+            **{(1, m): 0 for m in GROUPS if channels % m == 0 and self.rows * self.columns >= _ENOUGH * m},
+            **{(0, m): 0 for m in GROUPS if self.rows % m == 0 and self.rows * self.columns >= _ENOUGH * m},
+        }
+        self.holes = {
+            (r, c, taps): 0
+            for taps in {1, self.taps}
+            for r in SIZES
+            for c in SIZES
+            if self.rows % r == 0 and (self.columns // taps) % c == 0
+        }
+
+    @staticmethod
+    def fits(matrix: Matrix) -> bool:
+        """Are tiles of this matrix made of whole groups, and its rows and columns few enough to count one by one?"""
+        whole = ALIGN * matrix.taps * min(matrix.rows, ALIGN) <= TILE
+        return whole and 1 < matrix.rows <= 1 << 24 and 1 < matrix.columns <= 1 << 24
+
+    def add(self, tile: Tile, found: int) -> None:
+        """Take in a tile, of whose values `found` are not zero. Dense and empty tiles, the usual ones, cost nothing."""
+        r, c = tile.values.shape
+        self.nonzeros += found
+        if found == 0:
+            return
+        if found == r * c:
+            self.row_counts[tile.row : tile.row + r] += c
+            self.column_any[tile.column : tile.column + c] = True
+            self.groups = {key: key[1] for key in self.groups}
+            return
+        live = tile.values != 0
+        self.row_counts[tile.row : tile.row + r] += live.count_nonzero(1)
+        self.column_any[tile.column : tile.column + c] |= live.any(0)
+        self._count_groups(live)
+        for taps in {1, self.taps}:
+            cells = live if taps == 1 else live.view(r, c // taps, taps).any(2)
+            self._count_holes(cells, taps, found)
+
+    def _count_groups(self, live: torch.Tensor) -> None:
+        r, c = live.shape
+        for (dim, m), most in self.groups.items():
+            if most < m:
+                shape = (r, -1, m, self.taps) if dim == 1 else (-1, m, c)
+                in_group = live.view(shape).count_nonzero(2 if dim == 1 else 1)
+                self.groups[dim, m] = max(most, int(in_group.max()))
+
+    def _count_holes(self, cells: torch.Tensor, taps: int, found: int) -> None:
+        """Per block size the zeros inside non-zero blocks so far. A size that fails takes the larger ones along."""
+        limit = _HOLES * self.rows * self.columns
+        by_rows = cells
+        for r in SIZES:
+            if (r, 1, taps) not in self.holes:
+                break
+            by_rows = by_rows if r == 1 else by_rows[0::2] | by_rows[1::2]
+            blocks = by_rows
+            for c in SIZES:
+                if (r, c, taps) not in self.holes:
+                    break
+                blocks = blocks if c == 1 else blocks[:, 0::2] | blocks[:, 1::2]
+                self.holes[r, c, taps] += int(blocks.count_nonzero()) * r * c * taps - found
+                if self.holes[r, c, taps] > limit:
+                    self._drop(r, c, taps)
+
+    def _drop(self, r: int, c: int, taps: int) -> None:
+        self.holes = {k: v for k, v in self.holes.items() if not (k[0] >= r and k[1] >= c and k[2] == taps)}
+
+    def pattern(self) -> Pattern:
+        """What the zeros of the whole matrix look like."""
+        empty_rows = int((self.row_counts == 0).sum())
+        empty_columns = int((~self.column_any).sum())
+        explained = self.rows * self.columns - (self.rows - empty_rows) * (self.columns - empty_columns)
+        zeros = self.rows * self.columns - self.nonzeros
+        lines = None
+        if 0 < zeros == explained:
+            names = (["rows"] if empty_rows else []) + (["columns"] if empty_columns else [])
+            lines = " and ".join({"rows": "columns", "columns": "rows"}[n] if self.swapped else n for n in names)
+        most: dict[int, dict[int, int]] = {}
+        for (dim, m), n in self.groups.items():
+            most.setdefault(self._dim(dim), {})[m] = n
+        nm, block = (self._nm(), self._block()) if zeros >= _FEW * self.rows * self.columns else (None, None)
+        empty = (empty_columns, empty_rows) if self.swapped else (empty_rows, empty_columns)
+        return Pattern(*empty, lines, nm, block, most)
+
+    def _dim(self, dim: int) -> int:
+        return 1 - dim if self.swapped else dim
+
+    def _nm(self) -> NM | None:
+        """The tightest N:M that most groups fill; of equal ones along the inputs first, then with the smallest M."""
+        density = self.nonzeros / (self.rows * self.columns)
+        found = [
+            NM(n, m, self._dim(dim))
+            for (dim, m), n in self.groups.items()
+            if 0 < n < m and density >= _FULL * n / m and self.rows * self.columns >= _ENOUGH * m
+        ]
+        return min(found, key=lambda p: (p.n / p.m, -p.dim, p.m), default=None)
+
+    def _block(self) -> Block | None:
+        """The largest block whose non-zero copies are full; of equal ones the squarest."""
+        full = [key for key, holes in self.holes.items() if holes <= _HOLES * self.nonzeros and self.nonzeros]
+        r, c, taps = max(full, key=lambda k: (k[0] * k[1] * k[2], -abs(k[0] - k[1])), default=(1, 1, 1))
+        if r * c * taps == 1:
+            return None
+        return Block(c, r) if self.swapped else Block(r, c * taps, taps)

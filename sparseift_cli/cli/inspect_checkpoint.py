@@ -8,11 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.facts import Checkpoint, Entry, TensorInfo, printable
+from ..checkpoint.facts import Checkpoint, Entry, TensorInfo
 from ..checkpoint.opening import open_checkpoint
-from ..checkpoint.patterns import Pattern
 from ..checkpoint.recognise import Match, closest, load_catalogue, recognise
-from ..checkpoint.values import TensorValues, scan
+from ..checkpoint.untrusted import printable
+from ..checkpoint.values import Pattern, TensorValues, scan
 from ..errors import UsageError, did_you_mean
 from .formats import Format
 from .output import Column, Sheet, integer, ratio, render

@@ -7,7 +7,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.facts import Checkpoint, TensorInfo, printable
+from ..checkpoint.facts import Checkpoint, TensorInfo
+from ..checkpoint.untrusted import printable
 from ..errors import SparseiftError, UsageError
 from ..transforms.artifact import is_artifact, open_artifact
 from .formats import Format
@@ -139,7 +140,7 @@ def _foreign_layers(checkpoint: Checkpoint, notes: list[str]) -> Iterator[Masked
 
 def _is_weight(info: TensorInfo) -> bool:
     """A parameter that is a matrix or a kernel, whose values can be read."""
-    from ..checkpoint.dtypes import is_integer, is_readable
+    from ..checkpoint.facts import is_integer, is_readable
 
     usable = len(info.shape) > 1 and info.numel > 0 and is_readable(info.dtype) and not is_integer(info.dtype)
     complex_ = info.dtype.startswith("complex")

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from ..checkpoint.facts import Malformed, printable
 from ..checkpoint.inert_pickle import MAX_INSTRUCTIONS, Global, _Machine
+from ..checkpoint.untrusted import Malformed, printable
 
 _NUMPY = {
     **{f"{core}.multiarray _reconstruct": "array" for core in ("numpy.core", "numpy._core")},

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint.facts import Malformed
+from ..checkpoint.untrusted import Malformed
 from ..errors import UsageError
 from .array_pickle import Array, read_arrays
 from .augment import Augment

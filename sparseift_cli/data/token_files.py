@@ -17,8 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint.bounded_json import parse_object
-from ..checkpoint.facts import Malformed
+from ..checkpoint.untrusted import Malformed, parse_object
 from ..errors import UsageError, one_of
 from .dataset import raw_bytes, whole
 from .places import read_file, search

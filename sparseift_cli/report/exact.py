@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.dtypes import BITS
-from ..checkpoint.facts import TensorInfo
+from ..checkpoint.facts import BITS, TensorInfo
 from ..errors import ArtifactError
 from ..runs.checkpoint import MANIFEST, STATE, TENSORS, sha256
 from ..runs.directory import CHECKPOINTS

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..checkpoint.facts import Malformed, TensorInfo
+from ..checkpoint.facts import TensorInfo
 from ..checkpoint.safetensors_file import read_header
+from ..checkpoint.untrusted import Malformed
 from ..errors import ArtifactError
 
 

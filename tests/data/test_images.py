@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparseift_cli.checkpoint.facts import Malformed
+from sparseift_cli.checkpoint.untrusted import Malformed
 from sparseift_cli.data import open_data
 from sparseift_cli.data.array_pickle import read_arrays
 from sparseift_cli.data.mnist import read_idx

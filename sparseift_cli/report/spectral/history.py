@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...checkpoint.facts import TensorInfo, printable
+from ...checkpoint.facts import TensorInfo
+from ...checkpoint.untrusted import printable
 from ...errors import ArtifactError
 from ...runs.checkpoint import MANIFEST, TENSORS
 from ...runs.directory import CHECKPOINTS

@@ -1,14 +1,27 @@
-"""JSON from strangers: bounded in size, parts and depth, and no key twice."""
+"""Helpers for reading files from strangers: the error, text that is safe to print, and JSON of bounded size."""
 
 from __future__ import annotations
 
 import json
 from typing import NoReturn
 
-from .facts import Malformed, printable
+MAX_JSON_BYTES = 32 << 20  # room for the header of more than 200,000 tensors
+MAX_JSON_PARTS = 2_000_000  # commas and brackets: what decides how much memory the parsed form takes
 
-MAX_BYTES = 32 << 20  # room for the header of more than 200,000 tensors
-MAX_PARTS = 2_000_000  # commas and brackets: what decides how much memory the parsed form takes
+
+class Malformed(Exception):
+    """What is wrong with a file, without its name: `open_checkpoint` puts that in front."""
+
+    def __init__(self, what: str, *, hint: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.hint = hint
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """Text from a file that nobody here wrote, safe for a terminal: no control characters, no endless lines."""
+    clean = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[: limit + 1])
+    return clean if len(text) <= limit else clean[:limit] + "…"
 
 
 def parse_object(raw: bytes, what: str) -> dict[str, object]:
@@ -17,7 +30,7 @@ def parse_object(raw: bytes, what: str) -> dict[str, object]:
     Raises:
         Malformed: it is too large, not UTF-8 JSON, not an object, nested too deeply, or has a key twice.
     """
-    if len(raw) > MAX_BYTES or raw.count(b",") + raw.count(b"[") + raw.count(b"{") > MAX_PARTS:
+    if len(raw) > MAX_JSON_BYTES or raw.count(b",") + raw.count(b"[") + raw.count(b"{") > MAX_JSON_PARTS:
         raise Malformed(f"{what} is too large: {len(raw):,} bytes of JSON, more than any list of tensors needs")
     try:
         parsed = json.loads(raw, object_pairs_hook=_unique, parse_constant=_refuse)
