@@ -103,7 +103,7 @@ def test_the_surveys_say_what_the_page_quotes(root: Path) -> None:
     page = (root / "sparseift_cli" / "cli" / "README.md").read_text("utf-8")
     for name in ("torchvision", "transformers"):
         (totals,) = re.findall(
-            r"^M(odels that pass .*)$", (root / "tests" / "survey" / f"{name}.md").read_text("utf-8"), re.M
+            r"^M(odels that pass .*)$", (root / "tests" / "tools" / "survey" / f"{name}.md").read_text("utf-8"), re.M
         )
         assert f"m{totals}" in page
 

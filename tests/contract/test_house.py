@@ -34,16 +34,6 @@ def files(root: Path) -> list[Path]:
     return [Path(name) for name in sorted(set(listing.stdout.split("\0"))) if name and (root / name).is_file()]
 
 
-@pytest.fixture(scope="module")
-def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel as users get it, built offline."""
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
-    subprocess.run(command, cwd=root, capture_output=True, check=True)
-    (built,) = folder.glob("*.whl")
-    return built
-
-
 def text_files(files: list[Path]) -> list[Path]:
     """Those of `files` that people write: code, recipes, documents, scripts."""
     return [p for p in files if p.suffix in {".py", ".md", ".toml", ".yaml", ".txt"} or p.name in {"Makefile", "run"}]
@@ -119,7 +109,7 @@ def test_wheel_carries_data_and_no_tests(wheel: Path, root: Path) -> None:
     assert data | recipes | {"sparseift_cli/py.typed"} <= inside
     assert not [name for name in inside if "/results/" in name]  # runs kept in the repository
     metadata = f"sparseift-{sparseift_cli.__version__}.dist-info"
-    assert {name.split("/")[0] for name in inside} == {"sparseift_cli", metadata}
+    assert {name.split("/")[0] for name in inside} == {"sparseift_cli", "sparseift.py", metadata}
 
 
 def recipes_seen(path: Path, cwd: Path) -> tuple[Path, set[str]]:
@@ -134,11 +124,7 @@ def recipes_seen(path: Path, cwd: Path) -> tuple[Path, set[str]]:
     return Path(folder), set(filter(None, names))
 
 
-def test_recipes_are_found_from_anywhere(wheel: Path, root: Path, tmp_path: Path) -> None:
-    installed, elsewhere = tmp_path / "site-packages", tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(installed)
+def test_recipes_are_found_from_anywhere(unpacked_wheel: Path, root: Path, tmp_path: Path) -> None:
     want = {p.relative_to(root / "recipes").as_posix() for p in root.glob("recipes/*/*.yaml")}
-    assert recipes_seen(root, elsewhere) == (root / "recipes", want)
-    assert recipes_seen(installed, elsewhere) == (installed / "sparseift_cli" / "recipes", want)
+    assert recipes_seen(root, tmp_path) == (root / "recipes", want)
+    assert recipes_seen(unpacked_wheel, tmp_path) == (unpacked_wheel / "sparseift_cli" / "recipes", want)
