@@ -1,13 +1,16 @@
-"""The proof: the transformed module is traced again, its masks are counted, and every row must cost what was planned."""
+"""Checks after a transform: the cost is the planned one, and with start preserve the function is the dense one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..errors import CheckFailed
 from ..plan.plan import Plan
@@ -15,18 +18,23 @@ from ..table.table import Layer
 from ..trace.build import Traced, trace
 from .edits import Surgery
 
-SHOWN = 5
+_MAX_PROBLEMS = 5  # in one message
+
+
+# --- cost: measured == planned ---
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What the transformed module does: MACs and parameters of every planned row, and totals. Exact integers."""
+    """Costs counted in the transformed module. Exact numbers."""
 
     macs: dict[str, Fraction]
+    """MACs of every planned row, by its name."""
     forward_macs: int
     params: int
     nonzero_params: int
     rows: int
+    """Number of traced rows."""
 
 
 def measure(
@@ -37,31 +45,33 @@ def measure(
     surgery: Surgery,
     masks: Mapping[str, Tensor] | None,
 ) -> tuple[Measured, Traced]:
-    """Trace `model` with plain sizes and count it; a masked weight's share of its MACs is its mask's popcount.
+    """Trace `model` with plain sizes and count it. A masked weight has the share of its MACs that its mask has of its weights.
 
-    Without `masks` (a module on meta) the planned numbers of non-zeros stand in for the popcounts.
+    Args:
+        masks: bool, same shape as the weight, by the weight's key. None (a module on meta): the planned numbers of
+            non-zeros are used.
     """
     traced = trace(model, inputs, kwargs, name=plan.table.model, input_shape=plan.table.input, symbolic=False)
-    counts = {m.key: m.nnz if masks is None else int(masks[m.key].count_nonzero()) for m in surgery.masked}
-    owner = {m.key: m.layer for m in surgery.masked}
+    nnz = {m.key: m.nnz if masks is None else int(masks[m.key].count_nonzero()) for m in surgery.masked}
+    layer_of = {m.key: m.layer for m in surgery.masked}
     replaced = {edit.path for edit in surgery.members}
     macs: dict[str, Fraction] = {}
     zeros = 0
     for row in traced.table.layers:
         cost = Fraction(row.macs.evaluate(()))
-        if row.weight in counts:
+        if row.weight in nnz:
             weights = model.get_parameter(row.weight).numel()
-            cost = cost * counts[row.weight] / weights
-            zeros += weights - counts[row.weight]
-        name = owner.get(row.weight or "") or _replaced_row(row, replaced)
+            cost = cost * nnz[row.weight] / weights
+            zeros += weights - nnz[row.weight]
+        name = layer_of.get(row.weight or "") or _planned_row(row, replaced)
         macs[name] = macs.get(name, Fraction(0)) + cost
     params = sum(p.numel() for p in model.parameters())
     total = sum(macs.values(), Fraction(0))
     return Measured(macs, round(total), params, params - zeros, len(traced.table.layers)), traced
 
 
-def _replaced_row(row: Layer, replaced: set[str]) -> str:
-    """The planned row that a row of the transformed module belongs to: U and V of `fc` are `fc`."""
+def _planned_row(row: Layer, replaced: set[str]) -> str:
+    """The name of the planned row that a row of the transformed module belongs to: U and V of `fc` belong to `fc`."""
     parts = row.name.split(".")
     for n in range(len(parts), 0, -1):
         if ".".join(parts[:n]) in replaced:
@@ -70,7 +80,10 @@ def _replaced_row(row: Layer, replaced: set[str]) -> str:
 
 
 def require_as_planned(measured: Measured, plan: Plan, before: Traced, after: Traced) -> None:
-    """Everything that was planned is what is there, to the MAC.
+    """Check that the module has exactly the planned MACs in every row, parameters, non-zeros and output shape.
+
+    Args:
+        before: the trace of the dense module; its output shape is compared with that of `after`, the transformed one's.
 
     Raises:
         CheckFailed: a row, a total or the output shape differs; the message names the first ones.
@@ -92,7 +105,99 @@ def require_as_planned(measured: Measured, plan: Plan, before: Traced, after: Tr
     if before.structure.output != after.structure.output:
         problems.append(f"the output has shape {after.structure.output}, not {before.structure.output}")
     if problems:
-        more = f" (and {len(problems) - SHOWN} more)" if len(problems) > SHOWN else ""
+        more = f" (and {len(problems) - _MAX_PROBLEMS} more)" if len(problems) > _MAX_PROBLEMS else ""
         raise CheckFailed(
-            f"the transformed {plan.table.model} is not what was planned: {'; '.join(problems[:SHOWN])}{more}"
+            f"the transformed {plan.table.model} is not what was planned: {'; '.join(problems[:_MAX_PROBLEMS])}{more}"
         )
+
+
+# --- function: deviation from the dense model ---
+
+
+def deviation(new: nn.Module, dense: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+    """Largest absolute difference between the outputs in eval mode, divided by the largest absolute output of `dense`.
+
+    Both modules run on real tensors of the shapes and dtypes of `inputs` and `kwargs`; a tensor on meta or of zeros is
+    replaced by normal numbers or random token ids. Of a mapping with logits only these are compared, and only outputs
+    of equal shape: hidden states and caches may be wider. Infinite where an output of `new` is NaN.
+
+    >>> a, b = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    >>> with torch.no_grad():
+    ...     _ = a.weight.fill_(3.0), b.weight.fill_(2.0)
+    >>> deviation(a, b, (torch.ones(1, 1),), {})
+    0.5
+    """
+    args, named = _real_inputs(dense, inputs, kwargs)
+    with torch.no_grad(), _eval_mode(new, dense):
+        pairs = zip(_float_outputs(dense(*args, **named)), _float_outputs(new(*args, **named)), strict=True)
+        both = [(a.double(), b.double()) for a, b in pairs if a.shape == b.shape and a.numel()]
+    largest = max((float(a.abs().max()) for a, _ in both), default=0.0)
+    difference = max((float((a - b).abs().nan_to_num(nan=torch.inf).max()) for a, b in both), default=0.0)
+    return difference / largest if largest else difference
+
+
+def _float_outputs(output: Any) -> list[Tensor]:
+    """The floating-point tensors in an output; only its logits where it names some."""
+    if isinstance(output, Mapping):
+        output = {k: v for k, v in output.items() if "logits" in str(k)} or dict(output)
+    elif not isinstance(output, (Tensor, tuple, list)) and hasattr(output, "__dict__"):
+        output = vars(output)
+    return [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _real_inputs(
+    model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    given: tuple[Any, dict[str, Any]] = (inputs, dict(kwargs))
+    on_device = tree_map_only(
+        Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype, device=device) if t.is_meta else t, given
+    )
+    vocabulary = _embedding_rows(model, *on_device)
+    smallest = min((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=2)
+
+    def sample(t: Tensor) -> Tensor:
+        if t.any():
+            return t.to(device)
+        if t.is_floating_point():
+            return torch.randn(t.shape, generator=generator).to(device, t.dtype)
+        if t.dtype == torch.bool:
+            return t.to(device)
+        high = vocabulary.get(t.untyped_storage().data_ptr(), smallest)
+        return torch.randint(high, t.shape, generator=generator).to(device, t.dtype)
+
+    return tree_map_only(Tensor, sample, on_device)
+
+
+def _embedding_rows(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, int]:
+    """Storage of an input -> the smallest number of rows among the embeddings that look it up, found by one forward."""
+    storages = {t.untyped_storage().data_ptr() for t in tree_leaves((inputs, kwargs)) if isinstance(t, Tensor)}
+    rows: dict[int, int] = {}
+
+    def record(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if isinstance(module, nn.Embedding) and args and isinstance(args[0], Tensor):
+            storage = args[0].untyped_storage().data_ptr()
+            if storage in storages:
+                rows[storage] = min(rows.get(storage, module.num_embeddings), module.num_embeddings)
+
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    if embeddings:
+        with ExitStack() as stack, torch.no_grad(), _eval_mode(model):
+            for module in embeddings:
+                stack.callback(module.register_forward_pre_hook(record).remove)
+            model(*inputs, **kwargs)
+    return rows
+
+
+@contextmanager
+def _eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards the training flags are as before."""
+    training = [m for model in models for m in model.modules() if m.training]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..mask.attached import is_transposed
 from ..mask.mask import generator_for
 from .edits import Surgery
-from .layers import is_transposed
 from .members.base import Member
 from .members.doped import SparseDoped
 

@@ -10,14 +10,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import skip_init
 
+from ..mask.attached import is_transposed
+
 _CONVS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 _BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 _HOOKS = tuple(name for name in nn.Module().__dict__ if "hook" in name)
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Does the weight lie as [in, out]: Hugging Face's Conv1D, a transposed convolution?"""
-    return type(module).__name__ == "Conv1D" or bool(getattr(module, "transposed", False))
 
 
 def groups_of(module: nn.Module) -> int:

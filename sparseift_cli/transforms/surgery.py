@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from ..errors import CheckFailed, UsageError
+from ..mask.attached import is_transposed
 from ..plan.isoflop import branches, doped_rank, factorized_rank
 from ..plan.layer_plan import LayerPlan
 from ..plan.plan import Plan, activation_inside, norm_inside
@@ -24,7 +25,7 @@ from ..trace.symbolise import is_config
 from . import attention
 from . import widen as sparse_wide
 from .edits import Masked, Replace, Resize, SetAttribute, Surgery
-from .layers import is_transposed, sync_sizes, take_over
+from .layers import sync_sizes, take_over
 from .members import doped as sparse_doped
 from .members import factorized as sparse_factorized
 from .members import parallel as sparse_parallel

@@ -13,11 +13,11 @@ from ..mask.attached import attach, unwrapped
 from ..plan.plan import Plan, make_plan
 from ..plan.spec import TrainingSpec, TransformSpec
 from ..trace.build import trace
-from .check import Measured, measure, require_as_planned
+from .check import Measured, deviation, measure, require_as_planned
 from .edits import Surgery
 from .initialise import Init, initialise
 from .masking import dead_ends, draw_masks
-from .preserve import deviation, preserve
+from .preserve import preserve
 from .surgery import operate, surgery_for
 
 Start = Literal["fresh", "preserve"]

@@ -16,9 +16,10 @@ from sparseift_cli.models.zoo.llama import Llama, LlamaConfig
 from sparseift_cli.plan.plan import Plan, make_plan
 from sparseift_cli.plan.spec import TransformSpec
 from sparseift_cli.trace.build import trace
+from sparseift_cli.transforms.check import deviation
 from sparseift_cli.transforms.edits import Surgery
 from sparseift_cli.transforms.initialise import initialise
-from sparseift_cli.transforms.preserve import Preserved, deviation, preserve
+from sparseift_cli.transforms.preserve import Preserved, preserve
 from sparseift_cli.transforms.surgery import operate, surgery_for
 
 EXACT = 1e-5

@@ -18,8 +18,9 @@ from sparseift_cli.models.zoo.bert import Bert, BertConfig
 from sparseift_cli.plan.plan import make_plan
 from sparseift_cli.plan.spec import TransformSpec
 from sparseift_cli.trace.build import trace
+from sparseift_cli.transforms.check import deviation
 from sparseift_cli.transforms.initialise import initialise
-from sparseift_cli.transforms.preserve import deviation, preserve
+from sparseift_cli.transforms.preserve import preserve
 from sparseift_cli.transforms.surgery import operate, surgery_for
 from tests.helpers.preserve_models import (
     EXACT,

@@ -13,9 +13,10 @@ from sparseift_cli.errors import UsageError
 from sparseift_cli.plan.plan import make_plan
 from sparseift_cli.plan.spec import TransformSpec
 from sparseift_cli.trace.build import trace
+from sparseift_cli.transforms.check import deviation
 from sparseift_cli.transforms.edits import Surgery
 from sparseift_cli.transforms.initialise import initialise
-from sparseift_cli.transforms.preserve import Preserved, deviation, preserve
+from sparseift_cli.transforms.preserve import Preserved, preserve
 from sparseift_cli.transforms.preserve.factors import factorizations, singular
 from sparseift_cli.transforms.preserve.local import deal
 from sparseift_cli.transforms.surgery import operate, surgery_for

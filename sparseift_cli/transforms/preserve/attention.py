@@ -1,4 +1,10 @@
-"""What attention needs to compute the same scores with longer heads: its scale, and its rotary frequencies."""
+"""Attention with longer heads: the same scores, by scaled queries and by rotary frequencies that stay.
+
+Scores are q . k / sqrt(d). A longer head, d' > d, whose added coordinates add nothing to q . k would divide by sqrt(d')
+instead, so the queries are multiplied by sqrt(d' / d). A rotary embedding (Su et al. 2021, arXiv 2104.09864) rotates
+pair i of a head by the frequency theta ** (-2 i / d), so a longer head needs another theta for the dense pairs to keep
+theirs.
+"""
 
 from __future__ import annotations
 
@@ -12,75 +18,82 @@ from torch import Tensor, nn
 from ...table.poly import Poly
 from ...trace.structure import Score, Structure
 from ..edits import SetAttribute, Surgery
-from .live import Live
-from .norms import Norm
-from .products import Product
+from .coordinates import Coordinates, LayerWeight
+from .norms import WidenedNorm
 
 _BASES = ("theta", "rope_theta", "base")
 
 
-def query_rows(product: Product, structure: Structure, live: Live) -> Tensor | None:
-    """Outputs of a projection that become queries, at the new sizes; None where it makes none."""
-    if product.key not in structure.queries:
+def query_rows(weight: LayerWeight, structure: Structure, coordinates: Coordinates) -> Tensor | None:
+    """Output indices of a projection that make queries, in the wider model: int64 [queries].
+
+    Empty where the projection makes queries but the forward does not show which outputs; None where it makes none.
+    """
+    if weight.key not in structure.queries:
         return None
-    part = structure.queries[product.key]
-    if part is None:
-        return torch.arange(live.new(product.outputs))
-    rows = live.part(product.outputs, part, live.plan.sizes)
+    part = structure.queries[weight.key]
+    if part is None:  # a projection of its own, not a part of a fused one
+        return torch.arange(coordinates.new_size(weight.outputs))
+    rows = coordinates.part_positions(weight.outputs, part, coordinates.plan.sizes)
     return torch.arange(0) if rows is None else rows
 
 
-def fold_scales(
+def scale_queries(
     new: nn.Module,
     dense: nn.Module,
     surgery: Surgery,
     structure: Structure,
-    live: Live,
-    products: Mapping[str, Product],
-    norms: Sequence[Norm],
-    folded: set[SetAttribute],
-) -> Iterator[str]:
-    """Multiply queries by sqrt(d' / d), which undoes a scale d' ** -0.5; yields what could not be done.
+    coordinates: Coordinates,
+    weights: Mapping[str, LayerWeight],
+    norms: Sequence[WidenedNorm],
+) -> tuple[list[str], set[SetAttribute]]:
+    """Multiply the query projections of `new` by sqrt(d' / d), in place.
 
-    Where a module holds the scale, the edit that changed it is added to `folded`.
-    Where a norm follows the query's projection, its gain is multiplied instead of the weight.
+    Where a norm follows the query projection (QK-norm), its gain and bias are multiplied instead.
+
+    Returns:
+        A sentence for every attention where that is not possible, and the edits of `surgery` that set a module's own
+        scale to d' ** -0.5: these must stay, since the queries make up for them.
     """
+    notes: list[str] = []
+    compensated: set[SetAttribute] = set()
     for key, score in structure.scores.items():
-        ratio = live.new(score.dim) / live.dense(score.dim)
-        held = set(_scales_held(score, dense, surgery, ratio)) if ratio != 1 else set()
-        if ratio == 1 or not (score.by_size or held):
+        ratio = coordinates.new_size(score.dim) / coordinates.dense_size(score.dim)
+        scales = set(_scale_edits(score, dense, surgery, ratio)) if ratio != 1 else set()
+        if ratio == 1 or not (score.by_size or scales):
             continue
-        folded |= held
+        compensated |= scales
         factor = math.sqrt(ratio)
-        product = products.get(key)
-        rows = None if product is None else query_rows(product, structure, live)
-        between = [n for n in norms if key in structure.streams.get(n.path, ())]
-        if between:
-            for norm in between:
+        weight = weights.get(key)
+        rows = None if weight is None else query_rows(weight, structure, coordinates)
+        query_norms = [n for n in norms if key in structure.streams.get(n.path, ())]
+        if query_norms:
+            for norm in query_norms:
                 if norm.gain_key:
                     gain = new.get_parameter(norm.gain_key)
-                    gain.copy_(norm.gains(gain, factor))
+                    gain.copy_(norm.scale_gain(gain, factor))
                 if norm.bias_key:
                     new.get_parameter(norm.bias_key).mul_(factor)
-        elif product is None or rows is None or not len(rows):
-            yield f"not exact at {score.module}: which outputs of {key} are its queries is not known"
+        elif weight is None or rows is None or not len(rows):
+            notes.append(f"not exact at {score.module}: which outputs of {key} are its queries is not known")
         else:
-            lines = new.get_parameter(key).movedim(product.axis, 0)
-            lines[rows] = lines[rows] * factor
-            path, _, name = product.bias.rpartition(".")
+            by_output = new.get_parameter(key).movedim(weight.axis, 0)  # a view: [out, in]
+            by_output[rows] = by_output[rows] * factor
+            path, _, name = weight.bias_key.rpartition(".")
             bias = new.get_submodule(path)._parameters.get(name)
             if bias is not None:
                 bias[rows] = bias[rows] * factor
+    return notes, compensated
 
 
-def number(module: nn.Module, name: str) -> float | int:
-    """A number that a module holds, as an attribute or as a buffer of one element."""
-    held: Any = getattr(module, name)
-    return float(held) if isinstance(held, (Tensor, float)) else int(held)
+def number_of(module: nn.Module, name: str) -> float | int:
+    """A number that a module keeps as an attribute or as a buffer of one element."""
+    value: Any = getattr(module, name)
+    return float(value) if isinstance(value, (Tensor, float)) else int(value)
 
 
-def _scales_held(score: Score, dense: nn.Module, surgery: Surgery, ratio: float) -> Iterator[SetAttribute]:
-    """Edits of numbers in or around the module of an attention that moved by the square root of its head dim's ratio."""
+def _scale_edits(score: Score, dense: nn.Module, surgery: Surgery, ratio: float) -> Iterator[SetAttribute]:
+    """Edits of floats in or around an attention module by a factor of sqrt(ratio) or its inverse: its scale."""
     modules = dict(dense.named_modules())
     for edit in surgery.attributes:
         near = any(
@@ -88,24 +101,25 @@ def _scales_held(score: Score, dense: nn.Module, surgery: Surgery, ratio: float)
             for a, b in ((score.module, edit.owner), (edit.owner, score.module))
         )
         if near and type(edit.value) is float and edit.owner in modules:
-            held = number(modules[edit.owner], edit.name)
-            if held > 0 and math.isclose(abs(math.log(edit.value / held)), math.log(ratio) / 2, rel_tol=1e-5):
+            old = number_of(modules[edit.owner], edit.name)
+            if old > 0 and math.isclose(abs(math.log(edit.value / old)), math.log(ratio) / 2, rel_tol=1e-5):
                 yield edit
 
 
-def rotary(dense: nn.Module, structure: Structure, live: Live) -> Iterator[SetAttribute]:
-    """Bases that keep the frequencies of the first pairs, theta ** (i / n), where a forward computes them from head_dim.
+def rotary_bases(dense: nn.Module, structure: Structure, coordinates: Coordinates) -> Iterator[SetAttribute]:
+    """Edits of theta that keep the frequencies of the dense pairs, where a forward computes them from head_dim.
 
-    theta' = theta ** (n' / n), since theta' ** (i / n') = theta ** (i / n).
+    From n to n' pairs: theta' = theta ** (n' / n), since then theta' ** (i / n') = theta ** (i / n) for every i.
     """
-    sizes: dict[str, Poly] = {owner: dim for (owner, _, _), dim in structure.attributes.items()}
+    head_dims: dict[str, Poly] = {owner: dim for (owner, _, _), dim in structure.attributes.items()}
     for path, module in dense.named_modules():
-        dim = sizes.get(path)
-        if dim is None or live.new(dim) == live.dense(dim) or any(k.endswith("inv_freq") for k in module._buffers):
+        dim = head_dims.get(path)
+        if dim is None or coordinates.new_size(dim) == coordinates.dense_size(dim):
             continue
-        if module._parameters or module._modules:
-            continue
+        if any(k.endswith("inv_freq") for k in module._buffers) or module._parameters or module._modules:
+            continue  # it stores its frequencies, or is not a rotary embedding
         for name in _BASES:
-            held = module.__dict__.get(name)
-            if isinstance(held, (float, int)) and held > 1:
-                yield SetAttribute(path, name, float(held) ** (live.new(dim) / live.dense(dim)))
+            theta = module.__dict__.get(name)
+            if isinstance(theta, (float, int)) and theta > 1:
+                ratio = coordinates.new_size(dim) / coordinates.dense_size(dim)
+                yield SetAttribute(path, name, float(theta) ** ratio)

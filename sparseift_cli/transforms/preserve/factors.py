@@ -1,6 +1,7 @@
 """A layer's weight as a product of two, or as a product and a rest: truncated singular values, or an identity for one factor.
 
-Weights are [out, in / groups, *kernel]; a group's matrix is [out / groups, in / groups * taps], whose rows U's kernels are.
+Weights are [out, in / groups, *kernel]; a group's matrix is [out / groups, in / groups * taps], whose rows U's kernels
+are.
 """
 
 from __future__ import annotations

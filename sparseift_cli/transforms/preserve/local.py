@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from ...errors import UsageError
 from ...mask import generator_for, make_mask
+from ...mask.attached import is_transposed
 from ...plan.plan import Plan
 from ..edits import Masked, Replace, Surgery
-from ..layers import bias_of, groups_of, is_transposed, weight_of
+from ..layers import bias_of, groups_of, weight_of
 from ..members.base import Member
+from .coordinates import HINT
 from .factors import factorizations, matrices, singular
-from .live import HINT
 
 _TITLES = {
     "sparse_parallel": "Sparse Parallel",
@@ -30,8 +31,8 @@ def fill_members(
     """Weights and masks of every member of `new`; what they leave out of the dense layers, as notes.
 
     Raises:
-        UsageError: a member whose inner norm or activation makes it another function than the layer's, or a pattern that
-            dealt-out weights do not follow.
+        UsageError: a member whose inner norm or activation makes it another function than the layer's, or a pattern
+            that dealt-out weights do not follow.
     """
     masks: dict[str, Tensor] = {}
     lost: dict[str, tuple[float, str]] = {}
@@ -105,8 +106,8 @@ def _parallel(
 def deal(weight: Tensor, counts: Sequence[int], generator: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
     """Disjoint sets of places that share out the weights, and masks with these counts around them.
 
-    Every row's weights go to the branches in turn; where they do not all fit, the largest stay. Where the counts are more
-    than the weights, the rest of a mask holds zeros, on places that another branch has.
+    Every row's weights go to the branches in turn; where they do not all fit, the largest stay. Where the counts are
+    more than the weights, the rest of a mask holds zeros, on places that another branch has.
     """
     size = weight.abs().flatten().float().cpu()
     keep = min(len(size), sum(counts))

@@ -1,13 +1,33 @@
-"""Norms over channels, of whatever library: what kind they are, and what keeps their values when zeros join in.
+"""Norms over channels that widen: how their outputs stay the dense ones, and which weights change for it.
 
-A norm over D channels that becomes one over D' of which a = D / D' hold what they held and the rest hold the mean (zero, for a
-root mean square) sees a times the dense variance. With eps * a and gain * sqrt(a) it gives the dense values again:
-sqrt(a) g (x - m) / sqrt(a v + a eps) = g (x - m) / sqrt(v + eps).
+Let a norm over D channels turn into one over D', a = D / D'. Let D of the new channels hold the dense values x, with
+mean m and variance v, and let every added channel hold m (for a root mean square: 0, and v is the mean square). The
+wider norm then sees the same mean and the variance a v. With eps' = a eps and gain' = sqrt(a) g it returns the dense
+values:
+
+    sqrt(a) g (x - m) / sqrt(a v + a eps) = g (x - m) / sqrt(v + eps)
+
+What must hold of the inputs, by the kind of norm:
+
+- BatchNorm: nothing; it works channel by channel, and is not in this file.
+- RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467): every added channel holds 0, so no layer that writes to the input
+  may have weights on added outputs.
+- LayerNorm: every added channel holds the mean of the dense ones, which holds of a sum if it holds of each summand.
+  - Dense layer, bias, embedding, position table: the mean over the dense outputs is written into the added outputs,
+    which are then *filled*.
+  - Sparse layer: it has no non-zeros left for that. Its dense outputs are *centred*, W <- (I - 11^T / D) W, and its
+    added outputs stay zero. This subtracts a mean from its output, which no LayerNorm sees; so only LayerNorms may read
+    it (pre-LN transformers).
+- GroupNorm: whole groups of the old size must be added.
+
+Everything else is reported as not exact.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,29 +35,36 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ...table.poly import Poly
-from ...trace.flow import is_layer_norm
+from ...trace.flow import NORM, OPAQUE, VALUE, is_layer_norm
 from ...trace.structure import Structure
 from ..edits import SetAttribute
-from .live import Live
+from .coordinates import Coordinates, LayerWeight
 
 _EPS = ("eps", "variance_epsilon", "epsilon")
 _GAINS = ("weight", "gamma", "scale")
 
 
+# --- which norms there are ---
+
+
 @dataclass(frozen=True)
-class Norm:
-    """A norm whose channels grow. `centres`: it subtracts the mean. `offset`: its gain is `offset + weight` (Gemma's is 1)."""
+class WidenedNorm:
+    """A norm over channels that has more channels in the new model."""
 
     path: str
     module: nn.Module
     width: Poly
-    share: float
+    """The channels that its statistics are taken over."""
+    ratio: float
     """a = D / D'."""
     centres: bool
+    """It subtracts the mean (a LayerNorm), or does not (a root mean square)."""
     gain: str | None
+    """The name of its gain parameter."""
     offset: float
+    """The gain is `offset + weight`: 0, or 1 in Gemma."""
     groups: int = 1
-    """Above 1 the statistics are those of a GroupNorm's groups, and the width that of one group."""
+    """Above 1 it is a GroupNorm with that many groups, which grow."""
 
     @property
     def gain_key(self) -> str | None:
@@ -49,42 +76,50 @@ class Norm:
         """The state_dict key of its bias."""
         return f"{self.path}.bias" if self.module._parameters.get("bias") is not None else None
 
-    def gains(self, weight: Tensor, factor: float) -> Tensor:
-        """The weight whose gain is `factor` times that of `weight`."""
+    def scale_gain(self, weight: Tensor, factor: float) -> Tensor:
+        """The weight [any shape] whose gain, `offset + weight`, is `factor` times that of `weight`."""
         return (weight + self.offset) * factor - self.offset
 
-    def eps(self) -> SetAttribute | None:
-        """The edit that multiplies its eps by a; None where the module does not hold its eps as a number."""
+    def scale_for_width(self, weight: Tensor) -> Tensor:
+        """The weight [any shape] whose gain is sqrt(a) times that of `weight`."""
+        return self.scale_gain(weight, math.sqrt(self.ratio))
+
+    def eps_edit(self) -> SetAttribute | None:
+        """The edit that multiplies eps by a; None where the module has no attribute that holds its eps as a float."""
         for name in _EPS:
             if name in self.module.__dict__:
-                held = self.module.__dict__[name]
-                if held is None:  # RMSNorm's default, the eps of its dtype
+                eps = self.module.__dict__[name]
+                if eps is None:  # RMSNorm's default: the machine epsilon of its dtype
                     dtype = next((p.dtype for p in self.module.parameters()), torch.get_default_dtype())
-                    held = torch.finfo(dtype).eps
-                return SetAttribute(self.path, name, self.share * held) if type(held) is float else None
+                    eps = torch.finfo(dtype).eps
+                return SetAttribute(self.path, name, self.ratio * eps) if type(eps) is float else None
         return None
 
 
-def grown_norms(dense: nn.Module, structure: Structure, live: Live) -> list[Norm]:
-    """Every norm over channels, or over groups of them, whose statistics see more channels than in `dense`."""
+def widened_norms(dense: nn.Module, structure: Structure, coordinates: Coordinates) -> list[WidenedNorm]:
+    """Every norm of `dense` over channels, or over groups of them, whose statistics will include more channels."""
     found = []
     for path, module in dense.named_modules():
-        width = _width(path, module, structure)
-        if width is None or live.new(width) == live.dense(width):
+        width = _channels(path, module, structure)
+        if width is None:
+            continue
+        dense_size, new_size = coordinates.dense_size(width), coordinates.new_size(width)
+        if new_size == dense_size:
             continue
         if isinstance(module, nn.GroupNorm):
             groups = structure.attributes.get((path, "num_groups", None))
-            if groups is not None and live.dense(width) * live.new(groups) == live.new(width) * live.dense(groups):
-                continue  # whole groups join in, each with statistics of its own
-        share = live.dense(width) / live.new(width)
+            if groups is not None and dense_size * coordinates.new_size(groups) == new_size * coordinates.dense_size(
+                groups
+            ):
+                continue  # whole groups are added, each with statistics of its own
         gain = next((g for g in _GAINS if module._parameters.get(g) is not None), None)
-        groups = module.num_groups if isinstance(module, nn.GroupNorm) else 1
-        centres, offset = _kind(module, live.dense(width), gain)
-        found.append(Norm(path, module, width, share, centres, gain, offset, groups))
+        num_groups = module.num_groups if isinstance(module, nn.GroupNorm) else 1
+        centres, offset = _probe_kind(module, dense_size, gain)
+        found.append(WidenedNorm(path, module, width, dense_size / new_size, centres, gain, offset, num_groups))
     return found
 
 
-def _width(path: str, module: nn.Module, structure: Structure) -> Poly | None:
+def _channels(path: str, module: nn.Module, structure: Structure) -> Poly | None:
     if not (is_layer_norm(module) or isinstance(module, nn.GroupNorm)):
         return None
     for name in (*_GAINS, "bias"):
@@ -97,14 +132,17 @@ def _width(path: str, module: nn.Module, structure: Structure) -> Poly | None:
     return structure.attributes.get((path, "normalized_shape", 0))
 
 
-def _kind(module: nn.Module, size: int, gain: str | None) -> tuple[bool, float]:
-    """Does it subtract the mean, and what does it add to its weight? Asked of the module itself: T5's LayerNorm does not."""
+def _probe_kind(module: nn.Module, size: int, gain: str | None) -> tuple[bool, float]:
+    """(does it subtract the mean, what does it add to its gain parameter), found by running the module.
+
+    Class names do not say it: T5's LayerNorm subtracts no mean, Gemma's RMSNorm adds 1 to its weight.
+    """
     if isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
         return True, 0.0
     if isinstance(module, nn.RMSNorm):
         return False, 0.0
     parameter = next(module.parameters(recurse=False), None)
-    x = torch.linspace(-1, 1, size).sin()[None, None]
+    x = torch.linspace(-1, 1, size).sin()[None, None]  # [1, 1, size], like a batch of one token
     if parameter is not None:
         x = x.to(parameter.device, parameter.dtype)
     with torch.no_grad():
@@ -116,5 +154,166 @@ def _kind(module: nn.Module, size: int, gain: str | None) -> tuple[bool, float]:
             if "bias" in module._parameters:
                 zeros["bias"] = zeros[gain]
             return centres, float(bool(functional_call(module, zeros, (x,)).any()))
-        except (RuntimeError, TypeError, ValueError):  # it wants another input: its name has to do
+        except (RuntimeError, TypeError, ValueError):  # it takes another kind of input, so only its name is left
             return "rms" not in type(module).__name__.lower(), 0.0
+
+
+# --- which weights must change ---
+
+
+@dataclass
+class NormPlan:
+    """What to do with the weights around the widened norms. Tensors go by their first name (see `canonical_names`)."""
+
+    norms: list[WidenedNorm]
+    centred: dict[str, int] = field(default_factory=dict)
+    """Name of a tensor -> the dim along which its mean is subtracted."""
+    filled: dict[str, int] = field(default_factory=dict)
+    """Name of a tensor -> the dim along which the added coordinates hold the mean of the dense ones."""
+    zero_outputs: set[str] = field(default_factory=set)
+    """Keys of weights whose added outputs a norm reads: no random value may be there."""
+    zero_inputs: set[str] = field(default_factory=set)
+    """Keys of weights whose added inputs are exactly zero: any value may be there."""
+    notes: list[str] = field(default_factory=list)
+
+
+def plan_norms(
+    dense: nn.Module,
+    structure: Structure,
+    coordinates: Coordinates,
+    norms: list[WidenedNorm],
+    weights: Mapping[str, LayerWeight],
+    names: Mapping[str, str],
+) -> NormPlan:
+    """Decide for everything that a norm of `norms` reads whether it is centred or filled; `notes` say what is not exact.
+
+    Args:
+        weights: see `layer_weights`.
+        names: see `canonical_names`.
+    """
+    plan = NormPlan(norms)
+    values = dict(dense.named_parameters())
+    by_path = {n.path: n for n in norms}
+    read_elsewhere = set(structure.exposed)
+    for norm in norms:
+        if not norm.centres or norm.groups > 1:
+            read_elsewhere |= structure.streams.get(norm.path, frozenset())
+    inexact: dict[str, list[str]] = {}
+    for norm in norms:
+        sources = structure.streams.get(norm.path, frozenset([OPAQUE]))
+        plan.zero_outputs |= {s for s in sources if s in weights}
+        if OPAQUE in sources:  # unknown operations write there, so any layer of this width may
+            width = coordinates.size_key(norm.width)
+            plan.zero_outputs |= {k for k, w in weights.items() if coordinates.size_key(w.outputs) == width}
+        inputs = _NormInputs(norm, coordinates, structure.shapes, weights, names, values, by_path, read_elsewhere)
+        for problem in dict.fromkeys(inputs.classify(sources, plan)):
+            inexact.setdefault(problem, []).append(norm.path)
+    plan.notes += [f"not exact at {_first_of(paths)}: {problem}" for problem, paths in inexact.items()]
+    exact = {n.path: n for n in norms if not any(n.path in paths for paths in inexact.values())}
+    plan.zero_inputs = set(_with_zero_inputs(structure, coordinates, weights, names, exact, plan.filled, values))
+    return plan
+
+
+@dataclass(frozen=True)
+class _NormInputs:
+    """What one norm reads, and how each part of it can be made to hold its own mean in the added channels."""
+
+    norm: WidenedNorm
+    coordinates: Coordinates
+    dims: Mapping[str, tuple[Poly, ...]]
+    weights: Mapping[str, LayerWeight]
+    names: Mapping[str, str]
+    values: Mapping[str, Tensor]
+    norms: Mapping[str, WidenedNorm]
+    read_elsewhere: set[str]
+
+    def classify(self, sources: Iterable[str], plan: NormPlan) -> Iterable[str]:
+        """Add every source to the centred or the filled tensors of `plan`; yield a sentence for each that fits neither."""
+        norm = self.norm
+        if norm.groups > 1:
+            yield "a GroupNorm whose groups grow is exact only where the means of its groups are zero"
+            return
+        if norm.eps_edit() is None:
+            yield "its eps is written in its code, so it cannot be scaled"
+        for source in sorted(sources) if norm.centres else ():
+            if source == OPAQUE:
+                yield "its input is not a sum of known layers, so the mean of the added channels is not controlled"
+            elif source.startswith(VALUE):
+                yield from self._parameter(source.removeprefix(VALUE), plan)
+            elif source.startswith(NORM):
+                yield from self._norm(source.removeprefix(NORM), plan)
+            elif source in self.weights:
+                yield from self._layer(self.weights[source], plan)
+            else:
+                yield "it reads a product of weights that is not a linear or convolution"
+
+    def _parameter(self, key: str, plan: NormPlan) -> Iterable[str]:
+        """An embedding table, a position table, a parameter that is added."""
+        if self.coordinates.size_key(self.dims[key][-1]) != self.coordinates.size_key(self.norm.width):
+            yield "it reads a parameter of another width, concatenated with others whose means differ"
+        else:
+            plan.filled[self.names[key]] = -1
+
+    def _norm(self, path: str, plan: NormPlan) -> Iterable[str]:
+        """The output of another norm, as in post-LN."""
+        source = self.norms.get(path)
+        if source is None or not source.centres or source.groups > 1:
+            yield "it reads the output of a norm that does not subtract the mean, so the mean changes with the data"
+            return
+        gain = None if source.gain_key is None else self.values[source.gain_key]
+        if gain is not None and float(gain.max() - gain.min()) > 0:
+            yield "it reads the output of another LayerNorm with unequal gains, whose mean changes with the data"
+        if source.bias_key:
+            plan.filled[self.names[source.bias_key]] = -1
+
+    def _layer(self, weight: LayerWeight, plan: NormPlan) -> Iterable[str]:
+        whole = self.coordinates.size_key(weight.outputs) == self.coordinates.size_key(self.norm.width)
+        concatenated = self.coordinates.dense_size(weight.outputs) < self.coordinates.dense_size(self.norm.width)
+        bias = self.names.get(weight.bias_key)
+        if weight.kind not in ("linear", "conv"):
+            yield f"it reads a {weight.kind} layer, whose outputs share no inputs and so have no common mean to subtract"
+        elif not (whole or (concatenated and weight.masked)):
+            yield "it reads a layer's outputs in another grouping than the layer writes them"
+        elif not weight.masked:
+            plan.filled[self.names[weight.key]] = weight.axis
+            if bias:
+                plan.filled[bias] = -1
+        elif weight.key in self.read_elsewhere:
+            yield "it reads a sparse layer that other operations read too, so the outputs cannot be centred"
+        else:
+            plan.centred[self.names[weight.key]] = weight.axis
+            if bias:
+                plan.centred[bias] = -1
+
+
+def _with_zero_inputs(
+    structure: Structure,
+    coordinates: Coordinates,
+    weights: Mapping[str, LayerWeight],
+    names: Mapping[str, str],
+    exact: Mapping[str, WidenedNorm],
+    filled: Mapping[str, int],
+    values: Mapping[str, Tensor],
+) -> Iterable[str]:
+    """Keys of weights that read only norms whose added channels are exactly zero.
+
+    Such a norm's added inputs hold the mean, so they are zero behind it, unless its bias was filled with a mean other
+    than 0.
+    """
+    for key, weight in weights.items():
+        sources = structure.reads.get(key, frozenset())
+        read = [exact.get(s.removeprefix(NORM)) for s in sources if s.startswith(NORM)]
+        if not read or len(read) != len(sources):
+            continue
+        if all(
+            n is not None
+            and coordinates.size_key(n.width) == coordinates.size_key(weight.inputs)
+            and (n.bias_key is None or names[n.bias_key] not in filled or float(values[n.bias_key].mean()) == 0)
+            for n in read
+        ):
+            yield key
+
+
+def _first_of(paths: list[str]) -> str:
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return ", ".join(p or "the model itself" for p in paths[:3]) + more

@@ -1,15 +1,18 @@
-"""Sparse Wide that starts as the dense network: its weights stand at the live coordinates, their positions are the mask.
+"""Sparse Wide that starts as the dense network: the dense weights inside the wide ones, their positions as the mask.
 
-Added channels are computed and read by nobody: no live output has a weight on an added input. So whatever works channel by
-channel gives the live ones what it gave before, in train mode too; norms and attention scores, which mix channels, are made
-to fit by `streams` and `attention`.
+No dense output has a weight on an added input, so the added channels change nothing:
+
+                 dense inputs   added inputs
+    dense outputs      W              0
+    added outputs   0 or slack        0
+
+Operations that work channel by channel (activations, BatchNorm, pooling) therefore give the dense channels their old
+values, in train mode too. Norms and attention scores mix channels: `norms` and `attention` make them fit.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,203 +24,268 @@ from ...plan.plan import Plan
 from ...trace.flow import VALUE, is_layer_norm
 from ...trace.structure import Structure
 from ..edits import Masked, SetAttribute, Surgery
-from .attention import fold_scales, number, query_rows, rotary
-from .live import HINT, Live
-from .norms import grown_norms
-from .products import Product, canonical, products
-from .spend import Places, Spent, spend
-from .streams import find_streams
+from ..masking import draw_masks
+from .attention import number_of, query_rows, rotary_bases, scale_queries
+from .coordinates import HINT, Coordinates, LayerWeight, canonical_names, layer_weights
+from .norms import plan_norms, widened_norms
+from .slack import FreePositions, SlackMask, distribute_slack
 
-_NEUTRAL = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
+_NEUTRAL = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}  # of an added channel of a norm
 
 
-@dataclass
-class Widening:
-    """A dense module, the wide one that is being filled, and what is known about both."""
+def fill_wide(
+    new: nn.Module, dense: nn.Module, plan: Plan, surgery: Surgery, structure: Structure, seed: int, slack: float
+) -> tuple[dict[str, Tensor], list[str], list[SetAttribute]]:
+    """Put the parameters and buffers of `dense` into `new`, in place.
 
-    new: nn.Module
-    dense: nn.Module
-    plan: Plan
-    surgery: Surgery
-    structure: Structure
-    seed: int
-    slack: float
+    Returns:
+        The mask of every sparse weight (bool, same shape as the weight) by its key; sentences on what is not exact and
+        what the slack costs; the attributes of modules that were changed (eps, theta, scales).
 
-    def __post_init__(self) -> None:
-        if self.plan.spec.pattern != "unstructured":
-            raise UsageError(f"the positions of the dense weights are no {self.plan.spec.pattern} pattern", hint=HINT)
-        self.live = Live(self.plan, self.structure)
-        self.names = canonical(self.dense)
-        self.products = products(self.plan, self.structure, self.surgery, self.dense)
-        self.by_name = {self.names[key]: p for key, p in self.products.items()}
-        norms = grown_norms(self.dense, self.structure, self.live)
-        self.streams = find_streams(self.dense, self.structure, self.live, norms, self.products, self.names)
-        self.gains = {n.gain_key: n for n in norms}
-        self.summands = {
+    Raises:
+        UsageError: a pattern other than unstructured, or a width whose channels have no single order.
+    """
+    if plan.spec.pattern != "unstructured":
+        raise UsageError(f"the positions of the dense weights do not form a {plan.spec.pattern} pattern", hint=HINT)
+    return _WideFill(new, dense, plan, surgery, structure, seed, slack).run()
+
+
+class _WideFill:
+    """The steps of `fill_wide`, and what they share."""
+
+    def __init__(
+        self,
+        new: nn.Module,
+        dense: nn.Module,
+        plan: Plan,
+        surgery: Surgery,
+        structure: Structure,
+        seed: int,
+        slack: float,
+    ) -> None:
+        self.new, self.dense = new, dense
+        self.surgery, self.structure = surgery, structure
+        self.seed, self.slack = seed, slack
+        self.coordinates = Coordinates(plan, structure)
+        self.names = canonical_names(dense)
+        self.weights = layer_weights(plan, structure, surgery, dense)
+        self.weight_by_name = {self.names[key]: w for key, w in self.weights.items()}
+        norms = widened_norms(dense, structure, self.coordinates)
+        self.norm_plan = plan_norms(dense, structure, self.coordinates, norms, self.weights, self.names)
+        self.norm_by_gain = {n.gain_key: n for n in norms}
+        self.summands = {  # parameters that are added to a stream: embeddings, positions
             self.names[s.removeprefix(VALUE)]
-            for read in self.structure.streams.values()
+            for read in structure.streams.values()
             for s in read
             if s.startswith(VALUE)
         }
 
     def run(self) -> tuple[dict[str, Tensor], list[str], list[SetAttribute]]:
-        """Fill `new`; the masks, what is to be said, and the numbers of modules that changed."""
         state = {**dict(self.new.named_parameters()), **dict(self.new.named_buffers())}
         for name, value in (*self.dense.named_parameters(), *self.dense.named_buffers()):
             if name in self.structure.shapes:
-                self._place(name, self._adjusted(name, value.detach()), state[name])
-        spent = {m.key: self._mask(m) for m in self.surgery.masked}
-        folded: set[SetAttribute] = set()
-        notes = [*self.streams.notes, *self._fold(folded), *self._told(spent)]
-        edits = [e for n in self.streams.norms if (e := n.eps()) is not None]
-        edits += rotary(self.dense, self.structure, self.live)
-        edits += self._as_before(folded)
+                self._place(name, self._adjust(name, value.detach()), state[name])
+        choices = {m.key: self._mask(m) for m in self.surgery.masked}
+        attention_notes, compensated = scale_queries(
+            self.new, self.dense, self.surgery, self.structure, self.coordinates, self.weights, self.norm_plan.norms
+        )
+        edits = [e for n in self.norm_plan.norms if (e := n.eps_edit()) is not None]
+        edits += rotary_bases(self.dense, self.structure, self.coordinates)
+        edits += self._restored_factors(compensated)
         for edit in edits:
             owner = self.new.get_submodule(edit.owner)
             if edit.name in owner._buffers:
                 owner.get_buffer(edit.name).fill_(edit.value)
             else:
                 owner.__dict__[edit.name] = edit.value
-        return {k: s.mask for k, s in spent.items()}, notes, edits
-
-    def _fold(self, folded: set[SetAttribute]) -> Iterator[str]:
-        return fold_scales(
-            self.new, self.dense, self.surgery, self.structure, self.live, self.products, self.streams.norms, folded
-        )
-
-    def _as_before(self, folded: set[SetAttribute]) -> Iterator[SetAttribute]:
-        """Numbers that surgery made to follow a width, and that the forward multiplies with, with their dense values.
-
-        The scale of an embedding, say. Not those that shapes depend on, nor those that weights were multiplied for.
-        """
-        modules = dict(self.dense.named_modules())
-        for edit in self.surgery.attributes:
-            tied = (edit.owner, edit.name, edit.index) in self.structure.attributes
-            factor = type(edit.value) is float or (edit.owner, edit.name) in self.structure.formulas
-            if tied or not factor or edit in folded or edit.owner not in modules:
-                continue
-            yield SetAttribute(edit.owner, edit.name, number(modules[edit.owner], edit.name))
+        notes = [*self.norm_plan.notes, *attention_notes, *self._mask_notes(choices)]
+        return {k: c.mask for k, c in choices.items()}, notes, edits
 
     # --- values ---
 
-    def _adjusted(self, name: str, value: Tensor) -> Tensor:
-        """The dense values as the wide model needs them: a writer of a LayerNorm's stream centred, a gain scaled."""
-        if name in self.streams.centred:
+    def _adjust(self, name: str, value: Tensor) -> Tensor:
+        """The dense values as the wide model needs them: a centred writer of a LayerNorm's input, a scaled gain."""
+        if name in self.norm_plan.centred:
             exact = value.double()
-            return (exact - exact.mean(self.streams.centred[name], keepdim=True)).to(value.dtype)
-        norm = self.gains.get(name)
-        return value if norm is None else norm.gains(value, math.sqrt(norm.share))
+            return (exact - exact.mean(self.norm_plan.centred[name], keepdim=True)).to(value.dtype)
+        norm = self.norm_by_gain.get(name)
+        return value if norm is None else norm.scale_for_width(value)
 
     def _place(self, name: str, value: Tensor, target: Tensor) -> None:
+        """Write the dense `value` into `target` at the dense coordinates, and what is neutral everywhere else."""
         dims = self.structure.shapes[name]
         if target.shape == value.shape:
             target.copy_(value)
             return
         target.copy_(self._background(name, value, target))
-        target[self.live.grid(dims)] = value
-        if name in self.streams.filled:
-            axis = self.streams.filled[name] % value.dim()
-            where = list(self.live.grid(dims))
-            added = self.live.added(dims[axis]).nonzero().flatten()
+        target[self.coordinates.index(dims)] = value
+        if name in self.norm_plan.filled:
+            axis = self.norm_plan.filled[name] % value.dim()
+            where = list(self.coordinates.index(dims))
+            added = self.coordinates.is_added(dims[axis]).nonzero().flatten()
             where[axis] = added.view([-1 if i == axis else 1 for i in range(value.dim())])
             target[tuple(where)] = value.double().mean(axis, keepdim=True).to(value.dtype)
 
     def _background(self, name: str, value: Tensor, fresh: Tensor) -> Tensor:
-        """What stands where the dense model has nothing."""
+        """A tensor of the wide shape with the values of the added coordinates; the dense ones are written over it."""
         path, _, last = name.rpartition(".")
         module = self.dense.get_submodule(path)
-        table = name in self.streams.filled or name in self.summands  # a head tied to it reads what norms make zero
-        if name in self.by_name and not table:
-            return self._rows(self.by_name[name], fresh)
-        if name in self.gains:
-            norm = self.gains[name]
-            return torch.full_like(fresh, norm.gains(torch.tensor(1 - norm.offset), math.sqrt(norm.share)).item())
+        table = name in self.norm_plan.filled or name in self.summands  # also where the output layer is tied to it
+        if name in self.weight_by_name and not table:
+            return self._layer_background(self.weight_by_name[name], fresh)
+        if name in self.norm_by_gain:  # a gain of 1, scaled
+            norm = self.norm_by_gain[name]
+            return torch.full_like(fresh, norm.scale_for_width(torch.tensor(1 - norm.offset)).item())
         if isinstance(module, (_NormBase, nn.GroupNorm)) or is_layer_norm(module):
             return torch.full_like(fresh, _NEUTRAL.get(last, 0.0))
         if name not in dict(self.dense.named_parameters()):
             return fresh.clone()
-        if value.dim() == 1 and "bias" not in last and name not in self.summands:  # a layer scale, the slope of a PReLU
+        if value.dim() == 1 and "bias" not in last and name not in self.summands:  # a layer scale, a PReLU's slopes
             return torch.full_like(fresh, float(value.mean()))
         return torch.zeros_like(fresh)
 
-    def _rows(self, product: Product, fresh: Tensor) -> Tensor:
-        """A layer's weight: nothing on added inputs, fresh weights for added outputs that nothing mixes with live ones."""
-        weight = fresh.clone()
-        if product.masked:
-            return weight
-        outputs, inputs = weight.movedim(product.axis, 0), weight.movedim(1 - product.axis, 0)
-        if not (self.slack and product.key in self.streams.quiet) and len(inputs) == self.live.new(product.inputs):
-            inputs[self.live.added(product.inputs)] = 0
-        outputs[self.live.added(product.outputs) & ~self._free_outputs(product)] = 0
-        return weight
+    def _layer_background(self, weight: LayerWeight, fresh: Tensor) -> Tensor:
+        """Of a dense layer: zero on added inputs; fresh weights for added outputs, where no norm or score mixes them in."""
+        values = fresh.clone()
+        if weight.masked:
+            return values  # its mask decides
+        outputs, inputs = values.movedim(weight.axis, 0), values.movedim(1 - weight.axis, 0)
+        free_inputs = self.slack and weight.key in self.norm_plan.zero_inputs
+        if not free_inputs and len(inputs) == self.coordinates.new_size(weight.inputs):
+            inputs[self.coordinates.is_added(weight.inputs)] = 0
+        outputs[self.coordinates.is_added(weight.outputs) & ~self._free_outputs(weight)] = 0
+        return values
+
+    def _restored_factors(self, compensated: set[SetAttribute]) -> Iterator[SetAttribute]:
+        """Numbers that surgery made to follow a width and that the forward multiplies with, set back to their dense values.
+
+        The scale of an embedding, sqrt(hidden size), say. Left alone are numbers that shapes depend on, and the
+        attention scales that the queries make up for (`compensated`).
+        """
+        modules = dict(self.dense.named_modules())
+        for edit in self.surgery.attributes:
+            sets_shape = (edit.owner, edit.name, edit.index) in self.structure.attributes
+            is_factor = type(edit.value) is float or (edit.owner, edit.name) in self.structure.formulas
+            if not sets_shape and is_factor and edit not in compensated and edit.owner in modules:
+                yield SetAttribute(edit.owner, edit.name, number_of(modules[edit.owner], edit.name))
 
     # --- masks ---
 
-    def _free_outputs(self, product: Product) -> Tensor:
-        """Added outputs that may compute anything: no norm sees them, and no attention score (its key may, its query not)."""
-        free = self.live.added(product.outputs)
-        if product.key in self.streams.silent:
+    def _free_outputs(self, weight: LayerWeight) -> Tensor:
+        """bool [new outputs]: added outputs that may hold anything, since no norm and no attention score reads them.
+
+        A score is the sum of query times key over head_dim: with zero added queries the added keys are free.
+        """
+        free = self.coordinates.is_added(weight.outputs)
+        if weight.key in self.norm_plan.zero_outputs:
             free[:] = False
-        queries = query_rows(product, self.structure, self.live)
+        queries = query_rows(weight, self.structure, self.coordinates)
         if queries is not None:
             free[queries if len(queries) else slice(None)] = False
         return free
 
-    def _mask(self, masked: Masked) -> Spent:
-        weight = self.new.get_parameter(masked.key)
-        product = self.products.get(masked.key)
-        places: list[Places] = []
-        if product is not None:
-            outputs, inputs = self.live.of(product.outputs), self.live.of(product.inputs)
-            free = self._free_outputs(product).nonzero().flatten()
-            places.append(Places.of(weight.shape, product.axis, free, 1 - product.axis, inputs))
-            if product.key in self.streams.quiet:
-                added = self.live.added(product.inputs).nonzero().flatten()
-                places.append(Places.of(weight.shape, 1 - product.axis, added, product.axis, outputs))
-        live = self.live.grid(self.structure.shapes[masked.key])
+    def _mask(self, masked: Masked) -> SlackMask:
+        """Choose the mask of one sparse weight and zero the weight outside it."""
+        values = self.new.get_parameter(masked.key)
+        weight = self.weights.get(masked.key)
+        free: list[FreePositions] = []
+        if weight is not None:
+            shape, axis = values.shape, weight.axis
+            outputs = self._free_outputs(weight).nonzero().flatten()
+            free.append(FreePositions.along(shape, axis, outputs, 1 - axis, self.coordinates.positions(weight.inputs)))
+            if weight.key in self.norm_plan.zero_inputs:
+                inputs = self.coordinates.is_added(weight.inputs).nonzero().flatten()
+                free.append(
+                    FreePositions.along(shape, 1 - axis, inputs, axis, self.coordinates.positions(weight.outputs))
+                )
+        index = self.coordinates.index(self.structure.shapes[masked.key])
         generator = generator_for(self.seed, "preserve", masked.key)
-        spent = spend(weight.detach().cpu(), live, masked.nnz, self.slack, places, generator)
-        mask = spent.mask.to(weight.device)
-        weight.mul_(mask)
-        weight.view(-1)[spent.blank.to(weight.device)] = 0
-        axis = self.streams.centred.get(self.names[masked.key])
-        if axis is not None and spent.kept < spent.dense:  # what was left out had a mean of its own
-            exact = weight.double()
+        choice = distribute_slack(values.detach().cpu(), index, masked.nnz, self.slack, free, generator)
+        mask = choice.mask.to(values.device)
+        values.mul_(mask)
+        values.view(-1)[choice.zero_positions.to(values.device)] = 0
+        axis = self.norm_plan.centred.get(self.names[masked.key])
+        if axis is not None and choice.num_kept < choice.num_dense:  # the removed weights had a mean of their own
+            exact = values.double()
             mean = exact.sum(axis, keepdim=True) / mask.sum(axis, keepdim=True).clamp(min=1)
-            weight.copy_((exact - mean) * mask)
-        return spent
+            values.copy_((exact - mean) * mask)
+        return choice
 
-    def _told(self, spent: Mapping[str, Spent]) -> Iterator[str]:
+    # --- notes ---
+
+    def _mask_notes(self, choices: Mapping[str, SlackMask]) -> Iterator[str]:
         """What the masks mean for the function and for training."""
-        short = {k: s for k, s in spent.items() if self._nnz(k) < s.dense}
+        nnz = {m.key: m.nnz for m in self.surgery.masked}
+        short = {k: c for k, c in choices.items() if nnz[k] < c.num_dense}
         if short:
-            worst = max(short, key=lambda k: short[k].lost)
+            worst = max(short, key=lambda k: short[k].lost_norm)
             yield (
                 f"not exact: the plan has fewer non-zeros than the dense model in {len(short)} layers "
-                f"({sum(self._nnz(k) for k in short):,} for {sum(s.dense for s in short.values()):,}), so the smallest "
-                f"weights are left out: up to {short[worst].lost:.2%} of a layer's norm ({worst})"
+                f"({sum(nnz[k] for k in short):,} for {sum(c.num_dense for c in short.values()):,}), so the smallest "
+                f"weights are removed: up to {short[worst].lost_norm:.2%} of a layer's norm ({worst})"
             )
         if not self.slack:
-            read = self.summands & self.streams.filled.keys() & self.by_name.keys()
-            but = f" (but for what {min(read)} fills, which the head reads too)" if read else ""
+            read = self.summands & self.norm_plan.filled.keys() & self.weight_by_name.keys()
+            but = f" (except through {min(read)}, which the output layer shares)" if read else ""
             yield (
                 f"warning: without slack the added channels have no gradient{but}: static training stays the dense network, "
-                "RigL sees only ties and SET grows weights that stay zero (--preserve-slack 0.1 sets some weights free)"
+                "RigL grows among equal gradients of zero, and SET grows weights that stay zero (--preserve-slack 0.1 "
+                "replaces some weights)"
             )
             return
-        random, dropped = sum(s.random for s in spent.values()), sum(s.dense - s.kept for s in spent.values())
-        total = sum(s.dense for s in spent.values())
-        lost = max(s.lost for s in spent.values())
+        yield from self._slack_notes(choices)
+
+    def _slack_notes(self, choices: Mapping[str, SlackMask]) -> Iterator[str]:
+        num_random = sum(c.num_random for c in choices.values())
+        num_removed = sum(c.num_dense - c.num_kept for c in choices.values())
+        total = sum(c.num_dense for c in choices.values())
+        lost = max(c.lost_norm for c in choices.values())
         yield (
-            f"slack {self.slack:g}: the {dropped:,} smallest of {total:,} dense weights gave way to {random:,} random ones on "
-            f"added channels, which no live output reads; up to {lost:.2%} of a layer's norm is gone"
+            f"slack {self.slack:g}: the {num_removed:,} smallest of {total:,} dense weights are replaced by {num_random:,} "
+            f"random ones on added channels, which no dense output reads; up to {lost:.2%} of a layer's norm is removed"
         )
-        kept = [k for k, s in spent.items() if not s.random]
-        if kept:
+        without = [k for k, c in choices.items() if not c.num_random]
+        if without:
             yield (
-                f"{len(kept)} of {len(spent)} sparse layers spend no slack ({', '.join(kept[:2])}, ...): they write to no "
-                "added channel, or to one that a norm or an attention score sees"
+                f"{len(without)} of {len(choices)} sparse layers have no slack ({', '.join(without[:2])}, ...): they write "
+                "to no added channel, or only to channels that a norm or an attention score reads"
             )
 
-    def _nnz(self, key: str) -> int:
-        return next(m.nnz for m in self.surgery.masked if m.key == key)
+
+def keep_largest(
+    new: nn.Module, dense: nn.Module, plan: Plan, surgery: Surgery, seed: int
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Scope none, the control of Sparse Wide: keep the largest weights of every sparse layer at its dense size, in place.
+
+    There are fewer non-zeros than dense weights and no added channels, so the function changes. The criterion is that
+    of one-shot magnitude pruning (Han et al. 2015, arXiv 1506.02626). The masks have the plan's pattern, and the heads
+    of an attention projection keep equal numbers. All other tensors of `new` are clones of the dense ones already.
+
+    Returns:
+        The mask of every sparse weight (bool, same shape as the weight) by its key, and sentences on what was removed.
+
+    Raises:
+        UsageError: the pattern cannot hold the planned counts.
+    """
+    old = {m.key: dense.get_parameter(m.key).detach() for m in surgery.masked}
+    for key, weight in old.items():
+        new.get_parameter(key).copy_(weight)
+    masks = draw_masks(new, plan, surgery, seed=seed, connect=False, scores={k: w.abs() for k, w in old.items()})
+    for key, mask in masks.items():
+        new.get_parameter(key).mul_(mask.to(old[key].device))
+    if not masks:
+        return masks, []
+    lost = {key: _lost_norm(old[key], mask) for key, mask in masks.items()}
+    worst = max(lost, key=lambda key: lost[key])
+    kept, total = sum(int(m.count_nonzero()) for m in masks.values()), sum(w.numel() for w in old.values())
+    note = (
+        f"not exact: scope none has fewer non-zeros than dense weights, so each layer keeps its largest: {kept:,} of "
+        f"{total:,} in all; up to {lost[worst]:.2%} of a layer's norm is removed ({worst})"
+    )
+    return masks, [note]
+
+
+def _lost_norm(weight: Tensor, mask: Tensor) -> float:
+    """Norm of what a mask removes from a weight of the same shape, over the norm of the weight."""
+    norm = float(weight.float().norm())
+    return float((weight * ~mask.to(weight.device)).float().norm()) / norm if norm else 0.0
