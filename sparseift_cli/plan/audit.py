@@ -13,7 +13,7 @@ from .budget import ideal_body_density, s_max
 from .layer_plan import LayerPlan
 from .plan import Plan, dense_layers, make_plan
 from .spec import TrainingSpec, TransformSpec
-from .training_cost import dense_training_macs, opened, run_macs, training_macs_while_updating
+from .training_cost import dense_training_macs, final_nonzeros, run_macs, training_macs_while_updating
 
 SCHEMA = "sparseift.flops/1"
 OWNERS: tuple[str, ...] = (
@@ -58,7 +58,8 @@ class Audit:
     dense: Totals
     plan: Plan | None = None
     transformed: Totals | None = None
-    training_while_updating: Fraction | None = None  # RigL's mean step while masks change; else that of the whole run
+    training_while_updating: Fraction | None = None
+    """MACs of the mean step while masks change, where dense gradients make that dearer (RigL); else of the whole run."""
 
     @property
     def forward_ratio(self) -> Fraction | None:
@@ -87,13 +88,12 @@ class Audit:
 
     @property
     def nonzero_after_training(self) -> int:
-        """Non-zero parameters when training ends: the plan's, or what training without masks (algorithm `dense`) opens."""
+        """Non-zero parameters when training ends: the plan's, and the masked weights where training uses no masks."""
         if self.plan is None or self.transformed is None:
             return self.dense.nonzero_params
-        if self.training.algorithm != "dense":
-            return self.transformed.nonzero_params
         rows = [row for row in self.plan.layers if row.status == "transformed"]
-        more = sum(opened(row, p, "dense", self.plan.spec.block) - p.nnz for row in rows for p in row.parts)
+        block = self.plan.spec.block
+        more = sum(final_nonzeros(row, p, self.training, block) - p.nnz for row in rows for p in row.parts)
         return self.transformed.nonzero_params + more
 
     def owners(self) -> dict[str, int]:
@@ -157,7 +157,7 @@ def audit(
         nonzero_params=stored - sum(row.weights - row.nnz for row in plan.layers),
     )
     updating = transformed.training_macs
-    if training.algorithm == "rigl":
+    if training.method.costs_more_while_updating:
         updating = training_macs_while_updating(plan.layers, training)
     return Audit(table, causal, training, dense, plan, transformed, updating)
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from typing import Annotated, Any, Literal, get_args
 
 from ..base.options import Option, check
 from ..errors import UsageError, did_you_mean, one_of
-from ..sparsity.schedule import Algorithm, Schedule
+from ..sparsity.algorithms import ALGORITHMS, MaskAlgorithm, make_algorithm, name_of
+from ..sparsity.schedule import Schedule
 from .isoflop import density
 
 Member = Literal["sparse_wide", "sparse_parallel", "sparse_factorized", "sparse_doped"]
@@ -253,15 +255,22 @@ class TransformSpec:
         return TransformSpec.of(fields | {"sparsity": str(data["sparsity"])})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingSpec:
-    """How training FLOPs are counted: the algorithm, its mask schedule, and whether blocks are computed again.
+    """How training FLOPs are counted: the mask algorithm and its options, and whether blocks are computed again.
+
+    Args:
+        algorithm: a name in `ALGORITHMS`, `package.module:Name`, or a `MaskAlgorithm` with its options.
+        delta_t, stop: the two options that nearly every algorithm has; one that has none ignores them.
+        steps: optimiser steps of the run; None for the limit of long runs.
+        recompute: activation checkpointing, one more forward pass of every repeated block.
+        options: further options of the algorithm.
 
     Raises:
-        UsageError: a value that does not exist or is out of range.
+        UsageError: a value that does not exist or is out of range, an option that the algorithm does not have.
     """
 
-    algorithm: Annotated[Algorithm, Option("How masks change during training.", panel=_TRAINING)] = "static"
+    algorithm: Annotated[str, Option("How masks change during training.", panel=_TRAINING, names=ALGORITHMS)] = "static"
     delta_t: Annotated[int, Option("Optimiser steps between two mask updates.", panel=_TRAINING, minimum=1)] = 100
     stop: Annotated[
         str,
@@ -286,7 +295,12 @@ class TrainingSpec:
         ),
     ] = False
 
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any], hash=False)
+
     def __post_init__(self) -> None:
+        if isinstance(self.algorithm, MaskAlgorithm):
+            self._take(self.algorithm)
+        object.__setattr__(self, "algorithm", ALGORITHMS.canonical(self.algorithm))
         try:
             stop = Fraction(self.stop)
         except (ValueError, ZeroDivisionError):
@@ -296,6 +310,23 @@ class TrainingSpec:
                 f"stop {self.stop!r} is not a fraction of the run", hint="0.75 ends mask updates at 75 % of the steps"
             )
         check(self)
+        _ = self.method  # made now, so that what is wrong with its options is found now
+
+    def _take(self, algorithm: MaskAlgorithm) -> None:
+        """Name and options of an algorithm that was given as an object."""
+        given = {**algorithm.options(), **self.options}
+        for name in ("delta_t", "stop"):
+            if name in given:
+                object.__setattr__(self, name, given.pop(name))
+        object.__setattr__(self, "algorithm", name_of(algorithm))
+        object.__setattr__(self, "options", given)
+
+    @cached_property
+    def method(self) -> MaskAlgorithm:
+        """The algorithm with its options."""
+        known = ALGORITHMS.get(self.algorithm).option_names()
+        shared = {"delta_t": self.delta_t, "stop": self.stop}
+        return make_algorithm(self.algorithm, {k: v for k, v in shared.items() if k in known} | dict(self.options))
 
     @staticmethod
     def of(options: Mapping[str, Any]) -> TrainingSpec:
@@ -304,6 +335,7 @@ class TrainingSpec:
 
     @property
     def schedule(self) -> Schedule:
+        """When masks change, by `delta_t`, `stop` and `steps`, whether the algorithm has any use for it or not."""
         return Schedule(self.delta_t, Fraction(self.stop), self.steps)
 
     def to_json(self) -> dict[str, Any]:

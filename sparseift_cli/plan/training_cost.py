@@ -1,7 +1,10 @@
 """Training MACs of a planned model, layer by layer: forward, input gradients, weight gradients, mask updates. Pure.
 
-No dX where nothing upstream trains (the first layer), no dW for frozen weights; both come from the table, which learnt them
-by following `requires_grad`. Optimiser steps and elementwise work are not counted, as in the forward pass.
+What one non-zero costs in a step is found here; how many there are in the mean step, and which steps compute dense weight
+gradients, is the mask algorithm's to say (`MaskAlgorithm.mean_step`).
+
+No dX where nothing upstream trains (the first layer), no dW for frozen weights; both come from the table, where tracing
+`requires_grad` put them. Optimiser steps and elementwise work are not counted, as in the forward pass.
 
 With activation checkpointing (`recompute`) every layer inside a repeated block (`Layer.block`) makes a second forward; what
 lies outside of blocks, such as stem and head, keeps its activations and makes one. `train.recompute` executes just that.
@@ -12,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
-from ..sparsity.schedule import START_DENSITY, Algorithm, StepCost, mean_step, nonzeros_over_run, updating_step
+from ..sparsity.algorithms import MaskAlgorithm
+from ..sparsity.schedule import StepCost
 from ..table.table import Layer
 from .layer_plan import LayerPlan, Part
 from .spec import TrainingSpec
@@ -26,8 +30,8 @@ def step_cost(plan: LayerPlan, *, recompute: bool = False) -> StepCost:
     return StepCost(_forwards(layer, recompute) * macs, layer.grad_inputs * macs, layer.grad_weight * macs)
 
 
-def price(plan: LayerPlan, part: Part, *, recompute: bool = False) -> StepCost:
-    """One training step of a transformed layer, per non-zero of one of its weights.
+def cost_per_nonzero(plan: LayerPlan, part: Part, *, recompute: bool = False) -> StepCost:
+    """MACs of one training step of a transformed layer for one non-zero of one of its weights.
 
     A low-rank pair has an inner activation: V needs its input gradient whenever U trains, even behind a frozen input.
     """
@@ -38,9 +42,9 @@ def price(plan: LayerPlan, part: Part, *, recompute: bool = False) -> StepCost:
     )
 
 
-def prices(plan: LayerPlan, *, recompute: bool = False) -> tuple[Fraction, dict[str, StepCost]]:
-    """What a transformed layer's step costs with the parts that have no mask, and the prices of the others, by part."""
-    found = {part.name: price(plan, part, recompute=recompute) for part in plan.parts}
+def costs_by_part(plan: LayerPlan, *, recompute: bool = False) -> tuple[Fraction, dict[str, StepCost]]:
+    """MACs of a transformed layer's step in its parts without a mask, and `cost_per_nonzero` of the others by name."""
+    found = {part.name: cost_per_nonzero(plan, part, recompute=recompute) for part in plan.parts}
     fixed = sum((found.pop(part.name).total * Fraction(part.nnz) for part in plan.parts if part.dense), Fraction(0))
     return fixed, found
 
@@ -62,29 +66,29 @@ def dense_training_macs(layers: Sequence[LayerPlan], training: TrainingSpec) -> 
 def _training_macs(
     layers: Sequence[LayerPlan], training: TrainingSpec, mean: Callable[[LayerPlan, Part, StepCost], Fraction | int]
 ) -> Fraction:
-    """MACs of a step of the transformed model, with `mean` those of a weight that has a mask, by its price."""
+    """MACs of a step of the transformed model; `mean` gives those of a weight with a mask, from its cost per non-zero."""
     total = Fraction(0)
     for plan in layers:
         if plan.status != "transformed":
             total += step_cost(plan, recompute=training.recompute).total
             continue
-        fixed, found = prices(plan, recompute=training.recompute)
+        fixed, found = costs_by_part(plan, recompute=training.recompute)
         total += sum((mean(plan, part, found[part.name]) for part in plan.parts if part.name in found), fixed)
     return total
 
 
 def run_macs(layers: Sequence[LayerPlan], training: TrainingSpec, block: Block = None) -> Fraction:
-    """Mean MACs of a training step over a run, to the non-zero: what the run will have spent, over its steps.
+    """Mean MACs of a training step over a run, to the non-zero: those of the whole run over its steps.
 
     Gradual pruning has a whole number of non-zeros (of blocks, where masks consist of them) at every step, so with known
     steps those are added up. Without, it is the limit of long runs, above it by less than a non-zero (a block) a weight.
     """
+    method, schedule = training.method, training.method.schedule(training.steps)
+    together = block[0] * block[1] if block else 1
 
     def mean(plan: LayerPlan, part: Part, cost: StepCost) -> Fraction:
-        first = opened(plan, part, training.algorithm, block)
-        if training.algorithm in START_DENSITY and training.schedule.steps:
-            return _counted(cost, part, training, first, block)
-        return _unrounded(cost, part, training, part.nnz, first)
+        start = initial_nonzeros(plan, part, method, block)
+        return method.mean_step(cost, start, part.nnz, part.shape.weights, schedule, together)
 
     return _training_macs(layers, training, mean)
 
@@ -97,21 +101,21 @@ def unrounded_macs(plan: LayerPlan, macs: Fraction | int, training: TrainingSpec
     sparse = sum(p.shape.weights for p in plan.parts if not p.dense)
     left = Fraction(macs) / plan.uses - (plan.weights - sparse)
     density = min(Fraction(1), max(Fraction(0), left / sparse))
+    method, schedule = training.method, training.method.schedule(training.steps)
 
     def mean(plan: LayerPlan, part: Part, cost: StepCost) -> Fraction:
         nnz = density * part.shape.weights
-        return _unrounded(cost, part, training, nnz, max(nnz, _start(plan, part, training.algorithm, block)))
+        start = max(nnz, _start(plan, part, method, block))
+        return method.mean_step(cost, start, nnz, part.shape.weights, schedule)
 
     return _training_macs([plan], training, mean)
 
 
 def training_macs_while_updating(layers: Sequence[LayerPlan], training: TrainingSpec) -> Fraction:
-    """RigL's mean step while masks still change: the first `stop` part of a run."""
-    schedule = training.schedule
+    """The mean step while masks still change, where `MaskAlgorithm.costs_more_while_updating`: the first `stop` of a run."""
+    method, schedule = training.method, training.method.schedule(training.steps)
     return _training_macs(
-        layers,
-        training,
-        lambda _, part, cost: updating_step(schedule, cost.times(part.nnz), cost.times(part.shape.weights)),
+        layers, training, lambda _, part, cost: method.updating_step(cost, part.nnz, part.shape.weights, schedule)
     )
 
 
@@ -120,34 +124,22 @@ def executed_macs(layers: Sequence[LayerPlan], training: TrainingSpec) -> Fracti
     return _training_macs(layers, training, lambda _, part, cost: cost.total * part.shape.weights)
 
 
-def opened(plan: LayerPlan, part: Part, algorithm: Algorithm, block: Block) -> int:
-    """The non-zeros of a part at step 0: those attached, or more where the algorithm starts denser."""
-    return max(part.nnz, _start(plan, part, algorithm, block))
+def initial_nonzeros(plan: LayerPlan, part: Part, method: MaskAlgorithm, block: Block) -> int:
+    """The non-zeros of a part at step 0: the planned ones, or more where the algorithm starts denser."""
+    return max(part.nnz, _start(plan, part, method, block))
 
 
-def _start(plan: LayerPlan, part: Part, algorithm: Algorithm, block: Block) -> int:
-    """The non-zeros that the algorithm opens a part to, in whole blocks. A dense one, and a frozen one, keeps its."""
-    start = Fraction(1) if algorithm == "dense" else START_DENSITY.get(algorithm)
-    if start is None or part.dense or not plan.layer.grad_weight:
+def final_nonzeros(plan: LayerPlan, part: Part, training: TrainingSpec, block: Block) -> int:
+    """The non-zeros of a part when training ends: the planned ones, unless the algorithm uses no masks."""
+    schedule = training.method.schedule(training.steps)
+    start = initial_nonzeros(plan, part, training.method, block)
+    return training.method.nonzeros(schedule.end, start, part.nnz, schedule)
+
+
+def _start(plan: LayerPlan, part: Part, method: MaskAlgorithm, block: Block) -> int:
+    """The non-zeros of the algorithm's start density, in whole blocks; 0 for parts that keep theirs: dense or frozen ones."""
+    if method.start_density is None or part.dense or not plan.layer.grad_weight:
         return 0
     rows, columns = block or (1, 1)
-    cells = min(part.shape.blocks(rows, columns), int(start * part.shape.weights / (rows * columns)))
-    return cells * rows * columns
-
-
-def _unrounded(
-    cost: StepCost, part: Part, training: TrainingSpec, final: Fraction | int, first: Fraction | int
-) -> Fraction:
-    """Mean MACs of a step of a weight with any `final` and `first` non-zeros, by the means of the schedules."""
-    sparse, dense = cost.times(final), cost.times(part.shape.weights)
-    return mean_step(training.algorithm, training.schedule, sparse, cost.times(first), dense)
-
-
-def _counted(cost: StepCost, part: Part, training: TrainingSpec, first: int, block: Block) -> Fraction:
-    """The same of gradual pruning, step by step. GraNet's updates need a dense weight gradient."""
-    schedule, unit = training.schedule, block[0] * block[1] if block else 1
-    held, pruned = nonzeros_over_run(first // unit, part.nnz // unit, schedule)
-    total = unit * held * cost.total
-    if training.algorithm == "granet":
-        total += ((schedule.updates or 0) * part.shape.weights - unit * pruned) * cost.grad_weight
-    return Fraction(total) / (schedule.steps or 1)
+    count = int(method.start_density * part.shape.weights / (rows * columns))
+    return min(part.shape.blocks(rows, columns), count) * rows * columns

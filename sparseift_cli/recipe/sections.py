@@ -26,7 +26,6 @@ from ..data.registry import CATALOG, find
 from ..errors import UsageError, did_you_mean
 from ..models.request import proper_source
 from ..plan.spec import TrainingSpec, TransformSpec
-from ..sparsity.schedule import Algorithm
 from . import durations
 
 
@@ -234,8 +233,8 @@ class MaskAlgorithm(Section):
     """How masks change while it trains."""
 
     SHORT: ClassVar[str | None] = "name"
-    name: Algorithm = Field(
-        "static", description="dense, static, set, rigl, gmp, granet (snfs is counted, not trained)."
+    name: Literal["dense", "static", "set", "snfs", "rigl", "gmp", "granet"] = Field(
+        "static", description="How masks change: dense, static, set, snfs, rigl, gmp or granet."
     )
     delta_t: int = option(TrainingSpec, "delta_t")
     drop_fraction: Part = Field(0.3, description="Part of the active weights that the first update exchanges.")

@@ -1,149 +1,435 @@
-"""The sparse training algorithms by name."""
+"""The mask algorithms: which weights of a sparse network are zero, when that changes, and what it costs. One class each.
+
+A pattern (unstructured, blocks) says what moves together, a plan how many non-zeros each weight has; an algorithm says which,
+by a drop score and a grow score. Everything else (exact counts, ties, optimiser state, resuming) is the `Sparsifier`'s work, so
+an algorithm of your own is a few lines:
+
+    @dataclass(frozen=True, kw_only=True)
+    class Sensitivity(DropAndGrow):
+        "Drops where |weight * gradient| is smallest, grows where |gradient| is largest."
+
+        dense_gradient = "at updates"
+
+        def drop_scores(self, at: WeightView) -> Tensor:
+            return (at.weight * at.gradient).abs()
+
+        def grow_scores(self, at: WeightView) -> Tensor:
+            return at.gradient.abs()
+
+Wherever an algorithm is named (recipes, `--algorithm`, `Sparsifier`, `TrainingSpec`), `package.module:Sensitivity` names it.
+No torch is imported here: counting FLOPs, recipes and help need none.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
-from typing import ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import torch
-from torch import Tensor
+from ..base.options import Option, check
+from ..base.registry import Registry
+from ..errors import UsageError
+from .schedule import (
+    Decay,
+    Schedule,
+    StepCost,
+    drop_fraction,
+    drops,
+    nonzeros_at,
+    nonzeros_over_run,
+    updates_at,
+)
 
-from ..base.randomness import counters, words
-from ..errors import one_of
-from .schedule import START_DENSITY, Schedule, nonzeros_at
+if TYPE_CHECKING:
+    from torch import Tensor
 
-# What a sparse training algorithm decides. Everything else (when, how many, exactness, state) is the Sparsifier's.
-# The axes are separate: a pattern (unstructured, blocks) says what moves together, a schedule when and how many, and an
-# algorithm which: by a drop score, a grow score and a density to start from. RigL is SET with another grow score.
+DenseGradient = Literal["never", "at updates", "every step"]
+Regrow = Literal["allow", "forbid"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class WeightView:
+    """One weight as scores see it, behind the optimiser's step. Score functions change none of these tensors."""
+
+    weight: Tensor
+    """[*shape]; zero where the mask is False."""
+    gradient: Tensor | None = None
+    """dL/dw [*shape] at every place, masked or not, averaged over micro-batches and ranks; None unless `dense_gradient`."""
+    state: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])
+    """The algorithm's own tensors [*shape], float32, by the names in `MaskAlgorithm.state`."""
+    key: int | Tensor = 0
+    """What random scores are a function of: the seed, the weight's name and the step, hashed."""
+
+    def random_scores(self) -> Tensor:
+        """Scores [*shape] in (-1, 0], independent and uniform; the same on every device and rank, made where the weight is.
+
+        Negative because floats are finest near zero, where the highest scores are: ties among those are rare.
+        """
+        from ..base.randomness import counters, words
+
+        random = words(self.key, counters(0, self.weight.numel(), self.weight.device))
+        return random.bitwise_and_((1 << 63) - 1).float().mul_(-(2.0**-63)).view(self.weight.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
 class MaskAlgorithm:
-    """Masks that stay as they are; subclasses say what moves.
+    """Masks that stay as they are: the base of all algorithms. Its fields are the options that recipes and `Sparsifier` take.
 
-    A drop score ranks active weights, the lowest go first; a grow score ranks free places, the highest come first. Both are
-    float32, in the weight's shape and on its device.
+    Raises:
+        UsageError: an option out of its range.
     """
 
-    name: ClassVar[str]
-    exchanges: ClassVar[bool] = False
-    """Weights move at mask updates: as many are grown as were dropped."""
-    uses_gradient: ClassVar[bool] = False
-    """The grow score needs the dense gradient of the update's step."""
-    start: ClassVar[Fraction | None] = None
-    """Density at step 0 where that is above the final one; None: the masks that are attached."""
+    masked: ClassVar[bool] = True
+    """Whether it needs a network with masks."""
+    drops_and_grows: ClassVar[bool] = False
+    """Whether mask updates replace weights: as many grow as were dropped."""
+    dense_gradient: ClassVar[DenseGradient] = "never"
+    """Which steps compute the weight gradient at every place, not only where the mask is True. Decides cost, and `gradient`."""
+    start_density: ClassVar[Fraction | None] = None
+    """Density at step 0 where that may be above the planned one; None: training starts with the planned masks."""
+    state: ClassVar[tuple[str, ...]] = ()
+    """Names of float32 tensors [*shape] kept for every weight. They start at zero, are saved in checkpoints, and no mask
+    update touches them: an algorithm that wants them zero where a weight was dropped does that in `observe`."""
 
-    def drop_scores(self, weight: Tensor) -> Tensor:
-        """Magnitude: |w| after the optimiser step."""
-        return weight.detach().float().abs()
+    def __post_init__(self) -> None:
+        check(self)
 
-    def grow_scores(self, weight: Tensor, gradient: Tensor | None, key: int | Tensor) -> Tensor:
-        """Random: every free place is as likely as any other. The same numbers on every device, made there.
+    # --- which weights ---
 
-        Minus a number from [0, 1): floats are finest near zero, where the highest of these lie, so that ties are rare.
-        """
-        random = words(key, counters(0, weight.numel(), weight.device))
-        return random.bitwise_and_((1 << 63) - 1).to(torch.float32).mul_(-(2.0**-63)).view(weight.shape)
+    def drop_scores(self, at: WeightView) -> Tensor:
+        """Scores [*shape] of the active weights; the lowest are dropped. Magnitude, |w| behind the optimiser's step."""
+        return at.weight.abs()
+
+    def grow_scores(self, at: WeightView) -> Tensor:
+        """Scores [*shape] of the places without a weight; the highest grow. Random."""
+        return at.random_scores()
+
+    def observe(self, at: WeightView) -> None:
+        """Update `at.state` in place; called behind every step that the optimiser made, before a mask update of this step."""
+
+    # --- when, and how many ---
+
+    def schedule(self, steps: int | None) -> Schedule:
+        """When masks change in a run of so many optimiser steps; None means the limit of long runs."""
+        return Schedule(delta_t=1, stop=Fraction(0), steps=steps)
+
+    def updates_at(self, step: int, schedule: Schedule) -> bool:
+        """Whether weights are dropped and grown after step `step`."""
+        return self.drops_and_grows and updates_at(schedule, step)
+
+    def drops(self, active: int, step: int, schedule: Schedule) -> int:
+        """How many of `active` weights (or blocks) the update of step `step` drops, and grows elsewhere."""
+        return 0
 
     def nonzeros(self, step: int, start: int, final: int, schedule: Schedule) -> int:
-        """The non-zeros (or blocks) that step `step` computes with."""
+        """The non-zeros (or blocks) that step `step` computes with: between `start`, those at step 0, and the planned `final`.
+
+        An algorithm that overrides this must override `mean_nonzeros` accordingly.
+        """
         return final
 
+    # --- what it costs ---
 
-# No sparsity: the transformed network with every weight in use, or a network that has no masks at all.
+    def mean_nonzeros(
+        self, start: Fraction | int, final: Fraction | int, schedule: Schedule, block: int | None = None
+    ) -> tuple[Fraction, Fraction]:
+        """`nonzeros`, summed over the steps of a run and over its mask updates, both divided by the number of steps.
+
+        Args:
+            start, final: non-zeros at step 0 and as planned.
+            schedule: without steps, the limit of long runs is meant.
+            block: the weights that move together, 1 if single ones do, to count whole ones; None: before rounding.
+        """
+        return Fraction(final), final * schedule.update_rate
+
+    def mean_step(
+        self,
+        cost: StepCost,
+        start: Fraction | int,
+        final: Fraction | int,
+        weights: Fraction | int,
+        schedule: Schedule,
+        block: int | None = None,
+    ) -> Fraction:
+        """MACs of the mean training step of one weight tensor.
+
+        Every step costs `cost` for each non-zero; steps with a dense gradient also a weight gradient at each of the other
+        places. With f_S and f_D the forward MACs of the tensor sparse and dense: static and SET 3 f_S, SNFS 2 f_S + f_D, RigL
+        3 f_S and at updates 2 f_S + f_D.
+
+        Args:
+            cost: MACs of one step for one non-zero.
+            weights: places of the tensor. Other arguments as in `mean_nonzeros`.
+        """
+        over_steps, over_updates = self.mean_nonzeros(start, final, schedule, block)
+        mean = cost.total * over_steps
+        if self.dense_gradient == "every step":
+            return mean + cost.grad_weight * (weights - over_steps)
+        if self.dense_gradient == "at updates":
+            return mean + cost.grad_weight * (schedule.update_rate * weights - over_updates)
+        return mean
+
+    @property
+    def costs_more_while_updating(self) -> bool:
+        """Whether steps cost more before `stop` than behind it, and only because of dense gradients at mask updates."""
+        return self.dense_gradient == "at updates" and self.start_density is None
+
+    def updating_step(self, cost: StepCost, final: int, weights: int, schedule: Schedule) -> Fraction:
+        """MACs of the mean step while masks still change, where `costs_more_while_updating`.
+
+        Evci et al. 2020, appendix H, approximate it as (3 f_S dT + 2 f_S + f_D)/(dT + 1).
+        """
+        return Fraction(cost.total * final) + Fraction(cost.grad_weight * (weights - final), schedule.delta_t)
+
+    # --- words ---
+
+    @classmethod
+    def summary(cls) -> str:
+        """One line for help and tables."""
+        return (cls.__doc__ or "").strip().partition("\n")[0]
+
+    @classmethod
+    def option_names(cls) -> tuple[str, ...]:
+        """The options it takes."""
+        return tuple(f.name for f in fields(cls))
+
+    @property
+    def moves(self) -> bool:
+        """Whether any mask can differ from the planned one."""
+        return self.drops_and_grows or self.start_density is not None
+
+    def options(self) -> dict[str, Any]:
+        """Its options by name, as JSON values."""
+        return {name: getattr(self, name) for name in self.option_names()}
 
 
+# --- no sparsity, static sparsity -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
 class Dense(MaskAlgorithm):
-    """Masks are opened wholly and stay so: 3 f_D a step. The Sparsifier has nothing to do."""
+    """Every weight is used: the transformed network without its masks, or a network that has none."""
 
-    name: ClassVar[str] = "dense"
-    start: ClassVar[Fraction | None] = Fraction(1)
+    masked: ClassVar[bool] = False
+    start_density: ClassVar[Fraction | None] = Fraction(1)
 
     def nonzeros(self, step: int, start: int, final: int, schedule: Schedule) -> int:
         return start
 
+    def mean_nonzeros(
+        self, start: Fraction | int, final: Fraction | int, schedule: Schedule, block: int | None = None
+    ) -> tuple[Fraction, Fraction]:
+        return Fraction(start), start * schedule.update_rate
 
-# Static sparsity: the masks of the start, for the whole run.
 
-
+@dataclass(frozen=True, kw_only=True)
 class Static(MaskAlgorithm):
-    """Masks never move. Costs 3 f_S a step, and is what SET, RigL and the others are compared with."""
-
-    name: ClassVar[str] = "static"
+    """The masks of the start, for the whole run; what the others are compared with."""
 
 
-# Sparse Evolutionary Training: drop the smallest weights, grow as many at random.
-# Source: Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity inspired by network
-# science", Nature Communications 2018, arXiv 1707.04780. There a fixed share of the weights closest to zero is exchanged after
-# every epoch; here every `delta_t` steps, with the schedule of the drop fraction that all algorithms share.
+# --- drop and grow ----------------------------------------------------------------------------------------------------
 
 
-class SET(MaskAlgorithm):
-    """Magnitude drops, chance grows; no dense gradient is ever needed."""
+@dataclass(frozen=True, kw_only=True)
+class Scheduled(MaskAlgorithm):
+    """Base of the algorithms whose masks change every `delta_t` steps, for the first part of a run."""
 
-    name: ClassVar[str] = "set"
-    exchanges: ClassVar[bool] = True
+    delta_t: Annotated[int, Option("Optimiser steps between two mask updates.", minimum=1)] = 100
+    stop: Annotated[
+        str, Option("Part of the run after which masks stay as they are.", decimal=True, minimum=0, maximum=1)
+    ] = "0.75"
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", str(self.stop))
+        super().__post_init__()
 
-# RigL: drop the smallest weights, grow where the dense gradient is largest.
-# Source: Evci, Gale, Menick, Castro, Elsen, "Rigging the Lottery: Making All Tickets Winners", ICML 2020, arXiv 1911.11134,
-# algorithm 1 and section 3. Grown weights start at zero. The paper updates masks *in place of* a gradient step; here the step
-# is taken too, and first, and its gradient (of all micro-batches and ranks) decides: no batch is lost.
-
-
-class RigL(SET):
-    """SET with another grow score: |dL/dw| of the update's step, at the places that have no weight."""
-
-    name: ClassVar[str] = "rigl"
-    uses_gradient: ClassVar[bool] = True
-
-    def grow_scores(self, weight: Tensor, gradient: Tensor | None, key: int | Tensor) -> Tensor:
-        assert gradient is not None
-        return gradient.float().abs()
+    def schedule(self, steps: int | None) -> Schedule:
+        return Schedule(self.delta_t, Fraction(self.stop), steps)
 
 
-# Gradual magnitude pruning: start dense, prune the smallest weights on a cubic schedule, never grow.
-# Source: Zhu, Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model compression", 2017, arXiv
-# 1710.01878, eq. 1. Under Sparse Wide it starts with the whole widened network, so it costs more than the dense model: 1.19,
-# 1.56, 2.69 times at sparsity .5, .75, .9.
+@dataclass(frozen=True, kw_only=True)
+class DropAndGrow(Scheduled):
+    """Base of the algorithms that drop some active weights and grow as many others; by themselves, those of SET."""
+
+    drops_and_grows: ClassVar[bool] = True
+
+    drop_fraction: Annotated[
+        float, Option("Part of the active weights that the first update drops and grows.", minimum=0, maximum=1)
+    ] = 0.3
+    decay: Annotated[Decay, Option("How the drop fraction falls until `stop`.")] = "cosine"
+    regrow: Annotated[Regrow, Option("Whether a weight may return in the update that dropped it.")] = "allow"
+
+    def drops(self, active: int, step: int, schedule: Schedule) -> int:
+        return drops(active, drop_fraction(self.decay, self.drop_fraction, step, schedule))
 
 
-class GMP(MaskAlgorithm):
-    """From dense to the attached number of non-zeros, at `delta_t`, 2 `delta_t`, ..., and the last time at `stop`."""
+@dataclass(frozen=True, kw_only=True)
+class SET(DropAndGrow):
+    """Sparse Evolutionary Training: drops the smallest weights, grows as many at random. Never needs a dense gradient.
 
-    name: ClassVar[str] = "gmp"
-    start: ClassVar[Fraction | None] = START_DENSITY["gmp"]
+    Source: Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity inspired by
+    network science", Nature Communications 2018, arXiv 1707.04780. There a fixed part of the weights closest to zero is replaced
+    after every epoch; here every `delta_t` steps, with the decaying drop fraction that all algorithms share.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class RigL(DropAndGrow):
+    """Drops the smallest weights, grows where the dense gradient of the update's step is largest.
+
+    Source: Evci, Gale, Menick, Castro, Elsen, "Rigging the Lottery: Making All Tickets Winners", ICML 2020, arXiv 1911.11134,
+    section 3 and algorithm 1. Grown weights start at zero. The paper updates masks in place of a gradient step; here the step
+    is made too, and first, and its gradient (of all micro-batches and ranks) decides: no batch is lost.
+    """
+
+    dense_gradient: ClassVar[DenseGradient] = "at updates"
+
+    def grow_scores(self, at: WeightView) -> Tensor:
+        assert at.gradient is not None
+        return at.gradient.abs()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SNFS(DropAndGrow):
+    """Sparse Networks from Scratch: drops the smallest weights, grows where the mean of past dense gradients is largest.
+
+    Source: Dettmers, Zettlemoyer, "Sparse Networks from Scratch: Faster Training without Losing Performance", 2019, arXiv
+    1907.04840, section 3 and algorithm 1. The mean is an exponential one, m <- momentum m + (1 - momentum) dL/dw, over all
+    places and all steps, so every step computes a dense weight gradient: 2 f_S + f_D. The paper also moves weights between
+    layers by each layer's share of the mean; an iso-FLOP plan fixes the non-zeros of every layer, so here each layer is
+    updated within itself.
+    """
+
+    dense_gradient: ClassVar[DenseGradient] = "every step"
+    state: ClassVar[tuple[str, ...]] = ("momentum",)
+
+    momentum: Annotated[
+        float, Option("Decay of the mean of past dense gradients, by which weights grow.", minimum=0, below=1)
+    ] = 0.9
+
+    def observe(self, at: WeightView) -> None:
+        assert at.gradient is not None
+        at.state["momentum"].mul_(self.momentum).add_(at.gradient, alpha=1 - self.momentum)
+
+    def grow_scores(self, at: WeightView) -> Tensor:
+        return at.state["momentum"].abs()
+
+
+# --- gradual pruning --------------------------------------------------------------------------------------------------
+
+
+class _CubicPruning(MaskAlgorithm):
+    """Non-zeros fall from `start_density` to the planned ones by the cubic of Zhu & Gupta 2017, eq. 1."""
 
     def nonzeros(self, step: int, start: int, final: int, schedule: Schedule) -> int:
         return nonzeros_at(step, start, final, schedule)
 
-
-# GraNet: prune gradually from half density, and at every update also exchange weights as RigL does.
-# Source: Liu et al., "Sparse Training via Boosting Pruning Plasticity with Neuroregeneration", NeurIPS 2021, arXiv
-# 2106.10404, algorithm 1: the cubic schedule of Zhu & Gupta, then regeneration by gradient at an unchanged number of non-zeros.
-# The paper ranks the weights of all layers together; an iso-FLOP plan has fixed every layer's number, so each layer is pruned
-# by itself (the paper's "uniform" variant).
-
-
-class GraNet(RigL):
-    """RigL on masks that GMP's schedule thins out, from density 0.5 or the final one where that is higher."""
-
-    name: ClassVar[str] = "granet"
-    start: ClassVar[Fraction | None] = START_DENSITY["granet"]
-
-    def nonzeros(self, step: int, start: int, final: int, schedule: Schedule) -> int:
-        return nonzeros_at(step, start, final, schedule)
+    def mean_nonzeros(
+        self, start: Fraction | int, final: Fraction | int, schedule: Schedule, block: int | None = None
+    ) -> tuple[Fraction, Fraction]:
+        if block and schedule.steps:
+            steps, updates = nonzeros_over_run(int(start // block), int(final // block), schedule)
+            return Fraction(block * steps, schedule.steps), Fraction(block * updates, schedule.steps)
+        return (
+            final + schedule.remaining() * (start - final),
+            schedule.update_rate * final + schedule.remaining_at_updates() * (start - final),
+        )
 
 
-ALGORITHMS: dict[str, MaskAlgorithm] = {a.name: a for a in (Dense(), Static(), SET(), RigL(), GMP(), GraNet())}
+@dataclass(frozen=True, kw_only=True)
+class GMP(_CubicPruning, Scheduled):
+    """Gradual magnitude pruning: starts dense and prunes the smallest weights on a cubic schedule; nothing ever grows.
+
+    Source: Zhu, Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model compression", 2017, arXiv
+    1710.01878, section 3 and eq. 1. Prunes at `delta_t`, 2 `delta_t`, ..., and the last time at `stop`. Under Sparse Wide it
+    starts with the whole widened network, so a run costs more than the dense model's: 1.19, 1.56, 2.69 times at .5, .75, .9.
+    """
+
+    start_density: ClassVar[Fraction | None] = Fraction(1)
 
 
-def algorithm_named(name: str) -> MaskAlgorithm:
-    """`rigl`, `set`, ... as an algorithm.
+@dataclass(frozen=True, kw_only=True)
+class GraNet(_CubicPruning, RigL):
+    """Prunes gradually from half density (or the planned one where that is higher), and drops and grows as RigL does.
+
+    Source: Liu et al., "Sparse Training via Boosting Pruning Plasticity with Neuroregeneration", NeurIPS 2021, arXiv
+    2106.10404, algorithm 1: the cubic schedule of Zhu & Gupta, then regeneration by gradient at an unchanged number of
+    non-zeros. The paper ranks the weights of all layers together; an iso-FLOP plan fixes every layer's number, so each layer is
+    pruned by itself (the paper's "uniform" variant).
+    """
+
+    start_density: ClassVar[Fraction | None] = Fraction(1, 2)
+
+
+# --- by name ----------------------------------------------------------------------------------------------------------
+
+
+def _why_not(found: object) -> str | None:
+    """Why an object from outside is no mask algorithm."""
+    if not (isinstance(found, type) and issubclass(found, MaskAlgorithm)):
+        return "it must be a subclass of sparseift_cli.sparsity.algorithms.MaskAlgorithm"
+    for name in ("nonzeros", "mean_nonzeros"):
+        owner = next(c for c in found.__mro__ if name in vars(c))
+        if not ({"nonzeros", "mean_nonzeros"} <= set(vars(owner))):
+            return f"{owner.__name__} overrides {name}; nonzeros and mean_nonzeros count the same and are overridden together"
+    return None
+
+
+ALGORITHMS = Registry[type[MaskAlgorithm]](
+    "mask algorithm",
+    "algorithms",
+    {"dense": Dense, "static": Static, "set": SET, "snfs": SNFS, "rigl": RigL, "gmp": GMP, "granet": GraNet},
+    check=_why_not,
+)
+
+_ONCE_SHARED = {"delta_t": "100", "drop_fraction": "0.3", "decay": "cosine", "stop": "0.75", "regrow": "allow"}
+"""Options that every algorithm used to take, with their defaults: recipes and runs written then have them all."""
+
+
+def own_options(algorithm: str, options: Mapping[str, Any], *, whatever_value: bool = False) -> dict[str, Any]:
+    """`options` without those of `_ONCE_SHARED` that the algorithm does not take, where they have the old default.
+
+    Args:
+        whatever_value: leave these out with any value, so that one set of options serves a loop over algorithms.
 
     Raises:
-        UsageError: no such algorithm. (SNFS is a row of the cost model only: it needs a dense gradient every step.)
+        UsageError: no such algorithm.
     """
-    one_of("algorithm", name, list(ALGORITHMS))
-    return ALGORITHMS[name]
+    known = ALGORITHMS.get(algorithm).option_names()
+    idle = {k for k, v in options.items() if k not in known and k in _ONCE_SHARED}
+    return {k: v for k, v in options.items() if k not in idle or not (whatever_value or str(v) == _ONCE_SHARED[k])}
+
+
+def make_algorithm(algorithm: str | MaskAlgorithm, options: Mapping[str, Any] | None = None) -> MaskAlgorithm:
+    """An algorithm by its name, `package.module:Name`, or itself; with its options.
+
+    >>> make_algorithm("rigl", {"delta_t": 500}).schedule(steps=10_000).updates
+    14
+
+    Raises:
+        UsageError: no such algorithm; an option that it does not take, or a value out of range.
+    """
+    given = dict(options or {})
+    if isinstance(algorithm, MaskAlgorithm):
+        if given:
+            raise UsageError(f"{', '.join(given)}: give them to {type(algorithm).__name__}(...) itself")
+        return algorithm
+    chosen, given = ALGORITHMS.get(algorithm), own_options(algorithm, given)
+    known = chosen.option_names()
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise UsageError(
+            f"{algorithm} has no option {', '.join(unknown)}",
+            hint=f"it takes {', '.join(known)}" if known else "it takes none",
+        )
+    return chosen(**given)
+
+
+def name_of(algorithm: MaskAlgorithm) -> str:
+    """What the algorithm is called in recipes: its name in the registry, or `package.module:Name`."""
+    kind = type(algorithm)
+    for name in ALGORITHMS:
+        if ALGORITHMS.get(name) is kind:
+            return name
+    return f"{kind.__module__}:{kind.__qualname__}"

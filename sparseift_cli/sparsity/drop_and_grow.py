@@ -6,13 +6,12 @@ loop, and holds a few masks and the values near the threshold.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from ..base.randomness import words
 from ..mask.select import at_random, nth_largest
+from .algorithms import Regrow
 
 _SAMPLE = 14  # log2 of the places that are looked at to guess the threshold
 _SMALL = 1 << 17
@@ -76,7 +75,6 @@ def _ranked(values: Tensor, n: int) -> Tensor:
 # Scores are float32 without NaN, of the mask's shape and on its device. Ties are broken by random numbers that a key and the
 # place alone decide, so every device and rank that has the same scores gets the same mask.
 
-Regrow = Literal["allow", "forbid"]
 GROWS = 0x5DEECE66D  # any number that is not zero
 
 

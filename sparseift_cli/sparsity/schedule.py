@@ -1,8 +1,4 @@
-"""When masks change, and by how much. Pure functions of the step; no torch.
-
-`isoflop.Schedule` says at which steps: every `delta_t` of them, 0 < t < stop * steps. `end` is the first step at which
-nothing changes any more. How many non-zeros a pruned weight has at a step: `isoflop.nonzeros_at`.
-"""
+"""When masks change, and by how much: pure functions of the step, and what a step costs. No torch."""
 
 from __future__ import annotations
 
@@ -12,11 +8,11 @@ from functools import lru_cache
 from math import ceil, cos, floor, pi
 from typing import Literal, get_args
 
-Algorithm = Literal["dense", "static", "set", "snfs", "rigl", "gmp", "granet"]
-ALGORITHMS: tuple[Algorithm, ...] = ("dense", "static", "set", "snfs", "rigl", "gmp", "granet")
+Decay = Literal["cosine", "constant", "linear", "inverse_power"]
+DECAYS: tuple[Decay, ...] = get_args(Decay)
 
-
-# --- training ----------------------------------------------------------------------------------------------------------
+_POWER = 3  # of the inverse power, as the RigL paper has it beside the cosine
+_ROUNDING = 1e-9  # 0.29 * 100 is 28.999... in floats, and should drop 29
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +71,10 @@ class Schedule:
         return _remaining_at_updates(self.delta_t, self.end) / self.steps
 
 
-@lru_cache(maxsize=64)  # matching asks again for every layer and density
+@lru_cache(maxsize=64)  # one schedule serves every layer and density that is tried
 def _remaining(delta_t: int, end: int) -> Fraction:
-    held = sum((min(t + delta_t, end) - t) * (end - t) ** 3 for t in range(0, end, delta_t))
-    return Fraction(held, end**3) if end else Fraction(0)
+    over_steps = sum((min(t + delta_t, end) - t) * (end - t) ** 3 for t in range(0, end, delta_t))
+    return Fraction(over_steps, end**3) if end else Fraction(0)
 
 
 @lru_cache(maxsize=64)
@@ -111,56 +107,13 @@ def nonzeros_over_run(start: int, final: int, schedule: Schedule) -> tuple[int, 
     return over_steps + ((schedule.steps or 0) - end) * final, over_updates
 
 
-START_DENSITY: dict[Algorithm, Fraction] = {"gmp": Fraction(1), "granet": Fraction(1, 2)}
-
-
-def mean_step(algorithm: Algorithm, schedule: Schedule, sparse: StepCost, first: StepCost, dense: StepCost) -> Fraction:
-    """MACs of the mean training step of weights: `sparse` at their final non-zeros, `first` at step 0, `dense` without masks.
-
-    `dense` is the same weight of the *transformed* network, not of the model one started from. `first` differs from `sparse`
-    only under dense, GMP and GraNet, and there only for weights that have a mask, train, and are not above the start already.
-
-    * dense 3 f_D; static and SET 3 f_S; SNFS 2 f_S + f_D: a dense dW every step.
-    * RigL 3 f_S, and at each mask update a dense dW in place of the sparse one. (3 f_S dT + 2 f_S + f_D)/(dT + 1) is the
-      approximation of Evci et al. 2020, appendix H, for a run that never stops updating.
-    * GMP: the cubic schedule from dense (Zhu & Gupta 2017); GraNet: the same from half, with RigL's dense dW at its updates
-      (Liu et al. 2021).
-    """
-    if algorithm == "dense":
-        return Fraction(first.total)
-    mean = Fraction(sparse.total)
-    grown = dense.grad_weight - sparse.grad_weight
-    if algorithm == "snfs":
-        return mean + grown
-    if algorithm in START_DENSITY:
-        mean += schedule.remaining() * (first.total - sparse.total)
-        if algorithm == "granet":
-            pruned = first.grad_weight - sparse.grad_weight
-            mean += schedule.update_rate * grown - schedule.remaining_at_updates() * pruned
-    if algorithm == "rigl":
-        mean += schedule.update_rate * grown
-    return mean
-
-
-def updating_step(schedule: Schedule, sparse: StepCost, dense: StepCost) -> Fraction:
-    """The mean step of RigL while its masks still change."""
-    return sparse.total + Fraction(dense.grad_weight - sparse.grad_weight) / schedule.delta_t
-
-
-Decay = Literal["cosine", "constant", "linear", "inverse_power"]
-DECAYS: tuple[Decay, ...] = get_args(Decay)
-
-_POWER = 3  # of the inverse power, as the RigL paper has it beside the cosine
-_ROUNDING = 1e-9  # 0.29 * 100 is 28.999... in floats and 29 to everybody else
-
-
 def updates_at(schedule: Schedule, step: int) -> bool:
-    """Does step `step` (from 0) exchange weights? Step 0 never does, and `stop` is exclusive."""
+    """Whether masks change at step `step` (from 0): at 0 < t < stop * steps, delta_t | t."""
     return 0 < step < schedule.end and step % schedule.delta_t == 0
 
 
 def drop_fraction(decay: Decay, initial: float, step: int, schedule: Schedule) -> float:
-    """The share of the active weights that step `step` exchanges.
+    """The part of the active weights that the update of step `step` drops and grows.
 
     With x = step / (stop * steps): cosine initial/2 (1 + cos(pi x)), constant, linear initial (1 - x), inverse_power
     initial (1 - x)^3. Source: Evci et al. 2020, "Rigging the Lottery", section 3(2) and appendix G.
@@ -176,5 +129,5 @@ def drop_fraction(decay: Decay, initial: float, step: int, schedule: Schedule) -
 
 
 def drops(active: int, fraction: float) -> int:
-    """How many of `active` weights (or blocks) are exchanged: floor(fraction * active), as in RigL's code."""
+    """How many of `active` weights (or blocks) are dropped and grown: floor(fraction * active), as in RigL's code."""
     return min(active, floor(fraction * active + _ROUNDING))

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from ..errors import UsageError, one_of
 from ..mask.attached import unwrapped
 from ..mask.mask import generator_for
 from ..mask.saliency import MaskLayout
+from .algorithms import ALGORITHMS, DropAndGrow, MaskAlgorithm, WeightView, make_algorithm, name_of, own_options
 from .drop_and_grow import Regrow, exchange, extend, prune
 from .gpu.fast_exchange import Exchange, exchange_numbers, in_groups, on_device, quick_exchange
 from .guard import (
@@ -44,18 +45,25 @@ from .guard import (
     state_of,
     warn_of_order,
 )
-from .schedule import Decay
-from .settings import Settings
 from .sparse_weight import Fill, SparseWeight, find_weights
 from .statistics import WeightStatistics, check_ranks, statistics_of
-
-if TYPE_CHECKING:
-    from ..plan.plan import Plan
 
 SCHEMA = "sparseift.sparsifier/1"
 QUICK_ON = frozenset({"cuda"})
 """Devices where masks are exchanged by `quick_exchange`; a CPU has nobody to wait for."""
 Arguments = tuple[Tensor, int, Tensor, Tensor, int, int, Regrow]
+
+
+class _Spec(Protocol):
+    @property
+    def pattern(self) -> str: ...
+
+
+class Planned(Protocol):
+    """What a `Plan` has that matters here: its spec's mask pattern."""
+
+    @property
+    def spec(self) -> _Spec: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +74,18 @@ class StepRecord:
     nnz: Mapping[str, int]
     """Non-zeros of every sparse weight during this step's forward and backward pass."""
     dense_gradients: bool
-    """Whether the weight gradients of this step were needed at every place: a mask update by gradient."""
+    """Whether this step computed weight gradients at every place, masked or not."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
-    """A mask update that waits for the optimiser's step."""
+    """What is to be done behind the optimiser's step, if it makes one: observe gradients, update masks."""
 
     step: int
+    updates: bool
+    """Whether weights are dropped and grown."""
     gradients: dict[str, Tensor]
+    """Dense gradients [*shape] by weight name; empty where the algorithm wants none of this step."""
 
 
 class Sparsifier:
@@ -105,21 +116,17 @@ class Sparsifier:
     def __init__(
         self,
         model: nn.Module,
-        plan: Plan | Optimizer | None,
+        plan: Planned | Optimizer | None,
         optimizer: Optimizer | None = None,
         *,
-        algorithm: str = "rigl",
+        algorithm: str | MaskAlgorithm = "rigl",
         total_steps: int | None = None,
-        delta_t: int = 100,
-        stop: float | str | Fraction = "0.75",
-        drop_fraction: float = 0.3,
-        schedule: Decay = "cosine",
-        regrow: Regrow = "allow",
         seed: int = 0,
         layouts: Mapping[str, MaskLayout] | None = None,
         fill: Fill = "normal",
         check_finite: bool = False,
         state: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> None:
         if isinstance(plan, Optimizer):
             plan, optimizer = None, plan
@@ -127,11 +134,23 @@ class Sparsifier:
             raise UsageError("a Sparsifier needs the optimiser of the model", hint="Sparsifier(model, optimizer)")
         if isinstance(fill, str):
             one_of("fill", fill, ("normal", "zeros"))
-        self.settings = Settings(algorithm, total_steps, delta_t, stop, drop_fraction, schedule, regrow, seed)
+        if "schedule" in options:  # the name that `decay` had
+            options["decay"] = options.pop("schedule")
+        if isinstance(algorithm, str):
+            options = own_options(algorithm, options, whatever_value=True)
+        self.algorithm = make_algorithm(algorithm, options)
+        self.algorithm_name = ALGORITHMS.canonical(algorithm) if isinstance(algorithm, str) else name_of(algorithm)
+        self.total_steps, self.seed = total_steps, seed
+        if total_steps is None and self.algorithm.moves and self.algorithm.masked:
+            raise UsageError(f"{self.algorithm_name} moves masks on a schedule, which needs total_steps")
+        if total_steps is not None and total_steps < 1:
+            raise UsageError(f"total_steps {total_steps} is not a positive number of steps")
+        self.schedule = self.algorithm.schedule(total_steps)
+        self.regrow: Regrow = self.algorithm.regrow if isinstance(self.algorithm, DropAndGrow) else "allow"
         self.optimizer, self.check_finite = optimizer, check_finite
         pattern = plan.spec.pattern if plan else None
-        self.weights = find_weights(unwrapped(model), optimizer, pattern, layouts or {}, moves=self.settings.moves)
-        if not self.weights and algorithm != "dense":
+        self.weights = find_weights(unwrapped(model), optimizer, pattern, layouts or {}, moves=self.algorithm.moves)
+        if not self.weights and self.algorithm.masked:
             raise UsageError("the model has no sparse weights", hint="transform it first, or use algorithm dense")
         self._remask = bool(self.weights) and not keeps_zeros(optimizer)
         self.steps = 0
@@ -139,6 +158,11 @@ class Sparsifier:
         self.last: StepRecord | None = None
         self._pending: _Pending | None = None
         self._first_step = self._heard = self._doubted = False
+        self._states: dict[str, dict[str, Tensor]] = {
+            w.name: {name: torch.zeros_like(w.parameter, dtype=torch.float32) for name in self.algorithm.state}
+            for w in self.weights
+            if w.moves
+        }
         self._final = {w.name: w.active for w in self.weights}
         self._start = {w.name: self._first(w) for w in self.weights}
         if state is not None:
@@ -168,12 +192,11 @@ class Sparsifier:
         """
         t, self._pending, self._heard = self.steps, None, True
         self.steps += 1
-        exchanging = self.settings.exchanges_at(t)
-        by_gradient = exchanging and self.settings.algorithm.uses_gradient
-        self.last = StepRecord(t, self._nnz, by_gradient)
+        updates, dense = self.algorithm.updates_at(t, self.schedule), self._needs_dense_gradient(t)
+        self.last = StepRecord(t, self._nnz, dense)
         finite = not found_inf and not (self.check_finite and not all_finite(self._gradients()))
-        if finite and exchanging:
-            self._pending = _Pending(t, self._dense_gradients() if by_gradient else {})
+        if finite and (updates or dense or self.algorithm.state):
+            self._pending = _Pending(t, updates, self._dense_gradients() if dense else {})
         self._prune(t + 1)
         if finite:
             self.mask_gradients()
@@ -184,9 +207,15 @@ class Sparsifier:
 
     @property
     def still(self) -> bool:
-        """Will the step that comes leave every mask as it is, and need no dense gradient?"""
-        t = self.steps
-        return not self.settings.exchanges_at(t) and not self._down(t + 1)
+        """Whether the next step leaves every mask as it is, needs no dense gradient, and gives the algorithm none to observe."""
+        t, algorithm = self.steps, self.algorithm
+        busy = algorithm.updates_at(t, self.schedule) or self._needs_dense_gradient(t) or algorithm.state
+        return not busy and not self._down(t + 1)
+
+    def _needs_dense_gradient(self, t: int) -> bool:
+        """Whether step `t` computes weight gradients at every place."""
+        wants = self.algorithm.dense_gradient
+        return wants == "every step" or (wants == "at updates" and self.algorithm.updates_at(t, self.schedule))
 
     @torch.no_grad()
     def mask_gradients(self, but: Collection[SparseWeight] = ()) -> None:
@@ -238,14 +267,22 @@ class Sparsifier:
         """
         return {
             "schema": SCHEMA,
-            "settings": self.settings.to_json(),
+            "settings": self._settings(),
             "step": self.steps,
             "final": dict(self._final),
             "start": dict(self._start),
             "churned": {w.name: w.churned for w in self.weights},
             "masks": {w.name: w.mask.clone() for w in self.weights},
             "ever": {w.name: w.ever.clone() for w in self.weights},
+            "state": {f"{key}/{name}": t.clone() for name, held in self._states.items() for key, t in held.items()},
         }
+
+    def _settings(self) -> dict[str, Any]:
+        """What a run that goes on must have in common with the one that was saved, as JSON values."""
+        options = self.algorithm.options()
+        if "stop" in options:
+            options["stop"] = str(Fraction(options["stop"]))
+        return {"algorithm": self.algorithm_name, "total_steps": self.total_steps, **options, "seed": self.seed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict()`, in the tensors that model and hooks hold already; weights outside masks become zero.
@@ -258,7 +295,7 @@ class Sparsifier:
         """
         if state.get("schema") != SCHEMA:
             raise UsageError(f"no state of a Sparsifier: schema {state.get('schema')!r}, not {SCHEMA!r}")
-        mine, theirs = self.settings.to_json(), state["settings"]
+        mine, theirs = self._settings(), {"decay": state["settings"].get("schedule"), **state["settings"]}
         changed = [f"{key} {theirs.get(key)!r} -> {mine[key]!r}" for key in mine if mine[key] != theirs.get(key)]
         if changed:
             raise UsageError(
@@ -269,6 +306,10 @@ class Sparsifier:
             raise UsageError("the saved masks are of other weights", hint="build the model as the saved run did")
         self.steps, self._pending, self.last = int(state["step"]), None, None
         self._final, self._start = dict(state["final"]), dict(state["start"])
+        states = state.get("state", {})
+        for name, held in self._states.items():
+            for key, tensor in held.items():
+                tensor.copy_(states[f"{key}/{name}"])
         for w in self.weights:
             w.restore(state["masks"][w.name], state["ever"][w.name], int(state["churned"][w.name]))
         self._count()
@@ -283,8 +324,11 @@ class Sparsifier:
             require_masked_gradients((w.parameter, w.factor) for w in self.weights)
         self._doubted = not self._heard
         self._first_step, self._heard = not optimizer.state, False
-        if self._pending is not None and not skipped_inside(optimizer):
+        if self._pending is not None and self._pending.updates and not skipped_inside(optimizer):
             require_finite(self._pending.gradients, "the gradient", self._pending.step)
+            for key in self.algorithm.state:
+                held = {name: tensors[key] for name, tensors in self._states.items()}
+                require_finite(held, f"the {key}", self._pending.step)
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
@@ -294,8 +338,15 @@ class Sparsifier:
         if self._remask:
             for w in self.weights:
                 w.clear(state_of(optimizer, w.parameter))
-        if pending is not None and not skipped_inside(optimizer):
-            moving = [w for w in self.weights if w.moves]
+        if pending is None or skipped_inside(optimizer):
+            return
+        moving = [w for w in self.weights if w.moves]
+        if self.algorithm.state:
+            for w in moving:
+                gradient = pending.gradients.get(w.name)
+                if gradient is not None or self.algorithm.dense_gradient == "never":
+                    self.algorithm.observe(self.view_of(w, pending.step, gradient))
+        if pending.updates:
             require_finite({w.name: w.parameter for w in moving}, "the weight", pending.step)
             for w in moving:
                 w.churned_now = 0  # by this update, unless the exchange says otherwise
@@ -303,8 +354,8 @@ class Sparsifier:
 
     def _has_a_choice(self, w: SparseWeight, pending: _Pending) -> bool:
         """Does the update move this weight? Not where nothing is dropped or free, or the layer had no part in this step."""
-        blind = self.settings.algorithm.uses_gradient and w.name not in pending.gradients
-        return bool(self.settings.drops(w.active, pending.step)) and w.active < w.places and not blind
+        blind = self.algorithm.dense_gradient != "never" and w.name not in pending.gradients
+        return bool(self.drops(w, pending.step)) and w.active < w.places and not blind
 
     def _exchange(self, weights: list[SparseWeight], pending: _Pending) -> None:
         t, sure = pending.step, dict[SparseWeight, Tensor]()
@@ -318,8 +369,8 @@ class Sparsifier:
 
     def _exchange_quickly(self, weights: list[SparseWeight], pending: _Pending) -> dict[SparseWeight, Tensor]:
         """The cells of those weights of which there is no doubt."""
-        t, regrow = pending.step, self.settings.regrow
-        keys, drops = [self.keys_of(w, t) for w in weights], [self.settings.drops(w.active, t) for w in weights]
+        t, regrow = pending.step, self.regrow
+        keys, drops = [self.keys_of(w, t) for w in weights], [self.drops(w, t) for w in weights]
         rows = [
             exchange_numbers(w.places, w.active, n, ties, regrow)
             for w, n, (_, ties) in zip(weights, drops, keys, strict=True)
@@ -342,32 +393,45 @@ class Sparsifier:
 
     def exchange_of(self, w: SparseWeight, t: int, gradient: Tensor | None) -> Arguments:
         """The arguments of `exchange` for a weight at the update of step `t`."""
-        (grows, ties), settings = self.keys_of(w, t), self.settings
-        drop = w.cells(settings.algorithm.drop_scores(w.parameter))
-        grow = w.cells(settings.algorithm.grow_scores(w.parameter, gradient, grows))
-        return w.cells_of_mask(), w.active, drop, grow, settings.drops(w.active, t), ties, settings.regrow
+        view, (_, ties) = self.view_of(w, t, gradient), self.keys_of(w, t)
+        drop, grow = (w.cells(scores.float()) for scores in self._scores(view))
+        return w.cells_of_mask(), w.active, drop, grow, self.drops(w, t), ties, self.regrow
 
     def quick_exchange_of(
         self, w: SparseWeight, gradient: Tensor | None, key: int | Tensor, numbers: Tensor, most: int
     ) -> Exchange:
         """The same for `quick_exchange`; `key` is that of random growth."""
-        algorithm, single = self.settings.algorithm, w.size == 1
-        grow = w.cells(algorithm.grow_scores(w.parameter, gradient, key))
-        drop = w.parameter.detach() if single else w.cells(algorithm.drop_scores(w.parameter))
+        algorithm, view = self.algorithm, self._view(w, gradient, key)
+        by_magnitude = w.size == 1 and type(algorithm).drop_scores is MaskAlgorithm.drop_scores
+        drop = view.weight if by_magnitude else w.cells(algorithm.drop_scores(view).float())
         return Exchange(
             w.cells_of_mask(),
             w.active,
             drop,
-            grow,
+            w.cells(algorithm.grow_scores(view).float()),
             numbers,
             most,
-            self.settings.regrow,
-            drop_by=algorithm.drop_scores if single else None,
+            self.regrow,
+            drop_by=magnitude if by_magnitude else None,
         )
+
+    def view_of(self, w: SparseWeight, t: int, gradient: Tensor | None) -> WeightView:
+        """What the algorithm sees of a weight behind the optimiser's step `t`."""
+        return self._view(w, gradient, self.keys_of(w, t)[0])
+
+    def _view(self, w: SparseWeight, gradient: Tensor | None, key: int | Tensor) -> WeightView:
+        return WeightView(w.parameter.detach(), gradient, self._states.get(w.name, {}), key)
+
+    def _scores(self, view: WeightView) -> tuple[Tensor, Tensor]:
+        return self.algorithm.drop_scores(view), self.algorithm.grow_scores(view)
+
+    def drops(self, w: SparseWeight, t: int) -> int:
+        """How many blocks of a weight the update of step `t` drops and grows."""
+        return self.algorithm.drops(w.active, t, self.schedule)
 
     def keys_of(self, w: SparseWeight, t: int) -> tuple[int, int]:
         """What random growth, and the choice between equal scores, are functions of."""
-        return key_of(self.settings.seed, w.name, "grow", t), key_of(self.settings.seed, w.name, "ties", t)
+        return key_of(self.seed, w.name, "grow", t), key_of(self.seed, w.name, "ties", t)
 
     def _prune(self, t: int) -> None:
         """Bring every weight down to the non-zeros that step `t` computes with."""
@@ -376,17 +440,19 @@ class Sparsifier:
             return
         require_finite({w.name: w.parameter for w in down}, "the weight", t)
         for w, n in down.items():
-            scores = w.cells(self.settings.algorithm.drop_scores(w.parameter))
+            scores = w.cells(self.algorithm.drop_scores(self.view_of(w, t, None)).float())
             cells = prune(w.cells_of_mask(), w.active, scores, n, self.keys_of(w, t)[1])
             w.become(cells, state_of(self.optimizer, w.parameter))
         self._count()
 
     def _down(self, t: int) -> dict[SparseWeight, int]:
         """The weights that step `t` computes with fewer non-zeros of, and how many."""
-        if self.settings.algorithm.start is None:  # only pruning algorithms have a density to come down from
+        if self.algorithm.start_density is None:  # only pruning algorithms have a density to come down from
             return {}
         wanted = {
-            w: self.settings.nonzeros(t, self._start[w.name], self._final[w.name]) for w in self.weights if w.moves
+            w: self.algorithm.nonzeros(t, self._start[w.name], self._final[w.name], self.schedule)
+            for w in self.weights
+            if w.moves
         }
         return {w: n for w, n in wanted.items() if n < w.active}
 
@@ -401,18 +467,23 @@ class Sparsifier:
 
     def _first(self, w: SparseWeight) -> int:
         """The cells that are active at step 0: of the algorithm's start density rounded down, and all that are attached."""
-        density = self.settings.algorithm.start
+        density = self.algorithm.start_density
         if density is None or not w.moves:
             return w.active
         return max(w.active, min(w.places, int(density * w.factor.numel() / w.size)))
 
     def _open(self, fill: Fill) -> None:
         for w in self.weights:
-            n = self.settings.nonzeros(0, self._start[w.name], self._final[w.name])
+            n = self.algorithm.nonzeros(0, self._start[w.name], self._final[w.name], self.schedule)
             if n > w.active:
-                cells = extend(w.cells_of_mask(), w.active, n, generator_for(self.settings.seed, w.name, "start"))
-                w.open(cells, fill, self.settings.seed)
+                cells = extend(w.cells_of_mask(), w.active, n, generator_for(self.seed, w.name, "start"))
+                w.open(cells, fill, self.seed)
         self._count()
 
     def _count(self) -> None:
         self._nnz: Mapping[str, int] = {w.name: w.nnz for w in self.weights}
+
+
+def magnitude(weight: Tensor) -> Tensor:
+    """|w| of any shape, in float32."""
+    return weight.float().abs()

@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import Any
 
 from ..plan.layer_plan import LayerPlan
-from ..plan.training_cost import prices, step_cost
+from ..plan.training_cost import costs_by_part, step_cost
 from ..sparsity.schedule import StepCost
 from ..sparsity.sparsifier import StepRecord
 from ..transforms.edits import Masked
@@ -25,7 +25,7 @@ class Spent:
     ) -> None:
         self.batch_size = batch_size
         self.macs = Fraction(0)
-        self._prices: dict[str, tuple[StepCost, int]] = {}  # by key; with the number of weights
+        self._costs: dict[str, tuple[StepCost, int]] = {}  # by key; with the number of weights
         self._fixed = Fraction(0)
         self._known: tuple[Any, bool, Fraction] | None = None  # the last step's: most are like the one before
         keys = {(m.layer, m.part): m.key for m in masked}
@@ -33,10 +33,10 @@ class Spent:
             if row.status != "transformed":
                 self._fixed += step_cost(row, recompute=recompute).total
                 continue
-            fixed, found = prices(row, recompute=recompute)
+            fixed, found = costs_by_part(row, recompute=recompute)
             self._fixed += fixed
             weights = {part.name: part.shape.weights for part in row.parts}
-            self._prices |= {keys[row.layer.name, part]: (price, weights[part]) for part, price in found.items()}
+            self._costs |= {keys[row.layer.name, part]: (cost, weights[part]) for part, cost in found.items()}
 
     def add(self, record: StepRecord | None) -> None:
         """One optimiser step; without a record (a dense model) all of it is fixed."""
@@ -48,11 +48,11 @@ class Spent:
     def _of(self, record: StepRecord | None) -> Fraction:
         total = self._fixed
         if record is not None:
-            for key, (price, weights) in self._prices.items():
+            for key, (cost, weights) in self._costs.items():
                 nnz = record.nnz[key]
-                total += price.total * nnz
+                total += cost.total * nnz
                 if record.dense_gradients:
-                    total += price.grad_weight * (weights - nnz)
+                    total += cost.grad_weight * (weights - nnz)
         return total
 
     @property

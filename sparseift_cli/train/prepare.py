@@ -23,6 +23,7 @@ from ..plan.spec import TrainingSpec, TransformSpec
 from ..recipe.durations import held_out_images, in_steps
 from ..recipe.load import Recipe, require_data, run_steps
 from ..recipe.open_arguments import opening
+from ..sparsity.algorithms import own_options
 from ..sparsity.sparsifier import Sparsifier
 from ..trace.build import trace
 from ..transforms.convert import convert
@@ -128,12 +129,8 @@ def prepare(recipe: Recipe, seed: int, processes: Processes) -> Prepared:
             optimizer,
             algorithm=algorithm.name,
             total_steps=steps,
-            delta_t=algorithm.delta_t,
-            stop=str(algorithm.stop),
-            drop_fraction=algorithm.drop_fraction,
-            schedule=algorithm.decay,
-            regrow=algorithm.regrow,
             seed=seed,
+            **own_options(algorithm.name, algorithm.model_dump(exclude={"name"})),
         )
     masked: tuple[Masked, ...] = done.surgery.masked if done else ()
     layers = counted.plan.layers if counted.plan else _dense_rows(counted)

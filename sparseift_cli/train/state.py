@@ -15,6 +15,9 @@ from ..errors import ArtifactError
 from ..runs.checkpoint import Loaded
 from ..sparsity.sparsifier import Sparsifier
 
+MASK_TENSORS = ("masks", "ever", "state")
+"""The tensors of a `Sparsifier.state_dict()`: masks, where weights have ever been active, the algorithm's own."""
+
 
 def pack(
     model: nn.Module, optimizer: Optimizer, sparsifier: Sparsifier | None
@@ -31,7 +34,7 @@ def pack(
     masks: dict[str, Any] | None = None
     if sparsifier is not None:
         masks = dict(sparsifier.state_dict())
-        for kind in ("masks", "ever"):
+        for kind in MASK_TENSORS:
             tensors |= {f"{kind}/{name}": t for name, t in masks.pop(kind).items()}
     return tensors, {"optimizer": numbers, "sparsifier": masks}
 
@@ -42,7 +45,7 @@ def unpack(loaded: Loaded, model: nn.Module, optimizer: Optimizer, sparsifier: S
     Raises:
         ArtifactError: it is of another model.
     """
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "masks": {}, "ever": {}}
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, **{kind: {} for kind in MASK_TENSORS}}
     for name, tensor in loaded.tensors.items():
         kind, _, rest = name.partition("/")
         parts[kind][rest] = tensor
@@ -56,7 +59,7 @@ def unpack(loaded: Loaded, model: nn.Module, optimizer: Optimizer, sparsifier: S
         )
     if sparsifier is not None:
         state: dict[str, Any] = dict(loaded.state["sparsifier"])
-        sparsifier.load_state_dict(state | {"masks": parts["masks"], "ever": parts["ever"]})
+        sparsifier.load_state_dict(state | {kind: parts[kind] for kind in MASK_TENSORS})
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(parts["model"][name])

@@ -128,7 +128,7 @@ def go_to_update(way: Way) -> None:
     """Make steps until the one that comes has a mask update."""
     assert way.run is not None
     assert way.run.sparsifier is not None
-    every = way.run.sparsifier.settings.schedule.delta_t
+    every = way.run.sparsifier.schedule.delta_t
     way.time(-way.next % every or every)
 
 
@@ -229,7 +229,7 @@ def main() -> None:
             if args.profile:
                 profile(way, "a step")
             sparsifier = way.run.sparsifier if way.run is not None else None
-            if sparsifier is not None and sparsifier.settings.algorithm.exchanges and way.next:
+            if sparsifier is not None and sparsifier.algorithm.drops_and_grows and way.next:
                 line["update_ms"] = [round(value, 3) for value in update_milliseconds(way)]
                 if args.profile:
                     go_to_update(way)

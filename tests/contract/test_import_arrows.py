@@ -71,7 +71,7 @@ RULES = {
     "sparsity never sees transforms": Rule(
         who=("sparsity", "sparsity.*"),
         never=(".transforms", ".plan"),
-        breaks=("sparsity.settings", "from .. import transforms"),
+        breaks=("sparsity.sparsifier", "from .. import transforms"),
     ),
     "report never imports torch": Rule(
         who=("report", "report.*"), never=TORCH, breaks=("report.html.page", "def f():\n    from torch import nn")

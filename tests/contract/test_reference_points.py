@@ -13,7 +13,8 @@ from sparseift_cli.models.source import Request, load_table
 from sparseift_cli.plan.audit import Audit, audit
 from sparseift_cli.plan.isoflop import erdos_renyi
 from sparseift_cli.plan.spec import TrainingSpec, TransformSpec
-from sparseift_cli.sparsity.schedule import Schedule, StepCost, mean_step
+from sparseift_cli.sparsity.algorithms import make_algorithm
+from sparseift_cli.sparsity.schedule import Schedule, StepCost
 from sparseift_cli.table.table import LayerTable
 
 
@@ -150,10 +151,10 @@ def test_rigl_overhead_in_the_papers_form(match: str, expected: float) -> None:
 )
 def test_gradual_pruning_costs_more_under_wide(algorithm: Any, sparsity: str, expected: float) -> None:
     density = 1 - Fraction(sparsity)
-    sparse, dense = StepCost(1, 1, 1), StepCost(1 / density, 1 / density, 1 / density)
-    first = dense.times(Fraction(1, 2)) if algorithm == "granet" else dense
+    weights = 1 / density
+    start = weights / 2 if algorithm == "granet" else weights
     # GraNet's dense weight gradients vanish where updates are rare
-    mean = mean_step(algorithm, Schedule(delta_t=10**9), sparse, first, dense)
+    mean = make_algorithm(algorithm).mean_step(StepCost(1, 1, 1), start, 1, weights, Schedule(delta_t=10**9))
     assert float(mean / 3) == pytest.approx(expected, abs=1e-6)
 
 
@@ -162,8 +163,8 @@ def test_gradual_pruning_costs_more_under_wide(algorithm: Any, sparsity: str, ex
     ("steps", "delta_t", "stop"), [(1000, 100, "0.75"), (997, 10, "0.8"), (50, 100, "0.75"), (1, 1, "1")]
 )
 def test_schedules_against_a_loop_over_the_steps(algorithm: Any, steps: int, delta_t: int, stop: str) -> None:
-    """Every step priced on its own: forward, dX, dW at that step's density; a dense dW at each mask update."""
-    sparse, dense = StepCost(10, 9, 8), StepCost(100, 90, 80)
+    """Every step counted on its own: forward, dX, dW at that step's density; a dense dW at each mask update."""
+    sparse = StepCost(10, 9, 8)  # of one non-zero; the weight has 10 places
     end = -((-steps * Fraction(stop)) // 1)  # ceil
     start = {"gmp": Fraction(1), "granet": Fraction(1, 2)}.get(algorithm)
     total = Fraction(0)
@@ -181,8 +182,10 @@ def test_schedules_against_a_loop_over_the_steps(algorithm: Any, steps: int, del
         if algorithm == "snfs":
             total += 80 - 8
         total += sum(cost)
-    first = dense.times(start) if start is not None else sparse
-    assert mean_step(algorithm, Schedule(delta_t, Fraction(stop), steps), sparse, first, dense) * steps == total
+    schedule = Schedule(delta_t, Fraction(stop), steps)
+    assert (
+        make_algorithm(algorithm).mean_step(sparse, 10 * (start or Fraction(1, 10)), 1, 10, schedule) * steps == total
+    )
 
 
 @pytest.mark.parametrize("algorithm", ["gmp", "granet"])

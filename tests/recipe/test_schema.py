@@ -11,14 +11,14 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from sparseift_cli.base.locations import recipes_dir
+from sparseift_cli.base.options import options_of
 from sparseift_cli.plan.spec import TransformSpec
 from sparseift_cli.recipe import schema
 from sparseift_cli.recipe.catalog import schema_file, shipped
 from sparseift_cli.recipe.defaults import DATA
 from sparseift_cli.recipe.load import load
 from sparseift_cli.recipe.sections import DATA_NAMES, Init, MaskAlgorithm, Transform
-from sparseift_cli.sparsity.schedule import ALGORITHMS
-from sparseift_cli.sparsity.settings import Settings
+from sparseift_cli.sparsity.algorithms import ALGORITHMS, RigL
 
 SHIPPED = list(shipped())
 
@@ -49,15 +49,13 @@ def test_transform_section_has_the_fields_of_the_spec() -> None:
         assert schema.choices(field.annotation) == schema.choices(hints[name]), name
 
 
-def test_algorithm_section_has_the_settings_of_the_sparsifier() -> None:
-    settings = {f.name: f for f in dataclasses.fields(Settings)}
+def test_algorithm_section_has_the_options_of_the_algorithms() -> None:
+    options = options_of(RigL)
     for name, field in MaskAlgorithm.model_fields.items():
         if name != "name":
-            assert str(field.default) == str(settings[name].default), name
-    assert schema.choices(MaskAlgorithm.model_fields["name"].annotation) == ALGORITHMS
-    hints = get_type_hints(Settings)
-    for name in ("decay", "regrow"):
-        assert schema.choices(MaskAlgorithm.model_fields[name].annotation) == get_args(hints[name])
+            assert str(field.default) == str(options[name].default), name
+            assert schema.choices(field.annotation) == options[name].choices, name
+    assert schema.choices(MaskAlgorithm.model_fields["name"].annotation) == tuple(ALGORITHMS)
 
 
 def test_init_section_has_the_options_of_the_transformation() -> None:

@@ -13,10 +13,9 @@ from torch import Tensor
 from sparseift_cli.base.randomness import key_of
 from sparseift_cli.errors import UsageError
 from sparseift_cli.mask.mask import generator_for
-from sparseift_cli.sparsity.algorithms import ALGORITHMS, algorithm_named
+from sparseift_cli.sparsity.algorithms import ALGORITHMS, GMP, MaskAlgorithm, RigL, make_algorithm, name_of
 from sparseift_cli.sparsity.drop_and_grow import best, exchange, extend, prune
-from sparseift_cli.sparsity.schedule import ALGORITHMS as COSTED
-from sparseift_cli.sparsity.schedule import Schedule, StepCost, drop_fraction, drops, mean_step, nonzeros_at, updates_at
+from sparseift_cli.sparsity.schedule import Schedule, StepCost, drop_fraction, drops, nonzeros_at, updates_at
 
 
 def bits(text: str) -> Tensor:
@@ -134,17 +133,41 @@ def test_cubic_schedule() -> None:
 
 @pytest.mark.parametrize("steps", [40, 75, 400])
 def test_gmp_spends_what_the_cost_model_says(steps: int) -> None:
-    """Summed over a run, GMP's non-zeros are those of isoflop.mean_step, within the one per step that is rounded down."""
+    """Summed over a run, GMP's non-zeros are those of its mean step, within the one per step that is rounded down."""
     schedule = Schedule(10, Fraction(3, 4), steps)
     start, final = 10_000, 1_234
     spent = sum(nonzeros_at(t, start, final, schedule) for t in range(steps))
-    mean = mean_step("gmp", schedule, StepCost(final), StepCost(start), StepCost(start))
+    mean = GMP().mean_step(StepCost(1), start, final, start, schedule)
     assert mean * steps - steps < spent <= mean * steps
 
 
 def test_names() -> None:
-    assert set(ALGORITHMS) == set(COSTED) - {"snfs"}
-    assert all(a.name == name for name, a in ALGORITHMS.items())
+    assert tuple(ALGORITHMS) == ("dense", "static", "set", "snfs", "rigl", "gmp", "granet")
+    assert all(name_of(make_algorithm(name)) == name for name in ALGORITHMS)
     with pytest.raises(UsageError, match="rigel") as caught:
-        algorithm_named("rigel")
+        make_algorithm("rigel")
     assert "rigl" in str(caught.value.hint)
+
+
+def test_an_algorithm_takes_its_own_options_only() -> None:
+    assert make_algorithm("rigl", {"delta_t": 7, "stop": 0.5}) == RigL(delta_t=7, stop="0.5")
+    with pytest.raises(UsageError, match="static has no option delta_t") as caught:
+        make_algorithm("static", {"delta_t": 7})
+    assert caught.value.hint == "it takes none"
+    with pytest.raises(UsageError, match="rigl has no option momentum") as caught:
+        make_algorithm("rigl", {"momentum": 0.5})
+    assert caught.value.hint == "it takes delta_t, stop, drop_fraction, decay, regrow"
+    with pytest.raises(UsageError, match="give them to RigL"):
+        make_algorithm(RigL(), {"delta_t": 7})
+    # what every algorithm once took, at its default, as files written then have it
+    assert make_algorithm("static", {"delta_t": 100, "stop": 0.75, "decay": "cosine"}).options() == {}
+
+
+def test_what_is_no_algorithm_is_refused() -> None:
+    class Halved(MaskAlgorithm):
+        def nonzeros(self, step: int, start: int, final: int, schedule: Schedule) -> int:
+            return final // 2
+
+    for found, reason in ((dict, "a subclass of"), (RigL(), "a subclass of"), (Halved, "overridden together")):
+        with pytest.raises(UsageError, match=reason):
+            ALGORITHMS.register("mine", found)  # pyright: ignore[reportArgumentType]

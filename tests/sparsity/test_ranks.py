@@ -15,14 +15,14 @@ RANK = """
 import sys, torch, torch.distributed as dist
 from torch import nn
 from sparseift_cli.errors import CheckFailed
-from sparseift_cli.sparsity import generator_for, make_mask
-from sparseift_cli.sparsity.attached import attach
+from sparseift_cli.mask import generator_for, make_mask
+from sparseift_cli.mask.attached import attach
 from sparseift_cli.sparsity.sparsifier import Sparsifier
 
 rank, file, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
 masks = []
-for algorithm in ("set", "rigl", "granet"):
+for algorithm in ("set", "rigl", "granet", "snfs"):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
     attach(net, {"0.weight": make_mask((16, 6), 30, generator=generator_for(0))})

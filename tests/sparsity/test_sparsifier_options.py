@@ -94,7 +94,7 @@ def test_records_add_up_to_the_cost_model() -> None:
         nnz = sum(sparsifier.last.nnz.values())
         spent += 2 * nnz + (sum(places.values()) if sparsifier.last.dense_gradients else nnz)
         dense += sparsifier.last.dense_gradients
-    updates = sparsifier.settings.schedule.updates or 0
+    updates = sparsifier.schedule.updates or 0
     assert dense == updates == 5
     assert spent == 3 * nnz * STEPS + updates * (sum(places.values()) - nnz)
 
@@ -268,14 +268,15 @@ def test_a_transformed_model_with_its_plan() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"algorithm": "rigel"}, "unknown algorithm 'rigel'"),
+        ({"algorithm": "rigel"}, "unknown mask algorithm 'rigel'"),
         ({"total_steps": None}, "rigl moves masks on a schedule, which needs total_steps"),
-        ({"schedule": "cosin"}, "unknown drop fraction schedule 'cosin'"),
+        ({"schedule": "cosin"}, "unknown decay 'cosin'"),
         ({"regrow": "maybe"}, "unknown regrow 'maybe'"),
-        ({"drop_fraction": 1.5}, "drop fraction 1.5 is not in"),
-        ({"delta_t": 0}, "must be positive"),
-        ({"total_steps": 0}, "must be positive"),
-        ({"stop": 1.5}, "stop 1.5 is not a fraction"),
+        ({"drop_fraction": 1.5}, "drop fraction 1.5 must be at most 1"),
+        ({"delta_t": 0}, "delta t 0 must be at least 1"),
+        ({"total_steps": 0}, "total_steps 0 is not a positive number"),
+        ({"stop": 1.5}, "stop '1.5' must be at most 1"),
+        ({"momentum": 0.9}, "rigl has no option momentum"),
         ({"fill": "ones"}, "unknown fill 'ones'"),
         ({"layouts": {"nothing": {}}}, "layouts of nothing: no sparse weights"),
     ],
@@ -301,4 +302,4 @@ def test_wrong_models_and_optimisers() -> None:
 def test_stop_is_read_as_written() -> None:
     net = sparse_net()
     for stop in (0.8, "0.8", "4/5", Fraction(4, 5)):
-        assert make(net, SGD(net.parameters(), lr=0.1), stop=stop).settings.schedule.stop == Fraction(4, 5)
+        assert make(net, SGD(net.parameters(), lr=0.1), stop=stop).schedule.stop == Fraction(4, 5)

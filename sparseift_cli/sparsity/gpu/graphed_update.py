@@ -30,9 +30,9 @@ class GraphedUpdate:
     def __init__(self, sparsifier: Sparsifier) -> None:
         self._sparsifier = sparsifier
         self._weights = [w for w in sparsifier.weights if w.moves and w.active < w.places]
-        settings, schedule = sparsifier.settings, sparsifier.settings.schedule
-        first = schedule.delta_t  # the first update is the largest: every decay falls, or stays
-        self._most = [settings.drops(w.active, first) if settings.exchanges_at(first) else 0 for w in self._weights]
+        first, schedule = sparsifier.schedule.delta_t, sparsifier.schedule
+        updates = sparsifier.algorithm.updates_at(first, schedule)  # the largest update: every decay falls, or stays
+        self._most = [sparsifier.drops(w, first) if updates else 0 for w in self._weights]
         device = sparsifier.weights[0].parameter.device
         shape = len(self._weights), NUMBERS + 1  # of each: `exchange_numbers`, and the key of random growth
         self._host = torch.zeros(shape, dtype=torch.int64, pin_memory=device.type == "cuda")
@@ -45,8 +45,14 @@ class GraphedUpdate:
 
     @staticmethod
     def fits(sparsifier: Sparsifier) -> bool:
-        """Does the algorithm move masks and keep their numbers of non-zeros?"""
-        return sparsifier.settings.algorithm.exchanges and sparsifier.settings.algorithm.start is None
+        """Whether the algorithm drops and grows at constant numbers of non-zeros, and has nothing to do at other steps.
+
+        One that observes every step (SNFS) does so operation by operation: `GraphedStep` replays forward and backward pass and
+        leaves the rest of each step to `Sparsifier.step`, as it does where GMP and GraNet thin masks out.
+        """
+        algorithm = sparsifier.algorithm
+        steady = algorithm.start_density is None and not algorithm.state and algorithm.dense_gradient != "every step"
+        return algorithm.drops_and_grows and steady
 
     # --- recorded ---
 
@@ -58,7 +64,7 @@ class GraphedUpdate:
         exchange puts to zero whatever was moved outside of the old mask or the new one: no copy is needed, and no product.
         Clipping would see it too, in the norm.
         """
-        uses = self._sparsifier.settings.algorithm.uses_gradient
+        uses = self._sparsifier.algorithm.dense_gradient != "never"
         dense = {i: w.parameter.grad for i, w in enumerate(self._weights) if w.parameter.grad is not None}
         # a layer without a part in this step has no gradient to grow by
         self._moving = [i for i, most in enumerate(self._most) if most and (i in dense or not uses)]
@@ -110,10 +116,9 @@ class GraphedUpdate:
     def feed(self) -> None:
         """Put what is particular to the step that comes where the graph reads it; `settle` was called after the step before."""
         sparsifier, self._step = self._sparsifier, self._sparsifier.steps
-        settings = sparsifier.settings
         for i, w in enumerate(self._weights):
             grows, ties = sparsifier.keys_of(w, self._step)
-            numbers = exchange_numbers(w.places, w.active, settings.drops(w.active, self._step), ties, settings.regrow)
+            numbers = exchange_numbers(w.places, w.active, sparsifier.drops(w, self._step), ties, sparsifier.regrow)
             self._host[i] = torch.tensor([*numbers, grows])
         self._numbers.copy_(self._host, non_blocking=True)
 
@@ -135,7 +140,7 @@ class GraphedUpdate:
                     w.become(cells, state_of(sparsifier.optimizer, w.parameter), nnz=w.nnz)
                 else:
                     w.churned_now = churned
-        sparsifier.count_step(dense_gradients=sparsifier.settings.algorithm.uses_gradient)
+        sparsifier.count_step(dense_gradients=sparsifier.algorithm.dense_gradient != "never")
         return True
 
     def _gradient(self, i: int) -> Tensor | None:
