@@ -15,12 +15,12 @@ from ..errors import UsageError
 from ..table.poly import Poly
 from ..table.table import LayerTable, Width, WidthKind
 from . import symbolise
-from .record import Row
+from .record import CountedOp
 from .rows import RowBuilder, row_name
-from .structure import Layout, Score, Structure
-from .symbolise import Place, Trace
+from .structure import AttentionScore, DimLayout, Structure
+from .symbolise import Origin, SymbolicRun
 from .symint import poly_of
-from .unite import Finder, Unifier
+from .union_find import LazyRenaming, UnionFind
 
 _HEAD_DIM = (
     "head_dim",
@@ -39,7 +39,7 @@ _ROTARY = "inv_freq"  # a buffer whose values follow from its size, so that it m
 
 
 @dataclass(frozen=True, slots=True)
-class Traced:
+class TraceResult:
     """What one trace says: the table, and where its widths stand in the module."""
 
     table: LayerTable
@@ -63,7 +63,7 @@ def trace(
     name: str,
     input_shape: tuple[int, ...],
     symbolic: bool = True,
-) -> Traced:
+) -> TraceResult:
     """Trace `model(*inputs, **kwargs)` in eval mode, without memory and without running its arithmetic.
 
     The tensors in `inputs` and `kwargs` have the wanted shape (meta ones do); the model may live on any device and is left
@@ -77,18 +77,18 @@ def trace(
     untraceable = None
     with inference_mode(False), enable_grad():  # a caller that wants no gradients still asks what training costs
         try:
-            found = _symbolised(model, inputs, kwargs, symbolic)
+            found = _run_with_or_without_configs(model, inputs, kwargs, symbolic)
         except Exception as symbolic_error:
             try:
-                found = symbolise.run(model, inputs, kwargs, symbolic=False)
+                found = symbolise.run_symbolically(model, inputs, kwargs, symbolic=False)
             except Exception as error:
-                raise _refusal(error, name, (inputs, dict(kwargs or {}))) from error
+                raise _usage_error(error, name, (inputs, dict(kwargs or {}))) from error
             first_line = (str(symbolic_error).strip() or "no message").splitlines()[0]
             untraceable = f"{type(symbolic_error).__name__}: {first_line}"
     return _Builder(model, found).build(name, input_shape, untraceable)
 
 
-def _refusal(error: Exception, name: str, given: Any) -> UsageError:
+def _usage_error(error: Exception, name: str, given: Any) -> UsageError:
     """What to say of a model whose forward failed with plain sizes."""
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
@@ -104,106 +104,106 @@ def _refusal(error: Exception, name: str, given: Any) -> UsageError:
     )
 
 
-def _symbolised(
+def _run_with_or_without_configs(
     model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any] | None, symbolic: bool
-) -> symbolise.Trace:
+) -> symbolise.SymbolicRun:
     """The run with the sizes in configuration objects as variables, else as plain numbers: they then change by value."""
     try:
-        return symbolise.run(model, inputs, kwargs, symbolic=symbolic)
+        return symbolise.run_symbolically(model, inputs, kwargs, symbolic=symbolic)
     except Exception:
         if not symbolic or not any(
             symbolise.is_config(value) for m in model.modules() for value in m.__dict__.values()
         ):
             raise
-        return symbolise.run(model, inputs, kwargs, configs=False)
+        return symbolise.run_symbolically(model, inputs, kwargs, configs=False)
 
 
 class _Builder:
-    def __init__(self, model: nn.Module, trace: Trace) -> None:
+    def __init__(self, model: nn.Module, trace: SymbolicRun) -> None:
         self.model = model
-        self.trace = trace
+        self.run = trace
         self.recorder = trace.recorder
-        self.unifier = Unifier(len(trace.facts.sizes), trace.facts.equations)
-        self.names: dict[int, int] = {}  # variable -> width id
-        self.namer = Finder(lambda v: self.names[self.unifier.find(v)])
+        self.variables = UnionFind(len(trace.facts.sizes), trace.facts.equations)
+        self.width_ids: dict[int, int] = {}  # variable -> width id
+        self.renaming = LazyRenaming(lambda v: self.width_ids[self.variables.find(v)])
 
-    def build(self, name: str, input_shape: tuple[int, ...], untraceable: str | None) -> Traced:
+    def build(self, name: str, input_shape: tuple[int, ...], untraceable: str | None) -> TraceResult:
         widths = self._widths()
-        rows = RowBuilder(self.model, self.trace, self._named, self._output_weights())
+        rows = RowBuilder(self.model, self.run, self._named, self._output_weights())
         table = LayerTable(
             model=name,
             input=input_shape,
             layers=tuple(rows.layers()),
             widths=widths,
-            equations=tuple(dict.fromkeys(self._named(e) for e in self.unifier.equations)),
+            equations=tuple(dict.fromkeys(self._named(e) for e in self.variables.equations)),
             uncounted=tuple(self.recorder.uncounted),
             untraceable=untraceable,
         )
-        return Traced(table, self._structure())
+        return TraceResult(table, self._structure())
 
     def _named(self, poly: Poly) -> Poly:
-        return poly.rename(self.namer)
+        return poly.rename(self.renaming)
 
     # --- variables to widths ---
 
     def _widths(self) -> tuple[Width, ...]:
-        members = self.unifier.members()
+        members = self.variables.groups()
         used = self._used(members)
         widths: list[Width] = []
         fixed = self._fixed()
-        residual, attention = (self.unifier.roots(s) for s in (self.recorder.residual, self.recorder.attention))
+        residual, attention = (self.variables.roots(s) for s in (self.recorder.residual, self.recorder.attention))
         for root, variables in members.items():
             if root not in used:
                 continue
             for v in variables:
-                self.names[v] = len(widths)
-            places = [p for v in variables for p in self.trace.places.get(v, ())]
+                self.width_ids[v] = len(widths)
+            origins = [p for v in variables for p in self.run.origins.get(v, ())]
             reason = next((fixed[v] for v in variables if v in fixed), None)
-            first = next((p for p in places if p.kind == "parameter"), places[0] if places else None)
+            first = next((p for p in origins if p.kind == "parameter"), origins[0] if origins else None)
             label = "" if first is None else first.path + ("" if first.index is None else f"[{first.index}]")
-            size = self.trace.facts.sizes[root]
-            kind = self._kind(variables, places)
+            size = self.run.facts.sizes[root]
+            kind = self._kind(variables, origins)
             widths.append(Width(label or f"quotient {root}", size, kind, reason, root in residual, root in attention))
         return tuple(widths)
 
-    def _kind(self, variables: list[int], places: list[Place]) -> WidthKind:
+    def _kind(self, variables: list[int], origins: list[Origin]) -> WidthKind:
         """What a width is: an attribute is named for what it counts; what the forward divides by a head dim counts heads."""
-        named = _kind_by_name(places)
+        named = _kind_by_name(origins)
         if named in ("head_dim", "heads"):
             return named
         for v in variables:
-            if v in self.trace.facts.divisors and self._divides_by_head_dim(self.trace.facts.divisors[v]):
+            if v in self.run.facts.divisors and self._divides_by_head_dim(self.run.facts.divisors[v]):
                 return "heads"
-        return named if places else "head_dim"
+        return named if origins else "head_dim"
 
     def _divides_by_head_dim(self, divisor: Poly) -> bool:
-        roots = self.unifier.roots(divisor.variables)
-        members = [v for v in self.trace.places if self.unifier.find(v) in roots]
-        return _kind_by_name([p for v in members for p in self.trace.places[v]]) == "head_dim"
+        roots = self.variables.roots(divisor.variables)
+        members = [v for v in self.run.origins if self.variables.find(v) in roots]
+        return _kind_by_name([p for v in members for p in self.run.origins[v]]) == "head_dim"
 
     def _used(self, members: dict[int, list[int]]) -> set[int]:
         """Widths that a parameter has or that an equation ties to one; lone attributes (a step count, say) are dropped."""
-        find = self.unifier.find
+        find = self.variables.find
         used = {
             root
             for root, vs in members.items()
-            if any(p.kind != "attribute" for v in vs for p in self.trace.places.get(v, ()))
+            if any(p.kind != "attribute" for v in vs for p in self.run.origins.get(v, ()))
         }
-        used |= {find(v) for e in self.unifier.equations for v in e.variables}
+        used |= {find(v) for e in self.variables.equations for v in e.variables}
         polys = [
             p
-            for row in self.recorder.rows.values()
+            for row in self.recorder.ops.values()
             for p in (row.macs, row.inputs, row.outputs, row.groups, row.activations)
         ]
         return used | {find(v) for p in polys for v in p.variables}
 
     def _fixed(self) -> dict[int, str]:
         """Variables that must not change, with the reason."""
-        fixed = dict(self.trace.facts.frozen)
+        fixed = dict(self.run.facts.frozen)
         for v in self._output_variables():
             fixed.setdefault(v, "output of the model")
-        for v, places in self.trace.places.items():
-            for p in places:
+        for v, origins in self.run.origins.items():
+            for p in origins:
                 name = p.path.rpartition(".")[2]
                 if p.kind == "buffer" and not name.startswith("running_") and not name.endswith(_ROTARY):
                     fixed.setdefault(v, f"tied to buffer {p.path}")
@@ -211,7 +211,7 @@ class _Builder:
 
     def _output_variables(self) -> set[int]:
         variables: set[int] = set()
-        for tensor in tree_leaves(_plain(self.trace.outputs)):
+        for tensor in tree_leaves(_output_containers(self.run.outputs)):
             if isinstance(tensor, Tensor):
                 for dim in tensor.shape:
                     variables |= poly_of(dim).variables
@@ -219,20 +219,20 @@ class _Builder:
 
     def _output_weights(self) -> set[str]:
         """Weights of the layers that make the model's output: their output dim is one of it and no residual stream."""
-        rows = sorted(self.recorder.rows.values(), key=lambda r: r.order)
-        outputs = self.unifier.roots(self._output_variables())
-        residual = self.unifier.roots(self.recorder.residual)
+        rows = sorted(self.recorder.ops.values(), key=lambda r: r.order)
+        outputs = self.variables.roots(self._output_variables())
+        residual = self.variables.roots(self.recorder.residual)
         found: dict[int, str] = {}
         for row in rows:
             width = row.outputs.as_variable
-            if row.weight and width is not None and self.unifier.find(width) in outputs - residual:
-                found[self.unifier.find(width)] = row.weight  # the last one that writes this dim
+            if row.weight and width is not None and self.variables.find(width) in outputs - residual:
+                found[self.variables.find(width)] = row.weight  # the last one that writes this dim
         if not found and rows:  # without symbols, or through a reshape: the last weight that runs
             last = next((r for r in reversed(rows) if r.weight), None)
             if (
                 last
                 and last.outputs.variables <= residual | outputs
-                and not self.unifier.roots(last.outputs.variables) & residual
+                and not self.variables.roots(last.outputs.variables) & residual
             ):
                 found[-1] = last.weight or ""
         return set(found.values())
@@ -241,67 +241,69 @@ class _Builder:
 
     def _structure(self) -> Structure:
         def known(poly: Poly) -> bool:
-            return all(self.unifier.find(v) in self.names for v in poly.variables)
+            return all(self.variables.find(v) in self.width_ids for v in poly.variables)
 
         attributes = {
             (p.path.rpartition(".")[0], p.path.rpartition(".")[2], p.index): self._named(Poly.var(v))
-            for v, places in self.trace.places.items()
-            for p in places
+            for v, origins in self.run.origins.items()
+            for p in origins
             if p.kind == "attribute" and known(Poly.var(v))
         }
-        layouts: dict[Poly, Layout] = {}
-        for whole, (kind, parts) in self.trace.facts.layouts.items():
+        layouts: dict[Poly, DimLayout] = {}
+        for whole, (kind, parts) in self.run.facts.layouts.items():
             if known(whole) and all(map(known, parts)):
-                layouts.setdefault(self._named(whole), Layout(kind, tuple(map(self._named, parts))))
-        orders: dict[Poly, dict[Layout, None]] = {}
-        for whole, seen in self.trace.facts.orders.items():
+                layouts.setdefault(self._named(whole), DimLayout(kind, tuple(map(self._named, parts))))
+        orders: dict[Poly, dict[DimLayout, None]] = {}
+        for whole, seen in self.run.facts.orders.items():
             for kind, parts in seen:
                 if known(whole) and all(map(known, parts)):
-                    orders.setdefault(self._named(whole), {})[Layout(kind, tuple(map(self._named, parts)))] = None
-        floats = {self._named(p) for p in self.trace.facts.floats if known(p)}
+                    orders.setdefault(self._named(whole), {})[DimLayout(kind, tuple(map(self._named, parts)))] = None
+        floats = {self._named(p) for p in self.run.facts.floats if known(p)}
         flow = self.recorder.flow
-        flow.expose(tree_leaves(_plain(self.trace.outputs[0])))
-        rows = list(self.recorder.rows.values())
+        flow.note_read(tree_leaves(_output_containers(self.run.outputs[0])))
+        rows = list(self.recorder.ops.values())
         return Structure(
-            shapes={k: tuple(self._named(poly_of(d)) for d in shape) for k, shape in self.trace.shapes.items()},
+            shapes={k: tuple(self._named(poly_of(d)) for d in shape) for k, shape in self.run.shapes.items()},
             attributes=attributes,
             layouts=layouts,
             activations=self._activations(rows),
-            followers=self._followers(rows),
-            contracted={
+            own_activations=self._own_activations(rows),
+            contracted_dims={
                 module: tuple(self._named(p) for p in dict.fromkeys(dims) if known(p))
                 for module, dims in self.recorder.contracted.items()
             },
-            queries=dict(self.recorder.queries),
-            scores={
-                key: Score(module, self._named(dim), by_size or self._named(dim) in floats)
+            query_parts=dict(self.recorder.queries),
+            attention_scores={
+                key: AttentionScore(module, self._named(dim), by_size or self._named(dim) in floats)
                 for key, (module, dim, by_size) in self.recorder.scores.items()
                 if known(dim)
             },
-            orders={whole: tuple(seen) for whole, seen in orders.items()},
-            streams=dict(flow.streams),
-            reads=dict(flow.reads),
-            exposed=frozenset(flow.exposed),
-            formulas=frozenset(
+            all_layouts={whole: tuple(seen) for whole, seen in orders.items()},
+            norm_inputs=dict(flow.norm_inputs),
+            weight_inputs=dict(flow.weight_inputs),
+            read_by_others=frozenset(flow.read_by_others),
+            float_attributes=frozenset(
                 (p.path.rpartition(".")[0], p.path.rpartition(".")[2])
-                for expr in self.trace.facts.floats
+                for expr in self.run.facts.floats
                 for v in expr.variables
-                for p in self.trace.places.get(v, ())
+                for p in self.run.origins.get(v, ())
                 if p.kind == "attribute"
             ),
-            output=tree_map_only(Tensor, lambda t: tuple(int(d) for d in t.shape), _plain(self.trace.outputs[0])),
+            output_shapes=tree_map_only(
+                Tensor, lambda t: tuple(map(int, t.shape)), _output_containers(self.run.outputs[0])
+            ),
         )
 
-    def _followers(self, rows: list[Row]) -> dict[str, str]:
+    def _own_activations(self, rows: list[CountedOp]) -> dict[str, str]:
         """The activation that reads a row's layer, where nothing else reads it as a summand."""
         found = {
             row_name(r): self.recorder.followers.get(r.weight)
             for r in rows
-            if r.weight and r.weight not in self.recorder.flow.summed
+            if r.weight and r.weight not in self.recorder.flow.merged
         }
         return {name: activation for name, activation in found.items() if activation}
 
-    def _activations(self, rows: list[Row]) -> dict[str, str]:
+    def _activations(self, rows: list[CountedOp]) -> dict[str, str]:
         """What follows each row: the next activation function that runs, or the last one where none does."""
         events = self.recorder.activations
         if not events:
@@ -310,22 +312,22 @@ class _Builder:
         return {row_name(r): events[min(bisect_right(times, r.order), len(events) - 1)][1] for r in rows if r.weight}
 
 
-def _kind_by_name(places: list[Place]) -> WidthKind:
-    names = [p.path.rpartition(".")[2].lower() for p in places if p.kind == "attribute"]
+def _kind_by_name(origins: list[Origin]) -> WidthKind:
+    names = [p.path.rpartition(".")[2].lower() for p in origins if p.kind == "attribute"]
     by_name = any(n in _HEAD_DIM_ALONE or any(part in n for part in _HEAD_DIM) for n in names)
-    if by_name or any(p.path.endswith(_ROTARY) for p in places):
+    if by_name or any(p.path.endswith(_ROTARY) for p in origins):
         return "head_dim"
     if any(part in n for n in names for part in _HEADS):
         return "heads"  # even where a parameter has one entry a head (a table of relative position biases)
-    if any(p.kind == "parameter" for p in places):
+    if any(p.kind == "parameter" for p in origins):
         return "width"
     return "count"
 
 
-def _plain(output: Any) -> Any:
+def _output_containers(output: Any) -> Any:
     """Dataclass-like outputs (Hugging Face's ModelOutput is a dict already) as plain containers."""
     if isinstance(output, list):
-        return [_plain(item) for item in output]
+        return [_output_containers(item) for item in output]
     if isinstance(output, Mapping):  # beside logits, hidden states and caches are by-products whose widths may grow
         logits = {k: v for k, v in output.items() if "logits" in str(k)}
         return logits or dict(output)

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..table.poly import Poly
-from .record import flags_of, makers_of, mark
+from .record import annotate, flags_of, producers_of
 from .symint import Facts, poly_of
 
 Dim = Any  # int or SymInt
 
 
-def value(dim: Dim) -> int:
+def concrete(dim: Dim) -> int:
     """The size of this run, without asking for it as a plain number."""
     return dim.node.value if isinstance(dim, torch.SymInt) else int(dim)
 
@@ -33,39 +33,39 @@ def note_reshape(facts: Facts, before: Sequence[Dim], after: Sequence[Dim]) -> N
     left, right = ([d for d in dims if not (isinstance(d, int) and d == 1)] for dims in (before, after))
     while left and right:
         a, b = [left.pop(0)], [right.pop(0)]
-        x, y = value(a[0]), value(b[0])
+        x, y = concrete(a[0]), concrete(b[0])
         while x != y:
             if x < y and left:
                 a.append(left.pop(0))
-                x *= value(a[-1])
+                x *= concrete(a[-1])
             elif x > y and right:
                 b.append(right.pop(0))
-                y *= value(b[-1])
+                y *= concrete(b[-1])
             else:
                 return
         for whole, parts in ((a, b), (b, a)):
             if len(whole) == 1 and len(parts) > 1:
-                _note(facts, "product", whole[0], [p for p in parts if value(p) != 1])
-            elif len(whole) == 2 == len(parts) and isinstance(whole[0], int) and value(parts[0]) % whole[0] == 0:
+                _note_view(facts, "product", whole[0], [p for p in parts if concrete(p) != 1])
+            elif len(whole) == 2 == len(parts) and isinstance(whole[0], int) and concrete(parts[0]) % whole[0] == 0:
                 heads = poly_of(parts[0]).divided_by(Poly.const(whole[0]))  # [B, E] seen as [B * heads, head_dim]
                 if heads is not None:
-                    note_order(facts, "product", whole[1], [facts.symint(heads), parts[1]])
+                    note_layout(facts, "product", whole[1], [facts.symint(heads), parts[1]])
 
 
 def note_sum(facts: Facts, whole: Dim, parts: Sequence[Dim]) -> None:
     """`whole` is its parts, one after another."""
-    _note(facts, "sum", whole, parts)
+    _note_view(facts, "sum", whole, parts)
 
 
-def note_order(facts: Facts, kind: Any, whole: Dim, parts: Sequence[Dim]) -> None:
+def note_layout(facts: Facts, kind: Any, whole: Dim, parts: Sequence[Dim]) -> None:
     """How `whole` lies in memory where no view says so: the groups of a convolution, the heads inside a fused function."""
     if isinstance(whole, torch.SymInt) and len(parts) > 1:
         facts.orders.setdefault(poly_of(whole), {}).setdefault((kind, tuple(poly_of(p) for p in parts)))
 
 
-def _note(facts: Facts, kind: Any, whole: Dim, parts: Sequence[Dim]) -> None:
+def _note_view(facts: Facts, kind: Any, whole: Dim, parts: Sequence[Dim]) -> None:
     if isinstance(whole, torch.SymInt) and len(parts) > 1:
-        note_order(facts, kind, whole, parts)
+        note_layout(facts, kind, whole, parts)
         key = poly_of(whole)
         known = facts.layouts.get(key)
         if known is None or known[0] == "sum":  # a view says more than a slice
@@ -110,8 +110,8 @@ def _unbound(facts: Facts, func: Callable[..., Any], args: tuple[Any, ...], kwar
 
 
 def note_part(tensor: Tensor, part: int) -> Tensor:
-    """Of its makers' output, `tensor` is the part with this number."""
-    return mark(tensor, flags_of(tensor), frozenset((maker, part) for maker, _ in makers_of(tensor)))
+    """Of its producers' output, `tensor` is the part with this number."""
+    return annotate(tensor, flags_of(tensor), frozenset((producer, part) for producer, _ in producers_of(tensor)))
 
 
 def note_index(facts: Facts, source: Tensor, index: Any, out: Tensor) -> None:
@@ -127,17 +127,17 @@ def note_index(facts: Facts, source: Tensor, index: Any, out: Tensor) -> None:
         items[at : at + 1] = [slice(None)] * (source.dim() - len(items) + 1)
     for dim, item in enumerate(items):
         whole, part = source.shape[dim], out.shape[dim]
-        if isinstance(item.stop, torch.SymInt) and value(item.stop) == value(whole):
+        if isinstance(item.stop, torch.SymInt) and concrete(item.stop) == concrete(whole):
             facts.equal(poly_of(item.stop), poly_of(whole))  # `x[:, :self.channels]` keeps all of them (GhostNet)
-        if not isinstance(whole, torch.SymInt) or value(part) >= value(whole):
+        if not isinstance(whole, torch.SymInt) or concrete(part) >= concrete(whole):
             continue
-        if item.step is not None and value(item.step) != 1:  # every second one: pairs side by side
-            if value(part) * value(item.step) == value(whole):
-                _note(facts, "product", whole, [part, item.step])
+        if item.step is not None and concrete(item.step) != 1:  # every second one: pairs side by side
+            if concrete(part) * concrete(item.step) == concrete(whole):
+                _note_view(facts, "product", whole, [part, item.step])
             continue
         start = 0 if item.start is None else item.start
-        before = start if value(start) >= 0 else whole + start
-        note_sum(facts, whole, [p for p in (before, part, whole - part - before) if value(p) > 0])
+        before = start if concrete(start) >= 0 else whole + start
+        note_sum(facts, whole, [p for p in (before, part, whole - part - before) if concrete(p) > 0])
 
 
 def _shuffled(facts: Facts, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -145,11 +145,11 @@ def _shuffled(facts: Facts, func: Callable[..., Any], args: tuple[Any, ...], kwa
     x, *rest = args if args else (kwargs["input"],)
     if func is F.pixel_shuffle:  # channel c * r * r + i * r + j goes to pixel (i, j) of channel c
         side = rest[0] if rest else kwargs["upscale_factor"]
-        _note(facts, "product", x.shape[-3], [out.shape[-3], side, side])
+        _note_view(facts, "product", x.shape[-3], [out.shape[-3], side, side])
     elif func in (F.channel_shuffle, torch.channel_shuffle):
         groups, channels = rest[0] if rest else kwargs["groups"], x.shape[1]
         for parts in ([groups, channels // groups], [channels // groups, groups]):
-            note_order(facts, "product", channels, parts)
+            note_layout(facts, "product", channels, parts)
     elif func is F.glu:
         dim = _dim(x, kwargs, tuple(rest), 0) if rest or "dim" in kwargs else x.dim() - 1
         note_sum(facts, x.shape[dim], [out.shape[dim]] * 2)
@@ -188,7 +188,7 @@ _FUNCTIONS = {getattr(home, name): where for name, where in _CHOOSERS.items() fo
 _MARK = "_sparseift_chosen_from"
 
 
-class Choices:
+class IndexTracker:
     """Indices that were made so far, and what follows from their use."""
 
     def __init__(self, facts: Facts) -> None:

@@ -17,15 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..table.poly import Poly
-from .flow import OPAQUE, VALUE, Flow, layer_of, parts_of, write
-from .free_ops import costs_no_macs
+from .flow import PARAMETER_PREFIX, UNKNOWN, Flow, layer_of, set_summands, summands_of
+from .ops import costs_no_macs
 from .symint import poly_of
 
 aten = torch.ops.aten
 
 NEEDS_GRAD, FROM_INPUT, FROM_LAYER = 1, 2, 4  # what a tensor descends from
-Maker = tuple[Any, int | None]  # a row, and which part of its output along the dim that was taken apart
-ATTENTION: Maker = ("attention", None)  # the maker of an attention product's result
+Producer = tuple[Any, int | None]  # a row, and which part of its output along the dim that was taken apart
+ATTENTION: Producer = ("attention", None)  # the producer of an attention product's result
 
 
 def flags_of(tensor: Tensor) -> int:
@@ -33,15 +33,15 @@ def flags_of(tensor: Tensor) -> int:
     return getattr(tensor, "_sparseift_flags", 0)
 
 
-def makers_of(tensor: Tensor) -> frozenset[Maker]:
+def producers_of(tensor: Tensor) -> frozenset[Producer]:
     """The rows whose product a tensor is, seen through everything that costs no MACs except additions of two streams."""
-    return getattr(tensor, "_sparseift_makers", frozenset())
+    return getattr(tensor, "_sparseift_producers", frozenset())
 
 
-def mark(tensor: Tensor, flags: int, makers: frozenset[Maker] = frozenset()) -> Tensor:
+def annotate(tensor: Tensor, flags: int, producers: frozenset[Producer] = frozenset()) -> Tensor:
     """Note on a tensor what it descends from and which rows made it; returns it."""
     tensor._sparseift_flags = flags  # type: ignore[attr-defined]
-    tensor._sparseift_makers = makers  # type: ignore[attr-defined]
+    tensor._sparseift_producers = producers  # type: ignore[attr-defined]
     return tensor
 
 
@@ -53,7 +53,7 @@ def numel(shape: Iterable[Any]) -> Poly:
     return total
 
 
-def _stored(tensor: Tensor) -> Poly:
+def _num_distinct(tensor: Tensor) -> Poly:
     """Number of different elements of a tensor: a matrix expanded over a batch holds each of its own once."""
     return numel(
         d for d, step in zip(tensor.shape, tensor.stride(), strict=True) if not (type(step) is int and step == 0)
@@ -61,7 +61,7 @@ def _stored(tensor: Tensor) -> Poly:
 
 
 @dataclass(slots=True)
-class Row:
+class CountedOp:
     """A counted op as it accumulates over its calls."""
 
     owner: str  # module path
@@ -97,7 +97,7 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.rows: dict[tuple[str, str, str | None], Row] = {}
+        self.ops: dict[tuple[str, str, str | None], CountedOp] = {}
         self.parameters: dict[int, tuple[str, Tensor]] = {}  # storage -> (state_dict key, fake parameter)
         self.keys: dict[int, dict[str, str]] = {}  # storage -> module path -> key there: several, if it is tied
         self.stack: list[str] = [""]
@@ -113,10 +113,10 @@ class Recorder(TorchDispatchMode):
         self.queries: dict[str, int | None] = {}  # weight key -> which part of its output is the query
         self.scores: dict[str, tuple[str, Poly, bool]] = {}  # the same key -> module, head dim, is it scaled by that
         self.shapes: dict[str, tuple[Poly, ...]] = {}  # weight key -> shape of its last product
-        self.more: set[str] = set()  # paths of layers whose forward is not one product of their weight
+        self.computes_more: set[str] = set()  # paths of layers whose forward is not one product of their weight
         self.flow = Flow()
 
-    def beside(self) -> Recorder:
+    def second_pass(self) -> Recorder:
         """A recorder for a second pass over the same parameters, whose rows do not count."""
         other = Recorder()
         other.parameters, other.keys = self.parameters, self.keys
@@ -124,12 +124,12 @@ class Recorder(TorchDispatchMode):
 
     # --- modules and parameters ---
 
-    def enter(self, module: str) -> None:
+    def enter_module(self, module: str) -> None:
         self.clock += 1
         self.first_seen.setdefault(module, self.clock)
         self.stack.append(module)
 
-    def activated(self, name: str, args: Any) -> None:
+    def note_activation(self, name: str, args: Any) -> None:
         """An activation function ran on `args`: its name, or `module:` and the path of the module that is one."""
         x = next((t for t in tree_leaves(args) if isinstance(t, Tensor)), None)
         if x is not None and (key := layer_of(x)):
@@ -138,10 +138,10 @@ class Recorder(TorchDispatchMode):
         if not (self.activations and name[:7] != "module:" and self.activations[-1][1] == f"module:{self.stack[-1]}"):
             self.activations.append((self.clock, name))
 
-    def leave(self) -> None:
+    def leave_module(self) -> None:
         self.stack.pop()
 
-    def returned(self, output: Any, *, by_input: bool) -> None:
+    def note_layer_output(self, output: Any, *, by_input: bool) -> None:
         """The layer that runs returned `output`; `by_input`: its input was all that it was given.
 
         Anything but the product of its weight, or that plus its bias, is more than a layer that is put in its place would
@@ -149,15 +149,19 @@ class Recorder(TorchDispatchMode):
         """
         path = self.stack[-1]
         key, bias = (f"{path}.{name}" if path else name for name in ("weight", "bias"))
-        if by_input and isinstance(output, Tensor) and parts_of(output) - {VALUE + bias} == frozenset([key]):
+        if (
+            by_input
+            and isinstance(output, Tensor)
+            and summands_of(output) - {PARAMETER_PREFIX + bias} == frozenset([key])
+        ):
             made, shape = self.shapes[key], tuple(map(poly_of, output.shape))
             if shape[-1] == made[-1] and numel(output.shape) == math.prod(made, start=Poly.const(1)):
                 return  # `x @ W.T` flattens x in between; a transposed output ends with another dim
-        self.more.add(path)
+        self.computes_more.add(path)
 
-    def own(self, key: str, parameter: Tensor, requires_grad: bool) -> None:
-        mark(parameter, NEEDS_GRAD if requires_grad else 0)
-        write(parameter, frozenset([VALUE + key]))
+    def register_parameter(self, key: str, parameter: Tensor, requires_grad: bool) -> None:
+        annotate(parameter, NEEDS_GRAD if requires_grad else 0)
+        set_summands(parameter, frozenset([PARAMETER_PREFIX + key]))
         storage = parameter.untyped_storage()._cdata
         self.parameters.setdefault(storage, (key, parameter))
         self.keys.setdefault(storage, {})[key.rpartition(".")[0]] = key
@@ -172,7 +176,7 @@ class Recorder(TorchDispatchMode):
 
     # --- rows ---
 
-    def weighted(
+    def count_weighted(
         self,
         kind: str,
         x: Tensor,
@@ -183,13 +187,13 @@ class Recorder(TorchDispatchMode):
         outputs: Poly,
         kernel: tuple[int, ...] = (),
         groups: Poly | None = None,
-    ) -> Row:
+    ) -> CountedOp:
         """An op of activations `x` with a weight. A weight that is no parameter makes it a product of activations."""
         owned = self.parameter_of(weight)
         owner = owned[0].rpartition(".")[0] if owned else self.stack[-1]
         if owned and not owned[0].endswith(".weight") and owned[0] != "weight":
             owner = owned[0].removesuffix("_weight")  # in_proj_weight of MultiheadAttention, or a free parameter
-        row = self._row(owner, kind, owned[0] if owned else None, inputs, outputs, kernel, groups)
+        row = self._op(owner, kind, owned[0] if owned else None, inputs, outputs, kernel, groups)
         row.macs += macs
         row.activations += numel(out.shape)
         into_x, into_weight = flags_of(x) & NEEDS_GRAD, flags_of(owned[1] if owned else weight) & NEEDS_GRAD
@@ -198,18 +202,18 @@ class Recorder(TorchDispatchMode):
             row.grad_weight += macs * Poly.const(into_weight if owned else 0)
         if owned and self.stack[-1] != owned[0].rpartition(".")[0]:
             row.users.add(self.stack[-1])
-        if owned and _stored(weight) != (whole := numel(owned[1].shape)):
+        if owned and _num_distinct(weight) != (whole := numel(owned[1].shape)):
             row.partial, row.outputs = True, whole.divided_by(inputs) or outputs
-        row.projection |= ATTENTION in makers_of(x)
-        mark(out, flags_of(out), frozenset([((owner, kind, owned[0] if owned else None), None)]))
-        write(out, frozenset([owned[0] if owned else OPAQUE]))
+        row.projection |= ATTENTION in producers_of(x)
+        annotate(out, flags_of(out), frozenset([((owner, kind, owned[0] if owned else None), None)]))
+        set_summands(out, frozenset([owned[0] if owned else UNKNOWN]))
         if owned:
-            self.flow.read(owned[0], x)
+            self.flow.note_weight_input(owned[0], x)
             self.shapes[owned[0]] = tuple(map(poly_of, out.shape))
         row.first |= bool(flags_of(x) & FROM_INPUT) and not flags_of(x) & FROM_LAYER
         return row
 
-    def product(
+    def count_product(
         self,
         part: str,
         a: Tensor,
@@ -221,41 +225,41 @@ class Recorder(TorchDispatchMode):
         by_size: bool = False,
     ) -> None:
         """A product of two activations: `part` is qk, av or matmul. The score matrix is no activation that must be kept."""
-        row = self._row(self.stack[-1], part, None, Poly(), Poly(), (), None)
+        row = self._op(self.stack[-1], part, None, Poly(), Poly(), (), None)
         row.macs += macs
         if out is not None:
             row.activations += numel(out.shape)
-            mark(out, flags_of(out), frozenset([ATTENTION]))
-            write(out, frozenset([OPAQUE]))
+            annotate(out, flags_of(out), frozenset([ATTENTION]))
+            set_summands(out, frozenset([UNKNOWN]))
         if torch.is_grad_enabled():
             row.grad_inputs += macs * Poly.const(sum(flags_of(t) & NEEDS_GRAD for t in (a, b)))
         row.causal = causal
-        for maker, _ in makers_of(a) | makers_of(b):
-            if maker in self.rows:
-                self.rows[maker].projection = True
+        for producer, _ in producers_of(a) | producers_of(b):
+            if producer in self.ops:
+                self.ops[producer].projection = True
         if part == "qk":
             self.contracted.setdefault(self.stack[-1], []).append(poly_of(a.shape[-1]))
-            self._note_query(makers_of(a), makers_of(b), poly_of(a.shape[-1]), by_size)
+            self._note_query(producers_of(a), producers_of(b), poly_of(a.shape[-1]), by_size)
         for tensor in (a, b):
             for dim in tensor.shape:
                 self.attention |= poly_of(dim).variables
 
-    def note_score(self, weight: Tensor, head_dim: Poly, part: int | None) -> None:
+    def note_query_weight(self, weight: Tensor, head_dim: Poly, part: int | None) -> None:
         """`weight` makes the query of an attention that divides by the square root of its head dim."""
         owned = self.parameter_of(weight)
         if owned:
             self.queries[owned[0]] = part
             self.scores[owned[0]] = (self.stack[-1], head_dim, True)
 
-    def _note_query(self, q: frozenset[Maker], k: frozenset[Maker], head_dim: Poly, by_size: bool) -> None:
+    def _note_query(self, q: frozenset[Producer], k: frozenset[Producer], head_dim: Poly, by_size: bool) -> None:
         """Which weight makes the query, and which part of its output where it makes the key too."""
-        keys = {maker for maker, _ in k}
-        for maker, part in q:
-            if maker in self.rows and maker[2] is not None and (maker not in keys or part is not None):
-                self.queries[maker[2]] = part if maker in keys else None
-                self.scores[maker[2]] = (self.stack[-1], head_dim, by_size)
+        keys = {producer for producer, _ in k}
+        for producer, part in q:
+            if producer in self.ops and producer[2] is not None and (producer not in keys or part is not None):
+                self.queries[producer[2]] = part if producer in keys else None
+                self.scores[producer[2]] = (self.stack[-1], head_dim, by_size)
 
-    def _row(
+    def _op(
         self,
         owner: str,
         kind: str,
@@ -264,16 +268,16 @@ class Recorder(TorchDispatchMode):
         outputs: Poly,
         kernel: tuple[int, ...],
         groups: Poly | None,
-    ) -> Row:
-        row = self.rows.get((owner, kind, weight))
+    ) -> CountedOp:
+        row = self.ops.get((owner, kind, weight))
         if row is None:
             self.clock += 1
-            row = Row(owner, kind, weight, inputs, outputs, kernel, groups or Poly.const(1), order=self.clock)
-            self.rows[owner, kind, weight] = row
+            row = CountedOp(owner, kind, weight, inputs, outputs, kernel, groups or Poly.const(1), order=self.clock)
+            self.ops[owner, kind, weight] = row
         row.calls += 1
         return row
 
-    def attend(
+    def count_attention(
         self,
         q: Tensor,
         k: Tensor,
@@ -292,8 +296,8 @@ class Recorder(TorchDispatchMode):
         keys = poly_of(k.shape[-2])
         scores = numel(q.shape[:-2] if batch is None else batch) * poly_of(q.shape[-2]) * keys
         lengths = (int(q.shape[-2]), int(k.shape[-2])) if causal else None
-        self.product("qk", q, k, None, scores * poly_of(q.shape[-1]), lengths, by_size=by_size)
-        self.product("av", q, v, out, numel(out.shape) * keys, lengths)
+        self.count_product("qk", q, k, None, scores * poly_of(q.shape[-1]), lengths, by_size=by_size)
+        self.count_product("av", q, v, out, numel(out.shape) * keys, lengths)
 
     # --- primitive ops ---
 
@@ -302,10 +306,10 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        flags, makers = 0, frozenset[Maker]()
+        flags, producers = 0, frozenset[Producer]()
         for tensor in tensors:
             flags |= flags_of(tensor)
-            makers |= makers_of(tensor)
+            producers |= producers_of(tensor)
         if not torch.is_grad_enabled():
             flags &= ~NEEDS_GRAD
         out = func(*args, **kwargs)
@@ -315,37 +319,37 @@ class Recorder(TorchDispatchMode):
             count(self, args, kwargs, out)
             flags |= FROM_LAYER
             first = next(t for t in tree_leaves(out) if isinstance(t, Tensor))
-            makers = makers_of(first)
-            self.flow.expose(tensors)
+            producers = producers_of(first)
+            self.flow.note_read(tensors)
         elif packet in (aten.add, aten.add_):
             if self._is_residual(args, out):
-                makers = frozenset[Maker]()
+                producers = frozenset[Producer]()
         elif packet in (aten._softmax, aten._safe_softmax):
             self.softmaxed.add(self.stack[-1])
         elif not costs_no_macs(func):
             self.uncounted[f"{packet} in {self.stack[-1] or 'the model'}"] = None
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self._descend(tensor, flags, makers)
+                self._annotate_result(tensor, flags, producers)
         if count is None:
-            self.flow.through(func, tensors, out)
+            self.flow.propagate(func, tensors, out)
         return out
 
-    def _descend(self, tensor: Tensor, flags: int, makers: frozenset[Maker]) -> None:
+    def _annotate_result(self, tensor: Tensor, flags: int, producers: frozenset[Producer]) -> None:
         """Note what a result descends from, and the tensor it was written into; a parameter keeps its own flags."""
         owned = self.parameter_of(tensor)
         if owned:
-            mark(tensor, flags_of(owned[1]) if torch.is_grad_enabled() else 0)
+            annotate(tensor, flags_of(owned[1]) if torch.is_grad_enabled() else 0)
             return
-        mark(tensor, flags, makers)
+        annotate(tensor, flags, producers)
         base = tensor._base
         if base is not None and flags & ~flags_of(base):  # y[:, :2] = f(x) writes into y through a view
-            mark(base, flags_of(base) | flags, makers_of(base))
+            annotate(base, flags_of(base) | flags, producers_of(base))
 
     def _is_residual(self, args: Sequence[Any], out: Tensor) -> bool:
         """An addition of two layers' outputs; its dims are noted as a residual stream's."""
         both = [t for t in args[:2] if isinstance(t, Tensor) and flags_of(t) & FROM_LAYER]
-        one_stream = len({frozenset(m for m, _ in makers_of(t)) for t in both}) == 1 and makers_of(both[0])
+        one_stream = len({frozenset(m for m, _ in producers_of(t)) for t in both}) == 1 and producers_of(both[0])
         if len(both) == 2 and both[0].dim() == both[1].dim() and not one_stream:  # a rotation adds a row to itself
             for dim in out.shape:
                 self.residual |= poly_of(dim).variables
@@ -366,12 +370,14 @@ def matmul(rec: Recorder, a: Tensor, b: Tensor, out: Tensor) -> None:
             owned[1].dim() == 2 and "weight" in owned[0].rpartition(".")[2]
         )  # else a free parameter, as relative positions
         stacked = owned[1].dim() == a.dim() == 3  # experts in one tensor, each with a batch of its own
-        rec.weighted("linear" if layer else "experts" if stacked else "matmul", x, weight, out, macs, inner, outputs)
+        rec.count_weighted(
+            "linear" if layer else "experts" if stacked else "matmul", x, weight, out, macs, inner, outputs
+        )
     elif a.dim() == 3:
         part = "av" if rec.stack[-1] in rec.softmaxed else "qk"
-        rec.product(part, a, b, out if part == "av" else None, macs)
+        rec.count_product(part, a, b, out if part == "av" else None, macs)
     else:
-        rec.weighted("matmul", a, b, out, macs, inner, poly_of(b.shape[-1]))
+        rec.count_weighted("matmul", a, b, out, macs, inner, poly_of(b.shape[-1]))
 
 
 def _convolution(rec: Recorder, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> None:
@@ -380,7 +386,9 @@ def _convolution(rec: Recorder, args: Sequence[Any], kwargs: dict[str, Any], out
     if transposed:  # weight: [in, out / groups, ...], each input element meets every tap
         inputs, per_input = poly_of(weight.shape[0]), numel(weight.shape[1:])
         outputs = poly_of(weight.shape[1]) * groups
-        rec.weighted("conv_transpose", x, weight, out, numel(x.shape) * per_input, inputs, outputs, kernel, groups)
+        rec.count_weighted(
+            "conv_transpose", x, weight, out, numel(x.shape) * per_input, inputs, outputs, kernel, groups
+        )
     else:
         conv(rec, x, weight, out, groups)
 
@@ -390,14 +398,14 @@ def conv(rec: Recorder, x: Tensor, weight: Tensor, out: Tensor, groups: Poly) ->
     inputs, outputs = poly_of(weight.shape[1]) * groups, poly_of(weight.shape[0])
     kernel = tuple(int(k) for k in weight.shape[2:])
     macs = numel(out.shape) * poly_of(weight.shape[1]) * Poly.const(math.prod(kernel))
-    rec.weighted("conv", x, weight, out, macs, inputs, outputs, kernel, groups)
+    rec.count_weighted("conv", x, weight, out, macs, inputs, outputs, kernel, groups)
 
 
 def _fused_attention(rec: Recorder, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
     q, k, v = args[:3]
     result = out[0] if isinstance(out, (tuple, list)) else out
     causal = bool(kwargs.get("is_causal", any(a is True for a in args[3:])))
-    rec.attend(q, k, v, result, causal, by_size=kwargs.get("scale") is None)
+    rec.count_attention(q, k, v, result, causal, by_size=kwargs.get("scale") is None)
 
 
 _COUNTED: dict[Any, Any] = {

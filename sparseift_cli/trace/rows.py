@@ -12,8 +12,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..table.poly import Poly
 from ..table.table import Layer, Role
-from .record import Row, numel
-from .symbolise import Trace
+from .record import CountedOp, numel
+from .symbolise import SymbolicRun
 
 _NORMS = {
     "BatchNorm1d": "batch_norm",
@@ -33,9 +33,9 @@ _LAYERS = ("linear", "conv", "conv_transpose")  # kinds that are layers where th
 class RowBuilder:
     """Layers of one trace. `named` turns polynomials over variables into ones over width ids."""
 
-    def __init__(self, model: nn.Module, trace: Trace, named: Callable[[Poly], Poly], outputs: set[str]) -> None:
-        self.trace = trace
-        self.recorder = trace.recorder
+    def __init__(self, model: nn.Module, run: SymbolicRun, named: Callable[[Poly], Poly], outputs: set[str]) -> None:
+        self.run = run
+        self.recorder = run.recorder
         self.named = named
         self.output_weights = outputs
         self.modules = dict(model.named_modules())
@@ -46,22 +46,22 @@ class RowBuilder:
             if (holder := self.modules.get(key.rpartition(".")[0])) is not None:
                 self.holders.setdefault(first_key, []).append(holder)
         self.by_module: dict[str, list[str]] = {}
-        for key in trace.shapes:
+        for key in run.shapes:
             if key in self.tied:
                 self.by_module.setdefault(key.rpartition(".")[0], []).append(key)
 
     def layers(self) -> list[Layer]:
         """Every row in the order of execution."""
-        taken: set[str] = set()
+        owned: set[str] = set()
         placed: list[tuple[int, Layer]] = []
-        for row in sorted(self.recorder.rows.values(), key=lambda r: r.order):
-            keys = [k for k in self._belonging(row) if self.tied.get(k) == k and k not in taken]
-            taken.update(keys)
+        for row in sorted(self.recorder.ops.values(), key=lambda r: r.order):
+            keys = [k for k in self._parameter_keys(row) if self.tied.get(k) == k and k not in owned]
+            owned.update(keys)
             placed.append((row.order, self._layer(row, keys)))
-        placed += self._without_macs(taken)
+        placed += self._without_macs(owned)
         return self._mark_tied([layer for _, layer in sorted(placed, key=lambda p: p[0])])
 
-    def _belonging(self, row: Row) -> Iterable[str]:
+    def _parameter_keys(self, row: CountedOp) -> Iterable[str]:
         """The parameters a row may own: all of its module's, or a weight and its bias where the module has several weights."""
         if row.weight is None:
             return ()
@@ -71,7 +71,7 @@ class RowBuilder:
             return dict.fromkeys((row.weight, row.weight.replace("weight", "bias")))
         return self.by_module.get(row.owner, (row.weight,))
 
-    def _layer(self, row: Row, keys: list[str]) -> Layer:
+    def _layer(self, row: CountedOp, keys: list[str]) -> Layer:
         kind = row.kind
         groups, inputs = self.named(row.groups), self.named(row.inputs)
         if kind == "conv" and groups != Poly.const(1):
@@ -83,7 +83,7 @@ class RowBuilder:
             role=role,
             calls=row.calls,
             macs=self.named(row.macs),
-            params=self.named(_total(self.trace.shapes[k] for k in keys)),
+            params=self.named(_total(self.run.shapes[k] for k in keys)),
             activations=self.named(row.activations),
             grad_inputs=self._per_mac(row, row.grad_inputs),
             grad_weight=self._per_mac(row, row.grad_weight),
@@ -98,14 +98,14 @@ class RowBuilder:
             note=_note(row, role),
         )
 
-    def _role(self, row: Row) -> Role:
+    def _role(self, row: CountedOp) -> Role:
         if row.kind == "matmul" or (row.weight is None and row.kind not in _LAYERS):
             return "attention"
         if row.weight in self.output_weights:
             return "output"
         return "input" if row.first and row.weight is not None else "body"
 
-    def _host(self, row: Row) -> str | None:
+    def _host(self, row: CountedOp) -> str | None:
         """The class that holds the weight, or reads it, where nothing but that weight can stand in its place."""
         key = row.weight or ""
         path, _, name = key.rpartition(".")
@@ -119,7 +119,7 @@ class RowBuilder:
         if holder := self._other_holder(key, module):
             return type(holder).__name__
         known = isinstance(module, (nn.Linear, _ConvNd)) and not isinstance(module, _ConvTransposeNd)
-        known = known and path not in self.recorder.more and not _has_more_parameters(module)
+        known = known and path not in self.recorder.computes_more and not _has_more_parameters(module)
         return None if name == "weight" and (known or type(module).__name__ == "Conv1D") else type(module).__name__
 
     def _other_holder(self, key: str, module: nn.Module | None) -> nn.Module | None:
@@ -127,8 +127,8 @@ class RowBuilder:
         holders = self.holders.get(self.tied.get(key, key), [])
         return next((holder for holder in holders if holder is not module), None)
 
-    def _per_mac(self, row: Row, gradients: Poly) -> Fraction | int:
-        sizes = self.trace.facts.sizes
+    def _per_mac(self, row: CountedOp, gradients: Poly) -> Fraction | int:
+        sizes = self.run.facts.sizes
         share = Fraction(gradients.evaluate(sizes), row.macs.evaluate(sizes) or 1)
         return share if share.denominator > 1 else share.numerator
 
@@ -146,11 +146,11 @@ class RowBuilder:
         shared = {layer.tied_to: layer.name for layer in marked if layer.tied_to}
         return [replace(x, tied_to=shared[x.name]) if x.weighted and x.name in shared else x for x in marked]
 
-    def _without_macs(self, taken: set[str]) -> list[tuple[int, Layer]]:
+    def _without_macs(self, owned: set[str]) -> list[tuple[int, Layer]]:
         """Norms, embeddings and free parameters: rows with parameters and no MACs."""
         layers = []
         for path, keys in self.by_module.items():
-            keys = [k for k in keys if self.tied[k] == k and k not in taken]
+            keys = [k for k in keys if self.tied[k] == k and k not in owned]
             if not keys:
                 continue
             kind, role = _kind_without_macs(self.modules[path])
@@ -163,7 +163,7 @@ class RowBuilder:
                 name,
                 kind,
                 role,
-                params=self.named(_total(self.trace.shapes[k] for k in keys)),
+                params=self.named(_total(self.run.shapes[k] for k in keys)),
                 weight=keys[0] if kind == "embedding" else None,
                 note="not used in this forward" if seen is None and not parameter else None,
             )
@@ -171,12 +171,12 @@ class RowBuilder:
         return layers
 
 
-def row_name(row: Row) -> str:
+def row_name(row: CountedOp) -> str:
     """The module of a weight; for a product of activations the module that runs it, and what it is."""
     return f"{row.owner or 'model'}.{row.kind}" if row.weight is None else row.owner or row.weight
 
 
-def _note(row: Row, role: Role) -> str | None:
+def _note(row: CountedOp, role: Role) -> str | None:
     if row.weight is None and row.kind in (*_LAYERS, "matmul"):
         return "the weight is computed in forward, not a parameter"
     if row.kind == "experts":

@@ -1,4 +1,4 @@
-"""What the common layers ask of their shapes, and what they cost, told in one step.
+"""What the common layers ask of their shapes, and what they cost, in one step.
 
 Two reasons to answer for them instead of letting PyTorch take them apart: its shape functions do not check the sizes of
 norm parameters, biases and attention masks, so those ties would be missed; and one rule is many times cheaper than the ten
@@ -17,15 +17,15 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..table.poly import Poly
-from .flow import normed, parts_of, write
-from .layouts import WATCHED, Choices, note_index, note_order, note_sum
-from .record import ATTENTION, FROM_LAYER, NEEDS_GRAD, Recorder, conv, flags_of, makers_of, mark, matmul, numel
+from .flow import pass_through_norm, set_summands, summands_of
+from .layouts import WATCHED, IndexTracker, note_index, note_layout, note_sum
+from .record import ATTENTION, FROM_LAYER, NEEDS_GRAD, Recorder, annotate, conv, flags_of, matmul, numel, producers_of
 from .symint import Facts, poly_of
 
 # What LSTM, GRU and plain RNN layers ask of their shapes, and what they cost.
 # PyTorch runs a whole recurrent layer in one op that neither takes symbolic sizes nor has a count. Per step and direction it is
 # two matrix products: input [B, I] by W_ih [G H, I] and state [B, H] by W_hh [G H, H], with G = 4, 3 or 1 gates.
-# In the backward pass the first step differs: the state it reads is what the caller gave (zeros, unless told), and needs a
+# In the backward pass the first step differs: the state it reads is what the caller gave (zeros, unless given), and needs a
 # gradient only where that does.
 
 
@@ -54,13 +54,13 @@ def _layer(gates: int) -> Callable[..., Any]:
             for direction in range(directions):
                 at = (layer * directions + direction) * per_layer
                 out, hidden = _direction(rules, x, states, params[at : at + per_layer], has_biases, gates, steps)
-                rules.tie(states[0].shape[-1], out.shape[-1])
-                rules.tie(states[-1].shape[-1], hidden if len(states) == 2 else out.shape[-1])
+                rules.require_equal(states[0].shape[-1], out.shape[-1])
+                rules.require_equal(states[-1].shape[-1], hidden if len(states) == 2 else out.shape[-1])
                 outputs.append(out)
             width = sum(o.shape[-1] for o in outputs)
             note_sum(rules.facts, width, [o.shape[-1] for o in outputs])
-            x = rules.made(outputs[0], (*x.shape[:-1], width), *outputs, counted=True)
-        finals = tuple(mark(s.new_empty(s.shape), flags_of(x)) for s in states)
+            x = rules.new_output(outputs[0], (*x.shape[:-1], width), *outputs, counted=True)
+        finals = tuple(annotate(s.new_empty(s.shape), flags_of(x)) for s in states)
         return (x, *finals)
 
     return rule
@@ -75,18 +75,18 @@ def _direction(
     projection = params[-1] if len(params) > 2 + 2 * has_biases else None
     hidden = rules.facts.exact_quotient(poly_of(w_ih.shape[0]), Poly.const(gates))
     rules.facts.equal(hidden * Poly.const(gates), poly_of(w_hh.shape[0]))
-    rules.tie(x.shape[-1], w_ih.shape[1])
+    rules.require_equal(x.shape[-1], w_ih.shape[1])
     for bias in biases:
-        rules.tie(bias.shape[0], w_ih.shape[0])
+        rules.require_equal(bias.shape[0], w_ih.shape[0])
     cell = size = rules.facts.symint(hidden)
     if gates > 1:
         for weight in (w_ih, w_hh):
-            note_order(rules.facts, "product", weight.shape[0], [gates, cell])
+            note_layout(rules.facts, "product", weight.shape[0], [gates, cell])
     if projection is not None:
-        rules.tie(projection.shape[1], size)
+        rules.require_equal(projection.shape[1], size)
         size = projection.shape[0]
-    rules.tie(w_hh.shape[1], size)
-    out = rules.made(x, (*x.shape[:-1], size), *states, *params, counted=True)
+    rules.require_equal(w_hh.shape[1], size)
+    out = rules.new_output(x, (*x.shape[:-1], size), *states, *params, counted=True)
     tokens = numel(x.shape[:-1])
     first = (tokens.divided_by(Poly.const(steps)) if steps else None) or Poly()  # tokens of the first step
     cells = [t for t in params if t is not projection]
@@ -94,10 +94,12 @@ def _direction(
     if projection is not None:
         rows.append((None, projection, [x, *states, *cells]))
     for source, weight, beginning in rows:
-        made = mark(out.new_empty((*x.shape[:-1], weight.shape[0])), flags_of(out))
+        projected = annotate(out.new_empty((*x.shape[:-1], weight.shape[0])), flags_of(out))
         inputs, outputs = poly_of(weight.shape[1]), poly_of(weight.shape[0])
-        read = source if source is not None else mark(out.new_empty(out.shape), flags_of(out) | FROM_LAYER)
-        row = rules.recorder.weighted("linear", read, weight, made, tokens * inputs * outputs, inputs, outputs)
+        read = source if source is not None else annotate(out.new_empty(out.shape), flags_of(out) | FROM_LAYER)
+        row = rules.recorder.count_weighted(
+            "linear", read, weight, projected, tokens * inputs * outputs, inputs, outputs
+        )
         if beginning is not None and flags_of(read) & NEEDS_GRAD and not _any_needs_grad(beginning):
             row.grad_inputs -= first * inputs * outputs
     return out, cell
@@ -118,10 +120,10 @@ class ShapeRules(TorchFunctionMode):
         super().__init__()
         self.facts = facts
         self.recorder = recorder
-        self.choices = Choices(facts)
+        self.indices = IndexTracker(facts)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.choices.follow(func, args, kwargs or {}, self._answer(func, args, kwargs))
+        return self.indices.follow(func, args, kwargs or {}, self._answer(func, args, kwargs))
 
     def _answer(self, func: Any, args: Any, kwargs: Any) -> Any:
         rule = _RULES.get(func)
@@ -134,44 +136,44 @@ class ShapeRules(TorchFunctionMode):
             return watch(self.facts, func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
-    def tie(self, a: Any, b: Any) -> None:
+    def require_equal(self, a: Any, b: Any) -> None:
         """Two sizes that must be equal."""
         if a != b:
             raise RuntimeError(f"sizes do not match: {a} and {b}")
 
-    def made(
+    def new_output(
         self, like: Tensor, shape: Sequence[Any], *sources: Tensor | None, counted: bool = False, linear: bool = False
     ) -> Tensor:
         """An output of `shape` that descends from `like` and `sources`; `linear`: it is `like`, seen differently."""
-        flags, makers = flags_of(like) | (FROM_LAYER if counted else 0), makers_of(like)
+        flags, producers = flags_of(like) | (FROM_LAYER if counted else 0), producers_of(like)
         for source in sources:
             if source is not None:
                 flags |= flags_of(source)
-                makers |= makers_of(source)
+                producers |= producers_of(source)
         if not torch.is_grad_enabled():
             flags &= ~NEEDS_GRAD
         if not linear:
-            self.recorder.flow.expose((like, *sources))
-        made = mark(like.new_empty(tuple(shape)), flags, frozenset() if counted else makers)
-        return write(made, parts_of(like)) if linear else made
+            self.recorder.flow.note_read((like, *sources))
+        projected = annotate(like.new_empty(tuple(shape)), flags, frozenset() if counted else producers)
+        return set_summands(projected, summands_of(like)) if linear else projected
 
 
 def _linear(rules: ShapeRules, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    rules.tie(input.shape[-1], weight.shape[1])
+    rules.require_equal(input.shape[-1], weight.shape[1])
     if bias is not None:
-        rules.tie(bias.shape[0], weight.shape[0])
-    out = rules.made(input, (*input.shape[:-1], weight.shape[0]), weight, bias, counted=True)
+        rules.require_equal(bias.shape[0], weight.shape[0])
+    out = rules.new_output(input, (*input.shape[:-1], weight.shape[0]), weight, bias, counted=True)
     inputs, outputs = poly_of(weight.shape[1]), poly_of(weight.shape[0])
-    rules.recorder.weighted("linear", input, weight, out, numel(out.shape) * inputs, inputs, outputs)
+    rules.recorder.count_weighted("linear", input, weight, out, numel(out.shape) * inputs, inputs, outputs)
     return out
 
 
 def _addmm(rules: ShapeRules, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
     """Hugging Face's Conv1D: mat2 is the weight, [in, out], and input the bias."""
-    rules.tie(mat1.shape[1], mat2.shape[0])
+    rules.require_equal(mat1.shape[1], mat2.shape[0])
     if input.dim() and not (isinstance(input.shape[-1], int) and input.shape[-1] == 1):
-        rules.tie(input.shape[-1], mat2.shape[1])
-    out = rules.made(mat1, (mat1.shape[0], mat2.shape[1]), mat2, input, counted=True)
+        rules.require_equal(input.shape[-1], mat2.shape[1])
+    out = rules.new_output(mat1, (mat1.shape[0], mat2.shape[1]), mat2, input, counted=True)
     matmul(rules.recorder, mat1, mat2, out)
     return out
 
@@ -197,19 +199,19 @@ def _conv(spatial: int) -> Rule:
         else:
             pads = [2 * p for p in each(padding)]
         channels = input.dim() - spatial - 1
-        rules.tie(input.shape[channels], weight.shape[1] * groups)
+        rules.require_equal(input.shape[channels], weight.shape[1] * groups)
         if isinstance(groups, torch.SymInt):
             rules.facts.exact_quotient(poly_of(weight.shape[0]), poly_of(groups))
         if not isinstance(groups, int) or groups > 1:
-            note_order(rules.facts, "product", input.shape[channels], [groups, weight.shape[1]])
-            note_order(rules.facts, "product", weight.shape[0], [groups, weight.shape[0] // groups])
+            note_layout(rules.facts, "product", input.shape[channels], [groups, weight.shape[1]])
+            note_layout(rules.facts, "product", weight.shape[0], [groups, weight.shape[0] // groups])
         if bias is not None:
-            rules.tie(bias.shape[0], weight.shape[0])
+            rules.require_equal(bias.shape[0], weight.shape[0])
         extent = [
             (input.shape[channels + 1 + i] + pads[i] - spread[i] * (kernel[i] - 1) - 1) // steps[i] + 1
             for i in range(spatial)
         ]
-        out = rules.made(input, (*input.shape[:channels], weight.shape[0], *extent), weight, bias, counted=True)
+        out = rules.new_output(input, (*input.shape[:channels], weight.shape[0], *extent), weight, bias, counted=True)
         conv(rules.recorder, input, weight, out, poly_of(groups))
         return out
 
@@ -232,8 +234,8 @@ def _conv_transpose(spatial: int) -> Rule:
     ) -> Any:
         if not isinstance(groups, int) or groups > 1:  # weight: [in, out / groups, *kernel]
             channels, outputs = input.shape[input.dim() - spatial - 1], weight.shape[1] * groups
-            note_order(rules.facts, "product", channels, [groups, weight.shape[0] // groups])
-            note_order(rules.facts, "product", outputs, [groups, weight.shape[1]])
+            note_layout(rules.facts, "product", channels, [groups, weight.shape[0] // groups])
+            note_layout(rules.facts, "product", outputs, [groups, weight.shape[1]])
         return NotImplemented
 
     return rule
@@ -242,8 +244,8 @@ def _conv_transpose(spatial: int) -> Rule:
 def _per_channel(rules: ShapeRules, input: Tensor, parameters: Sequence[Tensor | None]) -> Tensor:
     for parameter in parameters:
         if parameter is not None:
-            rules.tie(parameter.shape[0], input.shape[1])
-    return normed(input, rules.made(input, input.shape, *parameters))
+            rules.require_equal(parameter.shape[0], input.shape[1])
+    return pass_through_norm(input, rules.new_output(input, input.shape, *parameters))
 
 
 def _batch_norm(
@@ -285,11 +287,11 @@ def _layer_norm(
 ) -> Any:
     shape = tuple(normalized_shape) if isinstance(normalized_shape, (tuple, list)) else (normalized_shape,)
     for i, size in enumerate(reversed(shape)):
-        rules.tie(input.shape[-1 - i], size)
+        rules.require_equal(input.shape[-1 - i], size)
         for parameter in (weight, bias):
             if parameter is not None:
-                rules.tie(parameter.shape[-1 - i], size)
-    return normed(input, rules.made(input, input.shape, weight, bias))
+                rules.require_equal(parameter.shape[-1 - i], size)
+    return pass_through_norm(input, rules.new_output(input, input.shape, weight, bias))
 
 
 def _rms_norm(rules: ShapeRules, input: Tensor, normalized_shape: Any, weight: Any = None, *_: Any, **__: Any) -> Any:
@@ -307,14 +309,14 @@ def _attention(
     scale: Any = None,
     enable_gqa: bool = False,
 ) -> Any:
-    rules.tie(query.shape[-1], key.shape[-1])
-    rules.tie(key.shape[-2], value.shape[-2])
+    rules.require_equal(query.shape[-1], key.shape[-1])
+    rules.require_equal(key.shape[-2], value.shape[-2])
     keys, values = list(key.shape[:-2]), list(value.shape[:-2])
     if enable_gqa:  # each head of keys and values is read by several heads of queries
         heads = query.shape[-3]
         for shared in [key.shape[-3]] if key.shape[-3] == value.shape[-3] else [key.shape[-3], value.shape[-3]]:
             rules.facts.exact_quotient(poly_of(heads), poly_of(shared))
-            note_order(rules.facts, "product", heads, [shared, heads // shared])
+            note_layout(rules.facts, "product", heads, [shared, heads // shared])
         keys[-1] = values[-1] = heads
     scores = _broadcast(rules, query.shape[:-2], keys)
     if attn_mask is not None:
@@ -322,10 +324,10 @@ def _attention(
             reversed(attn_mask.shape), reversed((*scores, query.shape[-2], key.shape[-2])), strict=False
         ):
             if not _is_one(have):
-                rules.tie(have, want)
+                rules.require_equal(have, want)
     shape = (*_broadcast(rules, scores, values), query.shape[-2], value.shape[-1])
-    out = rules.made(query, shape, key, value, counted=True)
-    rules.recorder.attend(query, key, value, out, is_causal, by_size=scale is None, batch=scores)
+    out = rules.new_output(query, shape, key, value, counted=True)
+    rules.recorder.count_attention(query, key, value, out, is_causal, by_size=scale is None, batch=scores)
     return out
 
 
@@ -337,7 +339,7 @@ def _broadcast(rules: ShapeRules, a: Sequence[Any], b: Sequence[Any]) -> list[An
         if _is_one(sizes[-i]):
             sizes[-i] = shorter[-i]
         elif not _is_one(shorter[-i]):
-            rules.tie(sizes[-i], shorter[-i])
+            rules.require_equal(sizes[-i], shorter[-i])
     return sizes
 
 
@@ -349,10 +351,10 @@ def _grouped_mm(rules: ShapeRules, mat_a: Tensor, mat_b: Tensor, *_: Any, **__: 
     """Experts: mat_a is [S, in], sorted by expert, and mat_b [experts, in, out]. Whatever the routing, S in out MACs."""
     if mat_a.dim() != 2 or mat_b.dim() != 3:
         return NotImplemented
-    rules.tie(mat_a.shape[1], mat_b.shape[1])
-    out = rules.made(mat_a, (mat_a.shape[0], mat_b.shape[2]), mat_b, counted=True)
+    rules.require_equal(mat_a.shape[1], mat_b.shape[1])
+    out = rules.new_output(mat_a, (mat_a.shape[0], mat_b.shape[2]), mat_b, counted=True)
     experts, inputs, outputs = map(poly_of, mat_b.shape)
-    rules.recorder.weighted("experts", mat_a, mat_b, out, numel(out.shape) * inputs, inputs, experts * outputs)
+    rules.recorder.count_weighted("experts", mat_a, mat_b, out, numel(out.shape) * inputs, inputs, experts * outputs)
     return out
 
 
@@ -369,29 +371,29 @@ def _multi_head_attention(
 ) -> Any:
     """What nn.MultiheadAttention does inside, where no function is seen: only notes, PyTorch answers."""
     width, head_dim = query.shape[-1], query.shape[-1] // num_heads
-    note_order(rules.facts, "product", width, [num_heads, head_dim])
+    note_layout(rules.facts, "product", width, [num_heads, head_dim])
     fused = in_proj_weight is not None
     weight = in_proj_weight if fused else options.get("q_proj_weight")
     if fused:
-        note_order(rules.facts, "product", in_proj_weight.shape[0], [3, num_heads, head_dim])
+        note_layout(rules.facts, "product", in_proj_weight.shape[0], [3, num_heads, head_dim])
     if weight is not None:
-        rules.recorder.note_score(weight, poly_of(head_dim), 0 if fused else None)
+        rules.recorder.note_query_weight(weight, poly_of(head_dim), 0 if fused else None)
     return NotImplemented
 
 
 def _embedding(rules: ShapeRules, input: Tensor, weight: Tensor, *_: Any, **__: Any) -> Any:
     if isinstance(weight.shape[0], torch.SymInt):
         rules.facts.freeze(poly_of(weight.shape[0]), "rows of an embedding")
-    return write(rules.made(weight, (*input.shape, weight.shape[1]), counted=True), parts_of(weight))
+    return set_summands(rules.new_output(weight, (*input.shape, weight.shape[1]), counted=True), summands_of(weight))
 
 
 def _activation(name: str) -> Rule:
     """Behind a non-linearity, what reads an attention product no longer folds into it."""
 
     def rule(rules: ShapeRules, input: Tensor, *args: Any, **options: Any) -> Any:
-        rules.recorder.activated(_with_options(name, args, options), input)
-        out = rules.made(input, input.shape)
-        return mark(out, flags_of(out), makers_of(out) - {ATTENTION})
+        rules.recorder.note_activation(_with_options(name, args, options), input)
+        out = rules.new_output(input, input.shape)
+        return annotate(out, flags_of(out), producers_of(out) - {ATTENTION})
 
     return rule
 
@@ -400,7 +402,7 @@ def _activation_in_place(name: str, op: Callable[..., Any]) -> Rule:
     """`y.relu_()`: y stays the tensor that it is."""
 
     def rule(rules: ShapeRules, input: Tensor, *args: Any, **options: Any) -> Any:
-        rules.recorder.activated(_with_options(name, args, options), input)
+        rules.recorder.note_activation(_with_options(name, args, options), input)
         return op(input, *args, **options)
 
     return rule
@@ -410,8 +412,8 @@ def _with_options(name: str, args: Sequence[Any], options: Mapping[str, Any]) ->
     """`leaky_relu:negative_slope=0.2`: a function of torch.nn.functional and what was given to it beside the input."""
     names = list(signature(getattr(F, name)).parameters)[1:] if args else []
     given = {**dict(zip(names, args, strict=False)), **options}
-    told = ",".join(f"{k}={v}" for k, v in given.items() if k != "inplace")
-    return f"{name}:{told}" if told else name
+    settings = ",".join(f"{k}={v}" for k, v in given.items() if k != "inplace")
+    return f"{name}:{settings}" if settings else name
 
 
 def _dropout(rules: ShapeRules, input: Tensor, *_: Any, **__: Any) -> Any:
@@ -423,8 +425,8 @@ def _baddbmm(rules: ShapeRules, input: Tensor, batch1: Tensor, batch2: Tensor, *
     out = torch.bmm(batch1, batch2)
     for have, want in zip(reversed(input.shape), reversed(out.shape), strict=False):
         if not (isinstance(have, int) and have == 1):
-            rules.tie(have, want)
-    return mark(out, flags_of(out) | flags_of(input), makers_of(out))
+            rules.require_equal(have, want)
+    return annotate(out, flags_of(out) | flags_of(input), producers_of(out))
 
 
 def _pad(rules: ShapeRules, input: Tensor, pad: Sequence[Any], mode: str = "constant", value: Any = None) -> Any:
@@ -434,8 +436,8 @@ def _pad(rules: ShapeRules, input: Tensor, pad: Sequence[Any], mode: str = "cons
     for i in range(len(pad) // 2):
         parts = [pad[2 * i], shape[-1 - i], pad[2 * i + 1]]
         shape[-1 - i] = parts[1] + parts[0] + parts[2]
-        note_order(rules.facts, "sum", shape[-1 - i], parts)
-    return rules.made(input, shape, linear=True)
+        note_layout(rules.facts, "sum", shape[-1 - i], parts)
+    return rules.new_output(input, shape, linear=True)
 
 
 def _interpolate(
@@ -448,7 +450,7 @@ def _interpolate(
         size = [int(n * f) for n, f in zip(input.shape[2:], factors, strict=True)]
     elif not isinstance(size, (tuple, list)):
         size = [size] * spatial
-    return rules.made(input, (*input.shape[:2], *size), linear=True)
+    return rules.new_output(input, (*input.shape[:2], *size), linear=True)
 
 
 def _getitem(rules: ShapeRules, input: Tensor, index: Any) -> Any:
@@ -466,7 +468,7 @@ def _getitem(rules: ShapeRules, input: Tensor, index: Any) -> Any:
 
 def _detach(rules: ShapeRules, input: Tensor) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
-        return mark(input.view(input.shape), flags_of(input) & ~NEEDS_GRAD, makers_of(input))
+        return annotate(input.view(input.shape), flags_of(input) & ~NEEDS_GRAD, producers_of(input))
 
 
 _ACTIVATIONS = ("relu", "relu6", "gelu", "silu", "hardswish", "hardtanh", "mish", "elu", "selu", "leaky_relu")

@@ -10,7 +10,7 @@ from ..table.poly import Poly
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class DimLayout:
     """How a dim is laid out in memory: a `product` of parts (row-major, the last one fastest) or parts one after another."""
 
     kind: Literal["product", "sum"]
@@ -18,7 +18,7 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
+class AttentionScore:
     """An attention's q . k: the module that computes it, the dim that it sums over, and whether the forward itself scales
     it by that dim's size (SDPA's default, head_dim ** -0.5) rather than by a number that a module keeps.
     """
@@ -48,17 +48,17 @@ class Structure:
 
     shapes: Mapping[str, tuple[Poly, ...]]
     attributes: Mapping[tuple[str, str, int | None], Poly]
-    layouts: Mapping[Poly, Layout] = field(default_factory=dict)
+    layouts: Mapping[Poly, DimLayout] = field(default_factory=dict)
     activations: Mapping[str, str] = field(default_factory=dict)
-    followers: Mapping[str, str] = field(default_factory=dict)
-    contracted: Mapping[str, tuple[Poly, ...]] = field(default_factory=dict)
-    queries: Mapping[str, int | None] = field(default_factory=dict)
-    scores: Mapping[str, Score] = field(default_factory=dict)
-    orders: Mapping[Poly, tuple[Layout, ...]] = field(default_factory=dict)
-    streams: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    reads: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    exposed: frozenset[str] = frozenset()
-    formulas: frozenset[tuple[str, str]] = frozenset()
+    own_activations: Mapping[str, str] = field(default_factory=dict)
+    contracted_dims: Mapping[str, tuple[Poly, ...]] = field(default_factory=dict)
+    query_parts: Mapping[str, int | None] = field(default_factory=dict)
+    attention_scores: Mapping[str, AttentionScore] = field(default_factory=dict)
+    all_layouts: Mapping[Poly, tuple[DimLayout, ...]] = field(default_factory=dict)
+    norm_inputs: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    weight_inputs: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    read_by_others: frozenset[str] = frozenset()
+    float_attributes: frozenset[tuple[str, str]] = frozenset()
     """Ints, as (owner, name), that the forward computes with as floats: a scale that it makes of them."""
-    output: Any = None
+    output_shapes: Any = None
     """The output of the forward: shapes of its tensors, as plain sizes."""

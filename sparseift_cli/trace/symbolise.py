@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 from .fake_mode import fake_mode
 from .flow import is_layer_norm
-from .record import FROM_INPUT, Recorder, mark
+from .record import FROM_INPUT, Recorder, annotate
 from .shape_rules import ShapeRules
 from .symint import Facts, poly_of
 
@@ -78,7 +78,7 @@ _ACTIVATIONS = ("relu", "gelu", "silu", "swish", "mish", "elu", "activation")
 
 
 @dataclass(slots=True)
-class Place:
+class Origin:
     """Where a variable stands: a dim of a parameter or buffer, or an int attribute (`index` into a tuple, if it is one)."""
 
     kind: str  # parameter | buffer | attribute
@@ -88,75 +88,81 @@ class Place:
 
 
 @dataclass
-class Trace:
+class SymbolicRun:
     """One run: the facts, the rows, where every variable stands, and the outputs (of the second pass too, if there was one)."""
 
     facts: Facts
     recorder: Recorder
-    places: dict[int, list[Place]] = field(default_factory=dict)
+    origins: dict[int, list[Origin]] = field(default_factory=dict)
     shapes: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # parameter or buffer key -> symbolic shape
     outputs: list[Any] = field(default_factory=list)
 
 
-def run(
+def run_symbolically(
     model: nn.Module,
     inputs: tuple[Any, ...],
     kwargs: Mapping[str, Any] | None = None,
     *,
     symbolic: bool = True,
     configs: bool = True,
-) -> Trace:
+) -> SymbolicRun:
     """Run `model(*inputs, **kwargs)` on fake tensors; real or meta ones, only their shapes and dtypes are used.
 
     Without `symbolic` all sizes stay plain numbers: the count is the same, the widths stay unknown. Without `configs` only
     those do that stand in a configuration object: some check the type of what is put into them.
     """
     facts = Facts()
-    trace = Trace(facts, Recorder())
+    run = SymbolicRun(facts, Recorder())
     training = [m for m in model.modules() if m.training]
     try:
-        with _as_it_was(model), fake_mode(facts), _in_place_of_parameters(model, _StandIns(trace, symbolic, configs)):
-            _forward(model.eval(), inputs, kwargs or {}, trace, trace.recorder)
-            if _unseen(model, trace.recorder):
+        with (
+            _restoring_module_state(model),
+            fake_mode(facts),
+            _substituted(model, _Substitutes(run, symbolic, configs)),
+        ):
+            _forward(model.eval(), inputs, kwargs or {}, run, run.recorder)
+            if _has_unreached_weights(model, run.recorder):
                 with suppress(Exception):  # a train mode that needs targets: what only it reaches stays as it is
-                    _forward(model.train(), inputs, kwargs or {}, trace, trace.recorder.beside())
+                    _forward(model.train(), inputs, kwargs or {}, run, run.recorder.second_pass())
     finally:
         model.eval()
         for module in training:
             module.training = True
-    return trace
+    return run
 
 
 def _forward(
-    model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], trace: Trace, recorder: Recorder
+    model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], run: SymbolicRun, recorder: Recorder
 ) -> None:
     args, named = tree_map_only(
-        Tensor, lambda t: mark(torch.empty(t.shape, dtype=t.dtype, device="cpu"), FROM_INPUT), (inputs, dict(kwargs))
+        Tensor,
+        lambda t: annotate(torch.empty(t.shape, dtype=t.dtype, device="cpu"), FROM_INPUT),
+        (inputs, dict(kwargs)),
     )
-    with _following_modules(model, recorder), warnings.catch_warnings(), recorder, ShapeRules(trace.facts, recorder):
+    with _following_modules(model, recorder), warnings.catch_warnings(), recorder, ShapeRules(run.facts, recorder):
         warnings.simplefilter("ignore")  # about performance of a run that computes nothing
-        trace.outputs.append(model(*args, **named))
+        run.outputs.append(model(*args, **named))
 
 
-def _unseen(model: nn.Module, recorder: Recorder) -> bool:
+def _has_unreached_weights(model: nn.Module, recorder: Recorder) -> bool:
     """Does a module have weights that this forward did not reach?"""
     return any(path not in recorder.first_seen for path, m in model.named_modules() if m._parameters and path)
 
 
 @contextmanager
-def _in_place_of_parameters(model: nn.Module, stand_ins: _StandIns) -> Iterator[None]:
+def _substituted(model: nn.Module, substitutes: _Substitutes) -> Iterator[None]:
     try:
         for path, module in model.named_modules():
-            stand_ins.for_tensors(module, f"{path}." if path else "")
-            if stand_ins.symbolic:
-                stand_ins.for_numbers(module, f"{path}." if path else "")
+            substitutes.for_tensors(module, f"{path}." if path else "")
+            if substitutes.symbolic:
+                substitutes.for_numbers(module, f"{path}." if path else "")
         yield
     finally:
-        stand_ins.take_back()
+        substitutes.restore()
 
 
 @contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
+def _restoring_module_state(model: nn.Module) -> Iterator[None]:
     """Whatever a forward keeps in its modules (its last activations, a step count, a lazy buffer) is taken back at the end."""
     stores = [module.__dict__ for module in model.modules()]
     inner = [value for store in stores for value in store.values() if type(value) in (dict, list)]
@@ -169,18 +175,18 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
             held.extend(kept) if isinstance(held, list) else held.update(kept)
 
 
-class _StandIns:
+class _Substitutes:
     """Fake tensors for parameters and buffers, symbolic ints for numbers; all of it is taken back at the end."""
 
-    def __init__(self, trace: Trace, symbolic: bool, configs: bool) -> None:
-        self.trace = trace
+    def __init__(self, run: SymbolicRun, symbolic: bool, configs: bool) -> None:
+        self.run = run
         self.symbolic = symbolic
         self.with_configs = configs
         self.undo: list[tuple[dict[str, Any], str, Any]] = []
-        self.made: dict[int, Tensor] = {}
+        self.fakes: dict[int, Tensor] = {}
         self.configs: set[int] = set()
 
-    def take_back(self) -> None:
+    def restore(self) -> None:
         for store, key, value in reversed(self.undo):
             store[key] = value
 
@@ -190,13 +196,13 @@ class _StandIns:
                 if tensor is None:
                     continue
                 if key == "original_inv_freq" and "inv_freq" in store:  # a copy, resized with it
-                    self.made[id(tensor)] = cast(Tensor, store["inv_freq"])
-                if id(tensor) not in self.made:
-                    self.made[id(tensor)] = _fake(tensor, kind, prefix + key, module, self.trace, self.symbolic)
-                fake = self.made[id(tensor)]
+                    self.fakes[id(tensor)] = cast(Tensor, store["inv_freq"])
+                if id(tensor) not in self.fakes:
+                    self.fakes[id(tensor)] = _fake(tensor, kind, prefix + key, module, self.run, self.symbolic)
+                fake = self.fakes[id(tensor)]
                 if kind == "parameter":
-                    self.trace.recorder.own(prefix + key, fake, tensor.requires_grad)
-                self.trace.shapes[prefix + key] = tuple(fake.shape)
+                    self.run.recorder.register_parameter(prefix + key, fake, tensor.requires_grad)
+                self.run.shapes[prefix + key] = tuple(fake.shape)
                 self._replace(store, key, fake)
         self._tie_bias(module, prefix)
         if isinstance(module, nn.RNNBase):  # it keeps a second list of its weights
@@ -205,13 +211,13 @@ class _StandIns:
 
     def _tie_bias(self, module: nn.Module, prefix: str) -> None:
         """A layer has one bias an output, though a forward that reads slices of it (`w.bias[:n]`) asks only for n."""
-        weight, bias = (self.trace.shapes.get(prefix + key) for key in ("weight", "bias"))
+        weight, bias = (self.run.shapes.get(prefix + key) for key in ("weight", "bias"))
         plain = isinstance(module, (nn.Linear, _ConvNd)) and not getattr(module, "transposed", False)
         if not (plain and weight and bias):
             return
         outputs, entries = poly_of(weight[0]), poly_of(bias[0])
-        if outputs.evaluate(self.trace.facts.sizes) == entries.evaluate(self.trace.facts.sizes):
-            self.trace.facts.equal(outputs, entries)
+        if outputs.evaluate(self.run.facts.sizes) == entries.evaluate(self.run.facts.sizes):
+            self.run.facts.equal(outputs, entries)
 
     def for_numbers(self, module: nn.Module, prefix: str) -> None:
         """Ints of the module, and of a configuration that it holds (once, however many modules hold it)."""
@@ -225,10 +231,10 @@ class _StandIns:
         for key, indices in _int_attributes(store):
             value = store[key]
             if not indices:
-                self._replace(store, key, _variable(self.trace, Place("attribute", prefix + key, None, value)))
+                self._replace(store, key, _variable(self.run, Origin("attribute", prefix + key, None, value)))
             else:
                 items = [
-                    _variable(self.trace, Place("attribute", prefix + key, i, v)) if i in indices else v
+                    _variable(self.run, Origin("attribute", prefix + key, i, v)) if i in indices else v
                     for i, v in enumerate(cast(Any, value))
                 ]
                 self._replace(store, key, items if isinstance(value, list) else tuple(items))
@@ -238,16 +244,16 @@ class _StandIns:
         store[key] = value
 
 
-def _variable(trace: Trace, place: Place) -> Any:
-    expr = trace.facts.new_variable(place.size)
-    trace.places[next(iter(expr.variables))] = [place]
-    return trace.facts.symint(expr)
+def _variable(run: SymbolicRun, place: Origin) -> Any:
+    expr = run.facts.new_variable(place.size)
+    run.origins[next(iter(expr.variables))] = [place]
+    return run.facts.symint(expr)
 
 
-def _fake(tensor: Tensor, kind: str, path: str, module: nn.Module, trace: Trace, symbolic: bool) -> Tensor:
+def _fake(tensor: Tensor, kind: str, path: str, module: nn.Module, run: SymbolicRun, symbolic: bool) -> Tensor:
     def dim(i: int, size: int) -> Any:
         spatial = isinstance(module, _ConvNd) and i >= 2
-        return _variable(trace, Place(kind, path, i, size)) if symbolic and size > 1 and not spatial else size
+        return _variable(run, Origin(kind, path, i, size)) if symbolic and size > 1 and not spatial else size
 
     shape = [dim(i, size) for i, size in enumerate(tensor.shape)]
     return torch.empty(shape, dtype=tensor.dtype, device="cpu")
@@ -278,7 +284,7 @@ def is_activation(module: nn.Module) -> bool:
     return not (module._parameters or module._modules) and any(word in name for word in _ACTIVATIONS)
 
 
-def _seen_without_hooks(module: nn.Module, path: str, recorder: Recorder) -> Callable[[], None]:
+def _watch_direct_calls(module: nn.Module, path: str, recorder: Recorder) -> Callable[[], None]:
     """Tell the recorder of `module.forward(x)` too, which runs no hook, and what it returned; what takes that back."""
     forward, before = module.forward, module.__dict__.get("forward")
 
@@ -286,23 +292,23 @@ def _seen_without_hooks(module: nn.Module, path: str, recorder: Recorder) -> Cal
     def seen(*args: Any, **kwargs: Any) -> Any:
         called = recorder.stack[-1] == path
         if not called:
-            recorder.enter(path)
+            recorder.enter_module(path)
         try:
             output = forward(*args, **kwargs)
-            recorder.returned(output, by_input=len(args) == 1 and not kwargs)
+            recorder.note_layer_output(output, by_input=len(args) == 1 and not kwargs)
             return output
         finally:
             if not called:
-                recorder.leave()
+                recorder.leave_module()
 
-    def take_back() -> None:
+    def restore() -> None:
         if before is None:
             del module.__dict__["forward"]
         else:
             module.__dict__["forward"] = before
 
     module.__dict__["forward"] = seen
-    return take_back
+    return restore
 
 
 @contextmanager
@@ -317,9 +323,9 @@ def _following_modules(model: nn.Module, recorder: Recorder) -> Iterator[None]:
     def before(module: nn.Module, args: Any) -> None:
         depth.append(id(module) in names)
         if depth[-1]:
-            recorder.enter(names[id(module)])
+            recorder.enter_module(names[id(module)])
             if id(module) in activations:
-                recorder.activated(f"module:{names[id(module)]}", args)
+                recorder.note_activation(f"module:{names[id(module)]}", args)
             if id(module) in norms:
                 recorder.flow.enter_norm(names[id(module)], args)
 
@@ -327,11 +333,11 @@ def _following_modules(model: nn.Module, recorder: Recorder) -> Iterator[None]:
         if depth.pop():
             if id(module) in norms:
                 recorder.flow.leave_norm(names[id(module)], output)
-            recorder.leave()
+            recorder.leave_module()
 
     handles: list[Callable[[], None]] = [
         *(
-            _seen_without_hooks(m, names[id(m)], recorder)
+            _watch_direct_calls(m, names[id(m)], recorder)
             for m in model.modules()
             if isinstance(m, (nn.Linear, _ConvNd))
         ),

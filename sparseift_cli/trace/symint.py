@@ -94,7 +94,7 @@ class Facts:
         return nullcontext()
 
 
-class _Truth:
+class _Condition:
     """A comparison or a combination of some, kept until somebody asks whether it holds."""
 
     __slots__ = ("a", "b", "op")
@@ -109,18 +109,18 @@ def poly_of(value: Any) -> Poly:
     return value.node.expr if isinstance(value, torch.SymInt) else Poly.const(int(value))
 
 
-def _learn(facts: Facts, node: WidthNode, holds: bool) -> None:
+def _record_equalities(facts: Facts, node: WidthNode, holds: bool) -> None:
     """Write down the equalities that follow from `node` having been seen to hold (or not)."""
-    truth = node.expr
-    if not isinstance(truth, _Truth):
+    condition = node.expr
+    if not isinstance(condition, _Condition):
         return
-    if truth.op == "eq" and holds:
-        facts.equal(truth.a, truth.b)
-    elif truth.op == "not":
-        _learn(facts, truth.a, not holds)
-    elif (truth.op == "and" and holds) or (truth.op == "or" and not holds):
-        _learn(facts, truth.a, holds)
-        _learn(facts, truth.b, holds)
+    if condition.op == "eq" and holds:
+        facts.equal(condition.a, condition.b)
+    elif condition.op == "not":
+        _record_equalities(facts, condition.a, not holds)
+    elif (condition.op == "and" and holds) or (condition.op == "or" and not holds):
+        _record_equalities(facts, condition.a, holds)
+        _record_equalities(facts, condition.b, holds)
 
 
 class WidthNode(SymNode):
@@ -189,7 +189,7 @@ class WidthNode(SymNode):
     # --- asked for a plain value ---
 
     def guard_bool(self, file: Any = "", line: int = 0) -> bool:
-        _learn(self.facts, self, self.value)
+        _record_equalities(self.facts, self, self.value)
         return self.value
 
     def bool_(self) -> bool:
@@ -218,21 +218,21 @@ class WidthNode(SymNode):
 
     # --- arithmetic ---
 
-    def _plain(self, other: WidthNode) -> bool:
+    def _has_non_int(self, other: WidthNode) -> bool:
         return self.pytype is not int or other.pytype is not int
 
     def add(self, other: Any) -> WidthNode:
-        if self._plain(other):
+        if self._has_non_int(other):
             return self.wrap_float(float(self.value + other.value))
         return self._int(self._expr + other.expr, self.value + other.value)
 
     def sub(self, other: Any) -> WidthNode:
-        if self._plain(other):
+        if self._has_non_int(other):
             return self.wrap_float(float(self.value - other.value))
         return self._int(self._expr - other.expr, self.value - other.value)
 
     def mul(self, other: Any) -> WidthNode:
-        if self._plain(other):
+        if self._has_non_int(other):
             return self.wrap_float(float(self.value * other.value))
         return self._int(self._expr * other.expr, self.value * other.value)
 
@@ -240,7 +240,7 @@ class WidthNode(SymNode):
         return self.wrap_int(0).sub(self) if self.pytype is int else self.wrap_float(-self.value)
 
     def int_floordiv(self, other: Any) -> WidthNode:
-        if self._plain(other):
+        if self._has_non_int(other):
             return self.wrap_float(float(self.value // other.value))
         quotient, rest = divmod(self.value, other.value)
         if rest and quotient < 1:
@@ -249,7 +249,7 @@ class WidthNode(SymNode):
 
     def mod(self, other: Any) -> WidthNode:
         quotient, rest = divmod(self.value, other.value)
-        if not self._plain(other) and quotient:
+        if not self._has_non_int(other) and quotient:
             self.facts.exact_quotient(self._expr - other.remainder(rest), other.expr)
         return self.wrap_int(rest)
 
@@ -313,9 +313,9 @@ class WidthNode(SymNode):
 
     def eq(self, other: Any) -> WidthNode:
         same = self.value == other.value
-        if self._plain(other) or (self._expr - other.expr).is_constant:
+        if self._has_non_int(other) or (self._expr - other.expr).is_constant:
             return self.wrap_bool(same)
-        return WidthNode(_Truth("eq", self._expr, other.expr), self.facts, bool, same)
+        return WidthNode(_Condition("eq", self._expr, other.expr), self.facts, bool, same)
 
     def ne(self, other: Any) -> WidthNode:
         return self.eq(other).sym_not()
@@ -335,21 +335,21 @@ class WidthNode(SymNode):
     def sym_not(self) -> WidthNode:
         if self.constant is not None:
             return self.wrap_bool(not self.constant)
-        return WidthNode(_Truth("not", self, None), self.facts, bool, not self.value)
+        return WidthNode(_Condition("not", self, None), self.facts, bool, not self.value)
 
     def and_(self, other: Any) -> WidthNode:
         if self.constant is not None:
             return other if self.constant else self
         if other.constant is not None:
             return self if other.constant else other
-        return WidthNode(_Truth("and", self, other), self.facts, bool, self.value and other.value)
+        return WidthNode(_Condition("and", self, other), self.facts, bool, self.value and other.value)
 
     def or_(self, other: Any) -> WidthNode:
         if self.constant is not None:
             return self if self.constant else other
         if other.constant is not None:
             return other if other.constant else self
-        return WidthNode(_Truth("or", self, other), self.facts, bool, self.value or other.value)
+        return WidthNode(_Condition("or", self, other), self.facts, bool, self.value or other.value)
 
     def sym_ite(self, then_val: Any, else_val: Any) -> WidthNode:
         return then_val if self.guard_bool() else else_val

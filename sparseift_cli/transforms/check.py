@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ..errors import CheckFailed
 from ..plan.plan import Plan
 from ..table.table import Layer
-from ..trace.build import Traced, trace
+from ..trace.build import TraceResult, trace
 from .edits import Surgery
 
 _MAX_PROBLEMS = 5  # in one message
@@ -44,7 +44,7 @@ def measure(
     plan: Plan,
     surgery: Surgery,
     masks: Mapping[str, Tensor] | None,
-) -> tuple[Measured, Traced]:
+) -> tuple[Measured, TraceResult]:
     """Trace `model` with plain sizes and count it. A masked weight has the share of its MACs that its mask has of its weights.
 
     Args:
@@ -79,7 +79,7 @@ def _planned_row(row: Layer, replaced: set[str]) -> str:
     return row.name
 
 
-def require_as_planned(measured: Measured, plan: Plan, before: Traced, after: Traced) -> None:
+def require_as_planned(measured: Measured, plan: Plan, before: TraceResult, after: TraceResult) -> None:
     """Check that the module has exactly the planned MACs in every row, parameters, non-zeros and output shape.
 
     Args:
@@ -102,8 +102,8 @@ def require_as_planned(measured: Measured, plan: Plan, before: Traced, after: Tr
     for what, want, have in (("parameters", params, measured.params), ("non-zero", nonzero, measured.nonzero_params)):
         if want != have:
             problems.append(f"{what}: planned {want:,}, measured {have:,}")
-    if before.structure.output != after.structure.output:
-        problems.append(f"the output has shape {after.structure.output}, not {before.structure.output}")
+    if before.structure.output_shapes != after.structure.output_shapes:
+        problems.append(f"the output has shape {after.structure.output_shapes}, not {before.structure.output_shapes}")
     if problems:
         more = f" (and {len(problems) - _MAX_PROBLEMS} more)" if len(problems) > _MAX_PROBLEMS else ""
         raise CheckFailed(

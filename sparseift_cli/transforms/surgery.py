@@ -94,7 +94,7 @@ def _replace(row: LayerPlan, plan: Plan, structure: Structure, norm: _BatchNorm 
     # Behind a norm a branch needs no activation to differ from its neighbours, so it has the layer's own or none. Without a
     # norm, branches with nothing behind them would fold into one matrix.
     own = spec.member == "sparse_parallel" and kind is not None
-    known = structure.followers if own else structure.activations
+    known = structure.own_activations if own else structure.activations
     activation = known.get(layer.name) if spec.activation == "model" else spec.activation
     if not activation_inside(layer, spec):
         activation = None

@@ -87,7 +87,7 @@ def _sizes_around(path: str, plan: Plan, structure: Structure) -> Iterator[tuple
     below = f"{path}." if path else ""
     contracted = [
         d
-        for p, dims in structure.contracted.items()
+        for p, dims in structure.contracted_dims.items()
         if p == path or p.startswith(below) or path.startswith(f"{p}.")
         for d in dims
     ]
@@ -126,7 +126,7 @@ class _Becomes:
         embeddings = (structure.shapes[r.layer.weight or ""] for r in plan.layers if r.layer.kind == "embedding")
         residual = (Poly.var(i) for i, w in enumerate(plan.table.widths) if w.residual)
         self.stream = _pairs(residual, plan) | _pairs((dims[1] for dims in embeddings if len(dims) == 2), plan)
-        self.head_dim = _pairs((d for dims in structure.contracted.values() for d in dims), plan)
+        self.head_dim = _pairs((d for dims in structure.contracted_dims.values() for d in dims), plan)
 
     def of(self, owner: str, numbers: Mapping[str, Any], *, by_value: bool) -> Iterator[SetAttribute]:
         for name, value in numbers.items():

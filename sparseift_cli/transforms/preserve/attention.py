@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...table.poly import Poly
-from ...trace.structure import Score, Structure
+from ...trace.structure import AttentionScore, Structure
 from ..edits import SetAttribute, Surgery
 from .coordinates import Coordinates, LayerWeight
 from .norms import WidenedNorm
@@ -29,9 +29,9 @@ def query_rows(weight: LayerWeight, structure: Structure, coordinates: Coordinat
 
     Empty where the projection makes queries but the forward does not show which outputs; None where it makes none.
     """
-    if weight.key not in structure.queries:
+    if weight.key not in structure.query_parts:
         return None
-    part = structure.queries[weight.key]
+    part = structure.query_parts[weight.key]
     if part is None:  # a projection of its own, not a part of a fused one
         return torch.arange(coordinates.new_size(weight.outputs))
     rows = coordinates.part_positions(weight.outputs, part, coordinates.plan.sizes)
@@ -57,7 +57,7 @@ def scale_queries(
     """
     notes: list[str] = []
     compensated: set[SetAttribute] = set()
-    for key, score in structure.scores.items():
+    for key, score in structure.attention_scores.items():
         ratio = coordinates.new_size(score.dim) / coordinates.dense_size(score.dim)
         scales = set(_scale_edits(score, dense, surgery, ratio)) if ratio != 1 else set()
         if ratio == 1 or not (score.by_size or scales):
@@ -66,7 +66,7 @@ def scale_queries(
         factor = math.sqrt(ratio)
         weight = weights.get(key)
         rows = None if weight is None else query_rows(weight, structure, coordinates)
-        query_norms = [n for n in norms if key in structure.streams.get(n.path, ())]
+        query_norms = [n for n in norms if key in structure.norm_inputs.get(n.path, ())]
         if query_norms:
             for norm in query_norms:
                 if norm.gain_key:
@@ -92,7 +92,7 @@ def number_of(module: nn.Module, name: str) -> float | int:
     return float(value) if isinstance(value, (Tensor, float)) else int(value)
 
 
-def _scale_edits(score: Score, dense: nn.Module, surgery: Surgery, ratio: float) -> Iterator[SetAttribute]:
+def _scale_edits(score: AttentionScore, dense: nn.Module, surgery: Surgery, ratio: float) -> Iterator[SetAttribute]:
     """Edits of floats in or around an attention module by a factor of sqrt(ratio) or its inverse: its scale."""
     modules = dict(dense.named_modules())
     for edit in surgery.attributes:

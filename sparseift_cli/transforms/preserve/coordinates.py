@@ -22,7 +22,7 @@ from ...errors import UsageError
 from ...mask.attached import is_transposed
 from ...plan.plan import Plan
 from ...table.poly import Poly
-from ...trace.structure import Layout, Structure
+from ...trace.structure import DimLayout, Structure
 from ..edits import Surgery
 
 SizeKey = tuple[Fraction, ...]
@@ -49,8 +49,8 @@ class Coordinates:
             forms = [sum(c * (1 if v is None else value[v]) for v, c in form.items()) for form in solution.affine]
             self._probes.append([Fraction(f) for f in forms])
         self._free = {self.size_key(Poly.var(f.id)) for f in solution.free}
-        self._layouts: dict[SizeKey, list[Layout]] = {}
-        for whole, layouts in structure.orders.items():
+        self._layouts: dict[SizeKey, list[DimLayout]] = {}
+        for whole, layouts in structure.all_layouts.items():
             for layout in layouts:
                 if self._is_proper(whole, layout):
                     self._layouts.setdefault(self.size_key(whole), []).append(layout)
@@ -118,7 +118,7 @@ class Coordinates:
                     return _row_major(ranges, values)
         return None
 
-    def _is_proper(self, whole: Poly, layout: Layout) -> bool:
+    def _is_proper(self, whole: Poly, layout: DimLayout) -> bool:
         """Every part is smaller than the whole, and the parts make it up at the dense and at the new sizes."""
         for sizes in (self.plan.table.sizes, self.plan.sizes):
             values, total = [p.evaluate(sizes) for p in layout.parts], whole.evaluate(sizes)
@@ -127,7 +127,7 @@ class Coordinates:
                 return False
         return True
 
-    def _nested_groups(self) -> list[tuple[SizeKey, Layout]]:
+    def _nested_groups(self) -> list[tuple[SizeKey, DimLayout]]:
         """Layouts of groups inside groups: where channels are read in 2 groups and in 4, each of the 2 holds 2 of the 4."""
         found = []
         for layouts in self._layouts.values():
@@ -142,7 +142,7 @@ class Coordinates:
                 for many, narrow in grouped:
                     if many > few and many % few == 0:
                         parts = Poly.const(many // few), narrow
-                        found.append((self.size_key(wide), Layout("product", parts)))
+                        found.append((self.size_key(wide), DimLayout("product", parts)))
         return found
 
     def _find_positions(self, size: Poly, key: SizeKey) -> Tensor:
@@ -166,7 +166,7 @@ class Coordinates:
         key = self.size_key(part)
         return self.dense_size(part) == self.new_size(part) or key in self._free or key in self._layouts
 
-    def _place(self, layout: Layout) -> Tensor:
+    def _place(self, layout: DimLayout) -> Tensor:
         parts = [self.positions(p) for p in layout.parts]
         sizes = [self.new_size(p) for p in layout.parts]
         if layout.kind == "product":

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ...table.poly import Poly
-from ...trace.flow import NORM, OPAQUE, VALUE, is_layer_norm
+from ...trace.flow import NORM_PREFIX, PARAMETER_PREFIX, UNKNOWN, is_layer_norm
 from ...trace.structure import Structure
 from ..edits import SetAttribute
 from .coordinates import Coordinates, LayerWeight
@@ -194,15 +194,15 @@ def plan_norms(
     plan = NormPlan(norms)
     values = dict(dense.named_parameters())
     by_path = {n.path: n for n in norms}
-    read_elsewhere = set(structure.exposed)
+    read_elsewhere = set(structure.read_by_others)
     for norm in norms:
         if not norm.centres or norm.groups > 1:
-            read_elsewhere |= structure.streams.get(norm.path, frozenset())
+            read_elsewhere |= structure.norm_inputs.get(norm.path, frozenset())
     inexact: dict[str, list[str]] = {}
     for norm in norms:
-        sources = structure.streams.get(norm.path, frozenset([OPAQUE]))
+        sources = structure.norm_inputs.get(norm.path, frozenset([UNKNOWN]))
         plan.zero_outputs |= {s for s in sources if s in weights}
-        if OPAQUE in sources:  # unknown operations write there, so any layer of this width may
+        if UNKNOWN in sources:  # unknown operations write there, so any layer of this width may
             width = coordinates.size_key(norm.width)
             plan.zero_outputs |= {k for k, w in weights.items() if coordinates.size_key(w.outputs) == width}
         inputs = _NormInputs(norm, coordinates, structure.shapes, weights, names, values, by_path, read_elsewhere)
@@ -236,12 +236,12 @@ class _NormInputs:
         if norm.eps_edit() is None:
             yield "its eps is written in its code, so it cannot be scaled"
         for source in sorted(sources) if norm.centres else ():
-            if source == OPAQUE:
+            if source == UNKNOWN:
                 yield "its input is not a sum of known layers, so the mean of the added channels is not controlled"
-            elif source.startswith(VALUE):
-                yield from self._parameter(source.removeprefix(VALUE), plan)
-            elif source.startswith(NORM):
-                yield from self._norm(source.removeprefix(NORM), plan)
+            elif source.startswith(PARAMETER_PREFIX):
+                yield from self._parameter(source.removeprefix(PARAMETER_PREFIX), plan)
+            elif source.startswith(NORM_PREFIX):
+                yield from self._norm(source.removeprefix(NORM_PREFIX), plan)
             elif source in self.weights:
                 yield from self._layer(self.weights[source], plan)
             else:
@@ -301,8 +301,8 @@ def _with_zero_inputs(
     than 0.
     """
     for key, weight in weights.items():
-        sources = structure.reads.get(key, frozenset())
-        read = [exact.get(s.removeprefix(NORM)) for s in sources if s.startswith(NORM)]
+        sources = structure.weight_inputs.get(key, frozenset())
+        read = [exact.get(s.removeprefix(NORM_PREFIX)) for s in sources if s.startswith(NORM_PREFIX)]
         if not read or len(read) != len(sources):
             continue
         if all(

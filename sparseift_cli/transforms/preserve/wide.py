@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from ...errors import UsageError
 from ...mask import generator_for
 from ...plan.plan import Plan
-from ...trace.flow import VALUE, is_layer_norm
+from ...trace.flow import PARAMETER_PREFIX, is_layer_norm
 from ...trace.structure import Structure
 from ..edits import Masked, SetAttribute, Surgery
 from ..masking import draw_masks
@@ -74,10 +74,10 @@ class _WideFill:
         self.norm_plan = plan_norms(dense, structure, self.coordinates, norms, self.weights, self.names)
         self.norm_by_gain = {n.gain_key: n for n in norms}
         self.summands = {  # parameters that are added to a stream: embeddings, positions
-            self.names[s.removeprefix(VALUE)]
-            for read in structure.streams.values()
+            self.names[s.removeprefix(PARAMETER_PREFIX)]
+            for read in structure.norm_inputs.values()
             for s in read
-            if s.startswith(VALUE)
+            if s.startswith(PARAMETER_PREFIX)
         }
 
     def run(self) -> tuple[dict[str, Tensor], list[str], list[SetAttribute]]:
@@ -165,7 +165,7 @@ class _WideFill:
         modules = dict(self.dense.named_modules())
         for edit in self.surgery.attributes:
             sets_shape = (edit.owner, edit.name, edit.index) in self.structure.attributes
-            is_factor = type(edit.value) is float or (edit.owner, edit.name) in self.structure.formulas
+            is_factor = type(edit.value) is float or (edit.owner, edit.name) in self.structure.float_attributes
             if not sets_shape and is_factor and edit not in compensated and edit.owner in modules:
                 yield SetAttribute(edit.owner, edit.name, number_of(modules[edit.owner], edit.name))
 

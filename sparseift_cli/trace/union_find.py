@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable
 from ..table.poly import Poly
 
 
-class Unifier:
+class UnionFind:
     """Union-find over variables, with congruence closure: two variables that equal the same expression are one."""
 
     def __init__(self, variables: int, equations: Iterable[Poly]) -> None:
         self.parent = list(range(variables))
-        self.equations = self._unite(equations)
+        self.equations = self._merge_all(equations)
 
     def find(self, v: int) -> int:
         """The variable that stands for all that are equal to `v`."""
@@ -25,14 +25,14 @@ class Unifier:
         """`find` of each."""
         return {self.find(v) for v in variables}
 
-    def members(self) -> dict[int, list[int]]:
+    def groups(self) -> dict[int, list[int]]:
         """Every root with the variables that it stands for."""
-        members: dict[int, list[int]] = {}
+        groups: dict[int, list[int]] = {}
         for v in range(len(self.parent)):
-            members.setdefault(self.find(v), []).append(v)
-        return members
+            groups.setdefault(self.find(v), []).append(v)
+        return groups
 
-    def _unite(self, equations: Iterable[Poly]) -> list[Poly]:
+    def _merge_all(self, equations: Iterable[Poly]) -> list[Poly]:
         """Merge variables that are plainly equal; then, until nothing moves, those that equal the same expression."""
         left: list[Poly] = []
         for equation in equations:
@@ -42,7 +42,7 @@ class Unifier:
             else:
                 left.append(equation)
         while True:
-            renamed = dict.fromkeys(e.rename(Finder(self.find)).primitive() for e in left)
+            renamed = dict.fromkeys(e.rename(LazyRenaming(self.find)).primitive() for e in left)
             left, merged, by_rest = [], False, {}
             for equation in renamed:
                 pair = _equal_pair(equation)
@@ -64,7 +64,7 @@ class Unifier:
         self.parent[b] = a
 
 
-class Finder(dict[int, int]):
+class LazyRenaming(dict[int, int]):
     """A mapping that computes its answers: what `Poly.rename` wants."""
 
     def __init__(self, find: Callable[[int], int]) -> None:
