@@ -319,7 +319,7 @@ def _documents(done: Transformation) -> dict[str, dict[str, Any]]:
             training=plan.training.to_json(),
             causal="full",
             options=done.options.to_json(),
-            dead=list(done.dead),
+            dead=list(done.unconnected),
             deviation=done.deviation,
             notes=list(done.notes),
         ),

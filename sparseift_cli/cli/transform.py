@@ -165,8 +165,8 @@ def _show(done: Transformation, out: Path | None, fmt: Format, *, summary: bool,
             "nonzero_params": done.measured.nonzero_params,
         },
         "deviation": done.deviation,
-        "outputs_without_a_weight": done.dead[0],
-        "inputs_not_read": done.dead[1],
+        "outputs_without_a_weight": done.unconnected[0],
+        "inputs_not_read": done.unconnected[1],
         "notes": list(done.notes),
     }
     flops_view.show(result, fmt, None, depth=depth, sort=None, summary=summary, extra=extra)
@@ -182,8 +182,10 @@ def _lines(done: Transformation, out: Path | None) -> list[str]:
     ]
     if done.deviation is not None:
         lines.append(f"Largest difference to the dense model's output: {done.deviation:.2g} of its largest value.")
-    if any(done.dead):
-        lines.append(f"{done.dead[0]:,} outputs have no weight, {done.dead[1]:,} inputs are read by nothing.")
+    if any(done.unconnected):
+        lines.append(
+            f"{done.unconnected[0]:,} outputs have no weight, {done.unconnected[1]:,} inputs are read by nothing."
+        )
     lines += done.notes
     if out is not None:
         lines.append(f"Written to {out}")

@@ -1,11 +1,11 @@
-"""A transformed model on disk: weights and masks as safetensors, everything else as JSON, written whole or not at all.
+"""A transformed model on disk: a folder of safetensors and JSON, written completely or not at all.
 
     model.safetensors   every parameter and persistent buffer; zeros are stored
     masks.safetensors   one boolean tensor for each sparse weight, under the weight's name
-    buffers.safetensors only where needed: buffers that no state dict holds
+    buffers.safetensors buffers that no state dict holds; only where there are some
     table.json          the dense model's layer table
-    plan.json           what was planned, to the non-zero
-    surgery.json        the edits that make the dense module the planned one
+    plan.json           the plan: sizes and non-zeros of every layer
+    surgery.json        the edits that turn the dense module into the planned one
     audit.json          the FLOP audit, as `sparseift flops --json` prints it
     provenance.json     versions, source, seed and options
 
@@ -36,7 +36,7 @@ WEIGHTS, MASKS, BUFFERS = "model.safetensors", "masks.safetensors", "buffers.saf
 
 @dataclass(frozen=True)
 class Artifact:
-    """A directory that `sparseift transform` wrote, as far as its JSON goes."""
+    """A folder that `sparseift transform` wrote: its path, and the content of its JSON."""
 
     path: Path
     table: LayerTable
@@ -49,15 +49,18 @@ class Artifact:
 
     @property
     def weights(self) -> Path:
-        """The weights file; it may be absent where only the plan was written."""
+        """Path of the weights file; there is none where only the plan was written."""
         return self.path / WEIGHTS
 
     def audit(self, training: TrainingSpec | None = None, causal: str | None = None) -> Audit:
-        """Count it again from its table, and hold the result to the plan that was written.
+        """The FLOP audit, counted again from the table and compared with the stored plan.
+
+        Args:
+            training: how training FLOPs are counted; None: as they were when the folder was written. So is `causal`.
 
         Raises:
             ArtifactError: this version plans other non-zeros than the folder holds.
-            UsageError: as `flop_audit.recount`.
+            UsageError: these training options do not fit the plan.
         """
         again = audit(self.table, self.spec, self.training, causal=self.causal)
         if again.plan is None or again.plan.to_json()["layers"] != self.plan["layers"]:
@@ -70,11 +73,11 @@ class Artifact:
 
 
 def is_artifact(path: str | Path) -> bool:
-    """Is this a directory that `sparseift transform` wrote? A run directory, which has a plan and a recipe, is none."""
+    """Is this a folder that `sparseift transform` wrote? False for a run directory, which has a plan and a recipe."""
     folder = Path(path)
     try:
-        written = all((folder / name).is_file() for name in ("provenance.json", "plan.json"))
-        return written and not is_run(folder)
+        complete = all((folder / name).is_file() for name in ("provenance.json", "plan.json"))
+        return complete and not is_run(folder)
     except (OSError, ValueError):
         return False
 
@@ -91,7 +94,7 @@ def open_artifact(path: str | Path) -> Artifact:
     """Read the JSON of a transformed model.
 
     Raises:
-        ArtifactError: a file is missing, damaged or of a version that this one does not read.
+        ArtifactError: a file is missing or damaged, or has a format that this version does not read.
     """
     folder = Path(path)
     parts = {name: _read(folder, name) for name in ("table", "plan", "surgery", "provenance")}
@@ -113,12 +116,12 @@ def open_artifact(path: str | Path) -> Artifact:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(
-            f"{folder}: its JSON does not say what it should: {error!r}", hint="transform the model again"
+            f"{folder}: unexpected content in its JSON: {error!r}", hint="transform the model again"
         ) from None
 
 
 def require_writable(path: str | Path, *, force: bool = False) -> Path:
-    """Refuse before the work, not after it: `path` must be free, an empty folder, or (with `force`) a transformed model.
+    """Check that `path` is free, an empty folder, or (with `force`) a transformed model; commands call it before the work.
 
     Raises:
         ArtifactError: something else is there.
@@ -139,10 +142,15 @@ def write(
     state_dict: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> Path:
-    """Write `documents` (by name, as JSON) and `tensors` (by file name, as safetensors) as one directory, in one step.
+    """Write a folder in one step: to a temporary folder beside `path`, which is then renamed.
 
-    Everything goes to a temporary directory beside `path`, which is then renamed: a reader sees the old state or the new
-    one. An existing artifact is replaced only with `force`; anything else that exists never is.
+    A reader sees the old state or the new one. An existing transformed model is replaced only with `force`; anything
+    else that exists is never replaced.
+
+    Args:
+        documents: content of JSON files, by name without the suffix.
+        tensors: content of safetensors files, by file name.
+        state_dict: also written as `state_dict.pt`, as torch.save writes it.
 
     Raises:
         ArtifactError: `path` exists, or cannot be written.
@@ -154,8 +162,8 @@ def write(
         try:
             for name, document in documents.items():
                 (temporary / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-            for name, held in tensors.items():
-                _save_tensors(temporary / name, held)
+            for name, content in tensors.items():
+                _save_tensors(temporary / name, content)
             if state_dict is not None:
                 import torch
 
@@ -173,7 +181,7 @@ def write(
 
 
 def _replace(folder: Path, new: Path) -> None:
-    """Put `new` in the place of `folder`; what stood there is moved aside first, and back if that fails."""
+    """Rename `new` to `folder`. An existing folder is moved aside first, and moved back if the rename fails."""
     if not folder.exists():
         os.replace(new, folder)
         return
@@ -188,7 +196,7 @@ def _replace(folder: Path, new: Path) -> None:
 
 
 def provenance(**facts: Any) -> dict[str, Any]:
-    """Who wrote it: versions, and what the caller adds."""
+    """The content of provenance.json: versions of the software, and `facts`."""
     import torch
 
     return {
@@ -204,7 +212,7 @@ def _save_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
     from safetensors.torch import save_file
 
     save_file({k: t.contiguous() for k, t in tensors.items()}, path)
-    path.chmod(0o644)  # it comes readable for the owner alone
+    path.chmod(0o644)  # safetensors makes it readable for the owner only
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
@@ -218,5 +226,5 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
     except ValueError as error:
         raise ArtifactError(f"{path} is damaged: {error}", hint="transform the model again") from None
     if not isinstance(data, dict):
-        raise ArtifactError(f"{path} holds {type(data).__name__}, not an object", hint="transform the model again")
+        raise ArtifactError(f"{path} contains {type(data).__name__}, not an object", hint="transform the model again")
     return data

@@ -1,4 +1,4 @@
-"""From a SOURCE or a checkpoint file to a transformed module: what `sparseift transform` does before it writes anything."""
+"""From a SOURCE or a checkpoint file to a transformed module: all that `sparseift transform` does before it writes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..models.request import Request
 from ..models.source import build
 from ..models.weights import load_into, recognised
 from ..plan.spec import TrainingSpec, TransformSpec
-from .transformation import REMEMBERED, Options, Transformation, transform_module
+from .transformation import Options, Transformation, record, transform_module
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,14 +29,20 @@ def convert(
     options: Options | None = None,
     plan_only: bool = False,
 ) -> tuple[nn.Module, Transformation]:
-    """Build the model of `request`, give it the weights of `checkpoint`, transform it.
+    """Build the model of `request`, load the weights of `checkpoint` into it, transform it.
 
-    With a checkpoint and no `request.source` the zoo model that fits it is taken. `plan_only` stays on the meta device:
-    planned, operated and counted, without memory for weights.
+    Args:
+        request: what to build. Without a source, the zoo model that fits the checkpoint is built.
+        checkpoint: path of a file with weights; `key` names the state dict in it, where it has several.
+        training: how training FLOPs are counted and, with match train, matched.
+        plan_only: stay on the meta device: planned, resized and counted, without memory for weights.
+
+    Returns:
+        The transformed module, and the record of what was done, with the source in it.
 
     Raises:
         UsageError, CheckpointError: no such source, or a checkpoint that does not fit it.
-        CheckFailed: no density fits the budget, or what came out is not what was planned.
+        CheckFailed: no density fits the budget, or the new module does not have the planned cost.
     """
     opened: Checkpoint | None = None
     match: Match | None = None
@@ -56,11 +62,12 @@ def convert(
         options=options,
     )
     done = replace(done, source=request.to_json())
-    new.__dict__[REMEMBERED] = done
+    record(new, done)
     return new, done
 
 
 def _with_checkpoint(request: Request, path: str, key: str | None) -> tuple[Checkpoint, Match | None, Request]:
+    """Open the checkpoint; find the model that it fits, and complete the request from it (name, classes)."""
     from ..checkpoint import open_checkpoint
     from ..checkpoint.recognise import load_catalogue, recognise
     from ..models.zoo import registry

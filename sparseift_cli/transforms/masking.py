@@ -1,4 +1,4 @@
-"""Masks for a transformed module: as many non-zeros as planned, where the spec's pattern, heads and branches put them."""
+"""Masks for a transformed module: the planned number of non-zeros, placed by the spec's pattern, heads and branches."""
 
 from __future__ import annotations
 
@@ -21,10 +21,15 @@ def draw_masks(
     connect: bool = True,
     scores: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """A boolean mask for every sparse weight: random, or the planned number of highest `scores` (by weight key).
+    """A mask for every sparse weight, by its key: bool, same shape as the weight, True at the planned number of positions.
 
-    The branches of Sparse Parallel have independent masks, or disjoint ones where no non-linearity tells them apart
-    (`branch_activation: sum`).
+    The branches of Sparse Parallel have independent masks, or disjoint ones where the branches have no non-linearity of
+    their own (`branch_activation: sum`): the sum of two equal positions would be one weight.
+
+    Args:
+        seed: of the random positions; each mask also depends on its name, not on the other layers.
+        connect: give every output a non-zero where the count allows.
+        scores: by weight key, same shape as the weight: the highest are kept. None: random positions.
 
     Raises:
         UsageError: the pattern cannot hold the planned counts.
@@ -37,24 +42,21 @@ def draw_masks(
     disjoint = plan.spec.member == "sparse_parallel" and plan.spec.branch_activation == "sum"
     for layer, parts in by_layer.items():
         if disjoint and scores is None:
-            (first, *_) = parts
-            generator = generator_for(seed, "mask", layer)
-            shape = tuple(model.get_parameter(first.key).shape)
-            drawn = disjoint_masks(
-                shape,
+            first = parts[0]
+            branch_masks = disjoint_masks(
+                tuple(model.get_parameter(first.key).shape),
                 [m.nnz for m in parts],
-                generator=generator,
+                generator=generator_for(seed, "mask", layer),
                 pattern=pattern,
                 connect=connect,
                 groups=first.groups,
                 transposed=first.transposed,
             )
-            masks |= {m.key: mask for m, mask in zip(parts, drawn, strict=True)}
+            masks |= {m.key: mask for m, mask in zip(parts, branch_masks, strict=True)}
             continue
         for m in parts:
-            weight = model.get_parameter(m.key)
             masks[m.key] = make_mask(
-                tuple(weight.shape),
+                tuple(model.get_parameter(m.key).shape),
                 m.nnz,
                 generator=generator_for(seed, "mask", m.layer, m.part),
                 pattern=pattern,
@@ -69,36 +71,45 @@ def draw_masks(
 
 
 def require_masked(model: nn.Module, masks: Mapping[str, Tensor], masked: Sequence[Masked], pattern: str) -> None:
-    """Every planned mask is there and has its pattern, and every weight that it leaves out is zero.
+    """Check that every planned mask exists and has its pattern, and that every weight outside a mask is zero.
+
+    Args:
+        masks: by weight key: bool, same shape as the weight.
 
     Raises:
-        CheckFailed: a mask is gone (`.type()` turns masks into numbers) or has lost its pattern, or a weight has come back.
+        CheckFailed: a mask is missing (`.type()` turns masks into numbers) or has lost its pattern, or a weight outside
+            one is not zero.
     """
     keys = [m.key for m in masked]
-    gone = [key for key in keys if key not in masks]
-    if gone:
+    missing = [key for key in keys if key not in masks]
+    if missing:
         raise CheckFailed(
-            f"masks are gone: {', '.join(gone[:5])}", hint="module.type() makes numbers of them; module.to() does not"
+            f"masks are missing: {', '.join(missing[:5])}",
+            hint="module.type() converts masks to numbers; module.to() does not",
         )
-    lost = [m.key for m in masked if not has_pattern(masks[m.key], pattern, m.groups, m.transposed)]
-    if lost:
+    changed = [m.key for m in masked if not has_pattern(masks[m.key], pattern, m.groups, m.transposed)]
+    if changed:
         raise CheckFailed(
-            f"masks are no longer {pattern}: {', '.join(lost[:5])}",
-            hint="a Sparsifier moves whole blocks, and N:M stays with algorithm static",
+            f"masks are no longer {pattern}: {', '.join(changed[:5])}",
+            hint="a Sparsifier moves whole blocks, and N:M needs the algorithm static",
         )
     counts = ((key, int(model.get_parameter(key).detach().masked_fill(masks[key], 0).count_nonzero())) for key in keys)
-    back = [f"{key}: {n:,}" for key, n in counts if n]
-    if back:
+    nonzero = [f"{key}: {n:,}" for key, n in counts if n]
+    if nonzero:
         raise CheckFailed(
-            f"weights that masks leave out are not zero: {'; '.join(back[:5])}",
-            hint="a Sparsifier keeps them zero; module.weight.mul_(mask) sets them so",
+            f"weights outside the masks are not zero: {'; '.join(nonzero[:5])}",
+            hint="a Sparsifier keeps them zero; module.weight.mul_(mask) zeroes them",
         )
 
 
-def dead_ends(masks: Mapping[str, Tensor], masked: Iterable[Masked]) -> tuple[int, int]:
-    """(outputs without a weight, inputs that nothing reads) over all sparse weights."""
-    rows = columns = 0
+def count_unconnected(masks: Mapping[str, Tensor], masked: Iterable[Masked]) -> tuple[int, int]:
+    """(outputs without a weight, inputs without one) over all sparse weights.
+
+    Args:
+        masks: by weight key: bool, same shape as the weight.
+    """
+    outputs = inputs = 0
     for m in masked:
-        r, c = empty_rows_and_columns(masks[m.key], m.groups, m.transposed)
-        rows, columns = rows + r, columns + c
-    return rows, columns
+        rows, columns = empty_rows_and_columns(masks[m.key], m.groups, m.transposed)
+        outputs, inputs = outputs + rows, inputs + columns
+    return outputs, inputs

@@ -1,4 +1,11 @@
-"""The whole way from a dense module to a transformed one, and what is remembered of it."""
+"""The whole way from a dense module to a transformed one, and the record of it that the new module keeps.
+
+    trace -> plan -> surgery -> weights -> masks -> check
+
+`trace` finds the layers and the widths, `make_plan` decides sizes and non-zeros, `surgery_for` and `operate` make a
+module of these sizes, `initialise` or `preserve` give it weights, `draw_masks` the sparsity. The result is traced and
+counted again.
+"""
 
 from __future__ import annotations
 
@@ -12,25 +19,32 @@ from ..errors import CheckFailed, UsageError, one_of
 from ..mask.attached import attach, unwrapped
 from ..plan.plan import Plan, make_plan
 from ..plan.spec import TrainingSpec, TransformSpec
-from ..trace.build import trace
+from ..trace.build import Traced, trace
 from .check import Measured, deviation, measure, require_as_planned
 from .edits import Surgery
 from .initialise import Init, initialise
-from .masking import dead_ends, draw_masks
-from .preserve import preserve
+from .masking import count_unconnected, draw_masks
+from .preserve import Preserved, preserve
 from .surgery import operate, surgery_for
 
 Start = Literal["fresh", "preserve"]
 M = TypeVar("M", bound=nn.Module)
-REMEMBERED = "_sparseift"  # the attribute of a transformed module that holds its Transformation
+_ATTRIBUTE = "_sparseift"  # of a transformed module; it holds the Transformation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """How the transformed module starts: its weights, its masks, its seed.
 
-    `scores` ranks the weights to keep: None draws masks at random, `magnitude` keeps the largest weights, and a function
-    of (module, {key of a sparse weight: its non-zeros}) gives scores by key.
+    Args:
+        start: `fresh` draws new weights; `preserve` keeps the function of the dense model.
+        init: fresh weights as the dense model's were drawn, or `density_scaled`: larger by density ** -1/2.
+        seed: of fresh weights and random masks.
+        connect: random masks give every output a non-zero where the count allows.
+        scores: which weights the masks keep. None: random ones. `magnitude`: the largest. A function of (module, {key
+            of a sparse weight: its non-zeros}) returns scores by key, each with the shape of its weight; the highest
+            are kept.
+        preserve_slack: share of each layer's weights that `preserve` replaces by random ones on added channels.
     """
 
     start: Start = "fresh"
@@ -47,6 +61,7 @@ class Options:
             one_of("scores", self.scores or "magnitude", ("magnitude",))
 
     def to_json(self) -> dict[str, Any]:
+        """A function in `scores` is written as `a function`, and not restored."""
         scores = self.scores if self.scores is None or isinstance(self.scores, str) else "a function"
         return {f.name: getattr(self, f.name) for f in fields(self)} | {"scores": scores}
 
@@ -59,19 +74,31 @@ class Options:
 
 @dataclass(frozen=True)
 class Transformation:
-    """What was done to a module: enough to print it, to write it to disk and to do it again."""
+    """What was done to a module: enough to print it, to write it to disk and to do it again.
+
+    >>> import torch
+    >>> from sparseift_cli import transform
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> new, _ = transform(model, torch.zeros(1, 4), member="parallel", sparsity=0.5, branch_activation="sum")
+    >>> done = transformation_of(new)
+    >>> [(m.key, m.nnz) for m in done.surgery.masked]
+    [('2.branches.0.0.weight', 32), ('2.branches.1.0.weight', 32)]
+    >>> transformation_of(model) is None
+    True
+    """
 
     plan: Plan
     surgery: Surgery
     measured: Measured
     options: Options
-    dead: tuple[int, int] = (0, 0)
-    """Outputs without a weight, and inputs that nothing reads, over all sparse weights."""
+    unconnected: tuple[int, int] = (0, 0)
+    """Outputs without a weight, and inputs without one, over all sparse weights."""
     deviation: float | None = None
-    """preserve: largest difference to the dense model's output, relative to its largest value."""
+    """Start preserve: the largest difference to the dense model's output, relative to its largest value."""
     notes: tuple[str, ...] = ()
+    """Start preserve: sentences on what is not exact."""
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
-    """Resized buffers that a state dict leaves out and that surgery alone would make otherwise (preserve: old frequencies)."""
+    """Start preserve: resized buffers that are not in the state dict and that surgery would set otherwise (frequencies)."""
     source: Mapping[str, Any] | None = field(default=None)
     """How to build the dense model again, where a source names it."""
 
@@ -87,61 +114,106 @@ def transform_module(
     training: TrainingSpec | None = None,
     options: Options | None = None,
 ) -> tuple[M, Transformation]:
-    """A transformed copy of `model`, and what was done. `model` itself is left as it is.
+    """A transformed copy of `model`, and the record of what was done. `model` itself does not change.
 
-    A module on the meta device is transformed on it: planned, operated and counted, without weights or masks.
+    At 75 % sparsity a hidden layer of 8 x 8 weights becomes 16 x 16 with 64 non-zeros. The first and the last layer
+    widen with it and stay dense:
+
+    >>> import torch
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> spec = TransformSpec(member="sparse_wide", sparsity="0.75")
+    >>> new, done = transform_module(model, (torch.zeros(1, 4),), {}, spec, name="mlp", input_shape=(1, 4))
+    >>> {name: int(macs) for name, macs in done.measured.macs.items()}
+    {'0': 64, '2': 64, '4': 32}
+    >>> new[2].weight.shape, int(new[2].weight.count_nonzero())
+    (torch.Size([16, 16]), 64)
+
+    A module on the meta device stays on it: it is planned, resized and counted, without weights or masks.
+
+    Args:
+        inputs: positional arguments of the forward; `kwargs`: its keyword arguments. Only their shapes and dtypes
+            matter.
+        name: what tables and errors call the model.
+        input_shape: what tables show as its input.
+        training: how training FLOPs are counted and, with match train, matched.
 
     Raises:
-        UsageError: nothing can be transformed as asked, or the model does not run on the inputs or was transformed already.
-        CheckFailed: no density fits the budget, or what came out is not what was planned.
+        UsageError: nothing can be transformed as the spec wants, the model does not run on the inputs, or it was
+            transformed before.
+        CheckFailed: no density fits the budget, or the new module does not have the planned cost.
     """
     options = options or Options()
-    if transformation_of(model) is not None:  # its sparse layers would be taken for dense ones
+    if transformation_of(model) is not None:  # its sparse layers would count as dense ones
         raise UsageError(f"{name} was transformed already", hint="transform the dense model again")
     on_meta = any(p.is_meta for p in model.parameters())
     if options.start == "preserve" and on_meta:
         raise UsageError("a model on the meta device has no function to preserve", hint="give it weights first")
+
     before = trace(model, inputs, kwargs, name=name, input_shape=input_shape)
     plan = make_plan(before.table, spec, training)
     surgery = surgery_for(plan, before.structure, model)
     new = operate(model, surgery)
     masks: dict[str, Tensor] | None = None
-    notes: tuple[str, ...] = ()
-    buffers: Mapping[str, Tensor] = {}
+    preserved = Preserved({}, ())
     if not on_meta:
         initialise(new, model, surgery, seed=options.seed, init=options.init)
         if options.start == "preserve":
-            kept = preserve(
-                new, model, plan, surgery, before.structure, seed=options.seed, slack=options.preserve_slack
-            )
-            masks, notes, buffers = kept.masks, kept.notes, kept.buffers
-            surgery = replace(surgery, attributes=(*surgery.attributes, *kept.attributes))
+            slack = options.preserve_slack
+            preserved = preserve(new, model, plan, surgery, before.structure, seed=options.seed, slack=slack)
+            masks = preserved.masks
+            surgery = replace(surgery, attributes=(*surgery.attributes, *preserved.attributes))
         else:
-            masks = draw_masks(
-                new, plan, surgery, seed=options.seed, connect=options.connect, scores=_scores(new, surgery, options)
-            )
+            scores = _scores(new, surgery, options)
+            masks = draw_masks(new, plan, surgery, seed=options.seed, connect=options.connect, scores=scores)
         attach(new, masks, plan.spec.pattern)
-    try:
-        measured, after = measure(new, inputs, kwargs, plan, surgery, masks)
-    except UsageError as error:  # the dense model ran on these inputs: it is not they that are wrong
-        raise CheckFailed(
-            f"what was made of it does not run: {error}",
-            hint="--exclude the layers that it names, or try another member",
-        ) from error
-    require_as_planned(measured, plan, before, after)
-    dead = dead_ends(masks, surgery.masked) if masks is not None else (0, 0)
-    apart = deviation(new, model, inputs, kwargs) if options.start == "preserve" else None
-    done = Transformation(plan, surgery, measured, options, dead, apart, notes, buffers)
-    new.__dict__[REMEMBERED] = done
+
+    measured = _check_cost(new, inputs, kwargs, plan, surgery, masks, before)
+    done = Transformation(
+        plan,
+        surgery,
+        measured,
+        options,
+        unconnected=(0, 0) if masks is None else count_unconnected(masks, surgery.masked),
+        deviation=deviation(new, model, inputs, kwargs) if options.start == "preserve" else None,
+        notes=preserved.notes,
+        buffers=preserved.buffers,
+    )
+    record(new, done)
     return new, done
+
+
+def record(model: nn.Module, transformation: Transformation) -> None:
+    """Store what was done on the transformed module, where `transformation_of` finds it."""
+    model.__dict__[_ATTRIBUTE] = transformation
 
 
 def transformation_of(model: nn.Module) -> Transformation | None:
     """What was done to a module that `transform` made or `load` read; None for any other."""
-    return unwrapped(model).__dict__.get(REMEMBERED)
+    return unwrapped(model).__dict__.get(_ATTRIBUTE)
+
+
+def _check_cost(
+    new: nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    plan: Plan,
+    surgery: Surgery,
+    masks: Mapping[str, Tensor] | None,
+    before: Traced,
+) -> Measured:
+    try:
+        measured, after = measure(new, inputs, kwargs, plan, surgery, masks)
+    except UsageError as error:  # the dense model ran on these inputs, so the transform is at fault
+        raise CheckFailed(
+            f"the transformed model does not run: {error}",
+            hint="--exclude the layers that it names, or try another member",
+        ) from error
+    require_as_planned(measured, plan, before, after)
+    return measured
 
 
 def _scores(model: nn.Module, surgery: Surgery, options: Options) -> Mapping[str, Tensor] | None:
+    """Scores of the weights to keep, by key, each with the shape of its weight; None for random masks."""
     keys = [m.key for m in surgery.masked]
     if options.scores is None:
         return None

@@ -132,7 +132,7 @@ def test_audit_sees_weights_that_came_back_and_masks_that_are_gone() -> None:
     new.load_state_dict({k: torch.ones_like(v) for k, v in new.state_dict().items()})
     with pytest.raises(CheckFailed, match=r"not zero: b\.weight: 768"):
         sparseift.audit(new, X)
-    with pytest.raises(CheckFailed, match=r"masks are gone: b\.weight"):
+    with pytest.raises(CheckFailed, match=r"masks are missing: b\.weight"):
         sparseift.audit(new.type(torch.float64), X.double())
 
 
@@ -226,7 +226,7 @@ def test_a_result_that_does_not_run_is_no_wrong_input(monkeypatch: pytest.Monkey
         raise UsageError("it does not run on input 4x8")
 
     monkeypatch.setattr(transformation, "measure", failing)
-    with pytest.raises(CheckFailed, match="what was made of it does not run"):
+    with pytest.raises(CheckFailed, match="the transformed model does not run"):
         sparseift.transform(Mlp(), X, sparsity=0.75)
 
 
