@@ -19,7 +19,7 @@ from ..errors import CheckFailed, UsageError, one_of
 from ..mask.attached import attach, unwrapped
 from ..plan.plan import Plan, make_plan
 from ..plan.spec import TrainingSpec, TransformSpec
-from ..trace.build import Traced, trace
+from ..trace.build import TraceResult, trace
 from .check import Measured, deviation, measure, require_as_planned
 from .edits import Surgery
 from .initialise import Init, initialise
@@ -199,7 +199,7 @@ def _check_cost(
     plan: Plan,
     surgery: Surgery,
     masks: Mapping[str, Tensor] | None,
-    before: Traced,
+    before: TraceResult,
 ) -> Measured:
     try:
         measured, after = measure(new, inputs, kwargs, plan, surgery, masks)

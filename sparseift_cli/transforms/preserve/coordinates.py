@@ -3,7 +3,7 @@
 Most widths keep the dense coordinates first: channel 3 stays channel 3. A width that the forward splits or concatenates
 does not. The rows of a fused QKV projection are (3, heads, head_dim), so the dense rows of each head come first within
 that head; a concatenation keeps its parts one after another; a rotary head is two halves. The trace recorded these
-layouts (`Structure.orders`), and the equations between widths carry each layout to every width of the same symbolic
+layouts (`Structure.all_layouts`), and the equations between widths carry each layout to every width of the same symbolic
 size.
 """
 
