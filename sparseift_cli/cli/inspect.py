@@ -16,7 +16,7 @@ HELP = """Show what a checkpoint holds, what the layers of a model are, or how f
 
 A checkpoint is opened by its header: nothing in it is executed, and tensor data is read only with --values or --spectral.
 SOURCE is a file (.safetensors, *.index.json, .pt, .pth, .th, .bin), a model name, a recipe, package.module:callable, a
-folder of `sparseift transform`, or a run directory of `sparseift train`.
+folder of `sparseift transform`, a run directory of `sparseift train`, or a run that `report keep` wrote.
 
 Examples:
 
@@ -139,12 +139,13 @@ def inspect(
 
         inspect_spectral(source, is_file=is_checkpoint(source), every=every_checkpoint, key=key, fmt=fmt, output=output)
         return
+    from ..report.read import is_kept_file
     from ..transforms.artifact import is_artifact, is_run, open_artifact
 
-    if is_run(source):
+    if is_run(source) or is_kept_file(Path(source)):
         _refuse(
             {**of_model, "--values": values, "--key": key, "--model": model, "--depth": depth, "--sort": sort},
-            f"{source} is a run directory",
+            f"{source} is a run",
             "not for it",
         )
         from .inspect_run import inspect_run

@@ -9,8 +9,7 @@ from typing import Any
 
 from ..errors import ArtifactError
 from ..report import frame as frames
-from ..report.read import Damaged, Files, number
-from ..report.record import Run
+from ..report.read import Damaged, Run, RunReader, number
 from ..report.spectral.history import kept_checkpoints
 from .formats import Format
 from .output import Column, Sheet, render
@@ -63,7 +62,7 @@ def inspect_run(source: str, fmt: Format, output: Path | None) -> None:
     """
     path = Path(source)
     try:
-        run = Files().run(path)
+        run = RunReader().read(path)
     except Damaged as damage:
         raise ArtifactError(f"{source}: {damage.reason}", hint="the run cannot be used as it is") from None
     row = frames.records(frames.runs_frame([run]))[0]

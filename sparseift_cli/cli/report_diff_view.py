@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..report.diff import Change, Diff
-from ..report.record import Run
+from ..report.read import Run
 from .formats import Format
 from .output import Column, Sheet, render
 from .report_view import clean

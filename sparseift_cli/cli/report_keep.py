@@ -1,4 +1,4 @@
-"""`sparseift report keep`: finished runs without their checkpoints, fit to be committed."""
+"""`sparseift report keep`: finished runs without their checkpoints, one small file each, fit to be committed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from . import options
 from .formats import Format, without_github
 
 SCHEMA = "sparseift.report-keep/1"
-HELP = """Keep finished runs: recipe, metrics, summary, audit and provenance, without checkpoints.
+HELP = """Keep finished runs: recipe, metrics, summary, audit and provenance in one file each, without checkpoints.
 
-They go to FOLDER/<recipe>/<run>/, where `sparseift report FOLDER` reads them. Metrics are packed. Absolute paths lose all but
-their last part, so that no home or machine is named. Keeping a run twice changes nothing; a run that is not finished is
-named, and then nothing is kept.
+The files are FOLDER/<recipe>/<run>.json, and `sparseift report FOLDER` reads them. Of absolute paths only the last part is
+kept, so that no home folder or machine is named. Keeping a run twice changes nothing. If a run is not finished, it is named
+and nothing is kept. Folders of kept runs that older versions wrote are read too; kept again in place, they become files.
 
 Examples:
 

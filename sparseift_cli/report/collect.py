@@ -1,7 +1,7 @@
-"""From paths to runs: find every run directory below them, read each once, and name what had to be left out.
+"""From paths to runs: find every run below them, read each once, and name what had to be left out.
 
-A run directory is a folder with recipe.yaml (`runs.directory`); a kept one has no checkpoints and no lock, and its metrics
-may be packed (metrics.jsonl.gz). Nothing in a damaged or foreign folder stops the others from being read.
+A run is a folder with recipe.yaml (`runs.directory`), or a file `<utc>-<hash8>.json` (`report keep`). Nothing in a damaged or
+foreign folder stops the others from being read.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..runs.directory import AUDIT, METRICS, PLAN, PROVENANCE, RECIPE, SUMMARY
-from .read import Damaged, Files
-from .record import Run
+from .read import Damaged, Run, RunReader, is_kept_file
 
-TELLING = (RECIPE, SUMMARY, METRICS, f"{METRICS}.gz", PROVENANCE)
-"""A folder with one of these is, or was, or wants to be a run directory."""
+RUN_FILES = (RECIPE, SUMMARY, METRICS, f"{METRICS}.gz", PROVENANCE)
+"""A folder with one of these is a run directory, or part of one."""
 TABLE = "table.json"  # of a folder that `sparseift transform` wrote
-FOREIGN = ("foreign", "holds no run", "a transformed model")
+_FOREIGN = ("foreign", "holds no run", "a transformed model")
 _DEEPEST = 12  # folders below a given path
 
 
@@ -32,24 +31,24 @@ class Collected:
 
     @property
     def damaged(self) -> bool:
-        """Whether something of ours was left out, not only foreign folders."""
-        return any(not reason.startswith(FOREIGN) for _, reason in self.skipped)
+        """Whether something that a run wrote was left out, not only foreign folders."""
+        return any(not reason.startswith(_FOREIGN) for _, reason in self.skipped)
 
 
 def collect(paths: Sequence[Path]) -> Collected:
     """Read every run below `paths`: single runs, folders of them at any depth, or any mix. A run given twice counts once.
 
     Raises:
-        UsageError: a path is not there.
+        UsageError: a path is not there, or is a file that no run is kept in.
     """
-    found, files, seen = Collected(), Files(), set[Path]()
+    found, reader, seen = Collected(), RunReader(), set[Path]()
     for path in paths:
-        if not path.is_dir():
-            what = "is a file, not a folder" if path.exists() else "is not there"
+        if not path.is_dir() and not (path.is_file() and path.suffix == ".json"):
+            what = "is a file, not a folder or a kept run" if path.exists() else "is not there"
             raise UsageError(f"{path} {what}", hint="give run directories, or folders that hold some: runs/")
         before = len(found.runs), len(found.skipped)
-        for folder, reason in _candidates(path, found.skipped):
-            real = folder.resolve()
+        for candidate, reason in _candidates(path, found.skipped):
+            real = candidate.resolve()
             if real in seen:
                 before = (-1, -1)  # it is known already, so the path is not empty
                 continue
@@ -57,39 +56,43 @@ def collect(paths: Sequence[Path]) -> Collected:
             try:
                 if reason:
                     raise Damaged(reason)
-                found.runs.append(files.run(folder))
+                found.runs.append(reader.read(candidate))
             except Damaged as damage:
-                found.skipped.append((folder, damage.reason))
+                found.skipped.append((candidate, damage.reason))
         if (len(found.runs), len(found.skipped)) == before:
-            found.skipped.append((path, f"holds no run directory: no {RECIPE} in it or below"))
+            found.skipped.append((path, f"holds no run: neither {RECIPE} nor a kept run in it or below"))
     return found
 
 
 def _candidates(top: Path, skipped: list[tuple[Path, str]]) -> Iterator[tuple[Path, str]]:
-    """(folder, "") of every run directory, (folder, reason) of every would-be one; foreign folders go to `skipped`."""
-    if (reason := _telling(top)) is not None:
+    """(path, "") of every run, (folder, reason) of every incomplete one; foreign folders go to `skipped`."""
+    if top.is_file():
+        yield top, ""
+    elif (reason := _run_or_reason(top)) is not None:
         yield top, reason
-        return
-    yield from _below(top, skipped, 0)
+    else:
+        yield from _below(top, skipped, 0)
 
 
 def _below(folder: Path, skipped: list[tuple[Path, str]], depth: int) -> Iterator[tuple[Path, str]]:
-    for child in _folders(folder, skipped):
-        if (reason := _telling(child)) is not None:
+    for child in _children(folder, skipped):
+        if child.is_file():
+            yield child, ""
+        elif (reason := _run_or_reason(child)) is not None:
             yield child, reason
         elif depth >= _DEEPEST:
-            skipped.append((child, f"more than {_DEEPEST} folders down: not looked into"))
+            skipped.append((child, f"more than {_DEEPEST} folders down: not searched"))
         elif not _holds_any(child, depth + 1):
-            skipped.append((child, f"foreign: no {RECIPE} in it or below"))
+            skipped.append((child, f"foreign: neither {RECIPE} nor a kept run in it or below"))
         else:
             yield from _below(child, skipped, depth + 1)
 
 
-def _folders(folder: Path, skipped: list[tuple[Path, str]] | None = None) -> list[Path]:
-    """Folders in `folder` by name; hidden ones and caches are nobody's runs, links to folders may lead round and round."""
+def _children(folder: Path, skipped: list[tuple[Path, str]] | None = None) -> list[Path]:
+    """Folders and kept runs in `folder` by name. Hidden folders and caches hold no runs; links may lead in circles."""
     try:
         with os.scandir(folder) as entries:
-            found = [(e.name, e.is_symlink()) for e in entries if e.is_dir()]
+            found = [(e.name, e.is_dir() and e.is_symlink()) for e in entries if e.is_dir() or is_kept_file(Path(e))]
     except OSError as error:
         if skipped is not None:
             skipped.append((folder, f"cannot be read: {error.strerror}"))
@@ -101,16 +104,19 @@ def _folders(folder: Path, skipped: list[tuple[Path, str]] | None = None) -> lis
 
 
 def _holds_any(folder: Path, depth: int) -> bool:
-    """Whether a run, or what wants to be one, or a folder that cannot be read, is somewhere below."""
+    """Whether a run, an incomplete one, or a folder that cannot be read, is somewhere below."""
     if depth > _DEEPEST or not os.access(folder, os.R_OK | os.X_OK):
-        return True  # it is looked at again, and named, where it is
-    return any(_telling(child) is not None or _holds_any(child, depth + 1) for child in _folders(folder))
+        return True  # `_below` comes to it and names it
+    return any(
+        child.is_file() or _run_or_reason(child) is not None or _holds_any(child, depth + 1)
+        for child in _children(folder)
+    )
 
 
-def _telling(folder: Path) -> str | None:
-    """None: an ordinary folder. "": a run directory. Otherwise what a would-be one lacks."""
+def _run_or_reason(folder: Path) -> str | None:
+    """None: an ordinary folder. "": a run directory. Otherwise why it is not a whole one."""
     try:
-        inside = [name for name in TELLING if (folder / name).is_file()]
+        inside = [name for name in RUN_FILES if (folder / name).is_file()]
     except OSError:
         return None
     if RECIPE in inside:

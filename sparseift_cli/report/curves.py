@@ -6,8 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from .frame import records
-from .read import number
-from .record import Run
+from .read import Run, number
 from .report import Report
 
 

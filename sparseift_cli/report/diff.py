@@ -11,8 +11,7 @@ from ..errors import ArtifactError, UsageError
 from .collect import collect
 from .exact import Exact, exact
 from .grouping import flat
-from .read import number
-from .record import Run
+from .read import Run, number
 
 _NOT_METRICS = ("masks",)  # a line's statistics of every weight: a thousand numbers
 _BY_NATURE = ("started", "command", "from_step")  # of a session; differ in any two runs

@@ -19,7 +19,7 @@ from ..errors import ArtifactError
 from ..runs.checkpoint import MANIFEST, STATE, TENSORS, sha256
 from ..runs.directory import CHECKPOINTS
 from .grouping import flat
-from .record import Run
+from .read import Run
 from .tensors import tensors_in
 
 CLOCKS = ("seconds", "peak_bytes")

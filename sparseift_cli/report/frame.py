@@ -11,8 +11,7 @@ from ..base.metrics import METRICS
 from ..errors import UsageError, did_you_mean
 from . import statistics
 from .grouping import labels, lower_is_better, primary, subject
-from .read import number
-from .record import Run
+from .read import Run, number
 
 _ABOUT = (
     "recipe",

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..base.metrics import LOWER_IS_BETTER, METRICS
-from .record import Run
+from .read import Run
 
 NO_MATTER = frozenset(
     {

@@ -1,48 +1,47 @@
-"""Keep finished runs for good: their small files, without checkpoints and without what is a machine's own.
+"""Keep finished runs for good: one file a run, without checkpoints and without anything that names a machine.
 
-    FOLDER/<recipe>/<utc>-<hash>/
-        recipe.yaml  metrics.jsonl.gz  summary.json  audit.json  provenance.json
+    FOLDER/<recipe>/<utc>-<hash8>.json      (`kept_file`)
 
 The same run always gives the same bytes, so keeping it twice changes nothing. What is changed on the way:
 
-- metrics.jsonl is packed, with a time stamp of 0 and no name inside.
-- Of every path that is absolute, begins with `~` or goes up (`..`), the last part alone stays: in the command line of
-  provenance.json (`--runs=/data/me/runs` becomes `--runs=runs`), in recipe.yaml (`data.root`; so its hash is no longer the one
-  in the folder's name) and in any other value. Of a recipe in a folder `recipes`, what follows that folder stays: the name
-  of a shipped one. Paths below the folder in which the run began stay as they are.
+- Of every path that is absolute, begins with `~` or goes up (`..`), only the last part is kept: in the command line
+  (`--runs=/data/me/runs` becomes `--runs=runs`), in the recipe (`data.root`; so its hash is no longer the one in the file's
+  name) and in any other value. Of a recipe in a folder `recipes`, what follows that folder is kept: the name of a shipped one.
+  Paths below the folder in which the run began stay as they are.
 - The program of a command is `sparseift`, whatever interpreter and folder it was started from.
-- summary.json's `path` is `<recipe>/<utc>-<hash>`.
+- The summary's `path` is `<recipe>/<utc>-<hash8>`.
 - The plan, the lock and its process number are left out; the audit has the plan's layers.
+
+Older versions kept a folder of five files for each run. A folder of the same run is replaced by its file:
+`sparseift report keep kept/ -o kept/` brings a whole collection up to date.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
-import os
 import re
 import shutil
-import tempfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
+from ..base.atomic import write_file
 from ..errors import ArtifactError, UsageError
 from ..runs.directory import AUDIT, METRICS, PROVENANCE, RECIPE, SUMMARY
+from . import kept_file
 from .collect import collect
-from .record import Run
+from .read import Damaged, Run, RunReader
 
-PACKED = f"{METRICS}.gz"
+_OLD_FILES = {RECIPE, f"{METRICS}.gz", SUMMARY, AUDIT, PROVENANCE}
+"""What the folder of a kept run held in older versions."""
 _PROGRAMS = ("sparseift", "__main__.py")
-_SCALAR = re.compile(r'^(\s*(?:- )?[\w.]+: )(["\']?)(.+?)(\2)$', re.MULTILINE)
-_SHOWN = 20
+_MOST_NAMED = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """One run, where it lies now, how large it is there, and whether anything was written for it."""
+class KeptRun:
+    """One run, the file that it is kept in, how large that is, and whether anything was written."""
 
     run: Run
     path: Path
@@ -50,8 +49,8 @@ class Kept:
     state: Literal["new", "unchanged", "replaced"]
 
 
-def keep(paths: Sequence[Path], folder: Path) -> list[Kept]:
-    """Copy every run below `paths` to `folder`. Nothing is written unless every one of them can be kept.
+def keep(paths: Sequence[Path], folder: Path) -> list[KeptRun]:
+    """Write every run below `paths` to a file in `folder`. Nothing is written unless every one of them can be kept.
 
     Raises:
         UsageError: a path is not there or holds no run, or a run is not finished; all of them are named.
@@ -60,7 +59,7 @@ def keep(paths: Sequence[Path], folder: Path) -> list[Kept]:
     found = collect(paths)
     if found.damaged:
         raise ArtifactError(
-            f"these cannot be kept:{_named(f'{path}: {reason}' for path, reason in found.skipped)}",
+            f"these cannot be kept:{_list(f'{path}: {reason}' for path, reason in found.skipped)}",
             hint="give finished runs alone",
         )
     if not found.runs:
@@ -69,45 +68,38 @@ def keep(paths: Sequence[Path], folder: Path) -> list[Kept]:
         )
     if unfinished := [run for run in found.runs if run.state != "finished"]:
         raise UsageError(
-            f"these are not finished:{_named(f'{run.path}: {run.state}' for run in unfinished)}",
+            f"these are not finished:{_list(f'{run.path}: {run.state}' for run in unfinished)}",
             hint="finish them with sparseift train --resume, or give the finished ones alone",
         )
-    files = {run.path: kept_files(run) for run in found.runs}
-    places = {run.path: folder / run.name / run.path.resolve().name for run in found.runs}
-    for run in found.runs:
-        _require_same(places[run.path], files[run.path])
+    contents = [(run, folder / run.name / f"{run.stamp}.json", content(run)) for run in found.runs]
+    for _, path, new in contents:
+        _require_same_run(path, new)
     try:
-        return [_write(run, places[run.path], files[run.path]) for run in found.runs]
+        return [_write(run, path, new) for run, path, new in contents]
     except OSError as error:
         raise ArtifactError(
             f"cannot write {folder}: {error.strerror or error}", hint="give -o a writable place"
         ) from None
 
 
-def kept_files(run: Run) -> dict[str, bytes]:
-    """The content of every file that is kept, by its name.
+def content(run: Run) -> bytes:
+    """The bytes of the file that keeps `run`.
 
     Raises:
-        ArtifactError: a file is not there.
+        ArtifactError: a part of the run is missing.
     """
-    summary = {**(run.summary or {}), "path": f"{run.name}/{run.path.resolve().name}"}
-    documents = {SUMMARY: summary, AUDIT: run.audit, PROVENANCE: run.provenance}
-    if lacking := [name for name, document in documents.items() if not document]:
+    summary = {**(run.summary or {}), "path": f"{run.name}/{run.stamp}"}
+    parts = {RECIPE: run.recipe, SUMMARY: summary, AUDIT: run.audit, PROVENANCE: run.provenance}
+    if lacking := [name for name, part in parts.items() if not part]:
         raise ArtifactError(f"{run.path}: {' and '.join(lacking)} cannot be read", hint="this run cannot be kept")
-    recipe = _SCALAR.sub(lambda m: m[1] + m[2] + local(m[3]) + m[4], (run.path / RECIPE).read_text("utf-8"))
-    plain, packed = run.path / METRICS, run.path / PACKED
-    if not plain.exists() and not packed.exists():
+    if run.path.is_dir() and not any((run.path / name).exists() for name in (METRICS, f"{METRICS}.gz")):
         raise ArtifactError(f"{run.path}: there is no {METRICS}", hint="this run cannot be kept")
-    metrics = plain.read_bytes() if plain.exists() else gzip.decompress(packed.read_bytes())
-    return {
-        RECIPE: recipe.encode(),
-        PACKED: gzip.compress(metrics, mtime=0),
-        **{name: (json.dumps(_plain(document), indent=1) + "\n").encode() for name, document in documents.items()},
-    }
+    named = {name.partition(".")[0]: _without_private_paths(part) for name, part in parts.items()}
+    return kept_file.encode({**named, "metrics": run.metrics})
 
 
 def local(text: str) -> str:
-    """A text without what is a machine's own: of a path that is absolute or leaves its folder, the last part.
+    """A text without private paths: of a path that is absolute or leaves its folder, the last part.
 
     >>> local("/data/me/runs"), local("data.root=/data/me/c100"), local("runs/a"), local("hf:../../me/llama")
     ('runs', 'data.root=c100', 'runs/a', 'hf:llama')
@@ -126,54 +118,51 @@ def local(text: str) -> str:
     return PurePosixPath(text).name if "/../" in text or text.endswith("/..") else text
 
 
-def _plain(value: Any, key: str = "") -> Any:
+def _without_private_paths(value: Any, key: str = "") -> Any:
     """A JSON value with every text made `local`; a command begins with the program's plain name."""
     if isinstance(value, Mapping):
-        return {local(str(k)): _plain(v, str(k)) for k, v in value.items()}
+        return {local(str(k)): _without_private_paths(v, str(k)) for k, v in value.items()}
     if isinstance(value, list):
-        items = [_plain(item) for item in value]
+        items = [_without_private_paths(item) for item in value]
         return ["sparseift", *items[1:]] if key == "command" and items and items[0] in _PROGRAMS else items
     return local(value) if isinstance(value, str) else value
 
 
-def _require_same(place: Path, files: Mapping[str, bytes]) -> None:
-    """Refuse to put a run in the place of another one."""
-    before = place / SUMMARY
-    if place.exists() and (not before.is_file() or before.read_bytes() != files[SUMMARY]):
-        raise ArtifactError(f"{place} holds something else", hint="remove it, or keep the runs in another folder")
-
-
-def _write(run: Run, place: Path, files: Mapping[str, bytes]) -> Kept:
-    size = sum(map(len, files.values()))
-    existed = place.exists()
-    if existed and _same(place, files):
-        return Kept(run, place, size, "unchanged")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}."))
+def _require_same_run(path: Path, new: bytes) -> None:
+    """Refuse to replace another run, or a folder that holds more than a kept run."""
+    old, folder = None, path.with_suffix("")
     try:
-        for name, content in files.items():
-            (temporary / name).write_bytes(content)
-        temporary.chmod(0o755)
-        if existed:
-            shutil.rmtree(place)
-        os.replace(temporary, place)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return Kept(run, place, size, "replaced" if existed else "new")
+        if path.exists():
+            old = RunReader().read(path)
+        elif folder.is_dir():
+            old = RunReader().read(folder) if {p.name for p in folder.iterdir()} <= _OLD_FILES else None
+        else:
+            return
+    except Damaged:
+        old = None
+    if old is None or _as_text(old.summary) != _as_text(kept_file.decode(new)["summary"]):
+        where = path if path.exists() else folder
+        raise ArtifactError(f"{where} holds something else", hint="remove it, or keep the runs in another folder")
 
 
-def _same(place: Path, files: Mapping[str, bytes]) -> bool:
-    """Whether exactly these files are there already; of metrics by content: compressors differ between machines."""
-    there = {p.name: p.read_bytes() for p in place.iterdir() if p.is_file()}
-    try:
-        for part in (there, files := dict(files)):
-            part[METRICS] = gzip.decompress(part.pop(PACKED, b""))
-    except (OSError, EOFError, zlib.error):
-        return False
-    return there == files
+def _as_text(summary: Mapping[str, Any] | None) -> str:
+    """Equal where summaries are: as values, one with a NaN differs from itself."""
+    return json.dumps(summary, sort_keys=True)
 
 
-def _named(lines: Iterator[str]) -> str:
+def _write(run: Run, path: Path, new: bytes) -> KeptRun:
+    old_folder = path.with_suffix("")
+    if path.exists() and path.read_bytes() == new:
+        return KeptRun(run, path, len(new), "unchanged")
+    existed = path.exists() or old_folder.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, new)
+    if old_folder.is_dir():
+        shutil.rmtree(old_folder)
+    return KeptRun(run, path, len(new), "replaced" if existed else "new")
+
+
+def _list(lines: Iterator[str]) -> str:
     every = list(lines)
-    more = [f"... and {len(every) - _SHOWN} more"] if len(every) > _SHOWN else []
-    return "".join(f"\n  {line}" for line in [*every[:_SHOWN], *more])
+    more = [f"... and {len(every) - _MOST_NAMED} more"] if len(every) > _MOST_NAMED else []
+    return "".join(f"\n  {line}" for line in [*every[:_MOST_NAMED], *more])

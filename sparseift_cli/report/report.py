@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..base.metrics import TEST
-from .record import Run
+from .read import Run
 
 if TYPE_CHECKING:
     from pandas import DataFrame

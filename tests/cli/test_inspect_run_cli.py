@@ -54,6 +54,19 @@ def test_a_finished_run(sparseift, run: Path) -> None:
         assert "a finished run" in shown and "newest checkpoint" in shown and data["next"][0] in shown
 
 
+def test_a_kept_run(sparseift, run: Path) -> None:
+    sparseift("report", "keep", str(run), "-o", "kept")
+    (kept,) = Path("kept").glob("*/*.json")
+    code, out, _ = sparseift("inspect", str(kept), "--json")
+    of_run = json.loads(sparseift("inspect", str(run), "--json")[1])
+    data = json.loads(out)
+    assert code == 0 and data["path"] == str(kept) and data["checkpoints"] == []
+    assert data["last"] == of_run["last"] and data["value"] == of_run["value"]
+    kept.write_text(kept.read_text().replace("70.0", "71.0"))
+    code, _, err = sparseift("inspect", str(kept))
+    assert code == 4 and "its SHA-256 differs" in err
+
+
 def test_a_stopped_run_says_how_to_go_on(sparseift, tmp_path: Path) -> None:
     path = make_run(tmp_path / "runs", "net_dense", 0, (50.0,), finished=False).relative_to(tmp_path)
     out = sparseift("inspect", str(path))[1]
@@ -66,7 +79,7 @@ def test_a_stopped_run_says_how_to_go_on(sparseift, tmp_path: Path) -> None:
 
 def test_a_damaged_run_and_options_of_others(sparseift, run: Path) -> None:
     code, out, err = sparseift("inspect", str(run), "--values", "--why")
-    assert (code, out) == (2, "") and "is a run directory; --why, --values are not for it" in err
+    assert (code, out) == (2, "") and "is a run; --why, --values are not for it" in err
     (run / "summary.json").write_text("{")
     code, out, err = sparseift("inspect", str(run))
     assert (code, out) == (4, "") and "summary.json is no JSON" in err and "hint:" in err

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from sparseift_cli.report.record import Run
+from sparseift_cli.report.read import Run
 from sparseift_cli.report.report import Report
 
 

@@ -13,7 +13,7 @@ from sparseift_cli.report.collect import collect
 from sparseift_cli.report.html.page import page
 from sparseift_cli.report.make import Options, make
 from sparseift_cli.report.plots.pictures import save_all
-from sparseift_cli.report.record import Run
+from sparseift_cli.report.read import Run
 from tests.helpers.report_runs import make_run, seeds, write
 
 

@@ -16,7 +16,7 @@ from sparseift_cli.report.html.element import Safe, element, table
 from sparseift_cli.report.html.facts import command
 from sparseift_cli.report.html.page import OUTCOMES, page
 from sparseift_cli.report.published import beside
-from sparseift_cli.report.record import Run
+from sparseift_cli.report.read import Run
 from sparseift_cli.report.report import Comparison, Costs, Report
 from tests.helpers.report_made import report, run
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import math
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,13 +15,12 @@ import pytest
 from sparseift_cli.cli.app import main
 from sparseift_cli.errors import ArtifactError, UsageError
 from sparseift_cli.recipe import catalog
+from sparseift_cli.report import kept_file
 from sparseift_cli.report.collect import collect
 from sparseift_cli.report.html.facts import command
 from sparseift_cli.report.keep import keep, local
 from tests.helpers.report_runs import make_run, seeds, write
 from tests.tools import results
-
-KEPT = {"recipe.yaml", "metrics.jsonl.gz", "summary.json", "audit.json", "provenance.json"}
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -53,14 +55,14 @@ def test_keeping_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     first = keep([tmp_path / "runs"], tmp_path / "kept")
     before = files(tmp_path / "kept")
     assert [k.state for k in first] == ["new", "new"]
-    assert [k.path for k in first] == [tmp_path / "kept" / "net_dense" / run.name for run in runs]
-    assert {Path(name).name for name in before} == KEPT
+    assert [k.path for k in first] == [tmp_path / "kept" / "net_dense" / f"{run.name}.json" for run in runs]
+    assert list(before) == [f"net_dense/{run.name}.json" for run in runs]
     assert [k.state for k in keep(runs, tmp_path / "kept")] == ["unchanged"] * 2
     keep([tmp_path / "kept"], tmp_path / "again")  # what is kept can be kept elsewhere
     assert files(tmp_path / "kept") == files(tmp_path / "again") == before
     kept = collect([tmp_path / "kept"])
     assert [run.metrics for run in kept.runs] == [run.metrics for run in collect([tmp_path / "runs"]).runs]
-    (tmp_path / "kept" / "net_dense" / runs[0].name / "audit.json").write_text("{}")
+    first[0].path.write_text(json.dumps(json.loads(first[0].path.read_text())))  # the same content, laid out otherwise
     assert [k.state for k in keep(runs, tmp_path / "kept")] == ["replaced", "unchanged"]
     assert files(tmp_path / "kept") == before
 
@@ -114,6 +116,93 @@ def test_what_cannot_be_kept_is_named_and_nothing_is_written(tmp_path: Path) -> 
     assert not (tmp_path / "kept").exists()
 
 
+def old_kept_folder(run: Path, place: Path) -> Path:
+    """A kept run as older versions wrote it: five files in a folder."""
+    shutil.copytree(run, place / run.parent.name / run.name)
+    folder = place / run.parent.name / run.name
+    (folder / "metrics.jsonl.gz").write_bytes(gzip.compress((folder / "metrics.jsonl").read_bytes(), mtime=0))
+    (folder / "metrics.jsonl").unlink()
+    told = json.loads((run / "summary.json").read_text())
+    write(folder / "summary.json", told | {"path": f"{run.parent.name}/{run.name}"})
+    return folder
+
+
+def test_folders_of_older_versions_are_read_and_replaced(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs", "net_wide", 0, more={"masks": {"fc": {"density": 0.5}}, "churn": math.nan})
+    folder = old_kept_folder(run, tmp_path / "kept")
+    (old,) = collect([tmp_path / "kept"]).runs
+    keep([run], tmp_path / "new")
+    (kept,) = keep([tmp_path / "kept"], tmp_path / "kept")
+    assert kept.state == "replaced" and not folder.exists()
+    assert files(tmp_path / "kept") == files(tmp_path / "new")
+    (new,) = collect([tmp_path / "kept"]).runs
+    text = partial(json.dumps, sort_keys=True)  # a NaN is not equal to itself, its text is
+    for part in ("name", "seed", "state", "stamp", "recipe", "metrics", "summary", "audit", "provenance"):
+        assert text(getattr(new, part)) == text(getattr(old, part)), part
+
+
+def test_a_folder_with_more_than_a_kept_run_is_not_replaced(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs", "net_dense", 0)
+    (old_kept_folder(run, tmp_path / "kept") / "plot.svg").touch()
+    before = files(tmp_path / "kept")
+    with pytest.raises(ArtifactError, match="holds something else"):
+        keep([run], tmp_path / "kept")
+    with pytest.raises(ArtifactError, match="holds something else"):
+        keep([tmp_path / "runs"], tmp_path / "runs")  # a run is not replaced by what is kept of it
+    assert files(tmp_path / "kept") == before
+
+
+def test_a_file_that_was_edited_is_damaged(tmp_path: Path) -> None:
+    (kept,) = keep([make_run(tmp_path / "runs", "net_dense", 0, (50.0, 71.25))], tmp_path / "kept")
+    text = kept.path.read_text()
+    for changed, told in (
+        (text.replace("71.25", "72.25"), "its SHA-256 differs"),
+        (text.replace('"seed": 0', '"seed": 1'), "its SHA-256 differs"),
+        (text[: len(text) // 2], "is no JSON"),
+        (text.replace("kept_run/1", "kept_run/2"), "is no kept run: its schema is not 'sparseift.kept_run/1'"),
+    ):
+        assert changed != text
+        kept.path.write_text(changed)
+        ((path, reason),) = collect([tmp_path / "kept"]).skipped
+        assert path == kept.path and told in reason
+        assert collect([kept.path]).skipped == [(path, reason)]
+    kept.path.write_text(text)
+    assert len(collect([kept.path]).runs) == 1
+
+
+@pytest.mark.parametrize("broken", ["short row", "long row", "no metrics", "audit is a list", "step is text"])
+def test_a_file_of_another_form_is_damaged_and_no_error(tmp_path: Path, broken: str) -> None:
+    """Also where its SHA-256 is right, as in a file that somebody wrote by hand."""
+    (kept,) = keep([make_run(tmp_path / "runs", "net_dense", 0)], tmp_path / "kept")
+    document = json.loads(kept.path.read_text())
+    rows = document["metrics"][0]["rows"]
+    if broken == "short row":
+        rows[0].pop()
+    elif broken == "long row":
+        rows[0].append(1)
+    elif broken == "no metrics":
+        del document["metrics"]
+    elif broken == "audit is a list":
+        document["audit"] = []
+    else:
+        rows[0][0] = "x"
+    document["sha256"] = kept_file.digest(document)
+    kept.path.write_text(json.dumps(document))
+    assert len(collect([tmp_path]).skipped) == 1
+
+
+def test_tables_give_back_every_row() -> None:
+    rows = [
+        {"step": 1, "lr": 0.1, "masks": {"a.b": {"density": 1 / 3}, "c": {}}, "none": None},
+        {"step": 2, "lr": 1e-300, "masks": {"a.b": {"density": 2**70}, "c": {}}, "none": [1, {"x": 2}]},
+        {"lr": 0.1, "step": 3},
+        {"step": 4, "masks": {"a.b": {"density": 0.5}}},
+    ]
+    tables = kept_file.to_tables(rows)
+    assert [len(table["rows"]) for table in tables] == [2, 1, 1]
+    assert json.dumps(kept_file.from_tables(json.loads(json.dumps(tables)))) == json.dumps(rows)
+
+
 def test_another_run_is_not_overwritten(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", "net_dense", 0, (50.0, 70.0))
     other = make_run(tmp_path / "b", "net_dense", 0, (50.0, 71.0))
@@ -133,7 +222,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     told = json.loads(capsys.readouterr().out)
     assert told["schema"] == "sparseift.report-keep/1"
     assert [(row["kept"], row["state"]) for row in told["runs"]] == [
-        ("kept/net_dense/20260101T120000Z-00000000", "new")
+        ("kept/net_dense/20260101T120000Z-00000000.json", "new")
     ]
 
 
@@ -149,8 +238,9 @@ def test_the_picture_of_the_readme_is_drawn_from_kept_runs(root: Path, tmp_path:
     pictures = re.findall(r"!\[.+\]\((recipes/.+/results/.+\.svg)\)", (root / "README.md").read_text("utf-8"))
     assert pictures and all(0 < (root / picture).stat().st_size < 60_000 for picture in pictures)
     folder = tmp_path / Path(pictures[0]).parent
-    for run in sorted((root / pictures[0]).parent.glob("*/*/recipe.yaml"))[::3]:  # a seed of each recipe
-        shutil.copytree(run.parent, folder / run.parent.parent.name / run.parent.name)
+    for run in sorted((root / pictures[0]).parent.glob("*/*.json"))[::3]:  # a seed of each recipe
+        (folder / run.parent.name).mkdir(parents=True)
+        shutil.copy(run, folder / run.parent.name)
     assert results.main(True, tmp_path) == 0
     drawn = tmp_path / pictures[0]
     if not drawn.exists():

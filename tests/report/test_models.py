@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from sparseift_cli.report.collect import collect
+from sparseift_cli.report.frame import groups_frame, records, runs_frame
 from sparseift_cli.report.grouping import labels
 from sparseift_cli.report.make import Options, make
-from tests.helpers.report_runs import make_run, write
+from tests.helpers.report_runs import make_run, seeds, write
 
 
 def audit(params: int = 1000, flops: int = 6000, made: dict[str, int] | None = None) -> dict[str, Any]:
@@ -71,3 +72,10 @@ def test_code_that_was_edited_without_other_counts_is_noted(tmp_path: Path) -> N
     report = make([tmp_path], Options(), [])
     assert len(report.groups) == 1
     assert report.notes == ["net_dense: the source of mym was edited between its runs, or in one of them"]
+
+
+def test_old_spelling_of_a_model_is_the_same_model(tmp_path: Path) -> None:
+    seeds(tmp_path / "old", "net_dense", [70.0, 72.0], model="sparseift_cli.quickstart:digits_mlp")
+    make_run(tmp_path / "new", "net_dense", 2, model="digits_mlp", stamp=1)
+    (row,) = records(groups_frame(runs_frame(collect([tmp_path]).runs)))
+    assert (row["group"], row["model"], row["n"]) == ("net_dense", "digits_mlp", 3)

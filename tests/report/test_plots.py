@@ -20,7 +20,7 @@ from sparseift_cli.report.make import Options, make
 from sparseift_cli.report.plots import curves, layers, style, tradeoff
 from sparseift_cli.report.plots.families import Family, families, scaled
 from sparseift_cli.report.plots.pictures import pictures, save_all
-from sparseift_cli.report.record import Run
+from sparseift_cli.report.read import Run
 from sparseift_cli.report.report import Report
 from sparseift_cli.report.unmasked import as_trained
 from tests.helpers.report_made import audit, layer, report, run

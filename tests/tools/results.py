@@ -29,7 +29,7 @@ from sparseift_cli.report.make import Options, make
 from sparseift_cli.report.plots.pictures import pictures
 from sparseift_cli.report.plots.style import to_svg
 from sparseift_cli.report.published import evidence, published, same_subject
-from sparseift_cli.report.record import Run
+from sparseift_cli.report.read import Run, is_kept_file
 from sparseift_cli.report.report import Report
 from sparseift_cli.report.statistics import mean_interval
 
@@ -48,7 +48,7 @@ SHARED = ", longer where so many runs (in brackets) shared the device"
 
 def folders(root: Path = ROOT) -> list[Path]:
     """Every folder of kept results that holds a run."""
-    return [f for f in sorted(root.glob("recipes/*/results")) if any(f.glob("*/*/recipe.yaml"))]
+    return [f for f in sorted(root.glob("recipes/*/results")) if any(map(is_kept_file, f.glob("*/*.json")))]
 
 
 def made(folder: Path) -> Report:

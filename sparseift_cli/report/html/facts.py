@@ -9,7 +9,7 @@ from typing import Any
 
 from ...recipe.load import for_others
 from ..published import evidence
-from ..record import Run
+from ..read import Run
 from ..report import Report
 from .element import Child, Safe, element, folded, join, listing, numbers, plain, table, words
 
@@ -49,7 +49,7 @@ def left_out(report: Report) -> Safe | None:
     parts: list[Child] = []
     if report.skipped:
         parts += [element("h3", "Not read"), listing(f"{path}: {reason}" for path, reason in report.skipped)]
-    odd = [f"{run.path.parent.name}/{run.path.name}: {said}" for run in report.runs for said in run.warnings]
+    odd = [f"{run.path.parent.name}/{run.stamp}: {said}" for run in report.runs for said in run.warnings]
     if odd:
         parts += [element("h3", "Read, with warnings"), listing(odd)]
     if report.notes:
@@ -117,7 +117,7 @@ def _run(run: Run) -> list[Child]:
     commit = ((session.get("git") or {}).get("commit") or "")[:10]
     dirty = " + changes" if (session.get("git") or {}).get("dirty") else ""
     return [
-        run.path.name,
+        run.stamp,
         run.name,
         run.state,
         _text(run.seed),

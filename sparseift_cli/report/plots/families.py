@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from ...base.metrics import LOWER_IS_BETTER, TEST
-from ..record import Run
+from ..read import Run
 from ..report import Report
 from ..unmasked import as_trained, without_masks
 from .style import BASELINE, Look, look

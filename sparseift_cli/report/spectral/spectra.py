@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..record import Run
+from ..read import Run
 from .history import RunSpectra, history
 
 if TYPE_CHECKING:
