@@ -14,6 +14,7 @@ import typer
 from ..errors import SparseiftError, UsageError
 from ..version import __version__
 from . import flops, inspect, quick_help, recipe, report, train, transform
+from .options import Command
 
 app = typer.Typer(
     name="sparseift",
@@ -25,7 +26,7 @@ app = typer.Typer(
     help="Sparse Iso-FLOP Transformations: larger, sparse layers at the FLOPs of the dense ones, audited to the MAC.",
 )
 app.command("flops", help=flops.HELP)(flops.flops)
-app.command("transform", help=transform.HELP)(transform.transform)
+app.command("transform", help=transform.HELP, cls=Command)(transform.transform)
 app.command("inspect", help=inspect.HELP)(inspect.inspect)
 app.command("train", help=train.HELP)(train.train)
 app.add_typer(report.app, name="report", help=report.HELP)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..plan.spec import TrainingSpec, TransformSpec, member_named
 from . import options
-from .formats import Format
+from .options import Format
 
 if TYPE_CHECKING:
-    from ..models.source import Request
+    from ..models.request import Request
     from ..plan.audit import Audit
-    from ..plan.spec import TrainingSpec, TransformSpec
     from ..table.table import LayerTable
     from ..trace.verify import Verification
-    from .gates import Problem
+    from .gates import Limits, Problem
 
 HELP = """Count a model's FLOPs exactly, dense and transformed, layer by layer.
 
@@ -25,111 +26,150 @@ Examples:
 
   sparseift flops resnet18 --sparsity 0.9
 
-  sparseift flops gpt3-small --sparsity 0.5,0.75,0.9 --match model
+  sparseift flops gpt3_small --sparsity 0.5,0.75,0.9 --match model
 
   sparseift flops my_package.models:make_net --input 3x32x32 --sparsity 0.75 --transform parallel
 
   sparseift flops resnet18 -s 0.9 --match model --max-flops-ratio 1.0 --summary      # exit 1 above the budget
 """
 
+_SPARSITY = "Share of zeros: 0.9, or a list to compare: 0.5,0.75,0.9. Without it: the dense model."
+_TRAINING = "Training FLOPs"
 
-@options.taking_spec
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """How the result is shown and where it goes."""
+
+    fmt: Format
+    output: Path | None
+    depth: int | None
+    sort: str | None
+    summary: bool
+
+
+@options.takes(
+    spec=options.Declared(TransformSpec, help={"sparsity": _SPARSITY}), training=options.Declared(TrainingSpec)
+)
 def flops(
     source: options.Source,
-    transform: options.Transform = None,
-    sparsity: options.Sparsity = None,
-    algorithm: Annotated[
-        str | None,
-        typer.Option(help="Training FLOPs of: dense, static, set, snfs, rigl, gmp, granet.", show_default="static"),
-    ] = None,
-    delta_t: Annotated[int | None, typer.Option(help="Steps between mask updates.", show_default="100")] = None,
-    stop: Annotated[
-        str | None, typer.Option(help="Part of the run after which masks stay.", show_default="0.75")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of the run; without it its long-run mean.")] = None,
-    recompute: Annotated[bool, typer.Option(help="Activation checkpointing: a second forward of every block.")] = False,
-    causal: Annotated[str, typer.Option(help="Causal attention counted full, half or exact.")] = "full",
+    *,
     num_classes: options.NumClasses = None,
     input_shape: options.Input = None,
     batch: options.Batch = 1,
     seq: options.Seq = None,
-    depth: Annotated[int | None, typer.Option(help="Fold rows into modules N names deep.")] = None,
-    sort: Annotated[str | None, typer.Option(help="Sort rows: name, dense_macs, transformed_macs, ratio, nnz.")] = None,
-    summary: Annotated[bool, typer.Option("--summary", help="Totals only.")] = False,
-    max_flops_ratio: Annotated[float | None, typer.Option(help="Exit 1 if the whole model exceeds this ratio.")] = None,
-    max_layer_ratio: Annotated[
-        float | None, typer.Option(help="Exit 1 if a transformed row exceeds this ratio.")
+    spec: dict[str, Any],
+    training: dict[str, Any],
+    causal: Annotated[
+        str, options.choice(names=("full", "half", "exact"), help="How causal attention counts.", panel=_TRAINING)
+    ] = "full",
+    max_flops_ratio: Annotated[
+        float | None,
+        typer.Option(help="Exit 1 if the model costs more than this ratio to dense.", rich_help_panel=options.GATES),
     ] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Count again with FlopCounterMode and fvcore.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit 1 if an op could not be counted.")] = False,
+    max_layer_ratio: Annotated[
+        float | None,
+        typer.Option(help="Exit 1 if a transformed layer exceeds this ratio.", rich_help_panel=options.GATES),
+    ] = None,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Exit 1 if an operation could not be counted.", rich_help_panel=options.GATES),
+    ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Count again with FlopCounterMode and fvcore.", rich_help_panel=options.GATES),
+    ] = False,
     fmt: options.FormatOption = Format.table,
     json: options.Json = False,
     output: options.Output = None,
-    *,
-    spec: dict[str, Any],
+    summary: options.Summary = False,
+    depth: options.Depth = None,
+    sort: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN",
+            help="Sort rows by name, dense_macs, transformed_macs, ratio or nnz.",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
 ) -> None:
-    from ..errors import UsageError
     from ..models.request import Request, parse_input
+    from ..transforms.artifact import is_artifact
+    from .gates import Limits
+
+    view = View(Format.json if json else fmt, output, depth, sort, summary)
+    limits = Limits(max_flops_ratio, max_layer_ratio, strict)
+    request = Request(source, num_classes, parse_input(input_shape), seq, batch)
+    if is_artifact(source):
+        fixed = bool(spec) or not request.default
+        result = _stored(source, training, causal, fixed=fixed, verify=verify)
+        _show(result, limits.check(result), view)
+    else:
+        _count(request, spec, training, causal, limits, view, verify=verify)
+
+
+def _count(
+    request: Request,
+    spec: dict[str, Any],
+    training: dict[str, Any],
+    causal: str,
+    limits: Limits,
+    view: View,
+    *,
+    verify: bool,
+) -> None:
+    """A model or recipe: dense, at one sparsity, or at several to compare."""
+    from ..errors import UsageError
     from ..models.source import load_table, resolve
     from ..plan.audit import audit
-    from ..transforms.artifact import is_artifact
-    from . import gates
+    from .gates import Problem
 
-    fmt = Format.json if json else fmt
-    asked = Request(source, num_classes, parse_input(input_shape), seq, batch)
-    counted = {"algorithm": algorithm, "delta_t": delta_t, "stop": stop, "steps": steps, "recompute": recompute or None}
-    if is_artifact(source):
-        fixed = bool(spec or transform) or sparsity is not None or not asked.default
-        result = _stored(source, counted, causal, fixed=fixed, verify=verify)
-        problems = gates.check(result, max_flops_ratio, max_layer_ratio, strict=strict)
-        _tell(result, problems, fmt, output, depth=depth, sort=sort, summary=summary)
-        return
-    request, recipe = resolve(asked)
+    request, recipe = resolve(request)
     given: dict[str, Any] = (dict(recipe.transform) if recipe else {}) | spec
-    if transform:
-        given["member"] = transform
-    sparsities = (
-        [s.strip() for s in sparsity.split(",")]
-        if sparsity is not None
-        else [given["sparsity"]]
-        if "sparsity" in given
-        else []
-    )
+    sparsities = [s.strip() for s in given["sparsity"].split(",")] if "sparsity" in given else []
     if given and not sparsities:
         raise UsageError(
             "a transform needs its sparsity", hint="add --sparsity 0.9, or a list: --sparsity 0.5,0.75,0.9"
         )
     specs = [_spec(given | {"sparsity": s}) for s in sparsities]
-    training = _training(recipe.training if recipe else {}, counted)
+    counted = TrainingSpec(**((recipe.training if recipe else {}) | training))
     table = load_table(request)
     if len(specs) > 1:
         if verify:
             raise UsageError("--verify counts the dense model again, once", hint="leave out --sparsity, or give one")
-        _compare(table, specs, training, causal, fmt, output, max_flops_ratio, max_layer_ratio, strict=strict)
+        _compare(table, specs, counted, causal, limits, view)
         return
-    result = audit(table, specs[0] if specs else None, training, causal=causal)
+    result = audit(table, specs[0] if specs else None, counted, causal=causal)
     verification = _verify(request, table) if verify else None
-    problems = gates.check(result, max_flops_ratio, max_layer_ratio, strict=strict)
+    problems = limits.check(result)
     if verification is not None and not verification.agree:
-        problems.append(gates.Problem(None, verification.verdict))
-    _tell(result, problems, fmt, output, depth=depth, sort=sort, summary=summary, verification=verification)
+        problems.append(Problem(None, verification.verdict))
+    _show(result, problems, view, verification)
 
 
-def _tell(result: Audit, problems: list[Problem], fmt: Format, output: Any, **view: Any) -> None:
-    """Show an audit, then let the gates speak."""
+def _show(result: Audit, problems: list[Problem], view: View, verification: Verification | None = None) -> None:
+    """Show an audit, then exit 1 where a gate has a problem, also where the reader of stdout has gone (`| head`)."""
     from . import flops_view, gates
-    from .output import patient
+    from .output import ignore_broken_pipe
 
-    with patient():  # a gate has its say even where nobody reads on
-        if fmt is Format.github:
-            gates.annotate([result], problems, output)
+    with ignore_broken_pipe():
+        if view.fmt is Format.github:
+            gates.annotate([result], problems, view.output)
         else:
-            flops_view.show(result, fmt, output, **view)
-    gates.stop_on(problems, told=fmt is Format.github)
+            flops_view.show(
+                result,
+                view.fmt,
+                view.output,
+                depth=view.depth,
+                sort=view.sort,
+                summary=view.summary,
+                verification=verification,
+            )
+    gates.stop_on(problems, printed=view.fmt is Format.github)
 
 
-def _stored(source: str, counted: dict[str, Any], causal: str, *, fixed: bool, verify: bool) -> Audit:
-    """What a folder of `sparseift transform` costs: its plan is made, so it can only be counted and shown otherwise."""
+def _stored(source: str, training: dict[str, Any], causal: str, *, fixed: bool, verify: bool) -> Audit:
+    """What a folder of `sparseift transform` costs. Its plan is fixed; how its training is counted is not."""
     from ..errors import UsageError
     from ..transforms.artifact import open_artifact
 
@@ -138,56 +178,39 @@ def _stored(source: str, counted: dict[str, Any], causal: str, *, fixed: bool, v
     if verify:
         raise UsageError("--verify counts a dense model again", hint=f"the source that {source} was made from")
     stored = open_artifact(source)
-    return stored.audit(_training(asdict(stored.training), counted), causal)
+    return stored.audit(TrainingSpec(**(asdict(stored.training) | training)), causal)
 
 
 def _spec(given: dict[str, Any]) -> TransformSpec:
-    from ..plan.spec import TransformSpec, member_named
-
     return TransformSpec.of(given | {"member": member_named(given.get("member", "wide"))})
 
 
-def _training(recipe: dict[str, Any], given: dict[str, Any]) -> TrainingSpec:
-    from ..plan.spec import TrainingSpec
-
-    return TrainingSpec(**(recipe | {k: v for k, v in given.items() if v is not None}))
-
-
 def _compare(
-    table: LayerTable,
-    specs: list[TransformSpec],
-    training: TrainingSpec,
-    causal: str,
-    fmt: Format,
-    output: Any,
-    max_flops_ratio: float | None,
-    max_layer_ratio: float | None,
-    *,
-    strict: bool,
+    table: LayerTable, specs: list[TransformSpec], training: TrainingSpec, causal: str, limits: Limits, view: View
 ) -> None:
-    """One line per sparsity; a sparsity that cannot be matched says so in its line, and the command exits 1."""
+    """One line per sparsity; where a sparsity cannot be matched its line has the reason, and the command exits 1."""
     from ..errors import CheckFailed
     from ..plan.audit import audit
     from . import flops_view, gates
-    from .output import patient
+    from .output import ignore_broken_pipe
 
     results: list[tuple[str, Audit | CheckFailed]] = []
-    problems: list[gates.Problem] = []
+    problems: list[Problem] = []
     for spec in specs:
         try:
             result = audit(table, spec, training, causal=causal)
-            problems += gates.check(result, max_flops_ratio, max_layer_ratio, prefix=f"sparsity {spec.sparsity}: ")
+            problems += limits.check_ratios(result, prefix=f"sparsity {spec.sparsity}: ")
             results.append((spec.sparsity, result))
         except CheckFailed as error:
             problems.append(gates.Problem(None, error.message))
             results.append((spec.sparsity, error))
-    problems += gates.uncounted(table) if strict else []
-    with patient():
-        if fmt is Format.github:
-            gates.annotate([r for _, r in results if not isinstance(r, CheckFailed)], problems, output)
+    problems += limits.check_counted(table)
+    with ignore_broken_pipe():
+        if view.fmt is Format.github:
+            gates.annotate([r for _, r in results if not isinstance(r, CheckFailed)], problems, view.output)
         else:
-            flops_view.compare(table, results, training, causal, fmt, output)
-    gates.stop_on(problems, told=fmt is Format.github)
+            flops_view.compare(table, results, training, causal, view.fmt, view.output)
+    gates.stop_on(problems, printed=view.fmt is Format.github)
 
 
 def _verify(request: Request, table: LayerTable) -> Verification:

@@ -14,8 +14,8 @@ from ..plan.layer_plan import LayerPlan
 from ..plan.spec import TrainingSpec
 from ..table.shape import Shape
 from ..table.table import LayerTable
-from .formats import Format
-from .output import Column, Sheet, apart, integer, ratio, render
+from .options import Format
+from .output import Column, Sheet, digits_that_differ, integer, ratio, render
 
 if TYPE_CHECKING:
     from ..trace.verify import Verification
@@ -211,9 +211,9 @@ def _totals(result: Audit, title: str) -> Sheet:
 def _notes(result: Audit) -> list[str]:
     notes = []
     if result.causal != "full":
-        told = any(row.causal for row in result.table.layers)
+        found = any(row.causal for row in result.table.layers)
         unseen = "no attention here says that it is causal (`is_causal=True`; a mask of its own is not read): counted in full"
-        notes.append(f"Causal attention counted {result.causal}." if told else f"--causal {result.causal}: {unseen}.")
+        notes.append(f"Causal attention counted {result.causal}." if found else f"--causal {result.causal}: {unseen}.")
     if result.table.untraceable:
         notes.append(f"Widths unknown ({result.table.untraceable}): Sparse Wide cannot be planned.")
     if result.table.uncounted:
@@ -238,7 +238,9 @@ def _notes(result: Audit) -> list[str]:
             )
     limit = result.s_max
     if limit is not None and limit < 1:
-        notes.append(f"s_max {apart(limit, 1, 3)}: above it, what is left alone costs more than the whole dense model.")
+        notes.append(
+            f"s_max {digits_that_differ(limit, 1, 3)}: above it, what is left alone costs more than the whole dense model."
+        )
     if result.activation_factor and result.activation_factor > 1:
         notes.append(f"Activations take {result.activation_factor:.2f}x the memory, which no FLOP count shows.")
     return notes

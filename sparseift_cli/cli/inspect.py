@@ -10,7 +10,7 @@ import typer
 
 from ..errors import UsageError
 from . import options
-from .formats import Format, without_github
+from .options import Format, without_github
 
 HELP = """Show what a checkpoint holds, what the layers of a model are, or how far a training run got.
 

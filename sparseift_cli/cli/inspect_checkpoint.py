@@ -14,7 +14,7 @@ from ..checkpoint.recognise import Match, closest, load_catalogue, recognise
 from ..checkpoint.untrusted import printable
 from ..checkpoint.values import Pattern, TensorValues, scan
 from ..errors import UsageError, did_you_mean
-from .formats import Format
+from .options import Format
 from .output import Column, Sheet, integer, ratio, render
 
 if TYPE_CHECKING:

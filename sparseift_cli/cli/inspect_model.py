@@ -14,7 +14,7 @@ from ..plan.spec import MEMBERS, TransformSpec, member_named
 from ..plan.widths import solve
 from ..table.table import LayerTable
 from .flops_view import fold, shape_text, sorted_entries
-from .formats import Format
+from .options import Format
 from .output import Column, Sheet, integer, render
 
 SCHEMA = "sparseift.inspect-model/1"

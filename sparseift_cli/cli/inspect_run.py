@@ -11,7 +11,7 @@ from ..errors import ArtifactError
 from ..report import frame as frames
 from ..report.read import Damaged, Run, RunReader, number
 from ..report.spectral.history import kept_checkpoints
-from .formats import Format
+from .options import Format
 from .output import Column, Sheet, render
 from .report_view import clean
 

@@ -11,7 +11,7 @@ from ..checkpoint.facts import Checkpoint, TensorInfo
 from ..checkpoint.untrusted import printable
 from ..errors import SparseiftError, UsageError
 from ..transforms.artifact import is_artifact, open_artifact
-from .formats import Format
+from .options import Format
 from .output import Column, Sheet, integer, ratio, render
 from .ticker import Ticker
 

@@ -1,16 +1,69 @@
-"""Options that several commands share, each defined once."""
+"""The options of the commands: those that a spec declares, made from its declarations, and those that several commands share.
+
+Imports nothing heavy: `--help` imports this module and every command's.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_origin
 
 import typer
+from typer.core import TyperCommand
 
-from .formats import Format
+from ..base.options import DeclaredOption, options_of
+from ..errors import UsageError
+
+# The headings of `--help`, in the order in which commands list them; specs name those of their options.
+INPUT = "Model and input"
+GATES = "Gates"
+OUTPUT = "Output"
+
+
+class Format(StrEnum):
+    """How a reading command prints its result."""
+
+    table = "table"
+    json = "json"
+    csv = "csv"
+    md = "md"
+    github = "github"
+
+
+def without_github(fmt: Format, json: bool, command: str) -> Format:
+    """The format of a command without gates; `--json` is short for `--format json`.
+
+    Raises:
+        UsageError: GitHub annotations, which only gates write.
+    """
+    if json:
+        return Format.json
+    if fmt is Format.github:
+        raise UsageError(f"{command} has no gates to annotate", hint="--format table, json, csv or md")
+    return fmt
+
+
+def listed(names: Collection[str]) -> str:
+    """Choices as `--help` shows them in place of a type: `[wide|parallel]`, over several lines on a narrow terminal."""
+    lines, room = ["["], shutil.get_terminal_size().columns * 28 // 100
+    for i, name in enumerate(names):
+        word = name + ("|" if i + 1 < len(names) else "]")
+        if len(lines[-1]) > 1 and len(lines[-1]) + len(word) > room:
+            lines.append(" ")
+        lines[-1] += word
+    return "\n".join(lines)
+
+
+def choice(*flags: str, names: Collection[str], help: str, panel: str | None = None) -> Any:
+    """An option of one command, not of a spec, whose value is one of `names`."""
+    return typer.Option(*flags, help=help, metavar=listed(names), rich_help_panel=panel)
+
 
 Source = Annotated[
     str,
@@ -19,93 +72,125 @@ Source = Annotated[
         show_default=False,
     ),
 ]
-Transform = Annotated[
-    str | None, typer.Option("--transform", "-t", help="wide, parallel, factorized or doped.", show_default="wide")
-]
-Sparsity = Annotated[
+NumClasses = Annotated[int | None, typer.Option(help="Classes of an image model.", rich_help_panel=INPUT)]
+Input = Annotated[
     str | None,
-    typer.Option("--sparsity", "-s", help="0.9, or a list to compare: 0.5,0.75,0.9. Without it: the dense model."),
+    typer.Option("--input", metavar="CxHxW", help="One sample's shape: 3x224x224.", rich_help_panel=INPUT),
 ]
-Scope = Annotated[
-    str | None,
+Batch = Annotated[int, typer.Option(help="Samples in the input.", rich_help_panel=INPUT)]
+Seq = Annotated[int | None, typer.Option(help="Tokens in the input of a language model.", rich_help_panel=INPUT)]
+Depth = Annotated[
+    int | None, typer.Option(metavar="N", help="Fold rows into modules N names deep.", rich_help_panel=OUTPUT)
+]
+Summary = Annotated[bool, typer.Option("--summary", help="Totals only.", rich_help_panel=OUTPUT)]
+FormatOption = Annotated[
+    Format, typer.Option("--format", "-f", help="How the result is printed.", rich_help_panel=OUTPUT)
+]
+Json = Annotated[bool, typer.Option("--json", help="Short for --format json.", rich_help_panel=OUTPUT)]
+Output = Annotated[
+    Path | None,
     typer.Option(
-        help="Sparse Wide: all widths, inner ones only, or none: sparse at the dense widths, a control (--match off).",
-        show_default="all",
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="Write to this file instead of stdout.",
+        show_default=False,
+        rich_help_panel=OUTPUT,
     ),
 ]
-Include = Annotated[list[str] | None, typer.Option(help="Transform only layers that match this glob. Repeatable.")]
-Exclude = Annotated[list[str] | None, typer.Option(help="Leave layers that match this glob as they are. Repeatable.")]
-NumClasses = Annotated[int | None, typer.Option(help="Classes of an image model.")]
-Input = Annotated[str | None, typer.Option("--input", help="One sample's shape: 3x224x224.")]
-Batch = Annotated[int, typer.Option(help="Samples in the input.")]
-Seq = Annotated[int | None, typer.Option(help="Tokens in the input of a language model.")]
-FormatOption = Annotated[Format, typer.Option("--format", "-f", help="How to print the result.")]
-Json = Annotated[bool, typer.Option("--json", help="Short for --format json.")]
-Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Write to this file instead of stdout.", show_default=False)
-]
-
-Match = Annotated[str | None, typer.Option(help="Hold iso-FLOP: layer, model, train, or off.", show_default="layer")]
-WidthMultiple = Annotated[int | None, typer.Option(help="Round widths to this multiple.", show_default="1")]
-BaseWidth = Annotated[int | None, typer.Option(help="New width of the stem; all others keep their proportion.")]
-Heads = Annotated[str | None, typer.Option(help="scale_dim or scale_count.", show_default="scale_dim")]
-Depthwise = Annotated[str | None, typer.Option(help="Depthwise convs stay dense, or sparse.", show_default="dense")]
-BranchActivation = Annotated[
-    str | None,
-    typer.Option(help="Parallel: norm and activation in each branch, or after the sum.", show_default="each"),
-]
-Inner = Annotated[
-    str | None, typer.Option(help="Factorized: activation, norm or linear between U and V.", show_default="activation")
-]
-Norm = Annotated[
-    str | None, typer.Option(help="Inside a member: the model's, batch_norm or none.", show_default="model")
-]
-Activation = Annotated[
-    str | None, typer.Option(help="Inside a member: the model's, none, relu, gelu, silu, ...", show_default="model")
-]
-Projections = Annotated[
-    str | None,
-    typer.Option(help="Attention projections under local members: untouched, transformed.", show_default="untouched"),
-]
-Pattern = Annotated[
-    str | None, typer.Option(help="unstructured, N:M (2:4) or blocks (4x4).", show_default="unstructured")
-]
-Distribution = Annotated[str | None, typer.Option(help="uniform, er or erk.", show_default="uniform")]
-
-SPEC: dict[str, Any] = {
-    "match": Match,
-    "scope": Scope,
-    "include": Include,
-    "exclude": Exclude,
-    "width_multiple": WidthMultiple,
-    "base_width": BaseWidth,
-    "heads": Heads,
-    "depthwise": Depthwise,
-    "branch_activation": BranchActivation,
-    "inner": Inner,
-    "norm": Norm,
-    "activation": Activation,
-    "projections": Projections,
-    "pattern": Pattern,
-    "distribution": Distribution,
-}
-"""The options that say how to transform, beside --transform and --sparsity, by their field of TransformSpec."""
 
 
-def taking_spec(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command every option of SPEC; it takes them as one dict `spec`, of those that were given."""
-    own = inspect.signature(command, eval_str=True)
-    before = [p for p in own.parameters.values() if p.name != "spec"]
-    shared = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=a) for n, a in SPEC.items()]
+class Command(TyperCommand):
+    """A command that still reads the former spelling of an option, which its help does not list."""
 
-    @functools.wraps(command)
-    def run(**given: Any) -> None:
-        spec = {name: given.pop(name) for name in SPEC}
-        spec = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.items() if v is not None and v != []}
-        command(**given, spec=spec)
+    FORMER: Mapping[str, str] = {"--out": "--output"}
 
-    at = next((i for i, p in enumerate(before) if p.name == "algorithm"), len(before))
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*before[:at], *shared, *before[at:])]
-    run.__dict__["__signature__"] = own.replace(parameters=parameters)
-    run.__annotations__ = {p.name: p.annotation for p in parameters}
-    return run
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        return super().parse_args(ctx, [*map(self._current, args[:end]), *args[end:]])
+
+    def _current(self, word: str) -> str:
+        name, equals, value = word.partition("=")
+        return self.FORMER.get(name, name) + equals + value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Declared:
+    """The options that a dataclass declares, as a command takes them.
+
+    Args:
+        by: the dataclass.
+        only: the options to take; all of them if none are named.
+        help: help texts in place of the declared ones, where an option means something else to this command.
+        panel: one heading for all of them, in place of those declared.
+    """
+
+    by: type = field(kw_only=False)
+    only: Sequence[str] = ()
+    help: Mapping[str, str] = field(default_factory=dict)
+    panel: str | None = None
+
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """A keyword parameter for typer by the name of each option; None where it was not given."""
+        found = options_of(self.by)
+        return {
+            name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=self._annotation(d))
+            for name, d in found.items()
+            if not self.only or name in self.only
+        }
+
+    def _annotation(self, declared: DeclaredOption) -> Any:
+        named, metavar = self.help.get(declared.name, declared.help), declared.option.metavar
+        flags, shown = declared.flags, declared.shown_default
+        if declared.choices and metavar is None:
+            metavar = listed(declared.choices)
+        if get_origin(declared.type) is tuple:
+            kind, named = list[str], f"{named} Repeatable."
+        else:
+            kind = declared.type if declared.type in (int, float, bool) else str
+        if kind is bool:
+            shown = None
+            if declared.default:
+                flags = (f"{flags[0]}/--no-{flags[0].removeprefix('--')}", *flags[1:])
+        option = typer.Option(
+            *flags,
+            help=named,
+            metavar=metavar,
+            show_default=shown or False,
+            rich_help_panel=self.panel or declared.option.panel or None,
+        )
+        return Annotated[kind | None, option]
+
+
+def takes(**groups: Declared) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of each group, in place of its parameter of that name: a dict of those that were given.
+
+    @options.takes(spec=options.Declared(TransformSpec))
+    def flops(source: Source, *, spec: dict[str, Any], ...) -> None:
+    """
+    made = {name: group.parameters() for name, group in groups.items()}
+
+    def with_options(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True)
+
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            for name, parameters in made.items():
+                values = {key: given.pop(key) for key in parameters}
+                given[name] = {
+                    key: tuple(value) if isinstance(value, list) else value
+                    for key, value in values.items()
+                    if value is not None and value != []
+                }
+            command(**given)
+
+        parameters = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for name, old in own.parameters.items()
+            for parameter in (made[name].values() if name in made else (old,))
+        ]
+        run.__dict__["__signature__"] = own.replace(parameters=parameters)
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
+
+    return with_options

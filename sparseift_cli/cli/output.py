@@ -29,7 +29,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import UsageError
-from .formats import Format
+from .options import Format
 
 PIPE_WIDTH = 10_000  # rich would cut tables at 80 columns where there is no terminal
 _HEIGHT = 25  # lines: nothing that is printed here depends on it
@@ -86,13 +86,17 @@ def measured(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4e}"
 
 
-def apart(value: Fraction | float, limit: float, digits: int = 6) -> str:
-    """A number that is on one side of a limit, in as many decimals (`digits` or more) as show that; no other is shown as 1."""
+def digits_that_differ(value: Fraction | float, limit: float, digits: int = 6) -> str:
+    """A number next to a limit, in as many decimals as show on which side it is; only 1 itself is shown as 1.
+
+    >>> digits_that_differ(1.00000004, 1.0)
+    '1.00000004'
+    """
     exact, bound = Fraction(value), Fraction(limit) if math.isfinite(limit) else None
     for decimals in range(digits, 17):
         shown = Fraction(text := f"{float(value):.{decimals}f}")
-        told = bound is None or abs(shown - exact) * 4 < abs(exact - bound)
-        if told and (shown == 1) is (exact == 1):
+        differs = bound is None or abs(shown - exact) * 4 < abs(exact - bound)
+        if differs and (shown == 1) is (exact == 1):
             return text
     return str(float(value))
 
@@ -138,7 +142,7 @@ def render(sheets: Sequence[Sheet], payload: Mapping[str, Any], fmt: Format, out
 
 
 @contextmanager
-def patient() -> Iterator[None]:
+def ignore_broken_pipe() -> Iterator[None]:
     """Where the reader of stdout goes away (`| head`), what is printed goes nowhere, and the work after it is still done."""
     try:
         yield

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options
-from .formats import Format, without_github
+from .options import Format, without_github
 
 if TYPE_CHECKING:
     from ..recipe.load import Recipe

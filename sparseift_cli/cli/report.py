@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from . import options, report_figure4, report_keep
-from .formats import Format, without_github
+from .options import Format, without_github
 from .ticker import Ticker
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def report(
 ) -> None:
     from ..report.make import make
     from . import report_gates, report_view
-    from .output import one_line, patient
+    from .output import ignore_broken_pipe, one_line
 
     fmt = ReportFormat.json if json else fmt
     asked = _options(baseline, reference, group_by, metric, where, sort, flops_tolerance, allow_unequal_flops, spectral)
@@ -150,7 +150,7 @@ def report(
     view = report_view.View(made, _names(columns), asked)
     for gate in gates:
         gate.require(report_gates.known(made), "--fail-if")
-    with patient():  # a gate has its say even where nobody reads on
+    with ignore_broken_pipe():  # a gate has its say even where nobody reads on
         if fmt is ReportFormat.html:
             _page(made, output)
         else:
@@ -177,11 +177,11 @@ def diff(
     from ..errors import CheckFailed
     from ..report.diff import diff as compare
     from . import report_diff_view
-    from .output import patient
+    from .output import ignore_broken_pipe
 
     fmt = without_github(fmt, json, "report diff")
     found = compare(a, b, bit_for_bit=exact)
-    with patient():  # a check has its say even where nobody reads on
+    with ignore_broken_pipe():  # a check has its say even where nobody reads on
         report_diff_view.show(found, fmt, output)
     if found.exact is not None and not found.exact.equal:
         raise CheckFailed("the runs are not equal bit for bit")

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..report.diff import Change, Diff
 from ..report.read import Run
-from .formats import Format
+from .options import Format
 from .output import Column, Sheet, render
 from .report_view import clean
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import UsageError
 from . import options
-from .formats import Format, without_github
+from .options import Format, without_github
 
 SCHEMA = "sparseift.figure4/1"
 HELP = """The article's Figure 4 again: published results against training FLOPs that are audited here.

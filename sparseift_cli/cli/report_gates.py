@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckFailed, UsageError
-from .output import apart, one_line
+from .output import digits_that_differ, one_line
 
 if TYPE_CHECKING:
     from ..report.filters import Expression
@@ -84,7 +84,7 @@ def _too_dear(report: Report, rows: Sequence[Mapping[str, Any]], limit: float) -
     if not able:
         return [f"no group says its training FLOPs over {what}, so --max-flops-ratio checked nothing"]
     return [
-        f"{row['group']} trains with {apart(row[name], limit)}x {what} FLOPs, above {limit}"
+        f"{row['group']} trains with {digits_that_differ(row[name], limit)}x {what} FLOPs, above {limit}"
         for row in able
         if row[name] > limit
     ]

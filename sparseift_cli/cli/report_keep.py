@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from . import options
-from .formats import Format, without_github
+from .options import Format, without_github
 
 SCHEMA = "sparseift.report-keep/1"
 HELP = """Keep finished runs: recipe, metrics, summary, audit and provenance in one file each, without checkpoints.

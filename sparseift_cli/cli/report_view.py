@@ -17,7 +17,7 @@ from ..report.published import Beside, evidence
 from ..report.report import Comparison, Report
 from ..report.terminal import bar, sparkline, speaks_unicode
 from . import report_spectra
-from .formats import Format
+from .options import Format
 from .output import Column, Sheet, integer, render
 
 SCHEMA = "sparseift.report/1"

@@ -13,7 +13,7 @@ import typer
 
 from ..errors import InterruptedRun, SparseiftError, UsageError
 from . import options
-from .formats import Format, without_github
+from .options import Format, without_github
 
 if TYPE_CHECKING:
     from ..recipe.load import Recipe

@@ -14,7 +14,7 @@ from ..plan.spec import TrainingSpec, TransformSpec
 from ..plan.training_cost import executed_macs
 from ..recipe import defaults
 from ..recipe.load import Recipe, run_steps
-from .formats import Format
+from .options import Format
 from .output import Column, Sheet, render
 
 UNKNOWN = "The number of steps depends on the size of the data, which is not known beforehand."

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..base.metrics import METRICS
-from .formats import Format
+from .options import Format
 from .output import Column, Sheet, integer, measured, ratio, render
 
 

@@ -7,10 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..plan.spec import InitSpec, TrainingSpec, TransformSpec, member_named
 from . import options
-from .formats import Format, without_github
+from .options import Format, without_github
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from ..models.request import Request
     from ..transforms.transformation import Transformation
 
 HELP = """Transform a model or checkpoint, and write it: weights, masks, plan and audit.
@@ -31,115 +35,152 @@ Examples:
   sparseift transform gpt3_13b -s 0.5 --plan-only                       # no memory for weights
 """
 
-_START = "How it starts"
+_START = ("start", "slack", "weights", "masks", "connect")
+_NEED_DATA = ("snip", "grasp", "force")
 
 
-@options.taking_spec
+@options.takes(spec=options.Declared(TransformSpec), start=options.Declared(InitSpec, only=_START))
 def transform(
     source: Annotated[str, typer.Argument(help="As for flops, or a checkpoint file.", show_default=False)],
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", help="Folder to write. Needed without --plan-only.", show_default=False),
-    ] = None,
-    transform: options.Transform = None,
-    sparsity: Annotated[str | None, typer.Option("--sparsity", "-s", help="0.9: nine of ten weights are zero.")] = None,
-    init: Annotated[
-        str,
-        typer.Option(
-            help="fresh weights, or preserve the dense model's function (with --scope none: its largest weights).",
-            rich_help_panel=_START,
-        ),
-    ] = "fresh",
-    preserve_slack: Annotated[
-        float,
-        typer.Option(
-            help="preserve: this part of the weights, the smallest, goes to new channels.", rich_help_panel=_START
-        ),
-    ] = 0.1,
-    weight_init: Annotated[
-        str,
-        typer.Option(help="fresh: as the dense model's, or density_scaled.", rich_help_panel=_START),
-    ] = "dense",
-    masks: Annotated[
-        str, typer.Option(help="fresh: random, or magnitude (the largest weights).", rich_help_panel=_START)
-    ] = "random",
-    connect: Annotated[
-        bool, typer.Option(help="Give every output a non-zero where the count allows.", rich_help_panel=_START)
-    ] = True,
-    seed: Annotated[int, typer.Option(help="Of weights and masks.", rich_help_panel=_START)] = 0,
+    *,
     model: Annotated[
-        str | None, typer.Option(metavar="SOURCE", help="What the checkpoint is of, where the zoo does not know it.")
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="The model of a checkpoint that the zoo does not recognise.",
+            rich_help_panel=options.INPUT,
+        ),
     ] = None,
     key: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Dotted path of the state dict in the checkpoint, as in 'ema'.")
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="Dotted path of the state dict in the checkpoint, as in 'ema'.",
+            rich_help_panel=options.INPUT,
+        ),
     ] = None,
     num_classes: options.NumClasses = None,
     input_shape: options.Input = None,
     batch: options.Batch = 1,
     seq: options.Seq = None,
+    spec: dict[str, Any],
+    start: dict[str, Any],
+    seed: Annotated[int, typer.Option(help="Seed of weights and masks.", rich_help_panel=options.OUTPUT)] = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT",
+            help="Folder to write. Needed without --plan-only.",
+            show_default=False,
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a transformed model at OUT.", rich_help_panel=options.OUTPUT)
+    ] = False,
     plan_only: Annotated[
-        bool, typer.Option("--plan-only", help="Plan, operate and count on the meta device; write no weights.")
+        bool,
+        typer.Option(
+            "--plan-only",
+            help="Plan, transform and count on the meta device; write no weights.",
+            rich_help_panel=options.OUTPUT,
+        ),
     ] = False,
     export: Annotated[
-        str | None, typer.Option(help="dense: also OUT/state_dict.pt, zeros stored, for any PyTorch code.")
+        str | None,
+        options.choice(
+            names=("dense",),
+            help="Also OUT/state_dict.pt, zeros stored, for any PyTorch code.",
+            panel=options.OUTPUT,
+        ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a transformed model at OUT.")] = False,
-    summary: Annotated[bool, typer.Option("--summary", help="Totals only.")] = False,
-    depth: Annotated[int | None, typer.Option(help="Fold rows into modules N names deep.")] = None,
     fmt: options.FormatOption = Format.table,
     json: options.Json = False,
-    *,
-    spec: dict[str, Any],
+    summary: options.Summary = False,
+    depth: options.Depth = None,
 ) -> None:
-    from ..errors import UsageError, one_of
+    from ..errors import UsageError
     from ..models.request import Request, parse_input
-    from ..models.source import resolve
-    from ..transforms.artifact import require_writable
 
     fmt = without_github(fmt, json, "transform")
-    one_of("--init", init, ("fresh", "preserve"))
-    one_of("--masks", masks, ("random", "magnitude"))
-    one_of("--weight-init", weight_init, ("dense", "density_scaled"))
-    one_of("--export", export or "dense", ("dense",))
-    if not 0 <= preserve_slack < 1:
-        raise UsageError(f"--preserve-slack {preserve_slack} is not in [0, 1)")
-    if out is None and not plan_only:
-        raise UsageError("where should it go?", hint="-o FOLDER, or --plan-only to see the plan and write nothing")
-    if out is not None:
-        require_writable(out, force=force)
-    if export and plan_only:
-        raise UsageError("--plan-only has no weights to export", hint="leave out one of the two")
-    if init == "preserve" and plan_only:
-        raise UsageError("--plan-only has no weights to preserve", hint="leave out one of the two")
+    init = InitSpec(**start)
+    _require_output(output, init, force=force, plan_only=plan_only, export=export)
     checkpoint = source if _is_checkpoint_file(source) else None
     if checkpoint is None and (model or key):
         raise UsageError("--model and --key are for checkpoint files", hint=f"{source} is a model")
     request = Request(model or "" if checkpoint else source, num_classes, parse_input(input_shape), seq, batch)
+    new, done = _convert(request, spec, init, checkpoint, key, seed, plan_only=plan_only)
+    if output is not None:
+        from ..api import save
+
+        save(new, output, force=force, state_dict=export == "dense")
+    _show(done, output, fmt, summary=summary, depth=depth)
+
+
+def _require_output(out: Path | None, init: InitSpec, *, force: bool, plan_only: bool, export: str | None) -> None:
+    """Raise UsageError where the options contradict each other, or OUT cannot be written."""
+    from ..errors import UsageError, one_of
+    from ..transforms.artifact import require_writable
+
+    if init.masks in _NEED_DATA:
+        raise UsageError(
+            f"--masks {init.masks} reads training batches, which a recipe has",
+            hint="sparseift train, or --masks magnitude",
+        )
+    one_of("--export", export or "dense", ("dense",))
+    if out is None and not plan_only:
+        raise UsageError(
+            "no folder is given to write to", hint="-o FOLDER, or --plan-only to see the plan and write nothing"
+        )
+    if out is not None:
+        require_writable(out, force=force)
+    if export and plan_only:
+        raise UsageError("--plan-only has no weights to export", hint="leave out one of the two")
+    if init.start == "preserve" and plan_only:
+        raise UsageError("--plan-only has no weights to preserve", hint="leave out one of the two")
+
+
+def _convert(
+    request: Request,
+    spec: dict[str, Any],
+    init: InitSpec,
+    checkpoint: str | None,
+    key: str | None,
+    seed: int,
+    *,
+    plan_only: bool,
+) -> tuple[nn.Module, Transformation]:
+    """The transformed module; what the command line gives wins over the recipe."""
+    from ..errors import UsageError
+    from ..models.source import resolve
+
     request, recipe = resolve(request) if request.source else (request, None)
     given: dict[str, Any] = (dict(recipe.transform) if recipe else {}) | spec
-    given |= {k: v for k, v in {"member": transform, "sparsity": sparsity}.items() if v is not None}
     if "sparsity" not in given:
         raise UsageError("a transform needs its sparsity", hint="--sparsity 0.9")
-    from ..plan.spec import TrainingSpec, TransformSpec, member_named
-    from ..transforms.convert import convert
+    wanted = TransformSpec.of(given | {"member": member_named(given.get("member", "wide"))})
+
+    from ..transforms.convert import convert  # imports torch: what is wrong above is found without it
     from ..transforms.transformation import Options
 
-    wanted = TransformSpec.of(given | {"member": member_named(given.get("member", "wide"))})
-    start: Any = {"start": init, "init": weight_init, "scores": None if masks == "random" else masks}
-    new, done = convert(
+    return convert(
         request,
         wanted,
         checkpoint=checkpoint,
         key=key,
         plan_only=plan_only,
         training=TrainingSpec(**recipe.training) if recipe else None,
-        options=Options(seed=seed, connect=connect, preserve_slack=preserve_slack, **start),
+        options=Options(
+            start=init.start,
+            init=init.weights,
+            scores="magnitude" if init.masks == "magnitude" else None,
+            seed=seed,
+            connect=init.connect,
+            preserve_slack=init.slack,
+        ),
     )
-    if out is not None:
-        from ..api import save
-
-        save(new, out, force=force, state_dict=export == "dense")
-    _show(done, out, fmt, summary=summary, depth=depth)
 
 
 def _is_checkpoint_file(source: str) -> bool:

@@ -34,6 +34,7 @@ _TRANSFORM = "Transform"
 _WIDE = "Sparse Wide"
 _LOCAL = "Parallel, Factorized, Doped"
 _TRAINING = "Training FLOPs"
+_START = "Weights and masks at the start"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +62,7 @@ class TransformSpec:
             minimum=0,
             below=1,
             metavar="NUMBER",
+            shown="",
         ),
     ] = "0.5"
     match: Annotated[
@@ -346,6 +348,71 @@ class TrainingSpec:
         known: dict[str, Any] = dict(data)
         known["stop"] = str(known["stop"])
         return TrainingSpec(**known)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InitSpec:
+    """Weights and masks at step 0.
+
+    Raises:
+        UsageError: a value that does not exist or is out of range.
+    """
+
+    start: Annotated[
+        Literal["fresh", "preserve"],
+        Option(
+            "Draw weights anew, or preserve the function of a dense checkpoint (with scope none: its largest weights).",
+            panel=_START,
+            flags=("--init",),
+        ),
+    ] = "fresh"
+    checkpoint: Annotated[
+        str | None, Option("The dense checkpoint, a file or folder.", panel=_START, only="preserve")
+    ] = None
+    key: Annotated[
+        str | None,
+        Option("Dotted path of the state dict in the checkpoint, as in 'ema'.", panel=_START, metavar="PATH"),
+    ] = None
+    weights: Annotated[
+        Literal["dense", "density_scaled"],
+        Option(
+            "Standard deviations as in the dense model, or from the fan times the density.",
+            panel=_START,
+            only="fresh",
+            flags=("--weight-init",),
+        ),
+    ] = "dense"
+    masks: Annotated[
+        Literal["random", "magnitude", "snip", "grasp", "force"],
+        Option(
+            "Which weights are kept: random ones, the largest, or by a score; snip, grasp and force read training batches.",
+            panel=_START,
+            only="fresh",
+        ),
+    ] = "random"
+    slack: Annotated[
+        float,
+        Option(
+            "This share of the weights, the smallest, goes to new channels.",
+            panel=_START,
+            only="preserve",
+            flags=("--preserve-slack",),
+            minimum=0,
+            below=1,
+        ),
+    ] = 0.1
+    connect: Annotated[bool, Option("Give every output a non-zero where the count allows.", panel=_START)] = True
+    zero_residual: Annotated[
+        bool,
+        Option(
+            "The residual branches of a ResNet begin at zero, by the scale of their last norm.",
+            panel=_START,
+            only="fresh",
+        ),
+    ] = False
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def member_named(word: str) -> Member:

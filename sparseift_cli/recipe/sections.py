@@ -25,7 +25,7 @@ from ..base.registry import Registry
 from ..data.registry import CATALOG, find
 from ..errors import UsageError, did_you_mean
 from ..models.request import proper_source
-from ..plan.spec import TrainingSpec, TransformSpec
+from ..plan.spec import InitSpec, TrainingSpec, TransformSpec
 from . import durations
 
 
@@ -204,29 +204,14 @@ class Transform(section_of(TransformSpec, required=("sparsity",))):
         def __getattr__(self, name: str) -> Any: ...
 
 
-class Init(Section):
+class Init(section_of(InitSpec)):
     """Weights and masks at step 0."""
 
     SHORT: ClassVar[str | None] = "start"
-    start: Literal["fresh", "preserve"] = Field(
-        "fresh",
-        description="fresh: drawn anew. preserve: the function of a dense checkpoint; with scope none its largest weights.",
-    )
-    checkpoint: str | None = Field(None, description="preserve: the dense checkpoint, a file or folder.")
-    key: str | None = Field(None, description="preserve: dotted path of the state dict in the checkpoint.")
-    weights: Literal["dense", "density_scaled"] = Field(
-        "dense", description="fresh: deviations from the dense fan, or from fan times density."
-    )
-    masks: Literal["random", "magnitude", "snip", "grasp", "force"] = Field(
-        "random", description="fresh: which weights are kept; snip, grasp and force look at training batches."
-    )
-    slack: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.1, description="preserve: this part of the weights, the smallest, goes to new channels."
-    )
-    connect: bool = Field(True, description="Give every output a non-zero where the count allows.")
-    zero_residual: bool = Field(
-        False, description="fresh: the residual branches of a ResNet begin at zero, by the scale of their last norm."
-    )
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
 
 
 class MaskAlgorithm(Section):

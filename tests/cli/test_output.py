@@ -10,7 +10,7 @@ import re
 import pytest
 
 from sparseift_cli.cli import output
-from sparseift_cli.cli.formats import Format
+from sparseift_cli.cli.options import Format
 from sparseift_cli.cli.output import Column, Sheet, integer
 from sparseift_cli.cli.report_view import decimals
 from sparseift_cli.cli.train_view import show_runs
