@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..base.metrics import METRICS
+from ..base.metrics import metric_names
 from ..report import curves
 from ..report import frame as frames
 from ..report.make import HIDDEN, Options, sort
@@ -388,7 +388,7 @@ def clean(value: Any) -> Any:
 
 
 def _column(name: str, *, asked: bool = False) -> Column:
-    head, show, right, priority = _HEADS.get(name, (name, _plain, name in METRICS, 5))
+    head, show, right, priority = _HEADS.get(name, (name, _plain, name in metric_names(), 5))
     style = (lambda v: _STATES.get(v, "")) if name == "state" else None
     return Column(name, head, show, right, 0 if asked else priority, style)
 

@@ -16,13 +16,13 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..base.metrics import METRICS
+from ..base.metrics import metric_names
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-SHOWN = ("train_loss", *METRICS)
+SHOWN = ("train_loss", *metric_names())
 REFRESH = 2  # times a second
 WINDOW = 60  # the rate is that of so many drawings, half a minute
 BAR = 30  # its longest

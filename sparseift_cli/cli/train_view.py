@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..base.metrics import METRICS
+from ..base.metrics import metric_names
 from .options import Format
 from .output import Column, Sheet, integer, measured, ratio, render
 
@@ -24,7 +24,7 @@ def show_runs(results: Sequence[Mapping[str, Any]], fmt: Format) -> None:
 
 def _sheet(results: Sequence[Mapping[str, Any]]) -> Sheet:
     rows = [_row(result) for result in results]
-    shown = [m for m in METRICS if m in rows[0]]
+    shown = [m for m in metric_names() if m in rows[0]]
     columns = [
         Column("seed", "seed", right=True),
         *(Column(m, m.replace("_", " "), measured, right=True) for m in shown),
@@ -42,7 +42,7 @@ def _row(result: Mapping[str, Any]) -> dict[str, Any]:
     flops = result["flops"]
     return {
         "seed": result["seed"],
-        **{m: result["metrics"][m] for m in METRICS if m in result["metrics"]},
+        **{m: result["metrics"][m] for m in metric_names() if m in result["metrics"]},
         "flops": flops["spent"],
         "flops_ratio": flops["spent"] / flops["dense"] if flops["dense"] else None,
         "nonzero_params": result["nonzero_params"],

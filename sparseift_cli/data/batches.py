@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..errors import UsageError
 from .augment import Augment
-from .dataset import Assembly, DataSet, Request, Targets, whole
+from .dataset import Assembly, BatchSettings, DataSet, Targets
+from .source import require_integer
 
 
 class Batches:
@@ -64,18 +65,18 @@ class Batches:
             augment = dataset.augment if train else None
         self.dataset, self.split, self.train, self.batch_size, self.seed = dataset, split, train, batch_size, seed
         self._loader = dataset.loader(
-            Request(
+            BatchSettings(
                 split,
-                whole("batch_size", batch_size, 1, 1 << 31),
+                require_integer("batch_size", batch_size, 1, 1 << 31),
                 seed,
                 train,
                 augment,
                 torch.device(device),
                 rank,
                 world,
-                None if seq is None else whole("seq", seq, 1, 1 << 31),
-                whole("workers", workers, 0, 1 << 10),
-                None if limit is None else whole("limit", limit, 1, 1 << 62),
+                None if seq is None else require_integer("seq", seq, 1, 1 << 31),
+                require_integer("workers", workers, 0, 1 << 10),
+                None if limit is None else require_integer("limit", limit, 1, 1 << 62),
                 dtype,
                 channels_last,
             )

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+import pickle  # only the restricted reader at the end of this file reads pickles
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from ..checkpoint.untrusted import Malformed
 from ..errors import UsageError
-from .array_pickle import Array, read_arrays
-from .augment import Augment
-from .images import ImageSet, Read
-from .packed_cifar import is_packed, read_packed
 from .places import Remote, read_members, search
+from .source import DataSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .images import ImageSet, Read
+
+# torch is imported when a set is opened: recipes read the facts below without it.
 
 SHAPE = (3, 32, 32)
 _PIXELS = prod(SHAPE)
-_LIMIT = 256 << 20  # the largest member, CIFAR-100's pickle of all training images, has 155 MB
+_LIMIT = 256 << 20  # bytes; the largest member, CIFAR-100's pickle of all training images, has 155 MB
 _SITE = "https://www.cs.toronto.edu/~kriz/"
 
 
@@ -77,14 +81,36 @@ def open_cifar100(root: str | Path | None = None, *, download: bool = False) -> 
     return _open("cifar100", root, download)
 
 
+def _source(name: str, opener: Callable[..., ImageSet]) -> DataSource:
+    classes = _CIFAR[name].classes
+    return DataSource(
+        name=name,
+        kind="image",
+        open=opener,
+        summary=f"60,000 photographs of 32 x 32, {classes} classes",
+        image=SHAPE,
+        classes=classes,
+        samples=50_000,
+        splits=("train", "test"),
+        can_hold_out=True,
+        settings="cifar",
+    )
+
+
+CIFAR10 = _source("cifar10", open_cifar10)
+CIFAR100 = _source("cifar100", open_cifar100)
+
+
 def _open(name: str, root: str | Path | None, download: bool) -> ImageSet:
+    from .augment import Augment
+    from .images import ImageSet
+
     version = _CIFAR[name]
     archives = [remote.file_name for remote in version.archives]
-    packed = ["cifar-100"] if name == "cifar100" else []
     place, read = search(
         name,
         root,
-        [*version.folders, *archives, *packed],
+        [*version.folders, *archives],
         partial(_recognise, version),
         remotes=version.archives[:1],
         download=download,
@@ -115,15 +141,20 @@ def _recognise(version: _Version, place: Path) -> tuple[Path, Read] | None:
         return place, partial(_read, version, place, _read_binary)
     if (place / last).is_file():
         return place, partial(_read, version, place, _read_python)
-    if version.classes == 100 and is_packed(place):
-        return place, partial(read_packed, place)
     return None
 
 
-_ReadFile = Callable[[_Version, bytearray], tuple[Tensor, Tensor]]
+_ReadFile = Callable[[_Version, bytearray], "tuple[Tensor, Tensor]"]
+
+
+class Unreadable(Exception):
+    """A file of the data set that does not hold what it should; the message says why."""
 
 
 def _read(version: _Version, place: Path, read: _ReadFile, split: str) -> tuple[Tensor, Tensor]:
+    """uint8 images [N, 3, 32, 32] and labels int64 [N] of a split."""
+    import torch
+
     names = [name + (".bin" if read is _read_binary else "") for name in version.batches[split]]
     members = read_members(place, names, _LIMIT)
     images: list[Tensor] = []
@@ -131,8 +162,8 @@ def _read(version: _Version, place: Path, read: _ReadFile, split: str) -> tuple[
     for name in names:
         try:
             image, label = read(version, members.pop(name))
-        except Malformed as error:
-            raise UsageError(f"{place / name}: {error.what}", hint="delete it and fetch the data set again") from None
+        except Unreadable as error:
+            raise UsageError(f"{place / name}: {error}", hint="delete it and fetch the data set again") from None
         images.append(image)
         labels.append(label)
     return torch.cat(images), torch.cat(labels)
@@ -140,23 +171,91 @@ def _read(version: _Version, place: Path, read: _ReadFile, split: str) -> tuple[
 
 def _read_binary(version: _Version, data: bytearray) -> tuple[Tensor, Tensor]:
     """Records of the label bytes and 3,072 pixels, plane after plane."""
+    import torch
+
     record = version.label_bytes + _PIXELS
     if not data or len(data) % record:
-        raise Malformed(f"its {len(data):,} bytes are not whole records of {record:,}")
+        raise Unreadable(f"its {len(data):,} bytes are not whole records of {record:,}")
     records = torch.frombuffer(data, dtype=torch.uint8).view(-1, record)
     return records[:, version.label_bytes :].reshape(-1, *SHAPE), records[:, version.label_bytes - 1].to(torch.int64)
 
 
 def _read_python(version: _Version, data: bytearray) -> tuple[Tensor, Tensor]:
     """A pickled dict: `data`, an array of uint8 [N, 3072], and a list of N labels."""
+    import torch
+
     content = read_arrays(data)
     array, labels = content.get("data"), content.get(version.label_key)
-    if not isinstance(array, Array) or not isinstance(labels, list) or not all(isinstance(v, int) for v in labels):
-        raise Malformed(f"it has no array `data`, or no list `{version.label_key}` of numbers")
+    if not isinstance(array, PickledArray) or not isinstance(labels, list):
+        raise Unreadable(f"it has no array `data`, or no list `{version.label_key}`")
+    if not all(isinstance(label, int) and 0 <= label < version.classes for label in labels):
+        raise Unreadable(f"it has labels that are no whole numbers from 0 to {version.classes - 1}")
     if array.dtype not in ("u1", "|u1") or array.shape != (len(labels), _PIXELS):
-        raise Malformed(f"its array is {array.dtype} {array.shape}, not bytes {(len(labels), _PIXELS)}")
+        raise Unreadable(f"its array is {array.dtype} {array.shape}, not bytes {(len(labels), _PIXELS)}")
     if len(array.data) != prod(array.shape) or not labels:
-        raise Malformed(f"its array has {len(array.data):,} bytes for {array.shape}")
-    if any(not 0 <= label < version.classes for label in labels):
-        raise Malformed(f"it has labels outside 0 to {version.classes - 1}")
+        raise Unreadable(f"its array has {len(array.data):,} bytes for {array.shape}")
     return torch.frombuffer(bytearray(array.data), dtype=torch.uint8).view(-1, *SHAPE), torch.tensor(labels)
+
+
+class PickledArray:
+    """A numpy array as a pickle describes it: `data` are its elements of type `dtype`, in row-major order."""
+
+    shape: object = ()
+    dtype: object = ""
+    data: bytes = b""
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, self.shape, self.dtype, by_columns, data = state
+        if by_columns or not isinstance(data, str | bytes):
+            raise ValueError("an array of an unknown layout")
+        self.data = data.encode("latin-1") if isinstance(data, str) else data  # Python 2 wrote text
+
+
+class _Dtype(str):
+    __slots__ = ()
+
+    def __setstate__(self, state: object) -> None:
+        """Byte order and field names: a type of single bytes has neither."""
+
+
+def _encoded(text: str, _: str) -> bytes:
+    return str.encode(text, "latin-1")  # refuses what is no text
+
+
+class _ArrayUnpickler(pickle._Unpickler):
+    """Reads dicts, lists, numbers, text and byte arrays, and can call nothing but the five functions below.
+
+    The functions that numpy would run are replaced, so no code outside this file runs, whatever the pickle says. It is
+    the unpickler in Python: the one in C allocates gigabytes for one damaged byte (the index of its memo).
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        replacements: Mapping[str, Callable[..., object]] = {
+            "numpy.core.multiarray._reconstruct": lambda *_: PickledArray(),
+            "numpy._core.multiarray._reconstruct": lambda *_: PickledArray(),
+            "numpy.ndarray": lambda *_: None,
+            "numpy.dtype": lambda name, *_: _Dtype(str.__str__(name)),
+            "_codecs.encode": lambda *args: _encoded(*args),  # how Python 3 writes bytes in protocol 2
+        }
+        if f"{module}.{name}" not in replacements:
+            raise Unreadable(f"its pickle wants {module!r} {name!r}, which no data set needs: not opened")
+        return replacements[f"{module}.{name}"]
+
+
+def read_arrays(content: bytes | bytearray) -> dict[str, object]:
+    """The dict that a pickle holds, with text keys: of lists, numbers, text and `PickledArray`.
+
+    Raises:
+        Unreadable: it is damaged, or names anything but numpy's arrays.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):  # odd escapes in a damaged string
+            found = _ArrayUnpickler(io.BytesIO(content), encoding="latin-1").load()
+    except Unreadable:
+        raise
+    except Exception as error:  # whatever damaged bytes make an unpickler raise
+        raise Unreadable(f"its pickle is damaged ({type(error).__name__})") from None
+    if not isinstance(found, dict):
+        raise Unreadable("its pickle holds no dict")
+    named = {key.decode("latin-1") if isinstance(key, bytes) else key: value for key, value in found.items()}
+    return {key: value for key, value in named.items() if isinstance(key, str)}

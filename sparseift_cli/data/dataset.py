@@ -7,15 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..errors import UsageError, one_of
+from ..errors import one_of
 from .augment import Augment
-
-Kind = Literal["image", "tokens"]
+from .source import Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +30,7 @@ class Targets:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class BatchSettings:
     """What `Batches` was asked for, checked."""
 
     split: str
@@ -128,8 +127,8 @@ class DataSet(ABC):
     def _size(self, split: str) -> int: ...
 
     @abstractmethod
-    def loader(self, request: Request) -> Loader:
-        """What makes the batches that `request` describes."""
+    def loader(self, settings: BatchSettings) -> Loader:
+        """What makes the batches that `settings` describes."""
 
     def describe(self) -> dict[str, object]:
         """Plain data for provenance.json. Reads every split, for the hash."""
@@ -169,10 +168,3 @@ def fits_on(device: torch.device, nbytes: int) -> bool:
     if device.type != "cuda":
         return device.type == "cpu"
     return nbytes <= torch.cuda.mem_get_info(device)[0] // 4
-
-
-def whole(name: str, value: object, low: int, high: int) -> int:
-    """`value` as an integer of low..high, or UsageError."""
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise UsageError(f"{name} is {value!r}; it is a whole number from {low:,} to {high:,}")
-    return value

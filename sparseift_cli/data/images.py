@@ -7,12 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..base.randomness import key_of
 from ..errors import UsageError
 from .augment import Augment, Normalise, crop_and_flip, cut_out
-from .dataset import DataSet, Request, Targets, fits_on, hash_tensors
-from .order import Order
-from .permutation import Permutation
+from .dataset import BatchSettings, DataSet, Targets, fits_on, hash_tensors
+from .order import Order, permutation
 
 # A part of the training images kept aside, so that what is chosen by accuracy is not chosen on the test split.
 
@@ -33,7 +31,7 @@ def hold_out(dataset: ImageSet, count: int) -> ImageSet:
             f"{count} of {size} training images of {dataset.name} cannot be held out",
             hint="choose another data.validation",
         )
-    drawn = Permutation(size, key_of(0, dataset.name, "held out"))(torch.arange(count))
+    drawn = permutation(size, dataset.name, "held out")[:count]
     held = torch.zeros(size, dtype=torch.bool).index_fill_(0, drawn, True)
 
     def read(split: str) -> tuple[Tensor, Tensor]:
@@ -116,31 +114,31 @@ class ImageSet(DataSet):
     def _size(self, split: str) -> int:
         return len(self.images(split)[1])
 
-    def loader(self, request: Request) -> ImageLoader:
-        return ImageLoader(self, request)
+    def loader(self, settings: BatchSettings) -> ImageLoader:
+        return ImageLoader(self, settings)
 
 
 class ImageLoader:
     """Batches x [b, C, H, W] of floats and y [b] of int64."""
 
-    def __init__(self, dataset: ImageSet, request: Request) -> None:
-        images, labels = (part[: request.limit] for part in dataset.images(request.split))
-        self._request = request
-        self._resident = fits_on(request.device, images.numel())
-        home = request.device if self._resident else torch.device("cpu")
+    def __init__(self, dataset: ImageSet, settings: BatchSettings) -> None:
+        images, labels = (part[: settings.limit] for part in dataset.images(settings.split))
+        self._settings = settings
+        self._resident = fits_on(settings.device, images.numel())
+        home = settings.device if self._resident else torch.device("cpu")
         self._images, self._labels = images.to(home), labels.to(home)
         self._order = Order(
             len(labels),
-            request.batch_size,
-            request.seed,
-            train=request.train,
-            rank=request.rank,
-            world=request.world,
+            settings.batch_size,
+            settings.seed,
+            train=settings.train,
+            rank=settings.rank,
+            world=settings.world,
             device=home,
         )
-        self._normalise = Normalise(dataset.mean, dataset.std, device=request.device, dtype=request.dtype)
+        self._normalise = Normalise(dataset.mean, dataset.std, device=settings.device, dtype=settings.dtype)
         self.steps = self._order.steps
-        self.targets = Targets(len(labels) if not request.train else self.steps * request.batch_size)
+        self.targets = Targets(len(labels) if not settings.train else self.steps * settings.batch_size)
 
     @property
     def assembly(self) -> ImageLoader | None:
@@ -155,13 +153,13 @@ class ImageLoader:
     def assemble(self, ids: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
         parts = [self._images.index_select(0, ids), self._labels.index_select(0, ids), random]
         if not self._resident:
-            pin = self._request.device.type == "cuda"
-            parts = [(p.pin_memory() if pin else p).to(self._request.device, non_blocking=True) for p in parts]
+            pin = self._settings.device.type == "cuda"
+            parts = [(p.pin_memory() if pin else p).to(self._settings.device, non_blocking=True) for p in parts]
         images, labels, random = parts
-        augment = self._request.augment
+        augment = self._settings.augment
         if augment is not None and (augment.crop or augment.flip):
             images = crop_and_flip(images, random, augment)
-        floats = self._normalise(images, channels_last=self._request.channels_last)
+        floats = self._normalise(images, channels_last=self._settings.channels_last)
         if augment is not None and augment.cutout:
             floats = cut_out(floats, random, augment.cutout)
         return floats, labels

@@ -5,13 +5,16 @@ from __future__ import annotations
 from functools import partial
 from math import prod
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..errors import UsageError
-from .images import ImageSet
 from .places import Remote, read_file, search
+from .source import DataSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .images import ImageSet
 
 _LIMIT = 64 << 20  # the training images unpack to 47 MB
 _SITE = "https://ossci-datasets.s3.amazonaws.com/mnist/"
@@ -26,6 +29,8 @@ _PREFIX = {"train": "train", "test": "t10k"}
 
 def open_mnist(root: str | Path | None = None, *, download: bool = False) -> ImageSet:
     """MNIST: 60,000 and 10,000 images [1, 28, 28] of 10 digits. Raises UsageError where it is not there."""
+    from .images import ImageSet
+
     folder = search("mnist", root, ["mnist", "MNIST/raw"], _recognise, remotes=_REMOTES, download=download)
     return ImageSet(
         "mnist",
@@ -37,6 +42,19 @@ def open_mnist(root: str | Path | None = None, *, download: bool = False) -> Ima
         mean=(0.1307,),
         std=(0.3081,),
     )
+
+
+MNIST = DataSource(
+    name="mnist",
+    kind="image",
+    open=open_mnist,
+    summary="70,000 handwritten digits of 28 x 28",
+    image=(1, 28, 28),
+    classes=10,
+    samples=60_000,
+    splits=tuple(_PREFIX),
+    can_hold_out=True,
+)
 
 
 def _recognise(folder: Path) -> Path | None:
@@ -64,6 +82,8 @@ def read_idx(path: Path, dims: int) -> Tensor:
     Raises:
         UsageError: another type or number of dimensions, or not exactly as many bytes as the sizes say.
     """
+    import torch
+
     data = read_file(path, _LIMIT)
     begin = 4 + 4 * dims
     if len(data) < begin or bytes(data[:4]) != bytes([0, 0, 8, dims]):

@@ -7,9 +7,15 @@ from torch import Tensor
 
 from ..base.randomness import counters, key_of, words
 from ..errors import UsageError
-from .permutation import Permutation
 
-CHUNK = 1 << 16  # samples whose order is worked out at a time: two tensors of 512 KB, and few launches on a GPU
+CHUNK = 1 << 16  # samples whose words are computed at a time: two tensors of 512 KB, and few launches on a GPU
+VERSION = "randperm"
+"""How an epoch is shuffled. A checkpoint names it: a run does not go on in another order than it began in."""
+
+
+def permutation(n: int, *names: str | int, seed: int = 0) -> Tensor:
+    """A permutation of 0..n-1, int64 [n], that depends on `seed` and `names` alone: drawn by a generator of its own."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(key_of(seed, *names)))
 
 
 class Order:
@@ -47,6 +53,7 @@ class Order:
         self.shuffle = train if shuffle is None else shuffle
         self.steps = size // batch_size if train else -(-size // batch_size)
         self._chunk: tuple[int, int, Tensor, Tensor] | None = None
+        self._epoch: tuple[int, Tensor] | None = None
 
     def at(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """This rank's part of a batch: sample ids (int64 [b]) and a random word for each (int64 [b]), on the device.
@@ -59,9 +66,10 @@ class Order:
         """
         if epoch < 0 or not 0 <= step < self.steps:
             raise UsageError(f"no step {step} in epoch {epoch}: an epoch has the steps 0 to {self.steps - 1}")
+        # Whole batches are computed together, CHUNK samples or one batch at a time, and kept for the steps that follow.
         per_chunk = max(1, CHUNK // self.batch_size)
         first = step // per_chunk * per_chunk * self.batch_size
-        ids, random = self._stretch(epoch, first, min(self.size, first + per_chunk * self.batch_size))
+        ids, random = self._positions(epoch, first, min(self.size, first + per_chunk * self.batch_size))
         begin = step * self.batch_size
         rows = min(self.batch_size, self.size - begin)
         mine = slice(
@@ -69,11 +77,15 @@ class Order:
         )
         return ids[mine], random[mine]
 
-    def _stretch(self, epoch: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """The ids and words of positions first..last-1 of an epoch; the last stretch asked for is kept."""
+    def _positions(self, epoch: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Sample ids and words, int64 [last - first], at positions first..last-1 of an epoch; the last call's are kept."""
         if self._chunk is None or self._chunk[:2] != (epoch, first):
-            ids = counters(first, last, self.device)
-            if self.shuffle:
-                ids = Permutation(self.size, key_of(self.seed, "order", epoch), self.device)(ids)
+            ids = self._shuffled(epoch)[first:last] if self.shuffle else counters(first, last, self.device)
             self._chunk = (epoch, first, ids, words(key_of(self.seed, "sample", epoch), ids))
         return self._chunk[2], self._chunk[3]
+
+    def _shuffled(self, epoch: int) -> Tensor:
+        """The sample ids of an epoch, int64 [size], on the device."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = (epoch, permutation(self.size, "order", epoch, seed=self.seed).to(self.device))
+        return self._epoch[1]

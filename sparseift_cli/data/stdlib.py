@@ -7,10 +7,13 @@ import platform
 import sysconfig
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import UsageError
-from .text import byte_stream
-from .tokens import Stream, TokenSet
+from .source import DataSource
+
+if TYPE_CHECKING:
+    from .tokens import Stream, TokenSet
 
 # Tests are left out because some systems do not install them; the others differ from one installation to the next.
 _LEFT_OUT = {"test", "tests", "site-packages", "dist-packages", "__pycache__", "lib-dynload", "idle_test"}
@@ -27,6 +30,9 @@ def open_stdlib(root: str | Path | None = None) -> TokenSet:
     Raises:
         UsageError: this Python has no library sources.
     """
+    from .text import byte_stream
+    from .tokens import TokenSet
+
     folder = Path(root).expanduser() if root is not None else Path(sysconfig.get_paths()["stdlib"])
 
     @cache
@@ -40,6 +46,15 @@ def open_stdlib(root: str | Path | None = None) -> TokenSet:
         raise UsageError(f"{folder}: holds no sources of Python's standard library", hint="name another data set")
     version = f"{platform.python_implementation()} {platform.python_version()}"
     return TokenSet("stdlib", read, split_names=("train", "valid"), vocab=256, source=f"{folder} ({version})")
+
+
+STDLIB = DataSource(
+    name="stdlib",
+    kind="tokens",
+    open=open_stdlib,
+    summary="Python's own sources, by bytes: real text on every machine",
+    splits=("train", "valid"),
+)
 
 
 def split_files(folder: Path) -> dict[str, list[Path]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from ..base.randomness import below, counters, key_of, lane, word, words
-from .dataset import whole
-from .images import ImageSet
-from .tokens import Stream, TokenSet
+from .source import DataSource, require_integer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .images import ImageSet
+    from .tokens import Stream, TokenSet
 
 _PATCH = 4  # a class is a coarse picture of _PATCH x _PATCH fields for every channel
 _CHAINS = 1024  # text is written by so many hands at once, one token each at a time
@@ -30,10 +32,15 @@ def open_synthetic_images(
     `noise` (0 to 255) is the range of what is added to every pixel; at 255 little of the class is left to see.
     Raises UsageError for sizes out of range.
     """
+    import torch
+
+    from ..base.randomness import counters, key_of, lane, words
+    from .images import ImageSet
+
     for name, value, low in (("classes", classes, 2), ("size", size, 1), ("channels", channels, 1)):
-        whole(name, value, low, 1 << 16)
-    sizes = {"train": whole("train", train, 1, 1 << 24), "test": whole("test", test, 1, 1 << 24)}
-    whole("noise", noise, 0, 255)
+        require_integer(name, value, low, 1 << 16)
+    sizes = {"train": require_integer("train", train, 1, 1 << 24), "test": require_integer("test", test, 1, 1 << 24)}
+    require_integer("noise", noise, 0, 255)
 
     def read(split: str) -> tuple[Tensor, Tensor]:
         labels = torch.arange(sizes[split]) % classes
@@ -57,6 +64,16 @@ def open_synthetic_images(
     )
 
 
+SYNTHETIC_IMAGES = DataSource(
+    name="synthetic-images",
+    kind="image",
+    open=open_synthetic_images,
+    summary="made-up images of any size",
+    splits=("train", "test"),
+    recipe_options=("size", "channels", "classes", "train"),
+)
+
+
 def open_synthetic_text(
     root: None = None, *, vocab: int = 64, order: int = 1, train: int = 1 << 20, valid: int = 1 << 16, seed: int = 0
 ) -> TokenSet:
@@ -64,9 +81,12 @@ def open_synthetic_text(
 
     So the best any model can do is 1.75 bits, or 1.213 nats, a token. Raises UsageError for sizes out of range.
     """
-    whole("vocab", vocab, 4, 1 << 31)
-    whole("order", order, 1, 8)
-    sizes = {"train": whole("train", train, 2, 1 << 30), "valid": whole("valid", valid, 2, 1 << 30)}
+    from ..base.randomness import key_of
+    from .tokens import Stream, TokenSet
+
+    require_integer("vocab", vocab, 4, 1 << 31)
+    require_integer("order", order, 1, 8)
+    sizes = {"train": require_integer("train", train, 2, 1 << 30), "valid": require_integer("valid", valid, 2, 1 << 30)}
 
     def read(split: str) -> Stream:
         return Stream(_chain(sizes[split], vocab, order, key_of(seed, "rule"), key_of(seed, "draws", split)))
@@ -76,8 +96,21 @@ def open_synthetic_text(
     )
 
 
+SYNTHETIC_TEXT = DataSource(
+    name="synthetic-text",
+    kind="tokens",
+    open=open_synthetic_text,
+    summary="a Markov chain of 1.75 bits a token",
+    splits=("train", "valid"),
+)
+
+
 def _chain(length: int, vocab: int, order: int, rule: int, draws: int) -> Tensor:
     """int32 tokens [length]. One stream, cut into pieces written side by side: they join where one ends by chance."""
+    import torch
+
+    from ..base.randomness import below, counters, word, words
+
     steps = -(-length // _CHAINS)
     text = torch.zeros(_CHAINS, order + steps, dtype=torch.int64)
     text[:, :order] = below(words(word(draws, -1), counters(0, _CHAINS * order, "cpu")), vocab).view(_CHAINS, order)

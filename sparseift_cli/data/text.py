@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from itertools import chain
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from ..errors import UsageError, one_of
-from .dataset import whole
 from .places import read_file, search
-from .tokens import Stream, TokenSet
+from .source import DataSource, require_integer
+
+if TYPE_CHECKING:
+    from .tokens import Stream, TokenSet
 
 UNKNOWN, END = "<unk>", "<eos>"
 _LIMIT = 1 << 34
@@ -35,7 +36,7 @@ def open_text(
         UsageError: no such files, text that is not UTF-8 where words are asked for, or `valid_percent` of a folder.
     """
     one_of("level", level, ("bytes", "words"))
-    percent = whole("valid_percent", 10 if valid_percent is None else valid_percent, 1, 99)
+    percent = require_integer("valid_percent", 10 if valid_percent is None else valid_percent, 1, 99)
     if root is None:
         raise UsageError(
             "the data set text needs a root", hint="name a text file, or a folder with train and valid files"
@@ -81,6 +82,26 @@ def open_wikitext(name: str, root: str | Path | None, level: str, max_vocab: int
     return _by_bytes(name, folder, texts) if level == "bytes" else _by_words(name, folder, texts, max_vocab)
 
 
+TEXT = DataSource(
+    name="text", kind="tokens", open=open_text, summary="text files, by bytes or words", can_hold_out=True
+)
+WIKITEXT2 = DataSource(
+    name="wikitext-2",
+    kind="tokens",
+    open=open_wikitext2,
+    summary="WikiText-2, by words",
+    splits=("train", "valid", "test"),
+    data_defaults={"level": "words"},
+)
+WIKITEXT103 = DataSource(
+    name="wikitext-103",
+    kind="tokens",
+    open=open_wikitext103,
+    summary="WikiText-103, by words",
+    splits=("train", "valid", "test"),
+    data_defaults={"level": "words"},
+)
+
 _Text = bytes | Path
 
 
@@ -117,11 +138,17 @@ def byte_stream(data: bytes | bytearray) -> Stream:
     """
     if not data:
         raise UsageError("an empty text holds no tokens")
+    import torch
+
+    from .tokens import Stream
+
     tokens = torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=torch.uint8)
     return Stream(tokens, words=lambda: len(data.split()) + data.count(b"\n"), bytes=lambda: len(data) - 1)
 
 
 def _by_bytes(name: str, source: Path, texts: dict[str, Path] | dict[str, bytes]) -> TokenSet:
+    from .tokens import TokenSet
+
     def read(split: str) -> Stream:
         data = _load(texts[split])
         if not data:
@@ -132,8 +159,10 @@ def _by_bytes(name: str, source: Path, texts: dict[str, Path] | dict[str, bytes]
 
 
 def _by_words(name: str, source: Path, texts: dict[str, Path] | dict[str, bytes], max_vocab: int | None) -> TokenSet:
+    from .tokens import TokenSet
+
     if max_vocab is not None:
-        whole("max_vocab", max_vocab, 3, 1 << 31)
+        require_integer("max_vocab", max_vocab, 3, 1 << 31)
     train = _lines(texts["train"], f"{source} (train)")
     counts = Counter(chain.from_iterable(map(str.split, train)))
     counts[END] += len(train)
@@ -166,6 +195,10 @@ def _lines(text: _Text, where: str) -> list[str]:
 
 
 def _word_stream(lines: list[str], ids: dict[str, int]) -> Stream:
+    import torch
+
+    from .tokens import Stream
+
     unknown, end = ids[UNKNOWN], ids[END]
     tokens = torch.empty(sum(len(line.split()) for line in lines) + len(lines), dtype=torch.int32)
     at, pending = 0, []

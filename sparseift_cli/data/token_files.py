@@ -13,19 +13,22 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..checkpoint.untrusted import Malformed, parse_object
 from ..errors import UsageError, one_of
-from .dataset import raw_bytes, whole
 from .places import read_file, search
-from .tokens import BITS, Stream, TokenSet
+from .source import DataSource, require_integer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .tokens import Stream, TokenSet
 
 FORMAT = "sparseift.tokens/1"
 HEADER = "tokens.json"
-_HELD_AS = {"uint8": torch.uint8, "uint16": torch.int16, "uint32": torch.int32}
+_HELD_AS = {"uint8": "uint8", "uint16": "int16", "uint32": "int32"}
+"""The torch type of the same size: torch indexes by signed types everywhere, so the bits of large ids are read as negative."""
 _BYTES = {"uint8": 1, "uint16": 2, "uint32": 4}
 
 
@@ -35,6 +38,10 @@ def open_tokens(root: str | Path | None = None) -> TokenSet:
     Raises:
         UsageError: no header, one that says something else than this format, or files of another size.
     """
+    import torch
+
+    from .tokens import Stream, TokenSet
+
     path = search("tokens", root, ["tokens"], lambda place: found if (found := place / HEADER).is_file() else None)
     try:
         header = parse_object(bytes(read_file(path, 1 << 20)), "it")
@@ -45,7 +52,7 @@ def open_tokens(root: str | Path | None = None) -> TokenSet:
     dtype = str(header.get("dtype"))
     try:
         one_of("dtype", dtype, list(_HELD_AS))
-        vocab = whole("vocab", header.get("vocab"), 1, 1 << (8 * _BYTES[dtype]))
+        vocab = require_integer("vocab", header.get("vocab"), 1, 1 << (8 * _BYTES[dtype]))
         counts = {name: _checked(path.parent, name, entry, _BYTES[dtype]) for name, entry in splits.items()}
     except UsageError as error:
         raise UsageError(f"{path}: {error.message}", hint=error.hint) from None
@@ -55,10 +62,13 @@ def open_tokens(root: str | Path | None = None) -> TokenSet:
     def read(split: str) -> Stream:
         file, tokens, words, nbytes = counts[split]
         # A private mapping: nothing is written, whatever is done to the tensor.
-        mapped = torch.from_file(str(file), shared=False, size=tokens, dtype=_HELD_AS[dtype])
+        mapped = torch.from_file(str(file), shared=False, size=tokens, dtype=getattr(torch, _HELD_AS[dtype]))
         return Stream(mapped, words=lambda: words, bytes=lambda: nbytes)
 
     return TokenSet("tokens", read, split_names=tuple(counts), vocab=vocab, source=str(path.parent))
+
+
+TOKENS = DataSource(name="tokens", kind="tokens", open=open_tokens, summary="token files made elsewhere, memory-mapped")
 
 
 def _checked(folder: Path, split: str, entry: object, width: int) -> tuple[Path, int, int | None, int | None]:
@@ -66,13 +76,13 @@ def _checked(folder: Path, split: str, entry: object, width: int) -> tuple[Path,
     name = entry.get("file") if isinstance(entry, dict) else None
     if not isinstance(entry, dict) or not isinstance(name, str) or Path(name).name != name:
         raise UsageError(f"the split {split} names no file beside the header")
-    tokens = whole(f"tokens of {split}", entry.get("tokens"), 1, 1 << 50)
+    tokens = require_integer(f"tokens of {split}", entry.get("tokens"), 1, 1 << 50)
     path = folder / name
     if not path.is_file() or path.stat().st_size != tokens * width:
         size = f"has {path.stat().st_size:,} bytes" if path.is_file() else "is not there"
         raise UsageError(f"{path} {size}; {tokens:,} tokens need {tokens * width:,}")
     words, nbytes = (
-        None if entry.get(key) is None else whole(f"{key} of {split}", entry[key], 1, 1 << 60)
+        None if entry.get(key) is None else require_integer(f"{key} of {split}", entry[key], 1, 1 << 60)
         for key in ("words", "bytes")
     )
     return path, tokens, words, nbytes
@@ -86,6 +96,11 @@ def write_tokens(folder: str | Path, splits: Mapping[str, Tensor | Stream], *, v
     Raises:
         UsageError: tokens outside 0..vocab-1.
     """
+    import torch
+
+    from .dataset import raw_bytes
+    from .tokens import BITS, Stream
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = next(name for name, width in _BYTES.items() if vocab <= 1 << (8 * width))
@@ -96,7 +111,7 @@ def write_tokens(folder: str | Path, splits: Mapping[str, Tensor | Stream], *, v
         high = int(ids.max())
         if high >= vocab:  # negative ones too, read as unsigned
             raise UsageError(f"{name}: a token {high} is outside a vocabulary of {vocab}")
-        data = ids.to(_HELD_AS[dtype])
+        data = ids.to(getattr(torch, _HELD_AS[dtype]))
         (folder / f"{name}.bin").write_bytes(raw_bytes(data))
         entries[name] = {"file": f"{name}.bin", "tokens": len(data), "words": stream.words(), "bytes": stream.bytes()}
     header = {"format": FORMAT, "dtype": dtype, "vocab": vocab, "splits": entries}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..base.randomness import below, counters
 from ..errors import UsageError
-from .dataset import DataSet, Request, Targets, fits_on, hash_tensors
+from .dataset import BatchSettings, DataSet, Targets, fits_on, hash_tensors
 from .order import Order
 
 IGNORE = -100  # the target of what is no token: cross_entropy leaves it out by default
@@ -87,8 +87,8 @@ class TokenSet(DataSet):
     def _size(self, split: str) -> int:
         return len(self.stream(split).tokens)
 
-    def loader(self, request: Request) -> TokenLoader:
-        return TokenLoader(self, request)
+    def loader(self, settings: BatchSettings) -> TokenLoader:
+        return TokenLoader(self, settings)
 
 
 class TokenLoader:
@@ -99,39 +99,39 @@ class TokenLoader:
     each token but the first is predicted exactly once, and the last window is filled up with IGNORE.
     """
 
-    def __init__(self, dataset: TokenSet, request: Request) -> None:
-        assert request.seq is not None
-        self.seq = request.seq
-        stream = dataset.stream(request.split)
+    def __init__(self, dataset: TokenSet, settings: BatchSettings) -> None:
+        assert settings.seq is not None
+        self.seq = settings.seq
+        stream = dataset.stream(settings.split)
         every = len(stream.tokens)
-        tokens = stream.tokens if request.limit is None else stream.tokens[: request.limit * self.seq + 1]
+        tokens = stream.tokens if settings.limit is None else stream.tokens[: settings.limit * self.seq + 1]
         self._length = len(tokens)
-        needed = self.seq + 1 if request.train else 2
+        needed = self.seq + 1 if settings.train else 2
         if self._length < needed:
             raise UsageError(
-                f"{dataset.name}: the split {request.split} has {self._length} tokens; "
+                f"{dataset.name}: the split {settings.split} has {self._length} tokens; "
                 f"a sequence length of {self.seq} needs {needed}"
             )
-        self._device, self._train = request.device, request.train
-        self._resident = fits_on(request.device, tokens.nbytes)
-        home = request.device if self._resident else torch.device("cpu")
+        self._device, self._train = settings.device, settings.train
+        self._resident = fits_on(settings.device, tokens.nbytes)
+        home = settings.device if self._resident else torch.device("cpu")
         self._tokens = tokens.to(home)
         windows = self._length - 1
-        windows = windows // self.seq if request.train else -(-windows // self.seq)
+        windows = windows // self.seq if settings.train else -(-windows // self.seq)
         self._order = Order(
             windows,
-            request.batch_size,
-            request.seed,
-            train=request.train,
+            settings.batch_size,
+            settings.seed,
+            train=settings.train,
             shuffle=False,
-            rank=request.rank,
-            world=request.world,
+            rank=settings.rank,
+            world=settings.world,
             device=home,
         )
         self._window = counters(0, self.seq + 1, home)
         self.steps = self._order.steps
-        if request.train:
-            self.targets = Targets(self.steps * request.batch_size * self.seq)
+        if settings.train:
+            self.targets = Targets(self.steps * settings.batch_size * self.seq)
         else:
             whole = self._length == every
             self.targets = Targets(

@@ -7,7 +7,6 @@ meta device and traced.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import sys
 from collections.abc import Mapping
@@ -15,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..base.registry import import_object
 from ..errors import UsageError
 from ..recipe import load as recipes
 from ..table.table import LayerTable
 from .libraries import Made, maker
 from .request import Request, parse_input
 from .zoo import registry
+from .zoo.catalog import ModelInfo
 
 if TYPE_CHECKING:
     from torch import nn
@@ -93,24 +94,27 @@ def build(request: Request, *, device: str = "meta") -> Built:
     """
     import torch
 
-    if ":" in request.source:
-        make = maker(request.source)
-        made = make(request, device) if make else _foreign(request, device)
+    make = maker(request.source) if ":" in request.source else None
+    if make is not None:
+        made = make(request, device)
         return Built(made.model.eval(), made.args, made.kwargs, request.source)
-    info = registry.lookup(request.source)
+    info = import_object(request.source, "model") if ":" in request.source else registry.lookup(request.source)
+    if not isinstance(info, ModelInfo):
+        made = _foreign(request, info, device)
+        return Built(made.model.eval(), made.args, made.kwargs, request.source)
     if info.kind == "image" and request.image is not None and len(request.image) != 3:
         raise UsageError(f"{info.name} takes channels x height x width", hint="--input 3x224x224")
     image: Any = request.image
     from ..trace.fake_mode import no_init
 
     with torch.device(device), no_init(device):
-        model = registry.build(info.name, num_classes=request.num_classes, seq=request.seq, image=image)
+        model = registry.build(info, num_classes=request.num_classes, seq=request.seq, image=image)
     inputs = registry.example_input(info, batch=request.batch, seq=request.seq, image=image, device=device)
-    return Built(model.eval(), (inputs,), {}, info.name)
+    return Built(model.eval(), (inputs,), {}, request.source if ":" in request.source else info.name)
 
 
-def _foreign(request: Request, device: str) -> Made:
-    """`pkg.module:callable`, called without arguments; the callable may also return (model, example inputs).
+def _foreign(request: Request, target: Any, device: str) -> Made:
+    """The module that `pkg.module:callable` (`target`) returns; the callable may also return (model, example inputs).
 
     Example inputs are a tensor, a tuple of positional arguments or a mapping of keyword arguments.
     """
@@ -121,7 +125,7 @@ def _foreign(request: Request, device: str) -> Made:
         raise UsageError(
             "--num-classes is for zoo models", hint="let the callable build the model with the classes you want"
         )
-    made = _call(request.source, device)
+    made = _called(request.source, target, device)
     inputs: Any = None
     if isinstance(made, tuple) and len(made) == 2:
         made, inputs = made
@@ -166,25 +170,10 @@ def source_hash(source: str) -> dict[str, str]:
         return {}
 
 
-def _call(source: str, device: str) -> Any:
+def _called(source: str, target: Any, device: str) -> Any:
+    """`target` itself where it is a module, else what it gives when it is called without arguments."""
     import torch
 
-    module_name, _, attribute = source.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # as `python -m` does: the user's own file next to them
-    try:
-        target: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"cannot import {error.name!r} for {source}",
-            hint="SOURCE is pkg.module:callable, seen from this folder or installed",
-        ) from None
-    except Exception as error:
-        raise UsageError(f"importing {module_name} failed: {type(error).__name__}: {error}") from error
-    for part in attribute.split("."):
-        if not hasattr(target, part):
-            raise UsageError(f"module {module_name} has no {attribute!r}")
-        target = getattr(target, part)
     if isinstance(target, torch.nn.Module) or not callable(target):
         return target
     from ..trace.fake_mode import no_init

@@ -7,50 +7,13 @@ that one sees the end of (arXiv 2303.11525, appendix; Model Zoo configuration fo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from ..data.registry import find
+from ..data import DataSource, find_source
 from ..errors import SparseiftError, UsageError
 from ..models.zoo import registry
 
-Kind = Literal["image", "tokens"]
 Values = dict[str, dict[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class DataFacts:
-    """What is known of a data set before it is read."""
-
-    kind: Kind
-    label: str
-    image: str | None = None
-    """One sample's shape as the model sees it."""
-    classes: int | None = None
-    samples: int | None = None
-    """Official number of training samples."""
-
-
-DATA = {
-    "cifar10": DataFacts("image", "cifar", "3x32x32", 10, 50_000),
-    "cifar100": DataFacts("image", "cifar", "3x32x32", 100, 50_000),
-    "mnist": DataFacts("image", "image", "1x28x28", 10, 60_000),
-    "digits": DataFacts("image", "image", "1x8x8", 10, 1_442),
-    "imagenet": DataFacts("image", "imagenet", "3x224x224", 1000, 1_281_167),
-    "image-folder": DataFacts("image", "imagenet"),
-    "synthetic-images": DataFacts("image", "image"),
-    "stdlib": DataFacts("tokens", "text"),
-    "text": DataFacts("tokens", "text"),
-    "wikitext-2": DataFacts("tokens", "text"),
-    "wikitext-103": DataFacts("tokens", "text"),
-    "tokens": DataFacts("tokens", "text"),
-    "synthetic-text": DataFacts("tokens", "text"),
-}
-
-SPLITTABLE = ("text", "cifar10", "cifar100", "mnist", "digits")
-"""Sets of which `data.validation` holds a part out."""
-NO_TEST = ("cifar10", "cifar100", "mnist", "digits", "synthetic-images", "stdlib", "synthetic-text")
-"""Sets whose test split is watched during training, where no part of the rest is held out, and sets without one."""
 
 _SGD: dict[str, Any] = {"momentum": 0.9, "nesterov": True}
 _NO_DECAY = ["norm", "bias"]
@@ -83,19 +46,17 @@ _TRAINING: dict[str, dict[str, Any]] = {
 }
 
 
-def facts_of(data: Mapping[str, Any]) -> DataFacts | None:
-    """What is known of the set that a data section names; None for one that there is not."""
-    name = str(data.get("name"))
+def facts_of(data: Mapping[str, Any]) -> DataSource | None:
+    """The data set that a data section names; None where it names none that there is."""
     try:
-        return DATA.get(name.lower()) or DATA[find(name)]
+        return find_source(str(data.get("name")))
     except UsageError:
         return None
 
 
 def defaults(given: Mapping[str, Any]) -> tuple[Values, str]:
     """What fills the gaps of a recipe whose sections are `given`, and for what these defaults are made."""
-    data = given.get("data") or {}
-    facts = facts_of(data)
+    facts = facts_of(given.get("data") or {})
     label = facts.label if facts else "text" if _reads_tokens(given) else "image"
     schedule, options = _SCHEDULES[label]
     optimizer = (given.get("optimizer") or {}).get("name", "adamw" if label == "text" else "sgd")
@@ -113,10 +74,8 @@ def defaults(given: Mapping[str, Any]) -> tuple[Values, str]:
         },
         "checkpoint": {"best": "loss" if text else "top1"},
     }
-    if label == "imagenet":
-        values["data"] = {"workers": 8}
-    elif "wikitext" in str(data.get("name")).lower():
-        values["data"] = {"level": "words"}
+    if facts and facts.data_defaults:
+        values["data"] = dict(facts.data_defaults)
     return values, f"for {label}"
 
 
@@ -134,7 +93,7 @@ def _reads_tokens(given: Mapping[str, Any]) -> bool:
         return model.get("seq") is not None
 
 
-def _model(given: Mapping[str, Any], facts: DataFacts | None) -> dict[str, Any]:
+def _model(given: Mapping[str, Any], facts: DataSource | None) -> dict[str, Any]:
     """Classes and input of the data set, for a zoo model that would take others by itself."""
     try:
         info = registry.lookup(str(given.get("name")))
@@ -145,6 +104,6 @@ def _model(given: Mapping[str, Any], facts: DataFacts | None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if facts.classes not in (None, info.num_classes):
         found["num_classes"] = facts.classes
-    if facts.image not in (None, "x".join(map(str, info.image))):
-        found["input"] = facts.image
+    if facts.image not in (None, info.image):
+        found["input"] = "x".join(map(str, facts.image))
     return found

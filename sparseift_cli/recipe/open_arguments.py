@@ -5,35 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..data.registry import CATALOG
+from ..data import find_source
 from ..models.zoo import registry
 from .schema import Spec
 
-_DOWNLOADS = ("cifar10", "cifar100", "mnist")
-_TEXT = ("text", "wikitext-2", "wikitext-103")
 
-
-def opening(spec: Spec) -> tuple[str, Path | None, dict[str, Any]]:
+def open_arguments(spec: Spec) -> tuple[str, Path | None, dict[str, Any]]:
     """Name, root and options: `open_data(name, root, **options)` opens the data of a recipe, which has some."""
     data = spec.data
     assert data is not None
-    name = "image-folder" if data.name == "imagenet" else data.name
-    options: dict[str, Any] = {}
-    if name in _DOWNLOADS:
-        options["download"] = data.download
-    if name in _TEXT:
-        options |= {"level": data.level, "max_vocab": data.max_vocab}
-    if name == "text" and data.validation is not None:
-        options["valid_percent"] = round(100 * data.validation)
-    if CATALOG[name].kind == "image" and name in ("image-folder", "synthetic-images"):
-        channels, height, classes = _wanted(spec)
-        options |= {"size": height} if height else {}
-        if name == "synthetic-images":
-            options |= {k: v for k, v in (("channels", channels), ("classes", classes), ("train", data.limit)) if v}
-    return name, None if data.root is None else Path(data.root), options
+    channels, height, classes = _model_input(spec)
+    known: dict[str, Any] = {"download": data.download, "level": data.level, "max_vocab": data.max_vocab}
+    optional = {
+        "valid_percent": None if data.validation is None else round(100 * data.validation),
+        "size": height,
+        "channels": channels,
+        "classes": classes,
+        "train": data.limit,
+    }
+    known |= {name: value for name, value in optional.items() if value}
+    options = {name: known[name] for name in find_source(data.name).options_of_recipes if name in known}
+    return data.name, None if data.root is None else Path(data.root), options
 
 
-def _wanted(spec: Spec) -> tuple[int | None, int | None, int | None]:
+def _model_input(spec: Spec) -> tuple[int | None, int | None, int | None]:
     """Channels, height and classes that the model takes, as far as the recipe or the zoo knows them."""
     info = None if ":" in spec.model.name else registry.lookup(spec.model.name)
     image = tuple(map(int, spec.model.input.split("x"))) if spec.model.input else info.image if info else None

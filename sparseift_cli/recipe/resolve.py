@@ -8,11 +8,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ..data import DATASETS, find_source
 from ..errors import SparseiftError, UsageError, did_you_mean
 from ..models.zoo import registry
 from ..plan.spec import TransformSpec, member_named
 from . import schema
-from .defaults import NO_TEST, SPLITTABLE, defaults
+from .defaults import defaults
 from .sections import Data
 from .strict_yaml import Problems, Spot, Value
 
@@ -132,14 +133,16 @@ def _check(spec: schema.Spec, tree: Mapping[str, Value], start: Spot, problems: 
 def _check_splits(data: Data, test: bool, tree: Mapping[str, Value], start: Spot, problems: Problems) -> None:
     """What is held out, and what is left to be a test, as far as the name of the data tells."""
     share, where = data.validation, _spot(tree, ["data", "validation"], start)
-    if share is not None and data.name not in SPLITTABLE:
-        reason = f"{data.name} has a held-out part of its own; this is for {', '.join(SPLITTABLE)}"
+    source = find_source(data.name)
+    if share is not None and not source.can_hold_out:
+        known = ", ".join(name for name in DATASETS if DATASETS.get(name).can_hold_out)
+        reason = f"{data.name} has a held-out part of its own; this is for {known}"
         problems.add(where, f"data.validation: {reason}")
     elif share is not None and data.name == "text" and round(100 * share) / 100 != share:
         problems.add(where, f"data.validation: text is cut at a whole per cent, not at {share:g}")
-    if test and data.name in NO_TEST and not (share and data.name in SPLITTABLE):
+    if test and not source.has_separate_test and not (share and source.can_hold_out):
         held = "has no test split beside the one that is watched"
-        more = "; data.validation holds a part of the training images out instead" if data.name in SPLITTABLE else ""
+        more = "; data.validation holds a part of the training images out instead" if source.can_hold_out else ""
         problems.add(_spot(tree, ["evaluation", "test"], start), f"evaluation.test: {data.name} {held}{more}")
 
 

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from . import sections as how
 from . import sections as what
-from .sections import Section
+from .sections import Section, names_or_object
 
 Optimizer = Annotated[how.SGD | how.AdamW, Field(discriminator="name")]
 Schedule = Annotated[how.Constant | how.MultiStep | how.Cosine | how.Linear, Field(discriminator="name")]
@@ -105,6 +105,8 @@ def json_schema() -> dict[str, Any]:
         if short(section):
             words = names(section)
             word = {"enum": list(words)} if words else {"type": "string"}
+            if any(model.WORDS for model in variants(section)):
+                word = names_or_object(words)
             about = properties[section].get("description")
             properties[section] = {"anyOf": [word, _without(properties[section], "description", "default")]}
             properties[section]["description"] = about

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import MISSING, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -20,10 +20,11 @@ from pydantic import (
 )
 from pydantic_core.core_schema import CoreSchema, no_info_after_validator_function, str_schema
 
+from ..base.metrics import METRICS
 from ..base.options import DeclaredOption, options_of
 from ..base.registry import Registry
-from ..data.registry import CATALOG, find
-from ..errors import UsageError, did_you_mean
+from ..data import DATASETS
+from ..errors import UsageError
 from ..models.request import proper_source
 from ..plan.spec import InitSpec, TrainingSpec, TransformSpec
 from . import durations
@@ -32,12 +33,12 @@ from . import durations
 class Section(BaseModel):
     """One section. `SHORT` is the field that a single word stands for: `optimizer: sgd` is `optimizer: {name: sgd}`.
 
-    `WORDS` are what this word may be, where the field's type does not say it.
+    `WORDS` lists what this word may be, where the field's type does not; `package.module:Name` is a word too then.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
     SHORT: ClassVar[str | None] = None
-    WORDS: ClassVar[tuple[str, ...]] = ()
+    WORDS: ClassVar[Registry[Any] | None] = None
 
 
 Duration = Annotated[
@@ -63,7 +64,7 @@ class _NameIn:
         return no_info_after_validator_function(self._checked, str_schema())
 
     def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"anyOf": [{"enum": list(self.registry.names)}, {"type": "string", "pattern": OBJECT_PATTERN}]}
+        return names_or_object(self.registry)
 
     def _checked(self, name: str) -> str:
         try:
@@ -73,8 +74,9 @@ class _NameIn:
         return self.registry.canonical(name)
 
 
-OBJECT_PATTERN = r"^[\w.]+:[\w.]+$"
-"""`package.module:Name`."""
+def names_or_object(names: Iterable[str]) -> dict[str, Any]:
+    """JSON schema of a name that a registry lists, or `package.module:Name`."""
+    return {"anyOf": [{"enum": list(names)}, {"type": "string", "pattern": r"^[\w.]+:[\w.]+$"}]}
 
 
 def section_of(
@@ -126,19 +128,6 @@ def option(declaring: type, name: str) -> Any:
 
 # The sections that say what is trained on what: model, data, transform, init, algorithm.
 
-DATA_NAMES = (*CATALOG, "imagenet")
-"""What `data.name` may be; imagenet is an image folder whose size is known."""
-
-
-def _data_name(name: str) -> str:
-    if name.lower() == "imagenet":
-        return "imagenet"
-    try:
-        return find(name)
-    except UsageError as error:
-        near = did_you_mean(name, DATA_NAMES)
-        raise ValueError(f"{error.message}, {near or 'there are ' + ', '.join(DATA_NAMES)}") from None
-
 
 MemberName = Literal[
     "wide", "parallel", "factorized", "doped", "sparse_wide", "sparse_parallel", "sparse_factorized", "sparse_doped"
@@ -165,10 +154,8 @@ class Data(Section):
     """What it learns from."""
 
     SHORT: ClassVar[str | None] = "name"
-    WORDS: ClassVar[tuple[str, ...]] = DATA_NAMES
-    name: Annotated[str, AfterValidator(_data_name), WithJsonSchema({"enum": list(DATA_NAMES)})] = Field(
-        description="The data set."
-    )
+    WORDS: ClassVar[Registry[Any] | None] = DATASETS
+    name: Annotated[str, _NameIn(DATASETS)] = Field(description="The data set: one of these, or package.module:Name.")
     root: str | None = Field(
         None, description="Folder or file of the data. Default: $SPARSEIFT_DATA, else ~/.cache/sparseift."
     )
@@ -236,7 +223,9 @@ class MaskAlgorithm(Section):
 
 NoDecay = tuple[Literal["norm", "bias"], ...]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Metric = Literal["loss", "top1", "top5", "perplexity", "bits_per_byte"]
+
+
+MetricName = Annotated[str, _NameIn(METRICS)]
 
 _NO_DECAY = "Parameters without weight decay: norm, bias."
 _WEIGHT_DECAY = "Weight decay."
@@ -363,7 +352,7 @@ class Evaluation(Section):
     """What is measured on held-out data, and when."""
 
     every: Duration = Field("1 epoch", description="Time between two evaluations; the end of the run has one always.")
-    metrics: tuple[Metric, ...] = Field(("loss",), description="What is measured.")
+    metrics: tuple[MetricName, ...] = Field(("loss",), description="What is measured.")
     limit: Count | None = Field(
         None, description="Use the first N held-out samples only (images, or windows of model.seq tokens)."
     )
@@ -376,4 +365,6 @@ class Checkpoint(Section):
 
     every: Duration = Field("5%", description="Time between two checkpoints; the end of the run has one always.")
     keep: Count = Field(2, description="The newest N are kept, beside the best.")
-    best: Metric | None = Field(None, description="The metric that says which one is best (loss, perplexity: lowest).")
+    best: MetricName | None = Field(
+        None, description="The metric that says which one is best (loss, perplexity: lowest)."
+    )

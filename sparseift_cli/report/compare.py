@@ -12,11 +12,11 @@ from typing import Any
 
 import pandas as pd
 
+from ..base.metrics import lower_is_better, unit_of
 from ..errors import UsageError, did_you_mean
 from . import statistics
 from .frame import records
-from .grouping import lower_is_better
-from .report import UNITS, Comparison, Costs, Outcome
+from .report import Comparison, Costs, Outcome
 
 FEWEST = 3  # seeds below which nothing is claimed: with two, t has one degree of freedom and the interval is 12.7 errors wide
 TOLERANCE = 1e-3
@@ -191,7 +191,7 @@ def _verdict(
     outcome: Outcome,
     why: str,
 ) -> str:
-    unit, digits = UNITS.get(metric, metric), _digits(interval, percent=UNITS.get(metric) == "points")
+    unit, digits = unit_of(metric), _digits(interval, percent=unit_of(metric) == "points")
     told = [f"{_signed(interval.mean, digits)} {unit}"]
     if interval.low is not None and interval.high is not None:
         told[0] += f" [{_number(interval.low, digits)}, {_number(interval.high, digits)}]"

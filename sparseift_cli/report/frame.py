@@ -7,10 +7,10 @@ from typing import Any, cast
 
 import pandas as pd
 
-from ..base.metrics import METRICS
+from ..base.metrics import lower_is_better, metric_names
 from ..errors import UsageError, did_you_mean
 from . import statistics
-from .grouping import labels, lower_is_better, primary, subject
+from .grouping import labels, primary, subject
 from .read import Run, number
 
 _ABOUT = (
@@ -49,7 +49,7 @@ RUN_COLUMNS = (
     *_ABOUT,
     "value",
     "best",
-    *METRICS,
+    *metric_names(),
     "train_loss",
     *_COSTS,
     "density",
@@ -72,7 +72,7 @@ GROUP_COLUMNS = (
     "low",
     "high",
     "best",
-    *METRICS,
+    *metric_names(),
     *_COSTS,
     "device",
     "at_once",
@@ -181,7 +181,7 @@ def _row(run: Run, group: str, metric: str) -> dict[str, Any]:
         "metric": metric,
         "value": number(last.get(metric)),
         "best": best,
-        **{m: number(last.get(m)) for m in (*METRICS, "train_loss", "density", "itop_rate")},
+        **{m: number(last.get(m)) for m in (*metric_names(), "train_loss", "density", "itop_rate")},
         **{name: _count(last.get(name)) for name in ("peak_bytes", "optimizer_bytes")},
         "flops": audited,
         "dense_flops": dense,
@@ -235,7 +235,7 @@ def _grouped(label: str, part: pd.DataFrame, confidence: float) -> dict[str, Any
         "std": interval.deviation,
         "low": interval.low,
         "high": interval.high,
-        **{name: mean(column(counted, name)) for name in ("best", *METRICS, *_COSTS)},
+        **{name: mean(column(counted, name)) for name in ("best", *metric_names(), *_COSTS)},
     }
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..base.metrics import LOWER_IS_BETTER, METRICS
+from ..base.metrics import metric_names
 from .read import Run
 
 NO_MATTER = frozenset(
@@ -67,13 +67,8 @@ def primary(run: Run) -> str:
     metrics = (run.recipe.get("evaluation") or {}).get("metrics") or ["loss"]
     chosen = str(best or metrics[0])
     if run.metrics and chosen not in run.last:  # bits_per_byte of text that is not bytes is asked for and not there
-        return next((m for m in [*map(str, metrics), *METRICS] if m in run.last), chosen)
+        return next((m for m in [*map(str, metrics), *metric_names()] if m in run.last), chosen)
     return chosen
-
-
-def lower_is_better(metric: str) -> bool:
-    """Whether less of a metric is more."""
-    return metric in LOWER_IS_BETTER
 
 
 def subject(run: Run, metric: str) -> str:

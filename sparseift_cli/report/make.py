@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from ..base.metrics import METRICS
+from ..base.metrics import metric_names
 from ..errors import ArtifactError, UsageError, did_you_mean
 from . import frame as frames
 from . import published
@@ -43,10 +43,10 @@ class Options:
 
 
 def _known_metric(name: str | None) -> str | None:
-    if name is not None and name not in METRICS:
+    if name is not None and name not in metric_names():
         raise UsageError(
             f"--metric {name}: no metric is called that",
-            hint=did_you_mean(name, METRICS) or f"metrics: {', '.join(METRICS)}",
+            hint=did_you_mean(name, metric_names()) or f"metrics: {', '.join(metric_names())}",
         )
     return name
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ..base.metrics import TEST
 from .read import Run
 
 if TYPE_CHECKING:
@@ -15,16 +14,6 @@ if TYPE_CHECKING:
 
     from .published import Beside
     from .spectral.history import RunSpectra
-
-_UNITS = {
-    "top1": "points",
-    "top5": "points",
-    "bits_per_byte": "bits per byte",
-    "loss": "loss",
-    "perplexity": "perplexity",
-}
-UNITS = {**_UNITS, **{TEST + name: unit for name, unit in _UNITS.items()}}
-"""What a difference of a metric is measured in; a metric that is not here names itself."""
 
 Outcome = Literal["better", "worse", "no difference shown", "no claim", "refused"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..base.metrics import LOSS, METRICS
 from ..data import Batches
 from .processes import Processes
 
@@ -41,40 +41,31 @@ def evaluate(
     metrics: Sequence[str],
     processes: Processes,
     autocast: Callable[[], AbstractContextManager[Any]],
-    asked: Callable[[], int] = lambda: 0,
+    stop_requested: Callable[[], int] = lambda: 0,
 ) -> dict[str, float] | None:
     """The metrics (and the loss) over epoch 0 of `batches`, in eval mode; the model is in train mode afterwards.
 
-    None where a signal `asked` the run to stop before the end: a large evaluation takes longer than a cluster waits.
+    None where `stop_requested` was not 0 before the end: a large evaluation takes longer than a cluster waits for a job
+    that it stops.
     """
+    wanted = [METRICS.get(name) for name in dict.fromkeys([LOSS.name, *metrics])]
+    wanted = [metric for metric in wanted if batches.dataset.kind in metric.kinds]
+    totals = list(dict.fromkeys(metric.total for metric in wanted))
     every = 1 if processes.world == 1 else TOGETHER
     model.eval()
     device = next(model.parameters()).device
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # summed loss, hits among 1 and among 5
-    ranks = max((int(m[3:]) for m in metrics if m.startswith("top")), default=0)
+    sums = torch.zeros(len(totals), dtype=torch.float64, device=device)
     for i, (x, y) in enumerate(batches):
-        if i % every == 0 and asked():
+        if i % every == 0 and stop_requested():
             model.train()
             return None
         if not len(x):
             continue
         with autocast():
-            logits = logits_of(model(x))
-        sums[0] += loss_of(logits, y, reduction="sum").double()
-        if ranks:
-            best = logits.topk(min(ranks, logits.shape[-1]), dim=-1).indices.eq(y[:, None])
-            sums[1] += best[:, 0].sum()
-            sums[2] += best[:, :5].any(1).sum()
+            logits = logits_of(model(x)).flatten(0, -2)  # [N, C]
+        for index, total in enumerate(totals):
+            sums[index] += total(logits, y.flatten())
     model.train()
-    loss, top1, top5 = processes.sum(sums).tolist()
-    targets = batches.targets
-    found = {"loss": loss / targets.tokens}
-    if "top1" in metrics:
-        found["top1"] = 100 * top1 / targets.tokens
-    if "top5" in metrics:
-        found["top5"] = 100 * top5 / targets.tokens
-    if "perplexity" in metrics:
-        found["perplexity"] = math.exp(min(loss / (targets.words or targets.tokens), 700.0))
-    if "bits_per_byte" in metrics and targets.bytes:
-        found["bits_per_byte"] = loss / math.log(2) / targets.bytes
-    return found
+    found = dict(zip(totals, processes.sum(sums).tolist(), strict=True))
+    values = {metric.name: metric.value(found[metric.total], batches.targets) for metric in wanted}
+    return {name: value for name, value in values.items() if value is not None}

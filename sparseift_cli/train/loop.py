@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
-from ..base.metrics import LOWER_IS_BETTER, TEST
-from ..data import Batches
-from ..errors import InterruptedRun
+from ..base.metrics import TEST
+from ..data import Batches, order
+from ..errors import ArtifactError, InterruptedRun
+from ..runs.checkpoint import Loaded
 from ..runs.directory import RunDirectory
 from ..runs.metrics import Metrics
 from ..sparsity.guard import all_finite
@@ -71,6 +72,7 @@ def train(
     model, settings = run.model, run.spec.training
     scaler = GradScaler(processes.device.type, enabled=settings.precision == "fp16")
     if loaded is not None:
+        _require_same_order(run, loaded)
         unpack(loaded, model, run.optimizer, run.sparsifier)
         _restore(progress, run, scaler, loaded.state, processes)
     make_step = GraphedStep(run) if can_be_graphed(run, processes) else EagerStep(run, scaler, processes)
@@ -159,13 +161,11 @@ def _measure(run: Prepared, progress: Progress, metrics: Metrics | None, process
 
 
 def _score(run: Prepared, row: Mapping[str, Any]) -> float | None:
-    metric = run.spec.checkpoint.best or run.spec.evaluation.metrics[0]
-    return row.get(metric)
+    return row.get(run.primary_metric.name)
 
 
 def _better(run: Prepared, score: float, than: float) -> bool:
-    metric = run.spec.checkpoint.best or run.spec.evaluation.metrics[0]
-    return score < than if metric in LOWER_IS_BETTER else score > than
+    return score < than if run.primary_metric.lower_is_better else score > than
 
 
 def _save(
@@ -186,6 +186,7 @@ def _save(
     state |= {
         "step": progress.step,
         "due": progress.due,
+        "shuffle": order.VERSION,
         "spent": run.spent.state(),
         "seconds": progress.seconds,
         "best": progress.best,
@@ -195,6 +196,21 @@ def _save(
     }
     fresh = progress.last.get("step") == progress.step
     folder.save(progress.step, tensors, state, metrics, score=_score(run, progress.last) if fresh else None)
+
+
+def _require_same_order(run: Prepared, loaded: Loaded) -> None:
+    """Refuse to go on with a run that began when epochs were shuffled by another formula: it would see images twice.
+
+    Token sets draw their windows at random places, which no version changed.
+
+    Raises:
+        ArtifactError: the checkpoint is of such a version.
+    """
+    if run.dataset.kind == "image" and loaded.state.get("shuffle") != order.VERSION:
+        raise ArtifactError(
+            f"{loaded.path} was written by a version of sparseift that shuffled the training images in another order",
+            hint="finish the run with the version that began it, or start a new run without --resume",
+        )
 
 
 def _restore(

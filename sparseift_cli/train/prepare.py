@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..base.metrics import METRICS, Metric
 from ..data import Batches, DataSet, open_data
 from ..data.images import ImageSet, hold_out
 from ..errors import UsageError
@@ -22,7 +23,7 @@ from ..plan.audit import Audit, audit
 from ..plan.spec import TrainingSpec, TransformSpec
 from ..recipe.durations import held_out_images, in_steps
 from ..recipe.load import Recipe, require_data, run_steps
-from ..recipe.open_arguments import opening
+from ..recipe.open_arguments import open_arguments
 from ..sparsity.algorithms import own_options
 from ..sparsity.sparsifier import Sparsifier
 from ..trace.build import trace
@@ -73,6 +74,11 @@ class Prepared:
         )
 
     @property
+    def primary_metric(self) -> Metric:
+        """What says which checkpoint is best: checkpoint.best, else the first of evaluation.metrics."""
+        return METRICS.get(self.spec.checkpoint.best or self.spec.evaluation.metrics[0])
+
+    @property
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.model.parameters()).device
@@ -102,7 +108,7 @@ def prepare(recipe: Recipe, seed: int, processes: Processes) -> Prepared:
     """
     require_data(recipe)
     spec = recipe.spec
-    name, root, options = opening(spec)
+    name, root, options = open_arguments(spec)
     dataset = _with_validation(open_data(name, root, **options), spec)
     train, held_out, test = _batches(spec, dataset, seed, processes)
     steps = run_steps(spec, train.steps_per_epoch * spec.training.batch_size)

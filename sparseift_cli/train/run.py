@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from ..base.metrics import LOWER_IS_BETTER
 from ..errors import InterruptedRun, SparseiftError
 from ..models.source import source_hash
 from ..plan.audit import to_json
@@ -224,5 +223,5 @@ def _as_written_today(path: Path) -> str:
 
 
 def _keeping(run: Prepared) -> Mapping[str, Any]:
-    metric = run.spec.checkpoint.best or run.spec.evaluation.metrics[0]
-    return {"keep": run.spec.checkpoint.keep, "better": "lowest" if metric in LOWER_IS_BETTER else "highest"}
+    better = "lowest" if run.primary_metric.lower_is_better else "highest"
+    return {"keep": run.spec.checkpoint.keep, "better": better}

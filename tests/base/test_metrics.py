@@ -1,30 +1,71 @@
-"""One list of metrics: what recipes may ask for, with `test_` before each; and the sets that recipes call unsplit are so."""
+"""One table of metrics: what recipes may ask for, with `test_` before each on the test split."""
 
 from __future__ import annotations
 
-from typing import get_args
+from collections.abc import Iterator
 
 import pytest
+import torch
+from torch import Tensor
 
-from sparseift_cli.base.metrics import LOWER_IS_BETTER, METRICS, TEST
-from sparseift_cli.data import open_data
-from sparseift_cli.recipe.defaults import DATA, NO_TEST, SPLITTABLE
-from sparseift_cli.recipe.sections import Metric
-
-
-def test_recipes_ask_for_these_metrics() -> None:
-    watched = get_args(Metric)
-    assert (*watched, *(TEST + name for name in watched)) == METRICS
-    assert {name for name in METRICS if "top" in name} == set(METRICS) - LOWER_IS_BETTER
-
-
-@pytest.mark.parametrize("name", ["digits", "synthetic-images", "stdlib", "synthetic-text"])
-def test_sets_that_recipes_say_have_no_test_of_their_own_have_none(name: str) -> None:
-    """The others need files, and are looked at when a run begins."""
-    dataset = open_data(name)
-    assert name in NO_TEST
-    assert "test" not in dataset.split_names or dataset.held_out == "test"
+from sparseift_cli.base.metrics import (
+    LOSS,
+    METRICS,
+    TEST,
+    Metric,
+    label_of,
+    lower_is_better,
+    metric_names,
+    percent,
+    unit_of,
+)
+from sparseift_cli.data import Targets
+from sparseift_cli.errors import UsageError
 
 
-def test_every_named_set_exists() -> None:
-    assert {*NO_TEST, *SPLITTABLE} <= set(DATA)
+def test_names_and_directions() -> None:
+    assert metric_names()[:5] == ("loss", "top1", "top5", "perplexity", "bits_per_byte")
+    assert {name for name in metric_names() if "top" in name} == {n for n in metric_names() if not lower_is_better(n)}
+    assert (label_of("top1"), label_of(TEST + "loss"), label_of("seconds")) == (
+        "top-1 accuracy (%)",
+        "test loss",
+        "seconds",
+    )
+    assert (unit_of("test_top5"), unit_of("seconds")) == ("points", "seconds")
+
+
+def hits(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.argmax(-1).eq(targets).sum()
+
+
+@pytest.fixture
+def accuracy() -> Iterator[Metric]:
+    metric = Metric("accuracy", "accuracy (%)", "points", lower_is_better=False, total=hits, value=percent)
+    yield METRICS.register(metric.name, metric)
+    del METRICS._entries[metric.name]
+
+
+def test_a_metric_from_outside(accuracy: Metric) -> None:
+    assert "test_accuracy" in metric_names() and label_of("test_accuracy") == "test accuracy (%)"
+    logits = torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]])
+    targets = torch.tensor([0, 1, 1])
+    assert float(accuracy.total(logits, targets)) == 2
+    assert accuracy.value(2.0, Targets(4)) == 50
+
+
+def test_what_is_no_metric_is_refused() -> None:
+    with pytest.raises(UsageError, match="not a Metric"):
+        METRICS.register("accuracy", hits)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UsageError, match="unknown metric 'tpo1'") as caught:
+        METRICS.get("tpo1")
+    assert caught.value.hint == "did you mean 'top1'?"
+
+
+def test_targets_past_the_end_do_not_count() -> None:
+    logits, targets = torch.randn(6, 9), torch.tensor([0, 3, -100, 8, -100, 1])
+    kept = targets != -100
+    for name in ("loss", "top1", "top5"):
+        total = METRICS.get(name).total
+        assert float(total(logits, targets)) == pytest.approx(float(total(logits[kept], targets[kept])))
+    assert LOSS.value(8.0, Targets(4)) == 2
+    assert METRICS.get("bits_per_byte").value(8.0, Targets(4)) is None

@@ -19,7 +19,7 @@ from sparseift_cli.train.processes import Processes
 from sparseift_cli.train.run import run_seeds
 
 RECIPE = """
-model: "sparseift_cli.models.examples:digits_mlp"
+model: digits_mlp
 data: {{name: digits, validation: 0.2}}
 training: {{{training}, device: cpu}}
 evaluation: {{metrics: [top1], test: true}}

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from sparseift_cli.base.randomness import fractions, word
-from sparseift_cli.data import Augment, Batches, open_data
-from sparseift_cli.data import image_folder as folder_loader
-from sparseift_cli.data.image_folder import random_box
+from sparseift_cli.data import Augment, Batches, image_files, open_data
+from sparseift_cli.data.image_files import random_box
 from sparseift_cli.errors import UsageError
 
 image_module = pytest.importorskip("PIL.Image")
@@ -95,7 +94,7 @@ def test_workers_change_nothing(root: Path) -> None:
 
 def test_no_more_workers_than_cores(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch warns of more, and a warning is an error here."""
-    monkeypatch.setattr(folder_loader, "cores", lambda: 1)
+    monkeypatch.setattr(image_files, "cores", lambda: 1)
     loader = Batches(open_data("image-folder", root, size=8), "valid", 4, workers=64)
     assert len(list(loader)) == len(list(Batches(open_data("image-folder", root, size=8), "valid", 4)))
 
@@ -170,7 +169,7 @@ def test_hashes_tell_contents_apart(root: Path, monkeypatch: pytest.MonkeyPatch)
     first = open_data("image-folder", root)
     assert (first.hashed, first.describe()["sha256"]) == ("content", first.sha256)
     with monkeypatch.context() as patch:
-        patch.setattr("sparseift_cli.data.image_folder._READ_WHOLE", 10)
+        patch.setattr("sparseift_cli.data.image_files._READ_WHOLE", 10)
         large = open_data("image-folder", root)
         assert large.hashed == "names and sizes"
         assert large.sha256 != first.sha256

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparseift_cli.base.randomness import below, coin, counters, fractions, key_of, lane, word, words
-from sparseift_cli.data.order import CHUNK, Order
-from sparseift_cli.data.permutation import Permutation, sides
+from sparseift_cli.data.order import CHUNK, Order, permutation
 from sparseift_cli.errors import UsageError
 
 
@@ -71,47 +70,27 @@ def test_fractions_are_uniform() -> None:
 # --- permutations ---
 
 
-@pytest.mark.parametrize("n", [*range(1, 70), 97, 1000, 1009, 4999, 49_666, 65_537])
+@pytest.mark.parametrize("n", [1, 2, 97, 4999])
 def test_permutations_are_one_to_one(n: int) -> None:
-    found = Permutation(n, key_of(n, "test"))(torch.arange(n))
-    assert torch.equal(found.sort().values, torch.arange(n))
+    assert torch.equal(permutation(n, "test").sort().values, torch.arange(n))
 
 
-@given(st.integers(1, 1 << 24))
-def test_sides_hold_every_index(n: int) -> None:
-    a, b = sides(n)
-    assert a >= 2 <= b
-    assert n <= a * b <= n + 64
-    assert max(a, b) <= 2 * n**0.5 + 4
+EXPECTED = [7, 3, 4, 5, 2, 1, 6, 0]
 
 
-def test_any_part_of_a_permutation_is_that_part() -> None:
-    whole = Permutation(1009, 5)
-    every = whole(torch.arange(1009))
-    places = torch.tensor([1008, 3, 3, 500])
-    assert torch.equal(whole(places), every[places])
-
-
-def test_small_permutations_all_come_up() -> None:
-    counts = Counter(tuple(Permutation(4, key_of(s, "small"))(torch.arange(4)).tolist()) for s in range(4800))
-    assert len(counts) == 24
-    assert chi_squared(list(counts.values())) < 5
-
-
-def test_places_are_uniform_and_neighbours_part() -> None:
-    n, seeds = 101, 3000
-    rows = torch.stack([Permutation(n, key_of(s, "place"))(torch.arange(n)) for s in range(seeds)])
-    for place in (0, 50, 100):
-        assert chi_squared(torch.bincount(rows[:, place], minlength=n).tolist()) < 5
-    steps = (rows[:, 1:] - rows[:, :-1]) % n
-    assert chi_squared(torch.bincount(steps.flatten(), minlength=n)[1:].tolist()) < 5
-    fixed = (rows == torch.arange(n)).sum(1).float()  # one on average, with variance one
-    assert abs(fixed.mean().item() - 1) < 0.1
-    assert abs(fixed.var().item() - 1) < 0.15
+def test_a_permutation_depends_on_its_seed_and_names_alone() -> None:
+    """The values are part of what a seed means: a change gives every run another order."""
+    before = torch.random.get_rng_state()
+    torch.manual_seed(5)
+    assert permutation(8, "order", 0).tolist() == permutation(8, "order", 0).tolist() == EXPECTED
+    torch.random.set_rng_state(before)
+    others = [permutation(8, "order", 1), permutation(8, "order", 0, seed=1), permutation(8, "held out")]
+    assert all(other.tolist() != EXPECTED for other in others)
+    assert torch.equal(torch.random.get_rng_state(), before)  # the global generator was left alone
 
 
 def test_seeds_give_unrelated_orders() -> None:
-    a, b = (Permutation(50_000, key_of(s, "order", 0))(torch.arange(50_000)).float() for s in (0, 1))
+    a, b = (permutation(50_000, "order", 0, seed=seed).float() for seed in (0, 1))
     assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1].item()) < 0.02
 
 

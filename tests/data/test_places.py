@@ -7,7 +7,6 @@ import inspect
 import subprocess
 import sys
 import urllib.error
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -104,8 +103,8 @@ def test_the_data_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 
 def test_names_are_forgiving_and_mistakes_are_told() -> None:
-    assert data.find("CIFAR-100") == "cifar100"
-    assert data.find("WikiText_2") == "wikitext-2"
+    assert data.find_source("CIFAR-100").name == "cifar100"
+    assert data.find_source("WikiText_2").name == "wikitext-2"
     with pytest.raises(UsageError, match="no data set is called 'cifra10'") as caught:
         data.open_data("cifra10")
     assert "did you mean 'cifar10'?" in str(caught.value.hint)
@@ -117,17 +116,28 @@ def test_names_are_forgiving_and_mistakes_are_told() -> None:
     assert caught.value.hint == "it takes none"
 
 
-@pytest.mark.parametrize("name", data.CATALOG)
-def test_the_catalog_is_true(name: str) -> None:
-    entry = data.CATALOG[name]
-    opener = getattr(import_module(f"sparseift_cli.data.{entry.module}"), entry.function)
-    assert next(iter(inspect.signature(opener).parameters)) == "root"
-    assert "Raises" in str(inspect.getdoc(opener))
-    assert entry.kind in ("image", "tokens")
+@pytest.mark.parametrize("name", data.DATASETS.names)
+def test_facts_fit_the_openers(name: str) -> None:
+    source = data.DATASETS.get(name)
+    assert source.name == name and source.summary
+    assert next(iter(inspect.signature(source.open).parameters)) == "root"
+    assert "Raises" in str(inspect.getdoc(source.open))
+    assert set(source.recipe_options or ()) <= set(source.options)
+
+
+@pytest.mark.parametrize("name", ["digits", "synthetic-images", "stdlib", "synthetic-text"])
+def test_facts_are_those_of_the_opened_set(name: str) -> None:
+    """Of the sets that need no files."""
+    source, opened = data.find_source(name), data.open_data(name)
+    assert (source.kind, source.splits) == (opened.kind, opened.split_names)
+    assert source.image in (None, opened.shape) and source.classes in (None, opened.classes)
+    assert source.samples in (None, opened.splits["train"])
+    assert not source.has_separate_test
+    assert "test" not in opened.split_names or opened.held_out == "test"
 
 
 def test_names_need_no_torch() -> None:
-    code = "import sys; from sparseift_cli import data; data.find('mnist'); print('torch' in sys.modules)"
+    code = "import sys; from sparseift_cli import data; data.find_source('mnist'); print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
     with pytest.raises(AttributeError):

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from sparseift_cli.data import find_source
 from sparseift_cli.errors import UsageError
 from sparseift_cli.recipe import durations
 from sparseift_cli.recipe.load import Recipe, load, require_data, run_steps
-from sparseift_cli.recipe.open_arguments import opening
+from sparseift_cli.recipe.open_arguments import open_arguments
 from sparseift_cli.recipe.write import annotated_yaml, resolved_yaml, scalar
 
 FIVE = "model: resnet18_cifar\ndata: cifar100\ntransform: wide\nsparsity: 0.9\nalgorithm: rigl\n"
@@ -371,7 +372,7 @@ def test_training_needs_data(tmp_path: Path) -> None:
     ("text", "want"),
     [
         (FIVE, ("cifar100", None, {"download": True})),
-        ("model: resnet18\ndata: {name: imagenet, root: /d}\n", ("image-folder", Path("/d"), {"size": 224})),
+        ("model: resnet18\ndata: {name: imagenet, root: /d}\n", ("imagenet", Path("/d"), {"size": 224})),
         (
             "model: resnet18_cifar\ndata: {name: synthetic-images, limit: 64}\n",
             ("synthetic-images", None, {"size": 32, "channels": 3, "classes": 100, "train": 64}),
@@ -384,13 +385,6 @@ def test_training_needs_data(tmp_path: Path) -> None:
     ],
 )
 def test_arguments_of_open_data(tmp_path: Path, text: str, want: Any) -> None:
-    import inspect
-    from importlib import import_module
-
-    from sparseift_cli.data.registry import CATALOG
-
-    name, root, options = opening(made(tmp_path, text).spec)
+    name, root, options = open_arguments(made(tmp_path, text).spec)
     assert (name, root, options) == want
-    entry = CATALOG[name]
-    opener = getattr(import_module(f"sparseift_cli.data.{entry.module}"), entry.function)
-    assert set(options) <= set(inspect.signature(opener).parameters)
+    find_source(name).require_options(options)

@@ -17,13 +17,14 @@ from typing import Any
 
 import yaml
 
+from sparseift_cli.base.metrics import lower_is_better
 from sparseift_cli.recipe.catalog import shipped
 from sparseift_cli.recipe.durations import in_words
 from sparseift_cli.recipe.load import load
 from sparseift_cli.recipe.write import flow, resolved_yaml
 from sparseift_cli.report import frame as frames
 from sparseift_cli.report.compare import Rules
-from sparseift_cli.report.grouping import NO_MATTER, flat, lower_is_better
+from sparseift_cli.report.grouping import NO_MATTER, flat
 from sparseift_cli.report.html.facts import command
 from sparseift_cli.report.make import Options, make
 from sparseift_cli.report.plots.pictures import pictures

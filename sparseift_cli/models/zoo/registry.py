@@ -34,15 +34,16 @@ def lookup(name: str) -> ModelInfo:
 
 
 def build(
-    name: str, *, num_classes: int | None = None, seq: int | None = None, image: Image | None = None
+    model: str | ModelInfo, *, num_classes: int | None = None, seq: int | None = None, image: Image | None = None
 ) -> nn.Module:
-    """The model `name`, freshly initialised, in train mode, on torch's current default device.
+    """The model, by name or entry, freshly initialised, in train mode, on torch's current default device.
 
     Under `torch.device("meta")` it has shapes and no memory. `seq` builds nothing: it is checked against the learned
     positions. `image` gives the channels of the first conv, and the positions of models that learn them.
     Raises UsageError for an unknown name and for what `ModelInfo.with_input` refuses.
     """
-    info = lookup(name).with_input(num_classes=num_classes, seq=seq, image=image)
+    info = lookup(model) if isinstance(model, str) else model
+    info = info.with_input(num_classes=num_classes, seq=seq, image=image)
     if info.make is not None:
         return info.make(**({"num_classes": info.num_classes, "image": info.image} if info.image else {}))
     family = import_module(f"{__package__}.{info.family}")

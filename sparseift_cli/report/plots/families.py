@@ -8,18 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from ...base.metrics import LOWER_IS_BETTER, TEST
+from ...base.metrics import label_of, lower_is_better
 from ..read import Run
 from ..report import Report
 from ..unmasked import as_trained, without_masks
 from .style import BASELINE, Look, look
-
-NAMES = {
-    "top1": "top-1 accuracy (%)",
-    "top5": "top-5 accuracy (%)",
-    "loss": "validation loss",
-    "bits_per_byte": "bits per byte",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +78,8 @@ class Family:
     @property
     def metric_name(self) -> str:
         """The metric in words, with its unit and direction."""
-        bare = self.metric.removeprefix(TEST)
-        name = NAMES.get(self.metric) or ("test " if bare != self.metric else "") + NAMES.get(bare, bare).removeprefix(
-            "validation "
-        )
-        return f"{name} (lower is better)" if self.metric in LOWER_IS_BETTER else name
+        name = label_of(self.metric)
+        return f"{name} (lower is better)" if lower_is_better(self.metric) else name
 
     @property
     def axis(self) -> str:

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from ...base.metrics import LOWER_IS_BETTER
+from ...base.metrics import lower_is_better
 from .families import Family, Group, is_number, scaled
 from .style import INK, MUTED, house, legend_below, new_figure
 
@@ -181,7 +181,7 @@ def _log_axis(axes: Axes) -> None:
 
 def _name_ends(axes: Axes, family: Family, ways: Sequence[Sequence[tuple[float, float]]], budget: float) -> None:
     """The name of every recipe that ends elsewhere than on the dense budget, upright on the side from which ways come."""
-    offset, side = (6, "bottom") if family.metric in LOWER_IS_BETTER else (-6, "top")
+    offset, side = (6, "bottom") if lower_is_better(family.metric) else (-6, "top")
     for group, points in zip(family.groups, ways, strict=True):
         if points and points[-1][0] > 0 and budget and not 1 / _FAR < points[-1][0] / budget < _FAR:
             axes.annotate(
