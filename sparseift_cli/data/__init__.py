@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .registry import DATASETS, find_source, open_data
+from .registry import DATASETS, open_data
 from .source import DataSource
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ __all__ = [
     "Stream",
     "Targets",
     "TokenSet",
-    "find_source",
     "open_data",
     "write_tokens",
 ]

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base.registry import Registry
-from ..errors import UsageError, did_you_mean
 from . import cifar, digits, image_folder, mnist, stdlib, synthetic, text, token_files
 from .source import DataSource
 
@@ -53,19 +52,6 @@ def open_data(name: str, root: str | Path | None = None, **options: Any) -> Data
     Raises:
         UsageError: an unknown name or option, or a set that is not there or damaged.
     """
-    source = find_source(name)
+    source = DATASETS.get(name)
     source.require_options(options)
     return source.open(root, **options)
-
-
-def find_source(name: str) -> DataSource:
-    """The data set called `name`, unopened.
-
-    Raises:
-        UsageError: there is none.
-    """
-    if ":" in name or name in DATASETS:
-        return DATASETS.get(name)
-    near = did_you_mean(name, DATASETS)
-    known = f"there are {', '.join(DATASETS)}; or package.module:Name"
-    raise UsageError(f"no data set is called '{name}'", hint=f"{near} {known}" if near else known)

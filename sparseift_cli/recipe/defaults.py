@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..data import DataSource, find_source
+from ..data import DATASETS, DataSource
 from ..errors import SparseiftError, UsageError
 from ..models.zoo import registry
 
@@ -49,7 +49,7 @@ _TRAINING: dict[str, dict[str, Any]] = {
 def facts_of(data: Mapping[str, Any]) -> DataSource | None:
     """The data set that a data section names; None where it names none that there is."""
     try:
-        return find_source(str(data.get("name")))
+        return DATASETS.get(str(data.get("name")))
     except UsageError:
         return None
 

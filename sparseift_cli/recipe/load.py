@@ -120,12 +120,12 @@ def run_steps(spec: Spec, samples: int | None = None) -> int | None:
 
     None where the length depends on data that nobody has counted.
     """
-    from ..data import find_source
+    from ..data import DATASETS
     from .durations import held_out_images, in_steps, steps_per_epoch
 
     if spec.training.steps is not None:
         return spec.training.steps
-    if samples is None and spec.data is not None and (official := find_source(spec.data.name).samples):
+    if samples is None and spec.data is not None and (official := DATASETS.get(spec.data.name).samples):
         samples = official - held_out_images(official, spec.data.validation)
         samples = min(samples, spec.data.limit or samples)
     if samples is None or spec.training.epochs is None:

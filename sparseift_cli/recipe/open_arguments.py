@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..data import find_source
+from ..data import DATASETS
 from ..models.zoo import registry
 from .schema import Spec
 
@@ -24,7 +24,7 @@ def open_arguments(spec: Spec) -> tuple[str, Path | None, dict[str, Any]]:
         "train": data.limit,
     }
     known |= {name: value for name, value in optional.items() if value}
-    options = {name: known[name] for name in find_source(data.name).options_of_recipes if name in known}
+    options = {name: known[name] for name in DATASETS.get(data.name).options_of_recipes if name in known}
     return data.name, None if data.root is None else Path(data.root), options
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..data import DATASETS, find_source
+from ..data import DATASETS
 from ..errors import SparseiftError, UsageError, did_you_mean
 from ..models.zoo import registry
 from ..plan.spec import TransformSpec, member_named
@@ -133,7 +133,7 @@ def _check(spec: schema.Spec, tree: Mapping[str, Value], start: Spot, problems: 
 def _check_splits(data: Data, test: bool, tree: Mapping[str, Value], start: Spot, problems: Problems) -> None:
     """What is held out, and what is left to be a test, as far as the name of the data tells."""
     share, where = data.validation, _spot(tree, ["data", "validation"], start)
-    source = find_source(data.name)
+    source = DATASETS.get(data.name)
     if share is not None and not source.can_hold_out:
         known = ", ".join(name for name in DATASETS if DATASETS.get(name).can_hold_out)
         reason = f"{data.name} has a held-out part of its own; this is for {known}"

@@ -103,9 +103,9 @@ def test_the_data_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 
 def test_names_are_forgiving_and_mistakes_are_told() -> None:
-    assert data.find_source("CIFAR-100").name == "cifar100"
-    assert data.find_source("WikiText_2").name == "wikitext-2"
-    with pytest.raises(UsageError, match="no data set is called 'cifra10'") as caught:
+    assert data.DATASETS.get("CIFAR-100").name == "cifar100"
+    assert data.DATASETS.get("WikiText_2").name == "wikitext-2"
+    with pytest.raises(UsageError, match="unknown data set 'cifra10'") as caught:
         data.open_data("cifra10")
     assert "did you mean 'cifar10'?" in str(caught.value.hint)
     with pytest.raises(UsageError, match="cifar10 has no option 'downlod'") as caught:
@@ -128,7 +128,7 @@ def test_facts_fit_the_openers(name: str) -> None:
 @pytest.mark.parametrize("name", ["digits", "synthetic-images", "stdlib", "synthetic-text"])
 def test_facts_are_those_of_the_opened_set(name: str) -> None:
     """Of the sets that need no files."""
-    source, opened = data.find_source(name), data.open_data(name)
+    source, opened = data.DATASETS.get(name), data.open_data(name)
     assert (source.kind, source.splits) == (opened.kind, opened.split_names)
     assert source.image in (None, opened.shape) and source.classes in (None, opened.classes)
     assert source.samples in (None, opened.splits["train"])
@@ -137,7 +137,7 @@ def test_facts_are_those_of_the_opened_set(name: str) -> None:
 
 
 def test_names_need_no_torch() -> None:
-    code = "import sys; from sparseift_cli import data; data.find_source('mnist'); print('torch' in sys.modules)"
+    code = "import sys; from sparseift_cli import data; data.DATASETS.get('mnist'); print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
     with pytest.raises(AttributeError):

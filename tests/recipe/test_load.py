@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from sparseift_cli.data import find_source
+from sparseift_cli.data import DATASETS
 from sparseift_cli.errors import UsageError
 from sparseift_cli.recipe import durations
 from sparseift_cli.recipe.load import Recipe, load, require_data, run_steps
@@ -105,7 +105,7 @@ def test_all_problems_at_once_with_their_places_in_order(tmp_path: Path) -> None
             "pattern 2:4 has density 2/4, not 7/10 (use sparsity 0.5)",
         ),
         ("model: resnet18\nsparsity: .3\ntransform: {distribution: erk}\n", "it cannot match each layer"),
-        ("model: resnet18\ndata: cifr10\n", "data.name: no data set is called 'cifr10', did you mean 'cifar10'?"),
+        ("model: resnet18\ndata: cifr10\n", "data.name: unknown data set 'cifr10' (did you mean 'cifar10'?)"),
         ("model: gpt2\ndata: {name: stdlib, validation: .2}\n", "stdlib has a held-out part of its own"),
         ("model: gpt2\ndata: {name: text, validation: .125}\n", "text is cut at a whole per cent, not at 0.125"),
         (
@@ -118,7 +118,10 @@ def test_all_problems_at_once_with_their_places_in_order(tmp_path: Path) -> None
         ),
         ("model: resnet18\ndata: {name: cifar10, seq: 3}\n", "the tokens in a sample are model.seq"),
         ("model: resnet18\ncheckpoint: {best: perplexity}\n", "perplexity is not among evaluation.metrics"),
-        ("model: resnet18\nevaluation: {metrics: top3}\n", "evaluation.metrics.0: 'top3' is not one of loss, top1"),
+        (
+            "model: resnet18\nevaluation: {metrics: top3}\n",
+            "evaluation.metrics.0: unknown metric 'top3' (did you mean 'top5'?)",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path: Path, text: str, said: str) -> None:
@@ -387,4 +390,4 @@ def test_training_needs_data(tmp_path: Path) -> None:
 def test_arguments_of_open_data(tmp_path: Path, text: str, want: Any) -> None:
     name, root, options = open_arguments(made(tmp_path, text).spec)
     assert (name, root, options) == want
-    find_source(name).require_options(options)
+    DATASETS.get(name).require_options(options)
