@@ -66,9 +66,9 @@ def trace(
 ) -> TraceResult:
     """Trace `model(*inputs, **kwargs)` in eval mode, without memory and without running its arithmetic.
 
-    The tensors in `inputs` and `kwargs` have the wanted shape (meta ones do); the model may live on any device and is left
-    as it was. Modules that eval mode does not reach (auxiliary heads) are followed in a second pass in train mode, for
-    their widths alone. A model whose widths cannot be traced is still counted: then every width is fixed and
+    The tensors in `inputs` and `kwargs` have the wanted shape (meta ones do); the model may live on any device and is
+    left as it was. Modules that eval mode does not reach (auxiliary heads) are followed in a second pass in train mode,
+    for their widths alone. A model whose widths cannot be traced is still counted: then every width is fixed and
     `untraceable` says why. Without `symbolic` only the count is wanted.
 
     Raises:

@@ -1,8 +1,9 @@
 """PyTorch's FakeTensorMode without the second that it spends on importing torch._dynamo, which a count has no use for.
 
-FakeTensorMode reads three flags of torch._dynamo.config, and many functions ask torch._dynamo to keep out of them. Where
-torch._dynamo is not loaded already, a stand-in answers for as long as the trace runs; whoever asks it for anything else gets
-the real module. Afterwards nothing of the stand-in is left. Private API: this file is tested per torch version.
+FakeTensorMode reads three flags of torch._dynamo.config, and many functions ask torch._dynamo to keep out of them.
+Where torch._dynamo is not loaded already, a stand-in answers for as long as the trace runs; whoever asks it for
+anything else gets the real module. Afterwards nothing of the stand-in is left. Private API: this file is tested per
+torch version.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-# Building a model on the meta device without initialising what has no memory.
-# PyTorch runs the random fills of meta tensors through Python code that imports torch._dynamo, a second that buys nothing.
+# Building a model on the meta device without initialising what has no memory. PyTorch runs the random fills of meta
+# tensors through Python code that imports torch._dynamo, a second that buys nothing.
 
 _FILLS = frozenset(
     {Tensor.normal_, Tensor.uniform_, Tensor.fill_, Tensor.zero_, torch.nn.init.normal_, torch.nn.init.uniform_}

@@ -1,7 +1,7 @@
 """How one dim is made of others: what views, concatenations and slices of a forward say about the order in memory.
 
-A size equation knows that a fused projection has 3 * heads * head_dim rows; only the view that takes it apart knows that
-the three come first. Whoever puts dense weights inside wider ones needs the second.
+A size equation knows that a fused projection has 3 * heads * head_dim rows; only the view that takes it apart knows
+that the three come first. Whoever puts dense weights inside wider ones needs the second.
 """
 
 from __future__ import annotations
@@ -167,8 +167,8 @@ WATCHED: dict[Any, Watch] = {
 }
 
 
-# Widths that something is chosen from by its place: a router's outputs are its experts, and must stay as many.
-# No shape says so, since an index has no width. So what `topk` and its like return is remembered, and a width is fixed as soon
+# Widths that something is chosen from by its place: a router's outputs are its experts, and must stay as many. No shape
+# says so, since an index has no width. So what `topk` and its like return is remembered, and a width is fixed as soon
 # as an operation reads such indices; where only the values are read (k largest, a maximum) it may grow.
 
 # where the dim stands among the arguments, and what it is where it is not given (None: the indices are of all dims)

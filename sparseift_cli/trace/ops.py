@@ -1,7 +1,8 @@
-"""Ops known to cost no multiply-accumulates by the project's convention (conv, linear and attention products count).
+"""What is known about PyTorch's primitive (aten) ops: which cost no MACs, which are views, which are linear.
 
-Elementwise ops are known by PyTorch's own `pointwise` tag and views by their schema; the rest is named here. What is not
-known is reported as uncounted, never passed over.
+By convention only convolutions, linear layers and attention products cost MACs. Elementwise ops are recognised by
+PyTorch's own `pointwise` tag and views by their schema; everything else that costs no MACs is listed here by name. An
+op that is in none of these groups is reported as uncounted, so a new op can never be missed silently.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from functools import cache
 from typing import Any
 
 import torch
+
+aten = torch.ops.aten
 
 _NAMES = """
     arange empty empty_like empty_strided full full_like
@@ -40,6 +43,16 @@ _NAMES = """
 """
 _FREE = frozenset(f"aten.{name}" for name in _NAMES.split())
 
+# Linear in their tensors and the same for every channel: the result is a sum of the same summands (see `flow`).
+_LINEAR_NAMES = """
+    add add_ sub sub_ rsub neg clone _to_copy contiguous cat stack roll flip index index_select gather repeat
+    _unsafe_view constant_pad_nd mean sum avg_pool1d avg_pool2d _adaptive_avg_pool2d
+    upsample_bilinear2d upsample_nearest2d upsample_bicubic2d im2col
+"""
+LINEAR = {getattr(aten, name) for name in _LINEAR_NAMES.split()}
+SCALING = {aten.mul, aten.mul_, aten.div, aten.div_}  # linear where only one operand is a tensor of activations
+ALLOCATING = {aten.new_empty, aten.new_zeros, aten.empty_like, aten.zeros_like, aten.new_empty_strided}
+
 
 @cache
 def costs_no_macs(op: Any) -> bool:
@@ -51,5 +64,5 @@ def costs_no_macs(op: Any) -> bool:
 
 @cache
 def is_view(op: Any) -> bool:
-    """Whether an op overload only looks at its input differently."""
+    """Whether the result of an op overload shares the memory of its input (`aten.transpose.int`)."""
     return op.is_view or any(r.alias_info is not None and not r.alias_info.is_write for r in op._schema.returns)

@@ -1,7 +1,8 @@
 """Writes down every multiply-accumulate of one forward pass as a row, and what its operands are.
 
 A TorchDispatchMode sees each primitive op; `shape_rules` reports the common layers one level higher, before PyTorch
-takes them apart. An op that is neither counted nor known to cost no MACs is listed as uncounted: the count fails closed.
+takes them apart. An op that is neither counted nor known to cost no MACs is listed as uncounted: the count fails
+closed.
 """
 
 from __future__ import annotations
@@ -144,8 +145,8 @@ class Recorder(TorchDispatchMode):
     def note_layer_output(self, output: Any, *, by_input: bool) -> None:
         """The layer that runs returned `output`; `by_input`: its input was all that it was given.
 
-        Anything but the product of its weight, or that plus its bias, is more than a layer that is put in its place would
-        compute: a second output, an adapter that is added, an activation.
+        Anything but the product of its weight, or that plus its bias, is more than a layer that is put in its place
+        would compute: a second output, an adapter that is added, an activation.
         """
         path = self.stack[-1]
         key, bias = (f"{path}.{name}" if path else name for name in ("weight", "bias"))
@@ -290,8 +291,8 @@ class Recorder(TorchDispatchMode):
     ) -> None:
         """softmax(Q K^T) V: B x heads x T_q x T_k x d multiply-accumulates each way (q: [..., T_q, d], v: [..., T_k, d_v]).
 
-        `batch`: the sizes before T_q and T_k that the scores have, where they are not those of q: a query that is shared
-        by all samples meets the keys of each. Those of the second product are those of `out`.
+        `batch`: the sizes before T_q and T_k that the scores have, where they are not those of q: a query that is
+        shared by all samples meets the keys of each. Those of the second product are those of `out`.
         """
         keys = poly_of(k.shape[-2])
         scores = numel(q.shape[:-2] if batch is None else batch) * poly_of(q.shape[-2]) * keys

@@ -1,8 +1,8 @@
 """What the common layers ask of their shapes, and what they cost, in one step.
 
 Two reasons to answer for them instead of letting PyTorch take them apart: its shape functions do not check the sizes of
-norm parameters, biases and attention masks, so those ties would be missed; and one rule is many times cheaper than the ten
-primitive ops that a LayerNorm or Linear turns into.
+norm parameters, biases and attention masks, so those ties would be missed; and one rule is many times cheaper than the
+ten primitive ops that a LayerNorm or Linear turns into.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ from .layouts import WATCHED, IndexTracker, note_index, note_layout, note_sum
 from .record import ATTENTION, FROM_LAYER, NEEDS_GRAD, Recorder, annotate, conv, flags_of, matmul, numel, producers_of
 from .symint import Facts, poly_of
 
-# What LSTM, GRU and plain RNN layers ask of their shapes, and what they cost.
-# PyTorch runs a whole recurrent layer in one op that neither takes symbolic sizes nor has a count. Per step and direction it is
-# two matrix products: input [B, I] by W_ih [G H, I] and state [B, H] by W_hh [G H, H], with G = 4, 3 or 1 gates.
-# In the backward pass the first step differs: the state it reads is what the caller gave (zeros, unless given), and needs a
-# gradient only where that does.
+# What LSTM, GRU and plain RNN layers ask of their shapes, and what they cost. PyTorch runs a whole recurrent layer in
+# one op that neither takes symbolic sizes nor has a count. Per step and direction it is two matrix products: input [B,
+# I] by W_ih [G H, I] and state [B, H] by W_hh [G H, H], with G = 4, 3 or 1 gates. In the backward pass the first step
+# differs: the state it reads is what the caller gave (zeros, unless given), and needs a gradient only where that does.
 
 
 def _layer(gates: int) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Where the widths of a LayerTable stand in the module that was traced: what surgery needs and no table shows."""
+"""The second result of a trace: where the widths of a LayerTable are in the module. `transforms/` resizes it by that."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from ..table.poly import Poly
 
 @dataclass(frozen=True, slots=True)
 class DimLayout:
-    """How a dim is laid out in memory: a `product` of parts (row-major, the last one fastest) or parts one after another."""
+    """How a dim is made of smaller ones, in the order of its entries in memory.
+
+    `product`: a row-major grid whose last part varies fastest, as in view(batch, heads, head_dim). `sum`: the parts one
+    after another, as in a concatenation.
+    """
 
     kind: Literal["product", "sum"]
     parts: tuple[Poly, ...]
@@ -19,8 +23,11 @@ class DimLayout:
 
 @dataclass(frozen=True, slots=True)
 class AttentionScore:
-    """An attention's q . k: the module that computes it, the dim that it sums over, and whether the forward itself scales
-    it by that dim's size (SDPA's default, head_dim ** -0.5) rather than by a number that a module keeps.
+    """The product q k^T of an attention: the module that computes it and the dim that it sums over (head_dim).
+
+    `by_size`: the forward pass itself scales the product by the size of that dim (the default of
+    F.scaled_dot_product_attention, head_dim ** -0.5). Otherwise the scale is a number that a module stores, which does
+    not change when the dim grows.
     """
 
     module: str
@@ -30,35 +37,35 @@ class AttentionScore:
 
 @dataclass(frozen=True)
 class Structure:
-    """Every symbolic size of a module as a polynomial over the width ids of its table.
-
-    `shapes`: parameters and buffers by state_dict key. `attributes`: ints by (path of their owner, name, index into a
-    tuple or None); an owner is a module or a configuration object, as in `config`. `layouts` say how a width is taken
-    apart and put together by views, concatenations and slices. `activations` name what follows a row: a function of
-    torch.nn.functional, or `module:` and the path of an activation module; `followers` those alone that read a row, or its
-    norm, moved, sliced or pooled at most: of no row that a sum or a list takes too. `contracted` are the dims that attention
-    products sum over, by the module that runs them. `queries`: weight key -> index of the query in a fused projection;
-    `scores`: the same keys -> the product that the query goes into.
-
-    `orders`: everything that was seen of how a dim lies in memory (`layouts` has one of them). `streams`: what each norm
-    over channels reads, by its path, and `reads` what each weight multiplies: the keys of weights whose products add
-    up to it, `value:key` of parameters, `norm:path`, and `?` for anything else. `exposed` are those that something else
-    than a norm reads directly.
-    """
+    """Every symbolic size of a module as a polynomial over the width ids of its table; "key" is a key of the state_dict."""
 
     shapes: Mapping[str, tuple[Poly, ...]]
+    """Key of a parameter or buffer -> its shape."""
     attributes: Mapping[tuple[str, str, int | None], Poly]
+    """(path of the owner, name, index into a tuple or None) -> the int attribute. The owner is a module, or a
+    configuration object that a module holds."""
     layouts: Mapping[Poly, DimLayout] = field(default_factory=dict)
-    activations: Mapping[str, str] = field(default_factory=dict)
-    own_activations: Mapping[str, str] = field(default_factory=dict)
-    contracted_dims: Mapping[str, tuple[Poly, ...]] = field(default_factory=dict)
-    query_parts: Mapping[str, int | None] = field(default_factory=dict)
-    attention_scores: Mapping[str, AttentionScore] = field(default_factory=dict)
+    """Dim -> how views, concatenations and slices take it apart: the most telling one that was seen."""
     all_layouts: Mapping[Poly, tuple[DimLayout, ...]] = field(default_factory=dict)
+    """Dim -> everything that was seen of how it is made of others."""
+    activations: Mapping[str, str] = field(default_factory=dict)
+    """Row -> the activation that runs after it: a function of torch.nn.functional by name, or `module:` and the path of an
+    activation module."""
+    own_activations: Mapping[str, str] = field(default_factory=dict)
+    """The same, where the activation reads the row itself (or its norm), and no addition or concatenation reads it too."""
+    contracted_dims: Mapping[str, tuple[Poly, ...]] = field(default_factory=dict)
+    """Module -> the dims that its attention products sum over (head_dim)."""
+    query_parts: Mapping[str, int | None] = field(default_factory=dict)
+    """Key of a weight that makes queries -> which part of its output they are (0 in a fused QKV); None: all of it."""
+    attention_scores: Mapping[str, AttentionScore] = field(default_factory=dict)
+    """Key of a weight that makes queries -> the product that the query is used in."""
     norm_inputs: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Path of a norm over channels -> the summands of what it reads (see `flow`)."""
     weight_inputs: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Key of a weight -> the summands of what it multiplies."""
     read_by_others: frozenset[str] = frozenset()
+    """Summands that something other than a norm reads."""
     float_attributes: frozenset[tuple[str, str]] = frozenset()
-    """Ints, as (owner, name), that the forward computes with as floats: a scale that it makes of them."""
+    """(owner, name) of ints that the forward pass computes a float from, as in `self.head_dim ** -0.5`."""
     output_shapes: Any = None
-    """The output of the forward: shapes of its tensors, as plain sizes."""
+    """The output of the forward pass with plain shapes in place of its tensors."""

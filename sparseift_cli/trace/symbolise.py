@@ -1,7 +1,7 @@
 """Puts a symbolic int in place of every parameter dim and every int attribute of a model, runs it once, and takes all back.
 
-The forward is the model's own, unmodified; parameters become fake tensors without memory. Sizes that describe space, not
-width (kernel, stride, window, ...) stay plain numbers.
+The forward is the model's own, unmodified; parameters become fake tensors without memory. Sizes that describe space,
+not width (kernel, stride, window, ...) stay plain numbers.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ def run_symbolically(
 ) -> SymbolicRun:
     """Run `model(*inputs, **kwargs)` on fake tensors; real or meta ones, only their shapes and dtypes are used.
 
-    Without `symbolic` all sizes stay plain numbers: the count is the same, the widths stay unknown. Without `configs` only
-    those do that stand in a configuration object: some check the type of what is put into them.
+    Without `symbolic` all sizes stay plain numbers: the count is the same, the widths stay unknown. Without `configs`
+    only those do that stand in a configuration object: some check the type of what is put into them.
     """
     facts = Facts()
     run = SymbolicRun(facts, Recorder())

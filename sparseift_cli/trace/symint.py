@@ -2,8 +2,8 @@
 
 `torch.SymInt` wraps any object that answers like a SymNode. Ours holds an exact integer polynomial (`Poly`) beside the
 concrete value of this run, decides every comparison by that value, and writes down each equality it was asked about:
-`w5 == w9` at a residual add, `w8 == w1 + w2` at a concatenation, `w4 == w7 * w6` where w4 // w7 divides exactly. PyTorch's
-own ShapeEnv finds the same facts through sympy about six times slower.
+`w5 == w9` at a residual add, `w8 == w1 + w2` at a concatenation, `w4 == w7 * w6` where w4 // w7 divides exactly.
+PyTorch's own ShapeEnv finds the same facts through sympy about six times slower.
 
 This file leans on private torch API (the SymNode protocol) and is the only one that does.
 """

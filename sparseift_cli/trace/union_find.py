@@ -1,4 +1,10 @@
-"""Merges the variables of a trace that are plainly one width; what stays are equations between widths."""
+"""Merges the variables of a trace that are one width; what is left over are equations between widths.
+
+A trace has one variable for each parameter dim and int attribute, and facts such as `v3 - v7 == 0` or `v8 - v1 - v2 ==
+0`. A fact that says that two variables are equal merges them. *Congruence closure* merges more: where two variables
+equal the same expression (v8 == v1 + v2 and v9 == v1 + v2), they are equal too. DenseNet needs it: its concatenated
+widths are never compared directly.
+"""
 
 from __future__ import annotations
 
@@ -8,32 +14,42 @@ from ..table.poly import Poly
 
 
 class UnionFind:
-    """Union-find over variables, with congruence closure: two variables that equal the same expression are one."""
+    """Union-find over variables, with congruence closure.
+
+    >>> v0, v1, v2, v3 = map(Poly.var, range(4))
+    >>> variables = UnionFind(4, [v2 - v0 - v1, v3 - v0 - v1])
+    >>> variables.groups(), variables.equations
+    ({0: [0], 1: [1], 2: [2, 3]}, [-1*w0 + -1*w1 + w2])
+    """
 
     def __init__(self, variables: int, equations: Iterable[Poly]) -> None:
         self.parent = list(range(variables))
         self.equations = self._merge_all(equations)
 
     def find(self, v: int) -> int:
-        """The variable that stands for all that are equal to `v`."""
+        """The representative of all variables that are equal to `v`."""
         while self.parent[v] != v:
             self.parent[v] = self.parent[self.parent[v]]
             v = self.parent[v]
         return v
 
     def roots(self, variables: Iterable[int]) -> set[int]:
-        """`find` of each."""
+        """The representatives of some variables."""
         return {self.find(v) for v in variables}
 
     def groups(self) -> dict[int, list[int]]:
-        """Every root with the variables that it stands for."""
+        """Representative -> all variables that are equal to it."""
         groups: dict[int, list[int]] = {}
         for v in range(len(self.parent)):
             groups.setdefault(self.find(v), []).append(v)
         return groups
 
     def _merge_all(self, equations: Iterable[Poly]) -> list[Poly]:
-        """Merge variables that are plainly equal; then, until nothing moves, those that equal the same expression."""
+        """Merge variables until no equation says that two are equal; returns the equations that are left.
+
+        First those that an equation names directly. Then, until nothing changes, rewrite the equations with
+        representatives: that makes new direct equalities, and shows variables that equal the same expression.
+        """
         left: list[Poly] = []
         for equation in equations:
             pair = _equal_pair(equation)
@@ -43,7 +59,7 @@ class UnionFind:
                 left.append(equation)
         while True:
             renamed = dict.fromkeys(e.rename(LazyRenaming(self.find)).primitive() for e in left)
-            left, merged, by_rest = [], False, {}
+            left, merged, first_equal = [], False, {}
             for equation in renamed:
                 pair = _equal_pair(equation)
                 if pair:
@@ -52,10 +68,10 @@ class UnionFind:
                 elif equation.terms:
                     left.append(equation)
                     for variable, rest in _solved_for(equation):
-                        if rest in by_rest and self.find(by_rest[rest]) != self.find(variable):
-                            self._merge(by_rest[rest], variable)
+                        if rest in first_equal and self.find(first_equal[rest]) != self.find(variable):
+                            self._merge(first_equal[rest], variable)
                             merged = True
-                        by_rest.setdefault(rest, variable)
+                        first_equal.setdefault(rest, variable)
             if not merged:
                 return left
 
@@ -65,7 +81,7 @@ class UnionFind:
 
 
 class LazyRenaming(dict[int, int]):
-    """A mapping that computes its answers: what `Poly.rename` wants."""
+    """A mapping for `Poly.rename` that computes and caches its values."""
 
     def __init__(self, find: Callable[[int], int]) -> None:
         super().__init__()
@@ -77,7 +93,7 @@ class LazyRenaming(dict[int, int]):
 
 
 def _equal_pair(equation: Poly) -> tuple[int, int] | None:
-    """(a, b) if the equation says a - b == 0."""
+    """(a, b) if the equation is a - b == 0."""
     if len(equation.terms) == 2:
         (m, x), (n, y) = equation.terms
         if len(m) == len(n) == 1 and x == -y and abs(x) == 1:
@@ -86,7 +102,7 @@ def _equal_pair(equation: Poly) -> tuple[int, int] | None:
 
 
 def _solved_for(equation: Poly) -> list[tuple[int, Poly]]:
-    """(v, rest) for each variable that stands alone with coefficient +-1: v == rest."""
+    """(v, rest) for each variable that is a term by itself with coefficient 1 or -1, so that v == rest."""
     answers = []
     for monomial, c in equation.terms:
         if len(monomial) == 1 and abs(c) == 1:

@@ -5,14 +5,15 @@ The three counters and what is known about each:
 sparseift
     The trace in this folder (`build.trace`). Convolutions, linear layers and attention products, in MACs.
 FlopCounterMode (torch.utils.flop_counter)
-    PyTorch's own counter, in FLOPs of 2 per MAC. It runs one forward pass of the model in eval mode on *meta* tensors (shapes
-    without memory), so a model of any size can be checked. On real CPU tensors it would count 0 for fused attention, whose
-    CPU kernel it has no formula for, and for the fast path of nn.MultiheadAttention; on meta tensors PyTorch computes both from
-    plain matrix products. Only the forward pass is used: its count of the backward of grouped convolutions is wrong.
+    PyTorch's own counter, in FLOPs of 2 per MAC. It runs one forward pass of the model in eval mode on *meta* tensors
+    (shapes without memory), so a model of any size can be checked. On real CPU tensors it would count 0 for fused
+    attention, whose CPU kernel it has no formula for, and for the fast path of nn.MultiheadAttention; on meta tensors
+    PyTorch computes both from plain matrix products. Only the forward pass is used: its count of the backward of
+    grouped convolutions is wrong.
 fvcore (FlopCountAnalysis)
-    Counts MACs, under the name "flop", on a torch.jit trace of real tensors. It has no rule for fused attention and for recurrent
-    layers. It is therefore run twice: as it is, and with a rule for attention that we give to it. It also counts norms and
-    elementwise work, which is left out here.
+    Counts MACs, under the name "flop", on a torch.jit trace of real tensors. It has no rule for fused attention and for
+    recurrent layers. It is therefore run twice: as it is, and with a rule for attention that we give to it. It also
+    counts norms and elementwise work, which is left out here.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ class Verification:
     def agree(self) -> bool:
         """At least one other counter ran, and no difference is left unexplained.
 
-        fvcore counting less is explained where it names ops that it has no rule for, and FlopCounterMode agrees with us.
+        fvcore counting less is explained where it names ops that it has no rule for, and FlopCounterMode agrees with
+        us.
         """
         if self.flop_counter is None:
             return self.fvcore is not None and self.fvcore.total == self.ours
@@ -136,8 +138,8 @@ def verify(build: Build, table: LayerTable) -> Verification:
     """Count the model of `table` again.
 
     Args:
-        build: device -> (model, positional inputs, keyword inputs); called with "meta" for FlopCounterMode and "cpu" for fvcore.
-        table: our count of the same model on inputs of the same shapes.
+        build: device -> (model, positional inputs, keyword inputs); called with "meta" for FlopCounterMode and "cpu"
+        for fvcore. table: our count of the same model on inputs of the same shapes.
     """
     notes: list[str] = []
     flop_counter = fvcore = None
