@@ -29,6 +29,7 @@ from ..sparsity.sparsifier import Sparsifier
 from ..trace.build import trace
 from ..transforms.convert import convert
 from ..transforms.edits import Masked
+from ..transforms.initialise import zero_residuals
 from ..transforms.transformation import Options, Transformation
 from .compatibility import require_fit
 from .evaluate import logits_of, loss_of
@@ -36,7 +37,6 @@ from .flop_meter import Spent
 from .optimizers import learning_rate, make_optimizer
 from .processes import Processes
 from .recompute import recompute
-from .zero_residual import zero_residuals
 
 if TYPE_CHECKING:
     from ..recipe.schema import Spec

@@ -1,7 +1,7 @@
-"""Members inside nn.MultiheadAttention, whose forward reads its weights itself and never calls a layer.
+"""Members inside nn.MultiheadAttention, whose forward multiplies with its weights itself instead of calling layers.
 
-Also PyTorch's fast paths for whole encoder layers: they read the weights of child layers, so they are switched off where
-one of these was replaced.
+PyTorch's encoder layer has a fast path that reads the weights of its child layers in the same way; it is switched off
+where one of them was replaced.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .members.base import Member
 class MemberAttention(nn.Module):
     """Self-attention as nn.MultiheadAttention computes it, with members for its projections.
 
-    `in_proj` maps [..., E] to [..., 3 E] (query, key and value stacked), `out_proj` back. Same arguments and results as
-    nn.MultiheadAttention; query, key and value must be the same tensor.
+    `in_proj` maps [batch, tokens, E] to [batch, tokens, 3 E] (query, key and value stacked), `out_proj` maps E to E.
+    Arguments and results are those of nn.MultiheadAttention, but query, key and value must be the same tensor.
     """
 
     def __init__(self, old: nn.MultiheadAttention, in_proj: nn.Module, out_proj: nn.Module) -> None:
@@ -30,7 +30,7 @@ class MemberAttention(nn.Module):
         self.in_proj, self.out_proj = in_proj, out_proj
         self.embed_dim, self.num_heads, self.head_dim = old.embed_dim, old.num_heads, old.head_dim
         self.dropout, self.batch_first = old.dropout, old.batch_first
-        # what PyTorch's encoder layer asks before it takes the fast path
+        # PyTorch's encoder layer reads these two before it takes its fast path; so set, it does not.
         self.in_proj_bias = None
         self._qkv_same_embed_dim = False
 
@@ -47,14 +47,14 @@ class MemberAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         if key is not query or value is not query:
             raise UsageError(
-                "this attention layer was transformed as self-attention, and was given another key or value",
+                "this attention layer was transformed as self-attention, but got another key or value",
                 hint="leave attention projections untouched, or --exclude this layer",
             )
         x = query if self.batch_first or query.dim() == 2 else query.transpose(0, 1)
         batched = x.dim() == 3
         x = x if batched else x[None]
         heads = self.in_proj(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, T, head_dim]
+        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # each [batch, heads, tokens, head_dim]
         mask = self._mask(attn_mask, key_padding_mask, q)
         if need_weights:
             scores = q @ k.transpose(-2, -1) * self.head_dim**-0.5
@@ -73,7 +73,15 @@ class MemberAttention(nn.Module):
         return (out if self.batch_first or not batched else out.transpose(0, 1)), weights
 
     def _mask(self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
-        """Both masks as one that is added to the scores, [B or 1, heads or 1, T, T]."""
+        """Both masks as one that is added to the scores: [batch or 1, heads or 1, tokens or 1, tokens].
+
+        Boolean masks of nn.MultiheadAttention are True where nothing is read.
+
+        Args:
+            attn_mask: [tokens, tokens] or [batch * heads, tokens, tokens].
+            padding: [batch, tokens].
+            q: [batch, heads, tokens, head_dim].
+        """
         total = None
         for mask, shape in ((attn_mask, None), (padding, (q.shape[0], 1, 1, q.shape[2]))):
             if mask is None:
@@ -94,7 +102,13 @@ def with_members(
     edits: Mapping[str, Replace],
     build: Callable[[nn.Module, nn.Module, Replace], Member],
 ) -> MemberAttention:
-    """`module` with members where `edits` (by `in_proj` and `out_proj`) ask for them, plain linear layers elsewhere."""
+    """`module` with members for the projections in `edits`, and linear layers for the others.
+
+    Args:
+        root: the model, from which activation modules are copied.
+        edits: by projection: `in_proj`, `out_proj`.
+        build: makes the member of (root, layer, edit).
+    """
     weight = module.in_proj_weight
     stacked = skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=False, device="meta")
     stacked.weight = weight
@@ -106,6 +120,6 @@ def with_members(
 
 
 def leave_fast_path(module: nn.Module, replaced: Mapping[int, nn.Module]) -> None:
-    """Where a child of PyTorch's encoder layer is replaced, make the layer call its children."""
+    """Make an encoder layer of PyTorch call its children, where one of them is in `replaced` (by the id of the old child)."""
     if isinstance(module, nn.TransformerEncoderLayer) and any(id(m) in replaced for m in module.modules()):
         module.activation_relu_or_gelu = 0

@@ -1,16 +1,19 @@
-"""Fresh weights for what surgery made, drawn the way the dense model's own were.
+"""Fresh weights for the layers that surgery made, drawn as the dense model's own weights were.
 
-No module says how it was initialised, but its weights do: a rule such as Kaiming's sets the standard deviation from the fans,
-and hundreds of weights give it away. Each tensor of the dense model votes for the rules that its deviation fits; the rule
-that most tensors share is taken for all of them, with the fans of the new shapes. Constant tensors (norms, zero biases,
-layer scales) stay constant, and a deviation that no rule explains (0.02 in transformers) stays what it is.
+A module does not store how it was initialised, but its weights show it: a rule such as Kaiming's (He et al. 2015, arXiv
+1502.01852) sets the standard deviation from the fans, and a few hundred weights are enough to estimate it. Every tensor
+of the dense model votes for the rules that fit its deviation. Of the rules that fit a tensor, the one with the most
+votes is used, with the fans of the new shape. Constant tensors (norms, zero biases, layer scales) stay constant; a
+deviation that no rule explains (0.02 in transformers) is used as it is.
+
+`zero_residuals` is an option on top: residual branches of a ResNet that start at zero.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,8 +28,9 @@ from .members.base import Member
 from .members.doped import SparseDoped
 
 Init = Literal["dense", "density_scaled"]
-Rule = tuple[str, str]  # distribution (normal or uniform), and where the deviation comes from
+Rule = tuple[str, str]  # distribution (normal or uniform), and a name in _DEVIATIONS or the deviation itself
 
+# Standard deviation by fan in (i) and fan out (o).
 _DEVIATIONS: dict[str, Callable[[int, int], float]] = {
     "kaiming fan_out": lambda i, o: math.sqrt(2 / o),
     "kaiming fan_in": lambda i, o: math.sqrt(2 / i),
@@ -35,13 +39,14 @@ _DEVIATIONS: dict[str, Callable[[int, int], float]] = {
     "torch default": lambda i, o: math.sqrt(1 / (3 * i)),
     "inverse fan_out": lambda i, o: math.sqrt(1 / (3 * o)),
 }
-_SAMPLE = 1 << 14  # elements that are looked at
-_TELLING = 64  # a tensor of fewer elements says too little about its distribution
+_SAMPLE = 1 << 14  # number of elements that the deviation is estimated from
+_MIN_ELEMENTS = 64  # of fewer elements the estimate is too uncertain to choose a rule
+_LAST_NORMS = ("bn3", "bn2")  # of a bottleneck, of a basic block: the names in torchvision, timm and our zoo
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
-    """A new tensor, the dense one it descends from, and the weights whose fans the rule of each uses."""
+class _Drawn:
+    """A new tensor to draw, the dense tensor whose distribution it has, and the weights that give the fans of both."""
 
     key: str
     new: Tensor
@@ -53,25 +58,27 @@ class _Source:
 
 
 def initialise(model: nn.Module, dense: nn.Module, surgery: Surgery, *, seed: int = 0, init: Init = "dense") -> None:
-    """Draw every weight of `model` that is sparse or not a clone of one of `dense`; nothing on meta.
+    """Draw every weight of `model` that is sparse or has a new shape, in place; tensors on meta are left alone.
 
-    `density_scaled` multiplies the deviation of a sparse weight by density ** -1/2, so that a sum over its non-zeros has
-    the variance that a dense one had; the parts of Parallel and Doped are summed, so theirs together have it as they are.
-    The draw of a tensor depends on the seed and its name alone.
+    Args:
+        init: `dense`: the deviations of the dense model's rule. `density_scaled`: of a sparse weight multiplied by
+            density ** -1/2, so that a sum over its non-zeros has the variance of a sum over dense weights. The parts of
+            Parallel and Doped are added up and have that variance together, so theirs are not multiplied.
+        seed: the draw of a tensor depends on the seed and its name, not on other tensors.
 
     Raises:
-        UsageError: a weight of `dense` that says how to draw others is not finite.
+        UsageError: a weight of `dense` is NaN or infinite, so that its deviation cannot be estimated.
     """
     summed = any(edit.member in ("sparse_parallel", "sparse_doped") for edit in surgery.members)
-    sources = [s for s in _sources(model, dense, surgery) if not s.new.is_meta]
-    fitting: dict[int, list[Rule]] = {}  # by dense tensor: the branches of Parallel all descend from one
-    for s in sources:
+    drawn = [s for s in _tensors_to_draw(model, dense, surgery) if not s.new.is_meta]
+    fitting: dict[int, list[Rule]] = {}  # by dense tensor; the branches of Parallel share one
+    for s in drawn:
         if id(s.old) not in fitting:
             _require_finite(s.old_key, s.old)
-            fitting[id(s.old)] = _fitting(s)
+            fitting[id(s.old)] = _fitting_rules(s)
     votes = Counter(rule for rules in fitting.values() for rule in rules)
     with torch.no_grad():
-        for s in sources:
+        for s in drawn:
             rule = max(fitting[id(s.old)], key=lambda r: votes[r], default=None)
             scale = s.density**-0.5 if init == "density_scaled" and not summed else 1.0
             _draw(s, rule, scale, generator_for(seed, "init", s.key))
@@ -85,27 +92,28 @@ def initialise(model: nn.Module, dense: nn.Module, surgery: Surgery, *, seed: in
 def _share_variance(member: SparseDoped, nnz: int) -> None:
     """Scale U and V so that V U x and the masked copy together have the variance of the dense layer's output.
 
-    With n inputs an output and deviation sigma the dense layer multiplies the variance of x by n sigma^2; the copy keeps
-    the part `density` of that. U keeps the variance as it is (deviation n ** -1/2), V of rank r makes the rest of it.
+    A dense layer with n inputs for each output and the deviation sigma multiplies the variance of x by n sigma^2; the
+    copy makes the share `density` of that. U keeps the variance of x (deviation n ** -1/2); V of rank r makes the rest,
+    (1 - density) n sigma^2 = r deviation(V)^2.
     """
     u, v, sparse = (part.get_parameter("weight") for part in member.parts().values())
     inputs, rank = sparse[0].numel(), v[0].numel()
-    left = inputs * float(sparse.std(correction=0)) ** 2 * (1 - nnz / sparse.numel())
-    for weight, deviation in ((u, inputs**-0.5), (v, (left / rank) ** 0.5)):
-        held = float(weight.std(correction=0))
-        if held:
-            weight.mul_(deviation / held)
+    rest = inputs * float(sparse.std(correction=0)) ** 2 * (1 - nnz / sparse.numel())
+    for weight, deviation in ((u, inputs**-0.5), (v, (rest / rank) ** 0.5)):
+        current = float(weight.std(correction=0))
+        if current:
+            weight.mul_(deviation / current)
 
 
-def _sources(model: nn.Module, dense: nn.Module, surgery: Surgery) -> Iterable[_Source]:
+def _tensors_to_draw(model: nn.Module, dense: nn.Module, surgery: Surgery) -> Iterable[_Drawn]:
     density = {m.key: m.nnz / model.get_parameter(m.key).numel() for m in surgery.masked}
     old_parameters = dict(dense.named_parameters(remove_duplicate=False))
-    drawn = {r.key for r in surgery.resizes if not r.rotary} | (density.keys() & old_parameters.keys())
+    to_draw = {r.key for r in surgery.resizes if not r.rotary} | (density.keys() & old_parameters.keys())
     for key, new in model.named_parameters():
-        if key in drawn:
+        if key in to_draw:
             weight = _sibling_weight(model, key)
             old_weight = _sibling_weight(dense, key)
-            yield _Source(key, new, weight, key, old_parameters[key], old_weight, density.get(key, 1.0))
+            yield _Drawn(key, new, weight, key, old_parameters[key], old_weight, density.get(key, 1.0))
     names = {id(p): key for key, p in model.named_parameters()}
     for edit in surgery.members:
         member = model.get_submodule(edit.path)
@@ -116,26 +124,22 @@ def _sources(model: nn.Module, dense: nn.Module, surgery: Surgery) -> Iterable[_
             weight = part.get_parameter("weight")
             for name, new in part.named_parameters():
                 key = names[id(new)]
-                yield _Source(
+                yield _Drawn(
                     key, new, weight, where + name, old_parameters[where + name], old_weight, density.get(key, 1.0)
                 )
 
 
 def _require_finite(key: str, weight: Tensor) -> None:
-    """A weight that new ones are made from is a number at every place.
-
-    Raises:
-        UsageError: it is not; the message names it.
-    """
+    """Raises UsageError where a weight that new ones are drawn after is NaN or infinite."""
     if not bool(weight.detach().isfinite().all()):
         raise UsageError(
-            f"{key} is NaN or infinite in places, and new weights are made from it",
+            f"{key} has elements that are NaN or infinite, so new weights cannot be drawn like it",
             hint="take a checkpoint from before the training diverged",
         )
 
 
 def _sibling_weight(model: nn.Module, key: str) -> Tensor:
-    """The weight whose fans a bias is drawn by: of the same module; any other parameter is its own."""
+    """The weight [out, in / groups, *kernel] whose fans apply to a parameter: for a bias that of its module, else its own."""
     path, _, name = key.rpartition(".")
     module = model.get_submodule(path)
     parameters = module._parameters
@@ -151,23 +155,26 @@ def _fans(weight: Tensor) -> tuple[int, int]:
     return weight.shape[1] * taps, weight.shape[0] * taps
 
 
-def _fitting(s: _Source) -> list[Rule]:
-    """The rules that the dense tensor may have been drawn by; its own deviation is one. None for constants."""
+def _fitting_rules(s: _Drawn) -> list[Rule]:
+    """The rules that may have drawn the dense tensor; the last is its own deviation. An empty list for constants."""
     values = s.old.detach().flatten()
     values = values[:: max(1, values.numel() // _SAMPLE)].double()
     deviation = float(values.std(correction=0)) if values.numel() > 1 else 0.0
     if s.old.is_meta or deviation <= 1e-9 * float(values.abs().max()):
         return []
-    shape = "uniform" if float(((values - values.mean()) ** 4).mean()) < 2.3 * deviation**4 else "normal"
+    fourth_moment = float(((values - values.mean()) ** 4).mean())
+    # Over deviation ** 4 (the kurtosis) it is 1.8 for a uniform distribution and 3 for a normal one.
+    shape = "uniform" if fourth_moment < 2.3 * deviation**4 else "normal"
     own = (shape, f"{deviation:.1e}")
-    if s.old_weight.dim() < 2 or values.numel() < _TELLING:
+    if s.old_weight.dim() < 2 or values.numel() < _MIN_ELEMENTS:
         return [(shape, "torch default"), own] if s.old.dim() == 1 and s.old_weight.dim() > 1 else [own]
+    # The estimated deviation of n normal values is off by a factor of 1 +- 1 / sqrt(2 n); four times that is allowed.
     tolerance = max(0.02, 4 / math.sqrt(2 * values.numel()))
     fans = _fans(s.old_weight)
     return [*((shape, name) for name, f in _DEVIATIONS.items() if abs(f(*fans) / deviation - 1) < tolerance), own]
 
 
-def _draw(s: _Source, rule: Rule | None, scale: float, generator: torch.Generator) -> None:
+def _draw(s: _Drawn, rule: Rule | None, scale: float, generator: torch.Generator) -> None:
     if rule is None:
         s.new.fill_(s.old.flatten()[0])
         return
@@ -183,3 +190,34 @@ def _draw(s: _Source, rule: Rule | None, scale: float, generator: torch.Generato
         target.normal_(0.0, deviation, generator=generator)
     if target is not s.new:
         s.new.copy_(target)
+
+
+@torch.no_grad()
+def zero_residuals(model: nn.Module, name: str) -> None:
+    """Set the gain of the last norm of every residual block of a ResNet to zero, so that each block passes its input on at first.
+
+    Source: Goyal et al. 2017, arXiv 1706.02677, section 5.1.
+
+    Args:
+        name: what errors call the model.
+
+    Raises:
+        UsageError: no block of `model` ends with a norm of its own.
+    """
+    found = list(_last_norms(model))
+    if not found:
+        raise UsageError(
+            f"init.zero_residual: {name} has no residual block that ends with a norm", hint="it is for ResNets"
+        )
+    for weight in found:
+        weight.zero_()
+
+
+def _last_norms(model: nn.Module) -> Iterator[nn.Parameter]:
+    for block in model.modules():
+        if not hasattr(block, "downsample"):
+            continue
+        last = next((getattr(block, key) for key in _LAST_NORMS if hasattr(block, key)), None)
+        weight = getattr(last, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.dim() == 1:
+            yield weight

@@ -1,4 +1,4 @@
-"""Layers like a given one with other sizes: a subclass with its own forward, a stride or a padding mode stay what they are."""
+"""Layers like a given one with other sizes: subclasses keep their forward, convolutions their stride and padding mode."""
 
 from __future__ import annotations
 
@@ -23,39 +23,42 @@ def groups_of(module: nn.Module) -> int:
 
 
 def outputs_of(module: nn.Module) -> int:
-    """Output features or channels of a linear or convolution."""
+    """Output features or channels of a linear layer or convolution."""
     return int(weight_of(module).shape[1 if is_transposed(module) else 0])
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """The parameter `weight`."""
+    """The parameter `weight`: [out, in / groups, *kernel], or [in, out, *kernel] where `is_transposed`."""
     weight = module._parameters["weight"]
     assert weight is not None
     return weight
 
 
 def bias_of(module: nn.Module) -> Tensor | None:
-    """The parameter `bias`, if there is one."""
+    """The parameter `bias`, [out], or None."""
     return module._parameters.get("bias")
 
 
 def like(module: nn.Module, outputs: int, *, bias: bool) -> nn.Module:
-    """A layer that reads what `module` reads and computes what it does, with `outputs` outputs and weights not yet set.
+    """A layer with the inputs and the operation of `module`, with `outputs` outputs; its weights are not set yet.
 
-    A Conv1D, whose weight is [in, out] and whose forward insists on a bias, becomes the Linear that it is.
+    A Hugging Face Conv1D, which has a weight [in, out] and must have a bias, is replaced by the Linear that it is.
     """
     weight = weight_of(module)
     if type(module).__name__ == "Conv1D":
         return _trained_as(module, _linear(int(weight.shape[0]), outputs, bias, weight))
-    twin = bare_copy(module)
-    twin._parameters["weight"] = nn.Parameter(weight.new_empty((outputs, *weight.shape[1:])), weight.requires_grad)
-    twin._parameters["bias"] = nn.Parameter(weight.new_empty(outputs)) if bias else None
-    sync_sizes(twin)
-    return _trained_as(module, twin)
+    new = _bare_copy(module)
+    new._parameters["weight"] = nn.Parameter(weight.new_empty((outputs, *weight.shape[1:])), weight.requires_grad)
+    new._parameters["bias"] = nn.Parameter(weight.new_empty(outputs)) if bias else None
+    sync_sizes(new)
+    return _trained_as(module, new)
 
 
 def pointwise(module: nn.Module, inputs: int, *, bias: bool) -> nn.Module:
-    """A 1x1 layer with the groups of `module`, from `inputs` to its outputs: the V of a low-rank pair, weights not yet set."""
+    """A 1x1 layer with the groups of `module`, from `inputs` channels to its outputs: the V of a low-rank pair V U.
+
+    Its weight is [out, inputs / groups, 1, ...] (of a linear layer [out, inputs]), and not set yet.
+    """
     weight = weight_of(module)
     if not isinstance(module, _ConvNd):
         return _trained_as(module, _linear(inputs, outputs_of(module), bias, weight))
@@ -73,31 +76,35 @@ def pointwise(module: nn.Module, inputs: int, *, bias: bool) -> nn.Module:
 
 
 def norm_like(kind: str, layer: nn.Module, eps: float, momentum: float | None) -> nn.Module:
-    """A norm over the outputs of `layer`, in its dtype and on its device, with weight 1 and bias 0; frozen where its weight is.
+    """A norm over the outputs of `layer`, with its dtype and device, weight 1 and bias 0.
 
-    A norm that trained behind frozen weights would need gradients where the dense model has none.
+    It is frozen where the layer's weight is: a norm that trained behind frozen weights would need gradients where the
+    dense model has none.
+
+    Args:
+        kind: `batch_norm` or `layer_norm`.
     """
     weight = weight_of(layer)
-    place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+    factory: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
     if kind == "batch_norm":
-        norm = _BATCH_NORMS[weight.dim()](outputs_of(layer), eps, momentum, **place)
+        norm = _BATCH_NORMS[weight.dim()](outputs_of(layer), eps, momentum, **factory)
     else:
-        norm = nn.LayerNorm(outputs_of(layer), eps, **place)
+        norm = nn.LayerNorm(outputs_of(layer), eps, **factory)
     return norm.requires_grad_(weight.requires_grad)
 
 
-def bare_copy(module: nn.Module) -> nn.Module:
-    """A shallow copy that shares no container with `module` and has none of its hooks."""
-    twin = copy.copy(module)
+def _bare_copy(module: nn.Module) -> nn.Module:
+    """A shallow copy with dictionaries of its own for parameters, buffers and children, and without hooks."""
+    new = copy.copy(module)
     for name in ("_parameters", "_buffers", "_modules"):
-        twin.__dict__[name] = dict(twin.__dict__[name])
+        new.__dict__[name] = dict(new.__dict__[name])
     for name in _HOOKS:
-        twin.__dict__[name] = type(twin.__dict__[name])() if twin.__dict__[name] is not None else None
-    return twin
+        new.__dict__[name] = type(new.__dict__[name])() if new.__dict__[name] is not None else None
+    return new
 
 
 def take_over(new: nn.Module, old: nn.Module) -> nn.Module:
-    """Give `new`, which stands in for `old`, its hooks, its own extra buffers and its training flag."""
+    """Give `new`, which replaces `old`, the hooks, buffers and training flag of `old`."""
     for name in _HOOKS:
         new.__dict__[name] = old.__dict__[name]
     for key, buffer in old._buffers.items():
@@ -106,34 +113,34 @@ def take_over(new: nn.Module, old: nn.Module) -> nn.Module:
 
 
 def sync_sizes(module: nn.Module) -> None:
-    """Make the sizes that a layer only reports (`in_features`, `num_features`, ...) those of its weight."""
+    """Set the sizes that a layer only displays (`in_features`, `num_features`, ...) from the shape of its weight."""
     weight = module._parameters.get("weight")
     if weight is None:
         return
     shape = tuple(weight.shape)
     if isinstance(module, nn.Linear):
-        _report(module, out_features=shape[0], in_features=shape[1])
+        _set_sizes(module, out_features=shape[0], in_features=shape[1])
     elif isinstance(module, _ConvNd):
         outputs, inputs = (shape[1], shape[0]) if module.transposed else (shape[0], shape[1])
         if module.transposed:
             outputs *= module.groups
         else:
             inputs *= module.groups
-        _report(module, out_channels=outputs, in_channels=inputs)
+        _set_sizes(module, out_channels=outputs, in_channels=inputs)
     elif isinstance(module, _NormBase):
-        _report(module, num_features=shape[0])
+        _set_sizes(module, num_features=shape[0])
     elif isinstance(module, nn.GroupNorm):
-        _report(module, num_channels=shape[0])
+        _set_sizes(module, num_channels=shape[0])
     elif isinstance(module, nn.Embedding):
-        _report(module, num_embeddings=shape[0], embedding_dim=shape[1])
+        _set_sizes(module, num_embeddings=shape[0], embedding_dim=shape[1])
     elif type(module).__name__ == "Conv1D":
         for name, size in zip(("nx", "nf"), shape, strict=True):
             if name in module.__dict__:
                 module.__dict__[name] = size
 
 
-def _report(module: nn.Module, **sizes: int) -> None:
-    """Set what `module` says of its sizes, but where its class works them out: a property follows by itself."""
+def _set_sizes(module: nn.Module, **sizes: int) -> None:
+    """Set integer attributes, except those that the class computes by a property."""
     for name, size in sizes.items():
         if not isinstance(getattr(type(module), name, None), property):
             setattr(module, name, size)
@@ -144,7 +151,7 @@ def _linear(inputs: int, outputs: int, bias: bool, like_weight: Tensor) -> nn.Mo
 
 
 def _trained_as(module: nn.Module, new: nn.Module) -> nn.Module:
-    """`new`, its weight and its bias each frozen where those of `module` are."""
+    """`new`, with its weight and its bias frozen where those of `module` are."""
     for name, parameter in new._parameters.items():
         old = module._parameters.get(name)
         if parameter is not None and old is not None:

@@ -20,6 +20,7 @@ from ..mask.attached import attach, unwrapped
 from ..plan.plan import Plan, make_plan
 from ..plan.spec import TrainingSpec, TransformSpec
 from ..trace.build import TraceResult, trace
+from ..trace.structure import Structure
 from .check import Measured, deviation, measure, require_as_planned
 from .edits import Surgery
 from .initialise import Init, initialise
@@ -131,8 +132,7 @@ def transform_module(
     A module on the meta device stays on it: it is planned, resized and counted, without weights or masks.
 
     Args:
-        inputs: positional arguments of the forward; `kwargs`: its keyword arguments. Only their shapes and dtypes
-            matter.
+        inputs: positional arguments of the forward, as `kwargs` its keyword arguments; only shapes and dtypes matter.
         name: what tables and errors call the model.
         input_shape: what tables show as its input.
         training: how training FLOPs are counted and, with match train, matched.
@@ -143,30 +143,16 @@ def transform_module(
         CheckFailed: no density fits the budget, or the new module does not have the planned cost.
     """
     options = options or Options()
-    if transformation_of(model) is not None:  # its sparse layers would count as dense ones
-        raise UsageError(f"{name} was transformed already", hint="transform the dense model again")
     on_meta = any(p.is_meta for p in model.parameters())
-    if options.start == "preserve" and on_meta:
-        raise UsageError("a model on the meta device has no function to preserve", hint="give it weights first")
-
+    _require_dense(model, name, preserve=options.start == "preserve")
     before = trace(model, inputs, kwargs, name=name, input_shape=input_shape)
     plan = make_plan(before.table, spec, training)
     surgery = surgery_for(plan, before.structure, model)
     new = operate(model, surgery)
-    masks: dict[str, Tensor] | None = None
-    preserved = Preserved({}, ())
-    if not on_meta:
-        initialise(new, model, surgery, seed=options.seed, init=options.init)
-        if options.start == "preserve":
-            slack = options.preserve_slack
-            preserved = preserve(new, model, plan, surgery, before.structure, seed=options.seed, slack=slack)
-            masks = preserved.masks
-            surgery = replace(surgery, attributes=(*surgery.attributes, *preserved.attributes))
-        else:
-            scores = _scores(new, surgery, options)
-            masks = draw_masks(new, plan, surgery, seed=options.seed, connect=options.connect, scores=scores)
-        attach(new, masks, plan.spec.pattern)
-
+    started = Preserved({}, ()) if on_meta else _start(new, model, plan, surgery, before.structure, options)
+    surgery = replace(surgery, attributes=(*surgery.attributes, *started.attributes))
+    masks = None if on_meta else started.masks
+    attach(new, started.masks, plan.spec.pattern)
     measured = _check_cost(new, inputs, kwargs, plan, surgery, masks, before)
     done = Transformation(
         plan,
@@ -175,8 +161,8 @@ def transform_module(
         options,
         unconnected=(0, 0) if masks is None else count_unconnected(masks, surgery.masked),
         deviation=deviation(new, model, inputs, kwargs) if options.start == "preserve" else None,
-        notes=preserved.notes,
-        buffers=preserved.buffers,
+        notes=started.notes,
+        buffers=started.buffers,
     )
     record(new, done)
     return new, done
@@ -190,6 +176,24 @@ def record(model: nn.Module, transformation: Transformation) -> None:
 def transformation_of(model: nn.Module) -> Transformation | None:
     """What was done to a module that `transform` made or `load` read; None for any other."""
     return unwrapped(model).__dict__.get(_ATTRIBUTE)
+
+
+def _require_dense(model: nn.Module, name: str, *, preserve: bool) -> None:
+    if transformation_of(model) is not None:  # its sparse layers would count as dense ones
+        raise UsageError(f"{name} was transformed already", hint="transform the dense model again")
+    if preserve and any(p.is_meta for p in model.parameters()):
+        raise UsageError("a model on the meta device has no function to preserve", hint="give it weights first")
+
+
+def _start(
+    new: nn.Module, dense: nn.Module, plan: Plan, surgery: Surgery, structure: Structure, options: Options
+) -> Preserved:
+    """Set the weights of `new` and choose its masks. A fresh start has masks alone."""
+    initialise(new, dense, surgery, seed=options.seed, init=options.init)
+    if options.start == "preserve":
+        return preserve(new, dense, plan, surgery, structure, seed=options.seed, slack=options.preserve_slack)
+    scores = _scores(new, surgery, options)
+    return Preserved(draw_masks(new, plan, surgery, seed=options.seed, connect=options.connect, scores=scores), ())
 
 
 def _check_cost(
