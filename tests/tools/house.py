@@ -88,7 +88,9 @@ def figures(root: Path) -> dict[str, int]:
         "arrows between rooms": len(arrows),
         "longest module, lines": max(lines.values()),
         "class names with more than one meaning": sum(len(places) > 1 for places in classes.values()),
-        "lines with fmt: skip": sum(len(re.findall(r"#\s*fmt:\s*skip\s*$", p.read_text("utf-8"), re.M)) for p in sources),
+        "lines with fmt: skip": sum(
+            len(re.findall(r"#\s*fmt:\s*skip\s*$", p.read_text("utf-8"), re.M)) for p in sources
+        ),
         "modules that name Sparse Parallel": naming(files, "parallel"),
         "modules that name RigL": naming(files, "rigl"),
         "modules that name CIFAR-100": naming(files, "cifar100"),
