@@ -1,9 +1,12 @@
-"""PyTorch's FakeTensorMode without the second that it spends on importing torch._dynamo, which a count has no use for.
+"""PyTorch's FakeTensorMode as this trace uses it, without the one-second import of torch._dynamo.
 
-FakeTensorMode reads three flags of torch._dynamo.config, and many functions ask torch._dynamo to keep out of them.
-Where torch._dynamo is not loaded already, a stand-in answers for as long as the trace runs; whoever asks it for
-anything else gets the real module. Afterwards nothing of the stand-in is left. Private API: this file is tested per
-torch version.
+In fake mode every tensor has a shape, a dtype and a device, but no memory, and ops compute shapes alone. So a model of
+any size runs in seconds, with symbolic sizes.
+
+FakeTensorMode reads three flags of torch._dynamo.config, and many PyTorch functions call torch._dynamo.disable. A count
+needs nothing else of torch._dynamo, and its import takes a second. Where it is not imported already, a substitute
+module with those flags is installed while the trace runs. Any other access imports the real module in its place.
+Afterwards the substitute is removed completely. All of this is private API; checked with torch 2.11 and 2.13.
 """
 
 from __future__ import annotations
@@ -24,8 +27,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-# Building a model on the meta device without initialising what has no memory. PyTorch runs the random fills of meta
-# tensors through Python code that imports torch._dynamo, a second that buys nothing.
+# --- building a model on the meta device ---
+
+# Initialising a meta tensor (shape without memory) does nothing, but PyTorch runs random fills of meta tensors through
+# Python code that imports torch._dynamo: skip them.
 
 _FILLS = frozenset(
     {Tensor.normal_, Tensor.uniform_, Tensor.fill_, Tensor.zero_, torch.nn.init.normal_, torch.nn.init.uniform_}
@@ -48,38 +53,40 @@ def no_init(device: str) -> Iterator[None]:
         yield
 
 
+# --- a substitute for torch._dynamo ---
+
 _NAMES = ("torch._dynamo", "torch._dynamo.config")
 
 
 class _Flags(ModuleType):
-    """torch._dynamo.config: the flags that FakeTensorMode reads; the real module has the others."""
+    """torch._dynamo.config: the flags that FakeTensorMode reads; any other name imports the real module."""
 
-    def __init__(self, stand_in: _StandIn) -> None:
+    def __init__(self, substitute: _DynamoSubstitute) -> None:
         super().__init__("torch._dynamo.config")
         self.__dict__.update(
             fake_tensor_cache_enabled=False, fake_tensor_cache_crosscheck_enabled=False, _custom_ops_profile=None
         )
-        self.__dict__["stand_in"] = stand_in
+        self.__dict__["substitute"] = substitute
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(self.__dict__["stand_in"].make_way().config, name)
+        return getattr(self.__dict__["substitute"].import_real().config, name)
 
 
-class _StandIn(ModuleType):
-    """torch._dynamo as far as FakeTensorMode looks at it, and a finder of its submodules."""
+class _DynamoSubstitute(ModuleType):
+    """torch._dynamo as far as FakeTensorMode uses it, and an import finder for its submodules."""
 
     def __init__(self) -> None:
         super().__init__("torch._dynamo")
-        self.__path__ = []  # a package: `find_spec` is asked for what it holds
+        self.__path__ = []  # marks a package, so that imports of submodules reach find_spec
         self.config = _Flags(self)
-        self.left_alone: list[Any] = []
+        self.disabled: list[Any] = []
         self.__dict__["disable"] = self._disable
 
     def _disable(self, fn: Callable[..., Any], *_: Any, **__: Any) -> Callable[..., Any]:
-        """What torch keeps as the wrapped `fn`; noted, so that it can be forgotten again."""
-        self.left_alone.append(fn)
+        """As torch._dynamo.disable, which torch caches on `fn`: remembered, to remove the cached value at the end."""
+        self.disabled.append(fn)
         return fn
 
     def install(self) -> None:
@@ -95,30 +102,30 @@ class _StandIn(ModuleType):
             del torch.__dict__["_dynamo"]
         if self in sys.meta_path:
             sys.meta_path.remove(self)
-        for fn in self.left_alone:
+        for fn in self.disabled:
             fn.__dict__.pop("__dynamo_disable", None)
-        self.left_alone.clear()
+        self.disabled.clear()
 
-    def make_way(self) -> ModuleType:
-        """The real torch._dynamo, in the place of this one."""
+    def import_real(self) -> ModuleType:
+        """Replace this substitute by the real torch._dynamo; returns it."""
         self.remove()
         return importlib.import_module("torch._dynamo")
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """Asked for a submodule (a constant made in a forward needs one): the real package, which may have loaded it."""
+        """For an import of a submodule (a constant made in a forward pass needs one): that of the real package."""
         if not name.startswith("torch._dynamo."):
             return None
-        self.make_way()
-        return ModuleSpec(name, _Loaded()) if name in sys.modules else importlib.util.find_spec(name)
+        self.import_real()
+        return ModuleSpec(name, _AlreadyLoaded()) if name in sys.modules else importlib.util.find_spec(name)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(self.make_way(), name)
+        return getattr(self.import_real(), name)
 
 
-class _Loaded(Loader):
-    """Gives a module that is there already, as it is."""
+class _AlreadyLoaded(Loader):
+    """Returns a module that is imported already, unchanged."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         self.spec = sys.modules[spec.name].__spec__
@@ -129,8 +136,10 @@ class _Loaded(Loader):
 
 
 def _symbolic_sizes() -> AbstractContextManager[object]:
-    """The native `linear` and `matmul` of three dimensions count elements in torch 2.11, which symbolic sizes do not have, and
-    no more in 2.13; those in Python, which torch.export takes, do not.
+    """Symbolic sizes in linear and matmul of three dimensions.
+
+    Their native code asks for a plain number of elements in torch 2.11 (no longer in 2.13), which a symbolic size does
+    not have. The Python versions, which torch.export uses, do not.
     """
     if torch.__version__ >= "2.13":
         return nullcontext()
@@ -141,29 +150,33 @@ def _symbolic_sizes() -> AbstractContextManager[object]:
 
 @contextmanager
 def _sizes_as_floats() -> Iterator[None]:
-    """`math.sqrt(size)`, `float(size)` and `numpy.sqrt(size)` read a float, as `size ** 0.5` does: a scale, no size of a tensor.
+    """Let `math.sqrt(size)`, `float(size)` and `numpy.sqrt(size)` read a float, as `size ** 0.5` does.
 
-    Without `__float__` Python would ask for the index, and nobody could tell it from a size that must stay as it is.
+    Such a float is a scale, not the size of a tensor. Without `__float__` Python would call `__index__`, and the size
+    would look like one that must not change.
     """
-    given = {"__float__": lambda size: size.node.guard_float("", 0), "sqrt": lambda size: float(size) ** 0.5}
-    ours = {name: how for name, how in given.items() if name not in vars(torch.SymInt)}
-    for name, how in ours.items():
-        setattr(torch.SymInt, name, how)
+    methods = {"__float__": lambda size: size.node.guard_float("", 0), "sqrt": lambda size: float(size) ** 0.5}
+    added = {name: method for name, method in methods.items() if name not in vars(torch.SymInt)}
+    for name, method in added.items():
+        setattr(torch.SymInt, name, method)
     try:
         yield
     finally:
-        for name in ours:
+        for name in added:
             delattr(torch.SymInt, name)
 
 
 @contextmanager
 def fake_mode(shape_env: Any) -> Iterator[FakeTensorMode]:
-    """An entered FakeTensorMode that takes real or meta parameters and never caches shapes (its keys do not know our ints)."""
-    stand_in = None if "torch._dynamo" in sys.modules else _StandIn()
-    if stand_in is not None:
-        stand_in.install()
+    """A FakeTensorMode, entered, with our symbolic ints (`shape_env` is a `symint.Facts`).
+
+    Its cache of output shapes is off: the keys of the cache do not support nodes other than PyTorch's own.
+    """
+    substitute = None if "torch._dynamo" in sys.modules else _DynamoSubstitute()
+    if substitute is not None:
+        substitute.install()
     log = logging.getLogger("torch._subclasses.fake_tensor")
-    was_disabled, log.disabled = log.disabled, True  # it prints a traceback of what is then raised and told in one line
+    was_disabled, log.disabled = log.disabled, True  # it logs a traceback of errors that we report in one line
     try:
         mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True)
         mode.cache_enabled = False
@@ -171,5 +184,5 @@ def fake_mode(shape_env: Any) -> Iterator[FakeTensorMode]:
             yield mode
     finally:
         log.disabled = was_disabled
-        if stand_in is not None:
-            stand_in.remove()
+        if substitute is not None:
+            substitute.remove()

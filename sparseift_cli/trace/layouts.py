@@ -1,7 +1,12 @@
-"""How one dim is made of others: what views, concatenations and slices of a forward say about the order in memory.
+"""How one dim is made of others, in which order, as views, concatenations, splits and slices of a forward pass show it.
 
-A size equation knows that a fused projection has 3 * heads * head_dim rows; only the view that takes it apart knows
-that the three come first. Whoever puts dense weights inside wider ones needs the second.
+Equations between sizes know that a fused QKV projection has 3 * heads * head_dim rows. They do not know whether the
+rows are ordered as [3, heads, head_dim] or [heads, 3, head_dim]; only the view that takes them apart does.
+`transforms/preserve` needs the order to put the rows of a dense weight at their places in a wider one.
+
+The functions here are called by `shape_rules` for the functions in WATCHED: they call PyTorch's function and record
+what it shows in `Facts.layouts` (the most telling layout of a dim) and `Facts.orders` (all that were seen). At the end
+of the file is `IndexTracker`, for widths that must not change because an entry is chosen by its index.
 """
 
 from __future__ import annotations
@@ -22,12 +27,16 @@ Dim = Any  # int or SymInt
 
 
 def concrete(dim: Dim) -> int:
-    """The size of this run, without asking for it as a plain number."""
+    """The value of a dim in this run. Unlike int(dim), it does not freeze the width (see `symint`)."""
     return dim.node.value if isinstance(dim, torch.SymInt) else int(dim)
 
 
 def note_reshape(facts: Facts, before: Sequence[Dim], after: Sequence[Dim]) -> None:
-    """Pair the dims of a reshape off from the left; a dim that became several, or came of several, is their product."""
+    """Record which dims a reshape splits or joins, from the shapes before and after it.
+
+    Dims are matched from the left: [B, T, E] -> [B, T, heads, head_dim] leaves E = heads * head_dim. Sizes of 1 match
+    anything.
+    """
     if not any(isinstance(d, torch.SymInt) for d in (*before, *after)):
         return
     left, right = ([d for d in dims if not (isinstance(d, int) and d == 1)] for dims in (before, after))
@@ -47,18 +56,21 @@ def note_reshape(facts: Facts, before: Sequence[Dim], after: Sequence[Dim]) -> N
             if len(whole) == 1 and len(parts) > 1:
                 _note_view(facts, "product", whole[0], [p for p in parts if concrete(p) != 1])
             elif len(whole) == 2 == len(parts) and isinstance(whole[0], int) and concrete(parts[0]) % whole[0] == 0:
-                heads = poly_of(parts[0]).divided_by(Poly.const(whole[0]))  # [B, E] seen as [B * heads, head_dim]
+                heads = poly_of(parts[0]).divided_by(Poly.const(whole[0]))  # [B, E] -> [B * heads, head_dim]
                 if heads is not None:
                     note_layout(facts, "product", whole[1], [facts.symint(heads), parts[1]])
 
 
 def note_sum(facts: Facts, whole: Dim, parts: Sequence[Dim]) -> None:
-    """`whole` is its parts, one after another."""
+    """Record that the dim `whole` is its parts, one after another."""
     _note_view(facts, "sum", whole, parts)
 
 
 def note_layout(facts: Facts, kind: Any, whole: Dim, parts: Sequence[Dim]) -> None:
-    """How `whole` lies in memory where no view says so: the groups of a convolution, the heads inside a fused function."""
+    """Record how `whole` is made of `parts` where no view shows it: groups of a convolution, heads in a fused function.
+
+    `kind` is "product" or "sum", as in `DimLayout`.
+    """
     if isinstance(whole, torch.SymInt) and len(parts) > 1:
         facts.orders.setdefault(poly_of(whole), {}).setdefault((kind, tuple(poly_of(p) for p in parts)))
 
@@ -68,7 +80,7 @@ def _note_view(facts: Facts, kind: Any, whole: Dim, parts: Sequence[Dim]) -> Non
         note_layout(facts, kind, whole, parts)
         key = poly_of(whole)
         known = facts.layouts.get(key)
-        if known is None or known[0] == "sum":  # a view says more than a slice
+        if known is None or known[0] == "sum":  # a view tells more than a slice: the order of all parts
             facts.layouts[key] = (kind, tuple(poly_of(p) for p in parts))
 
 
@@ -110,12 +122,15 @@ def _unbound(facts: Facts, func: Callable[..., Any], args: tuple[Any, ...], kwar
 
 
 def note_part(tensor: Tensor, part: int) -> Tensor:
-    """Of its producers' output, `tensor` is the part with this number."""
+    """Note that a tensor (any shape) is part number `part` of the output of its producers, as q is part 0 of a split QKV."""
     return annotate(tensor, flags_of(tensor), frozenset((producer, part) for producer, _ in producers_of(tensor)))
 
 
 def note_index(facts: Facts, source: Tensor, index: Any, out: Tensor) -> None:
-    """`x[..., :n]` and `x[..., n:]` take a dim apart; `x[i]` and `x[..., i, :]` take part i of one."""
+    """Record what `out = source[index]` (any shapes) shows.
+
+    `x[..., :n]` and `x[..., n:]` split a dim into n and the rest; `x[i]` and `x[..., i, :]` take part i of a dim.
+    """
     items: list[Any] = list(index) if isinstance(index, tuple) else [index]
     plain = [i for i in items if isinstance(i, int)]
     if len(plain) == 1 and out.dim() == source.dim() - 1:
@@ -128,10 +143,10 @@ def note_index(facts: Facts, source: Tensor, index: Any, out: Tensor) -> None:
     for dim, item in enumerate(items):
         whole, part = source.shape[dim], out.shape[dim]
         if isinstance(item.stop, torch.SymInt) and concrete(item.stop) == concrete(whole):
-            facts.equal(poly_of(item.stop), poly_of(whole))  # `x[:, :self.channels]` keeps all of them (GhostNet)
+            facts.equal(poly_of(item.stop), poly_of(whole))  # x[:, :self.channels] keeps all of them (GhostNet)
         if not isinstance(whole, torch.SymInt) or concrete(part) >= concrete(whole):
             continue
-        if item.step is not None and concrete(item.step) != 1:  # every second one: pairs side by side
+        if item.step is not None and concrete(item.step) != 1:  # x[::2], as rotary embeddings: pairs of neighbours
             if concrete(part) * concrete(item.step) == concrete(whole):
                 _note_view(facts, "product", whole, [part, item.step])
             continue
@@ -143,7 +158,7 @@ def note_index(facts: Facts, source: Tensor, index: Any, out: Tensor) -> None:
 def _shuffled(facts: Facts, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     out = func(*args, **kwargs)
     x, *rest = args if args else (kwargs["input"],)
-    if func is F.pixel_shuffle:  # channel c * r * r + i * r + j goes to pixel (i, j) of channel c
+    if func is F.pixel_shuffle:  # channel (c * r + i) * r + j -> pixel (i, j) of channel c
         side = rest[0] if rest else kwargs["upscale_factor"]
         _note_view(facts, "product", x.shape[-3], [out.shape[-3], side, side])
     elif func in (F.channel_shuffle, torch.channel_shuffle):
@@ -167,12 +182,14 @@ WATCHED: dict[Any, Watch] = {
 }
 
 
-# Widths that something is chosen from by its place: a router's outputs are its experts, and must stay as many. No shape
-# says so, since an index has no width. So what `topk` and its like return is remembered, and a width is fixed as soon
-# as an operation reads such indices; where only the values are read (k largest, a maximum) it may grow.
+# --- widths that an entry is chosen from by its index ---
 
-# where the dim stands among the arguments, and what it is where it is not given (None: the indices are of all dims)
-_CHOOSERS: dict[str, tuple[int, int | None]] = {
+# A router's outputs are its experts: topk chooses among them, and their number must stay. No shape shows that, because
+# an index has no width. So the indices that topk and the like return are marked, and a width is fixed as soon as an op
+# reads such indices. Where only the values are read (the k largest, a maximum), the width may grow.
+
+# function -> position of `dim` in its arguments, and its default (None: the indices are over all dims)
+_INDEX_FUNCTIONS: dict[str, tuple[int, int | None]] = {
     "topk": (2, -1),
     "kthvalue": (2, -1),
     "sort": (1, -1),
@@ -184,24 +201,24 @@ _CHOOSERS: dict[str, tuple[int, int | None]] = {
     "median": (1, None),
     "multinomial": (9, -1),
 }
-_FUNCTIONS = {getattr(home, name): where for name, where in _CHOOSERS.items() for home in (torch, Tensor)}
+_DIM_ARGUMENT = {getattr(home, name): where for name, where in _INDEX_FUNCTIONS.items() for home in (torch, Tensor)}
 _MARK = "_sparseift_chosen_from"
 
 
 class IndexTracker:
-    """Indices that were made so far, and what follows from their use."""
+    """Marks the results of index-returning functions, and freezes the widths whose indices are used."""
 
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
-        self.any = False
+        self.any_marked = False
 
     def follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Any:
-        """`out`, the answer of `func`; attributes of a tensor (its shape) are no use of it."""
-        if self.any and getattr(func, "__name__", "") != "__get__":
+        """Check one call `out = func(*args, **kwargs)`; returns `out`. Reading an attribute (x.shape) is no use of x."""
+        if self.any_marked and getattr(func, "__name__", "") != "__get__":
             for leaf in tree_leaves((args, dict(kwargs))):
                 for poly in getattr(leaf, _MARK, ()) if isinstance(leaf, Tensor) else ():
                     self.facts.freeze(poly, "places in it are chosen by index")
-        where = _FUNCTIONS.get(func)
+        where = _DIM_ARGUMENT.get(func)
         if where is not None:
             self._remember(where, args, kwargs, out)
         return out
@@ -219,4 +236,4 @@ class IndexTracker:
         for leaf in tree_leaves(out) if widths else ():
             if isinstance(leaf, Tensor) and leaf.dtype is torch.int64 and leaf is not source:
                 setattr(leaf, _MARK, widths)
-                self.any = True
+                self.any_marked = True

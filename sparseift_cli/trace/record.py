@@ -1,8 +1,15 @@
-"""Writes down every multiply-accumulate of one forward pass as a row, and what its operands are.
+"""Counts the multiply-accumulates (MACs) of one forward pass, op by op, each as a polynomial over width variables.
 
-A TorchDispatchMode sees each primitive op; `shape_rules` reports the common layers one level higher, before PyTorch
-takes them apart. An op that is neither counted nor known to cost no MACs is listed as uncounted: the count fails
-closed.
+`Recorder` is a TorchDispatchMode: PyTorch calls it for each primitive op (aten.mm, aten.convolution). The common layers
+never get that far: `shape_rules` answers for them one level higher, before PyTorch splits them into primitive ops, and
+calls the same `count_*` methods. An op that is neither counted nor known to cost no MACs (`ops`) is listed as
+uncounted, never ignored.
+
+Beside the count, the recorder notes on every tensor where it came from, as attributes of the tensor object:
+
+flags      bits: needs a gradient (decides what a backward pass costs), derived from the model's input, from a layer's
+output producers  the counted ops whose product it is (finds which weight makes the query of an attention, and residual
+additions) summands   what it is the sum of (see `flow`)
 """
 
 from __future__ import annotations
@@ -24,23 +31,23 @@ from .symint import poly_of
 
 aten = torch.ops.aten
 
-NEEDS_GRAD, FROM_INPUT, FROM_LAYER = 1, 2, 4  # what a tensor descends from
-Producer = tuple[Any, int | None]  # a row, and which part of its output along the dim that was taken apart
-ATTENTION: Producer = ("attention", None)  # the producer of an attention product's result
+NEEDS_GRAD, FROM_INPUT, FROM_LAYER = 1, 2, 4
+Producer = tuple[Any, int | None]  # key of a counted op, and which part of its output where a dim of it was split
+ATTENTION: Producer = ("attention", None)  # the producer of an attention's result
 
 
 def flags_of(tensor: Tensor) -> int:
-    """What a tensor descends from, as bits."""
+    """NEEDS_GRAD, FROM_INPUT and FROM_LAYER of a tensor of any shape, as bits."""
     return getattr(tensor, "_sparseift_flags", 0)
 
 
 def producers_of(tensor: Tensor) -> frozenset[Producer]:
-    """The rows whose product a tensor is, seen through everything that costs no MACs except additions of two streams."""
+    """The counted ops whose product a tensor (any shape) is. Ops without MACs pass them on, except residual additions."""
     return getattr(tensor, "_sparseift_producers", frozenset())
 
 
 def annotate(tensor: Tensor, flags: int, producers: frozenset[Producer] = frozenset()) -> Tensor:
-    """Note on a tensor what it descends from and which rows made it; returns it."""
+    """Set the flags and producers of a tensor of any shape; returns it."""
     tensor._sparseift_flags = flags  # type: ignore[attr-defined]
     tensor._sparseift_producers = producers  # type: ignore[attr-defined]
     return tensor
@@ -55,7 +62,7 @@ def numel(shape: Iterable[Any]) -> Poly:
 
 
 def _num_distinct(tensor: Tensor) -> Poly:
-    """Number of different elements of a tensor: a matrix expanded over a batch holds each of its own once."""
+    """Number of distinct elements of a tensor: expanding a matrix over a batch (stride 0) adds none."""
     return numel(
         d for d, step in zip(tensor.shape, tensor.stride(), strict=True) if not (type(step) is int and step == 0)
     )
@@ -63,9 +70,13 @@ def _num_distinct(tensor: Tensor) -> Poly:
 
 @dataclass(slots=True)
 class CountedOp:
-    """A counted op as it accumulates over its calls."""
+    """All calls of one op with one weight (or, without a weight, of one module) added up. Sizes are polynomials.
 
-    owner: str  # module path
+    `macs` is the forward pass; `grad_inputs` and `grad_weight` are the MACs of the gradients that a backward pass
+    computes (an LSTM's first step needs none for its state, the later ones do).
+    """
+
+    owner: str  # path of the module that holds the weight, or that runs the product
     kind: str
     weight: str | None
     inputs: Poly
@@ -75,26 +86,25 @@ class CountedOp:
     calls: int = 0
     macs: Poly = field(default_factory=Poly)
     activations: Poly = field(default_factory=Poly)
-    grad_inputs: Poly = field(
-        default_factory=Poly
-    )  # MACs of input gradients: a first call may need none, a later one does
+    grad_inputs: Poly = field(default_factory=Poly)
     grad_weight: Poly = field(default_factory=Poly)
-    partial: bool = False  # its calls use slices of the weight (a fused QKV in cross-attention), not all of it
-    projection: bool = False  # makes a query, key or value, or reads an attention product
+    partial: bool = False  # its calls use slices of the weight, not all of it: a fused QKV in cross-attention
+    projection: bool = False  # makes a query, key or value, or reads the result of an attention
     first: bool = False  # reads the model's input, not another layer's output
-    causal: tuple[int, int] | None = None
-    users: set[str] = field(
-        default_factory=set[str]
-    )  # modules that multiply with the weight, but the one that holds it
+    causal: tuple[int, int] | None = None  # (queries, keys) under a causal mask
+    users: set[str] = field(default_factory=set[str])  # other modules than the owner that multiply with the weight
     order: int = 0
 
 
 class Recorder(TorchDispatchMode):
-    """Rows by (owner, kind, weight), the order in which modules and rows came, residual and attention variables."""
+    """Everything that one forward pass shows: `ops` by (owner, kind, weight), and the facts listed in __init__.
+
+    Order is kept by `clock`, which counts module calls, new ops and activations.
+    """
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # see fake_mode.py: or the first op would import torch._dynamo
+        return False  # else the first op imports torch._dynamo (see fake_mode)
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,23 +112,23 @@ class Recorder(TorchDispatchMode):
         self.parameters: dict[int, tuple[str, Tensor]] = {}  # storage -> (state_dict key, fake parameter)
         self.keys: dict[int, dict[str, str]] = {}  # storage -> module path -> key there: several, if it is tied
         self.stack: list[str] = [""]
-        self.first_seen: dict[str, int] = {}  # module path -> order of its first call
+        self.first_seen: dict[str, int] = {}  # module path -> clock at its first call
         self.clock = 0
-        self.residual: set[int] = set()
-        self.attention: set[int] = set()
-        self.softmaxed: set[str] = set()
-        self.uncounted: dict[str, None] = {}
+        self.residual: set[int] = set()  # variables of dims in which two layers' outputs are added
+        self.attention: set[int] = set()  # variables of dims of attention products
+        self.softmaxed: set[str] = set()  # modules that took a softmax: their next product is attention x values
+        self.uncounted: dict[str, None] = {}  # a dict as an ordered set
         self.activations: list[tuple[int, str]] = []  # (time, function name or module:path)
-        self.followers: dict[str, str] = {}  # weight key -> what reads its layer, or that layer's norm, directly
+        self.followers: dict[str, str] = {}  # weight key -> activation that reads its output, or a norm of it, directly
         self.contracted: dict[str, list[Poly]] = {}  # module -> dims that its attention products sum over
         self.queries: dict[str, int | None] = {}  # weight key -> which part of its output is the query
-        self.scores: dict[str, tuple[str, Poly, bool]] = {}  # the same key -> module, head dim, is it scaled by that
+        self.scores: dict[str, tuple[str, Poly, bool]] = {}  # weight key -> module, head dim, scaled by it?
         self.shapes: dict[str, tuple[Poly, ...]] = {}  # weight key -> shape of its last product
         self.computes_more: set[str] = set()  # paths of layers whose forward is not one product of their weight
         self.flow = Flow()
 
     def second_pass(self) -> Recorder:
-        """A recorder for a second pass over the same parameters, whose rows do not count."""
+        """A recorder for a second forward pass over the same parameters; what it counts is not used."""
         other = Recorder()
         other.parameters, other.keys = self.parameters, self.keys
         return other
@@ -131,10 +141,10 @@ class Recorder(TorchDispatchMode):
         self.stack.append(module)
 
     def note_activation(self, name: str, args: Any) -> None:
-        """An activation function ran on `args`: its name, or `module:` and the path of the module that is one."""
+        """An activation runs on `args`. `name`: the function's name, or `module:` and the path of an activation module."""
         x = next((t for t in tree_leaves(args) if isinstance(t, Tensor)), None)
         if x is not None and (key := layer_of(x)):
-            self.followers.setdefault(key, name)  # the module that is one comes before the function that it calls
+            self.followers.setdefault(key, name)  # a module comes before the function that it calls
         self.clock += 1
         if not (self.activations and name[:7] != "module:" and self.activations[-1][1] == f"module:{self.stack[-1]}"):
             self.activations.append((self.clock, name))
@@ -143,10 +153,10 @@ class Recorder(TorchDispatchMode):
         self.stack.pop()
 
     def note_layer_output(self, output: Any, *, by_input: bool) -> None:
-        """The layer that runs returned `output`; `by_input`: its input was all that it was given.
+        """The running linear or conv layer returned `output`; `by_input`: it was called with its input alone.
 
-        Anything but the product of its weight, or that plus its bias, is more than a layer that is put in its place
-        would compute: a second output, an adapter that is added, an activation.
+        Where the output is not the product of its weight, plus its bias, the forward pass computes more than a plain
+        layer: a second output, an added adapter, an activation. Then a transformed layer cannot replace it.
         """
         path = self.stack[-1]
         key, bias = (f"{path}.{name}" if path else name for name in ("weight", "bias"))
@@ -157,10 +167,11 @@ class Recorder(TorchDispatchMode):
         ):
             made, shape = self.shapes[key], tuple(map(poly_of, output.shape))
             if shape[-1] == made[-1] and numel(output.shape) == math.prod(made, start=Poly.const(1)):
-                return  # `x @ W.T` flattens x in between; a transposed output ends with another dim
+                return  # x @ W.T may flatten x in between; but a transposed output ends with another dim
         self.computes_more.add(path)
 
     def register_parameter(self, key: str, parameter: Tensor, requires_grad: bool) -> None:
+        """Remember the fake tensor (any shape) of the parameter `key`, found again by its storage."""
         annotate(parameter, NEEDS_GRAD if requires_grad else 0)
         set_summands(parameter, frozenset([PARAMETER_PREFIX + key]))
         storage = parameter.untyped_storage()._cdata
@@ -168,7 +179,7 @@ class Recorder(TorchDispatchMode):
         self.keys.setdefault(storage, {})[key.rpartition(".")[0]] = key
 
     def parameter_of(self, tensor: Tensor) -> tuple[str, Tensor] | None:
-        """The parameter whose memory a tensor is, or is a view of; a tied one by its name in the module that runs."""
+        """(key, fake parameter) whose memory a tensor of any shape shares; a tied one by its key in the running module."""
         storage = tensor.untyped_storage()._cdata
         found = self.parameters.get(storage)
         if found is None:
@@ -189,11 +200,15 @@ class Recorder(TorchDispatchMode):
         kernel: tuple[int, ...] = (),
         groups: Poly | None = None,
     ) -> CountedOp:
-        """An op of activations `x` with a weight. A weight that is no parameter makes it a product of activations."""
+        """Count one product of activations `x` [..., inputs, ...] with `weight`, of the kind's own shapes, into `out`.
+
+        `macs` of the forward pass; `inputs`, `outputs`, `kernel` and `groups` are those of the layer. A weight that is
+        not a parameter (computed in forward) makes it a product of two activations.
+        """
         owned = self.parameter_of(weight)
         owner = owned[0].rpartition(".")[0] if owned else self.stack[-1]
         if owned and not owned[0].endswith(".weight") and owned[0] != "weight":
-            owner = owned[0].removesuffix("_weight")  # in_proj_weight of MultiheadAttention, or a free parameter
+            owner = owned[0].removesuffix("_weight")  # in_proj_weight of nn.MultiheadAttention, or a bare parameter
         row = self._op(owner, kind, owned[0] if owned else None, inputs, outputs, kernel, groups)
         row.macs += macs
         row.activations += numel(out.shape)
@@ -225,7 +240,10 @@ class Recorder(TorchDispatchMode):
         *,
         by_size: bool = False,
     ) -> None:
-        """A product of two activations: `part` is qk, av or matmul. The score matrix is no activation that must be kept."""
+        """Count a product of two activations, `a` [..., m, k] with `b` [..., n, k] or [..., k, n]; `part`: qk, av or matmul.
+
+        `out` is None for the score matrix of a fused attention, which is never stored. `by_size`: see `AttentionScore`.
+        """
         row = self._op(self.stack[-1], part, None, Poly(), Poly(), (), None)
         row.macs += macs
         if out is not None:
@@ -246,14 +264,14 @@ class Recorder(TorchDispatchMode):
                 self.attention |= poly_of(dim).variables
 
     def note_query_weight(self, weight: Tensor, head_dim: Poly, part: int | None) -> None:
-        """`weight` makes the query of an attention that divides by the square root of its head dim."""
+        """`weight` [out, in] makes the query (part `part` of its output) of an attention that scales by head_dim ** -0.5."""
         owned = self.parameter_of(weight)
         if owned:
             self.queries[owned[0]] = part
             self.scores[owned[0]] = (self.stack[-1], head_dim, True)
 
     def _note_query(self, q: frozenset[Producer], k: frozenset[Producer], head_dim: Poly, by_size: bool) -> None:
-        """Which weight makes the query, and which part of its output where it makes the key too."""
+        """Find which weight makes the query, and which part of its output the query is where it makes the key too."""
         keys = {producer for producer, _ in k}
         for producer, part in q:
             if producer in self.ops and producer[2] is not None and (producer not in keys or part is not None):
@@ -289,10 +307,10 @@ class Recorder(TorchDispatchMode):
         by_size: bool = False,
         batch: Sequence[Any] | None = None,
     ) -> None:
-        """softmax(Q K^T) V: B x heads x T_q x T_k x d multiply-accumulates each way (q: [..., T_q, d], v: [..., T_k, d_v]).
+        """Count a fused attention softmax(q k^T) v: two products of batch x heads x T_q x T_k x head_dim MACs.
 
-        `batch`: the sizes before T_q and T_k that the scores have, where they are not those of q: a query that is
-        shared by all samples meets the keys of each. Those of the second product are those of `out`.
+        q [..., T_q, d], k [..., T_k, d], v [..., T_k, d_v], out [..., T_q, d_v]. `batch`: the leading sizes of the
+        scores where they are not those of q, as when one query is shared by all samples.
         """
         keys = poly_of(k.shape[-2])
         scores = numel(q.shape[:-2] if batch is None else batch) * poly_of(q.shape[-2]) * keys
@@ -337,7 +355,7 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _annotate_result(self, tensor: Tensor, flags: int, producers: frozenset[Producer]) -> None:
-        """Note what a result descends from, and the tensor it was written into; a parameter keeps its own flags."""
+        """Set flags and producers of a result, and of the tensor whose memory it is a view of; parameters keep their own."""
         owned = self.parameter_of(tensor)
         if owned:
             annotate(tensor, flags_of(owned[1]) if torch.is_grad_enabled() else 0)
@@ -348,10 +366,12 @@ class Recorder(TorchDispatchMode):
             annotate(base, flags_of(base) | flags, producers_of(base))
 
     def _is_residual(self, args: Sequence[Any], out: Tensor) -> bool:
-        """An addition of two layers' outputs; its dims are noted as a residual stream's."""
+        """Whether an addition adds the outputs of two layers; then its dims are those of a residual stream."""
         both = [t for t in args[:2] if isinstance(t, Tensor) and flags_of(t) & FROM_LAYER]
         one_stream = len({frozenset(m for m, _ in producers_of(t)) for t in both}) == 1 and producers_of(both[0])
-        if len(both) == 2 and both[0].dim() == both[1].dim() and not one_stream:  # a rotation adds a row to itself
+        if (
+            len(both) == 2 and both[0].dim() == both[1].dim() and not one_stream
+        ):  # rotary embeddings add a projection to itself
             for dim in out.shape:
                 self.residual |= poly_of(dim).variables
             return True
@@ -359,7 +379,7 @@ class Recorder(TorchDispatchMode):
 
 
 def matmul(rec: Recorder, a: Tensor, b: Tensor, out: Tensor) -> None:
-    """a: [(B,) m, k], b: [(B,) k, n]. Either side may be a parameter or a view of one."""
+    """Count a [(batch,) m, k] @ b [(batch,) k, n] -> out. Either operand may be a parameter or a view of one."""
     inner = poly_of(a.shape[-1])
     macs = numel(out.shape) * inner
     weight, x = (b, a) if rec.parameter_of(b) else (a, b)
@@ -367,10 +387,9 @@ def matmul(rec: Recorder, a: Tensor, b: Tensor, out: Tensor) -> None:
     if owned:
         whole = numel(owned[1].shape)
         outputs = whole.divided_by(inner) or poly_of(weight.shape[-1] if weight is b else weight.shape[-2])
-        layer = (
-            owned[1].dim() == 2 and "weight" in owned[0].rpartition(".")[2]
-        )  # else a free parameter, as relative positions
-        stacked = owned[1].dim() == a.dim() == 3  # experts in one tensor, each with a batch of its own
+        # any other parameter is no layer: a table of relative positions, say
+        layer = owned[1].dim() == 2 and "weight" in owned[0].rpartition(".")[2]
+        stacked = owned[1].dim() == a.dim() == 3  # experts in one tensor, each with its own batch
         rec.count_weighted(
             "linear" if layer else "experts" if stacked else "matmul", x, weight, out, macs, inner, outputs
         )
@@ -395,7 +414,10 @@ def _convolution(rec: Recorder, args: Sequence[Any], kwargs: dict[str, Any], out
 
 
 def conv(rec: Recorder, x: Tensor, weight: Tensor, out: Tensor, groups: Poly) -> None:
-    """weight: [out, in / groups, ...]; every output element costs in / groups * taps multiply-accumulates."""
+    """Count a convolution of x [batch, in, *space] with weight [out, in / groups, *kernel] -> out [batch, out, *space].
+
+    Every output element costs in / groups * taps MACs.
+    """
     inputs, outputs = poly_of(weight.shape[1]) * groups, poly_of(weight.shape[0])
     kernel = tuple(int(k) for k in weight.shape[2:])
     macs = numel(out.shape) * poly_of(weight.shape[1]) * Poly.const(math.prod(kernel))

@@ -1,11 +1,30 @@
-"""Symbolic ints that remember how every size follows from the model's widths.
+"""Symbolic ints: sizes that know how they follow from the width variables of the model.
 
-`torch.SymInt` wraps any object that answers like a SymNode. Ours holds an exact integer polynomial (`Poly`) beside the
-concrete value of this run, decides every comparison by that value, and writes down each equality it was asked about:
-`w5 == w9` at a residual add, `w8 == w1 + w2` at a concatenation, `w4 == w7 * w6` where w4 // w7 divides exactly.
-PyTorch's own ShapeEnv finds the same facts through sympy about six times slower.
+`torch.SymInt` is PyTorch's int for symbolic shapes. It wraps a *node* that does its arithmetic. The node here,
+`WidthNode`, holds an exact integer polynomial (`Poly`) and the value of this run (the *hint*, in PyTorch's words). When
+PyTorch needs the truth of a comparison (a *guard*), the node answers by the values of this run, and records the
+equality as a fact in `Facts`:
 
-This file leans on private torch API (the SymNode protocol) and is the only one that does.
+    v5 == v9        at a residual addition, or where a layer reads the output of another
+    v8 == v1 + v2   at a concatenation
+    v4 == v7 * v6   where v4 // v7 divides exactly: heads and head_dim of an embedding
+
+>>> facts = Facts()
+>>> width, heads = facts.symint(facts.new_variable(64)), facts.symint(facts.new_variable(8))
+>>> bool(width // heads == 8), list(facts.equations)  # head_dim is the new variable w2
+(True, [w0 + -1*w1*w2, -8 + w2])
+
+A size that the forward pass reads as a plain number (`int(x.shape[1])`, an index) cannot change: its variables are
+*frozen*. PyTorch's own ShapeEnv finds the same facts with sympy, about six times slower.
+
+This is the only file that uses PyTorch's private API for symbolic ints; checked with torch 2.11 and 2.13. It uses:
+
+- torch.fx.experimental.sym_node.SymNode, as a base class: SymInt accepts no other. `WidthNode` implements its methods
+  for arithmetic, comparison, guards (guard_bool, guard_int, guard_or_false, expect_true, statically_known_true, ...),
+  conversion (maybe_as_int, sym_float, ...) and memory layout (is_contiguous, is_channels_last_contiguous_2d, ...);
+- what FakeTensorMode and SymInt read from a ShapeEnv: the attributes at the top of `Facts`, evaluate_sym_node,
+  _maybe_evaluate_static, ignore_fresh_unbacked_symbols and suppress_guards;
+- `SymInt.node`, in `poly_of`.
 """
 
 from __future__ import annotations
@@ -22,22 +41,22 @@ from ..table.poly import Poly
 
 
 class Facts:
-    """The width variables of one trace and what was learnt about them. Also stands in for torch's ShapeEnv."""
+    """The width variables of one trace, and the facts about them. Passed to FakeTensorMode in place of a ShapeEnv."""
 
-    # What FakeTensorMode reads off a ShapeEnv:
+    # What FakeTensorMode reads from a ShapeEnv:
     fake_tensor_cache: dict[Any, Any]
     settings = None
     _translation_validation_enabled = False
-    allow_scalar_outputs = False  # what is computed, no trace of shapes knows
+    allow_scalar_outputs = False  # x.item() has no value here: refuse it
     allow_dynamic_output_shape_ops = False
     pending_fresh_unbacked_symbols: Sequence[Any] = ()
 
     def __init__(self) -> None:
-        self.sizes: list[int] = []
-        self.equations: dict[Poly, None] = {}  # each is == 0; a dict keeps the order
-        self.frozen: dict[int, str] = {}  # variables whose value the forward used as a plain number
-        self.quotients: dict[tuple[Poly, Poly], Poly] = {}
-        self.divisors: dict[int, Poly] = {}  # variable of a quotient -> what was divided by
+        self.sizes: list[int] = []  # variable -> its value in this run
+        self.equations: dict[Poly, None] = {}  # each polynomial is 0; a dict as an ordered set
+        self.frozen: dict[int, str] = {}  # variable -> why its value must stay
+        self.quotients: dict[tuple[Poly, Poly], Poly] = {}  # (a, b) -> a / b
+        self.divisors: dict[int, Poly] = {}  # variable of a quotient -> its divisor
         self.layouts: dict[Poly, tuple[Literal["product", "sum"], tuple[Poly, ...]]] = {}  # how a dim is made of others
         self.orders: dict[
             Poly, dict[tuple[Literal["product", "sum"], tuple[Poly, ...]], None]
@@ -46,6 +65,7 @@ class Facts:
         self.fake_tensor_cache = {}
 
     def new_variable(self, size: int) -> Poly:
+        """A variable whose value in this run is `size`."""
         self.sizes.append(size)
         return Poly.var(len(self.sizes) - 1)
 
@@ -56,17 +76,21 @@ class Facts:
         return torch.SymInt(WidthNode(expr, self, int, expr.evaluate(self.sizes)))
 
     def equal(self, a: Poly, b: Poly) -> None:
+        """Record that a == b."""
         difference = (a - b).primitive()
         if difference.terms:
             self.equations.setdefault(difference)
 
     def freeze(self, expr: Poly, reason: str) -> None:
+        """Record that no variable of `expr` may change."""
         for variable in expr.variables:
             self.frozen.setdefault(variable, reason)
 
     def exact_quotient(self, a: Poly, b: Poly) -> Poly:
-        """a / b where it divides: a new variable q with the fact a == b * q, unless algebra already knows it."""
-        if a.evaluate(self.sizes) == b.evaluate(self.sizes):  # a depthwise conv's channels per group: 1, and it stays 1
+        """a / b, which divides in this run: by algebra if possible, else a new variable q with the fact a == b * q."""
+        if a.evaluate(self.sizes) == b.evaluate(
+            self.sizes
+        ):  # channels per group of a depthwise conv: 1, and it stays 1
             self.equal(a, b)
             return Poly.const(1)
         quotient = a.divided_by(b)
@@ -95,7 +119,7 @@ class Facts:
 
 
 class _Condition:
-    """A comparison or a combination of some, kept until somebody asks whether it holds."""
+    """The expression of a symbolic bool: `a == b`, not a, a and b, a or b. Recorded as a fact only when it is evaluated."""
 
     __slots__ = ("a", "b", "op")
     free_symbols: frozenset[int] = frozenset()
@@ -110,7 +134,7 @@ def poly_of(value: Any) -> Poly:
 
 
 def _record_equalities(facts: Facts, node: WidthNode, holds: bool) -> None:
-    """Write down the equalities that follow from `node` having been seen to hold (or not)."""
+    """Record the equalities that follow from the symbolic bool `node` being true or false."""
     condition = node.expr
     if not isinstance(condition, _Condition):
         return
@@ -124,7 +148,11 @@ def _record_equalities(facts: Facts, node: WidthNode, holds: bool) -> None:
 
 
 class WidthNode(SymNode):
-    """An int with its polynomial, a bool with what it compares, or a plain float (floats carry no widths)."""
+    """A symbolic int (`expr` is a Poly), bool (`expr` is a _Condition) or float (a plain number: floats carry no widths).
+
+    `value` is its value in this run; `constant` the same where it depends on no variable. The names of the methods are
+    PyTorch's.
+    """
 
     def __init__(self, expr: Any, facts: Facts, pytype: type, value: Any, constant: Any = None) -> None:
         self._expr = expr
@@ -158,7 +186,7 @@ class WidthNode(SymNode):
     def wrap_bool(self, num: bool) -> WidthNode:
         return WidthNode(num, self.facts, bool, num, num)
 
-    # --- what it is ---
+    # --- queries about the node ---
 
     def has_hint(self) -> bool:
         return True
@@ -186,7 +214,7 @@ class WidthNode(SymNode):
 
     __str__ = __repr__ = str
 
-    # --- asked for a plain value ---
+    # --- guards: PyTorch needs a plain value ---
 
     def guard_bool(self, file: Any = "", line: int = 0) -> bool:
         _record_equalities(self.facts, self, self.value)
@@ -212,6 +240,7 @@ class WidthNode(SymNode):
         return self._as_float()
 
     def _as_float(self) -> float:
+        # A float of a size is a scale (head_dim ** -0.5): not frozen, but noted, as the scale changes with the size.
         if self.pytype is int and self.constant is None:
             self.facts.floats.setdefault(self._expr)
         return float(self.value)
@@ -243,7 +272,7 @@ class WidthNode(SymNode):
         if self._has_non_int(other):
             return self.wrap_float(float(self.value // other.value))
         quotient, rest = divmod(self.value, other.value)
-        if rest and quotient < 1:
+        if rest and quotient < 1:  # 0 is no width: no fact to record
             return self.wrap_int(quotient)
         return self._int(self.facts.exact_quotient(self._expr - other.remainder(rest), other.expr), quotient)
 
@@ -254,7 +283,7 @@ class WidthNode(SymNode):
         return self.wrap_int(rest)
 
     def remainder(self, rest: int) -> Poly:
-        """`rest` of a division by this number: one less than it in a ceil-division, (a + n - 1) // n, else a constant."""
+        """The remainder of a division by this number n: n - 1 in a ceil-division (a + n - 1) // n, else a constant."""
         return self._expr - Poly.const(1) if rest == self.value - 1 else Poly.const(rest)
 
     def int_truediv(self, other: Any) -> WidthNode:
@@ -309,7 +338,7 @@ class WidthNode(SymNode):
     def is_integer(self) -> WidthNode:
         return self.wrap_bool(float(self.value).is_integer())
 
-    # --- comparison: only equality says anything about widths ---
+    # --- comparison: only an equality is a fact about widths ---
 
     def eq(self, other: Any) -> WidthNode:
         same = self.value == other.value
@@ -354,10 +383,10 @@ class WidthNode(SymNode):
     def sym_ite(self, then_val: Any, else_val: Any) -> WidthNode:
         return then_val if self.guard_bool() else else_val
 
-    # --- memory layout: decided by this run's values, it ties no widths ---
+    # --- memory layout: decided by the values of this run, and no fact about widths ---
 
     def _packed(self, sizes: Sequence[Any], strides: Sequence[Any], order: Sequence[int]) -> WidthNode:
-        """Whether the dims, walked from innermost to outermost in `order`, lie in memory without gaps."""
+        """Whether the dims, from innermost to outermost in `order`, fill memory without gaps."""
         expected = 1
         for dim in order if len(order) == len(sizes) else ():
             if sizes[dim].value != 1:
