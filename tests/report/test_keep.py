@@ -17,7 +17,7 @@ from sparseift_cli.errors import ArtifactError, UsageError
 from sparseift_cli.recipe import catalog
 from sparseift_cli.report import kept_file
 from sparseift_cli.report.collect import collect
-from sparseift_cli.report.html.facts import command
+from sparseift_cli.report.html.page import command
 from sparseift_cli.report.keep import keep, local
 from tests.helpers.report_runs import make_run, seeds, write
 from tests.tools import results

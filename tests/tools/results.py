@@ -25,7 +25,7 @@ from sparseift_cli.recipe.write import flow, resolved_yaml
 from sparseift_cli.report import frame as frames
 from sparseift_cli.report.compare import Rules
 from sparseift_cli.report.grouping import NO_MATTER, flat
-from sparseift_cli.report.html.facts import command
+from sparseift_cli.report.html.page import command
 from sparseift_cli.report.make import Options, make
 from sparseift_cli.report.plots.pictures import pictures
 from sparseift_cli.report.plots.style import to_svg

@@ -1,87 +1,143 @@
 """The report as one HTML file that needs nothing else: no network, no script, light and dark, made to print.
 
-In the order of a reader's questions: what is the verdict, what are the numbers, what do they look like, where do the FLOPs
-go, what was published, where does it come from, how do I repeat it.
+The sections answer a reader's questions in turn: what is the verdict, what are the numbers, what do they look like, where do
+the FLOPs go, what was published, where do the runs come from, how do I repeat it. `page.html.j2` is the layout; this module
+prepares its data: texts, tables of texts, and pictures. None in a table is an empty cell.
 """
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any, Literal
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from ...recipe.load import for_others
 from ...version import __version__
-from ..plots.families import Family
+from ..plots.families import Family, Group, is_number
 from ..plots.pictures import Picture, pictures
+from ..published import evidence
+from ..read import Run
 from ..report import Comparison, Report
-from .element import Safe, element, join, listing
-from .facts import left_out, provenance, published, repeat
-from .numbers import audits, comparisons, results
-from .spectra import spectra
+from ..spectral.spectra import by_layer, summed
 from .svg import inline
 
-CSS = Path(__file__).with_name("page.css")
-OUTCOMES = {  # a mark beside the word, so that it is not told by colour alone
+OUTCOMES = {  # a mark beside the word, so that an outcome is not shown by colour alone
     "better": "▲",
     "worse": "▼",
     "no difference shown": "≈",
     "no claim": "○",
     "refused": "✕",
 }
+_HEADINGS = {
+    "verdict": "Verdict",
+    "results": "Results",
+    "pictures": "Pictures",
+    "masks": "How well the masks connect",
+    "audit": "Where the FLOPs go",
+    "published": "Beside the published results",
+    "provenance": "Provenance",
+    "left-out": "Left out, and warnings",
+    "repeat": "Repeat it",
+}
+_INTERNAL_OPTIONS = ("--events", "--at-once=", "--seat=", "--json", "--")  # how `train --parallel` starts a run
+
+Cells = Sequence[str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class TableColumn:
+    """A heading, and what the cells hold: numbers are aligned right, words may break over lines, other cells may not."""
+
+    name: str
+    kind: Literal["", "number", "words"] = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The first cell of a row is its name."""
+
+    caption: str
+    columns: Sequence[TableColumn]
+    rows: Sequence[Cells]
+
+
+@dataclass(frozen=True, slots=True)
+class InlinePicture:
+    """A picture as the page holds it."""
+
+    svg: str
+    described: str
+    caption_id: str
 
 
 def page(report: Report, title: str = "Iso-FLOP report") -> str:
     """The whole document. Every name in it is escaped; it loads nothing, from no network and no other file.
 
-    The same report gives the same page: nothing in it is of the moment at which it was made.
+    The same report gives the same page: nothing in it depends on the time at which it is made.
     """
+    folder = Path(__file__).parent
+    # None is an empty cell; an unknown name in the template is an error, not an empty text
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: "" if value is None else value,
+        keep_trailing_newline=True,
+    )
+    data = _page_data(report)
+    return environment.get_template("page.html.j2").render(
+        page=data,
+        headings={name: heading for name, heading in _HEADINGS.items() if name not in data or data[name]},
+        marks=OUTCOMES,
+        parts_of_name=_parts_of_name,
+        title=title,
+        version=__version__,
+        css=(folder / "page.css").read_text(encoding="utf-8"),
+    )
+
+
+def command(run: Run) -> str | None:
+    """What started a run, ready for a shell; None where the run does not record it.
+
+    Without options that only sparseift itself gives, the program without its folder on that machine, and recipes by the
+    names that they have on others.
+    """
+    sessions = (run.provenance or {}).get("sessions") or [{}]
+    given = sessions[0].get("command")
+    if not isinstance(given, Sequence) or isinstance(given, str) or not given:
+        return None
+    first, *rest = map(str, given)
+    name = PurePath(first).name
+    if "--events" in rest:
+        rest = [word for word in rest if word.rstrip("0123456789") not in _INTERNAL_OPTIONS]
+    return shlex.join(["sparseift" if name == "__main__.py" else name, *map(for_others, rest)])
+
+
+def _page_data(report: Report) -> dict[str, Any]:
+    """What the template shows, by section; a section without content is empty or None."""
     drawn = list(pictures(report))
-    sections = [
-        ("verdict", "Verdict", _verdict(report)),
-        ("results", "Results", join([results([family for family, _ in drawn]), comparisons(report)])),
-        ("pictures", "Pictures", _pictures(drawn)),
-        ("masks", "How well the masks connect", spectra(report)),
-        ("audit", "Where the FLOPs go", audits(drawn, figure)),
-        ("published", "Beside the published results", published(report)),
-        ("provenance", "Provenance", provenance(report)),
-        ("left-out", "Left out, and warnings", left_out(report)),
-        ("repeat", "Repeat it", repeat(report)),
-    ]
-    kept = [(name, heading, body) for name, heading, body in sections if body]
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("meta", name="generator", content=f"sparseift {__version__}"),
-        element("title", title),
-        Safe(f"<style>\n{CSS.read_text(encoding='utf-8')}</style>"),
-    )
-    links = listing(element("a", heading, href=f"#{name}") for name, heading, _ in kept)
-    body = element(
-        "body",
-        element("a", "Skip to the verdict", class_="skip", href="#verdict"),
-        element(
-            "header",
-            element("h1", title),
-            element("p", _scope(report), class_="muted"),
-            element("nav", links, aria_label="On this page"),
-        ),
-        element("main", *(_section(*section) for section in kept)),
-    )
-    return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
-
-
-def figure(picture: Picture) -> Safe:
-    """A picture and its caption, which says the main numbers."""
-    caption = f"{picture.name}-caption"
-    return element("figure", inline(picture, caption), element("figcaption", picture.described, id=caption))
-
-
-def _section(name: str, heading: str, body: Safe) -> Safe:
-    return element(
-        "section", element("h2", heading, id=f"{name}-heading"), body, id=name, aria_labelledby=f"{name}-heading"
-    )
+    fair = [c for c in report.comparisons if c.equal_flops or not c.allowed]
+    unequal = [c for c in report.comparisons if c.allowed and not c.equal_flops]
+    return {
+        "scope": _scope(report),
+        "headline": _headline(fair, unequal),
+        "verdicts": [*fair, *unequal],
+        "results": [*_results([family for family, _ in drawn]), *_comparisons(report)],
+        "pictures": list(_pictures(drawn)),
+        "masks": _masks(report),
+        "audit": list(_audits(drawn)),
+        "published": _published(report),
+        "provenance": _provenance(report),
+        "left-out": list(_left_out(report)),
+        "commands": list(dict.fromkeys(c for run in report.runs if (c := command(run)))),
+        "command": shlex.join(report.command),
+    }
 
 
 def _scope(report: Report) -> str:
@@ -92,60 +148,341 @@ def _scope(report: Report) -> str:
     )
 
 
-def _many(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+def _headline(fair: Sequence[Comparison], unequal: Sequence[Comparison]) -> str:
+    if not fair and not unequal:
+        return "Nothing was compared: it takes finished runs of a dense model and of a transformed one."
+    counts = [_outcome_counts(fair)] if fair else []
+    counts += [f"at unequal FLOPs: {_outcome_counts(unequal)}"] if unequal else []
+    return f"{_many(len(fair) + len(unequal), 'comparison')} with the baseline: {'; '.join(counts)}."
 
 
-def _verdict(report: Report) -> Safe:
-    if not report.comparisons:
-        return element(
-            "p",
-            "Nothing was compared: it takes finished runs of a dense model and of a transformed one.",
-            class_="headline",
-        )
-    fair = [c for c in report.comparisons if c.equal_flops or not c.allowed]
-    unequal = [c for c in report.comparisons if c.allowed and not c.equal_flops]
-    told = [_counted(fair)] if fair else []
-    told += [f"at unequal FLOPs: {_counted(unequal)}"] if unequal else []
-    headline = f"{_many(len(report.comparisons), 'comparison')} with the baseline: {'; '.join(told)}."
-    return join(
-        [
-            element("p", headline, class_="headline"),
-            element("ul", *(_compared(c) for c in [*fair, *unequal]), class_="verdicts"),
-        ]
-    )
-
-
-def _counted(comparisons: Sequence[Comparison]) -> str:
+def _outcome_counts(comparisons: Sequence[Comparison]) -> str:
     found = Counter(c.outcome for c in comparisons)
     return ", ".join(f"{found[outcome]} {outcome}" for outcome in OUTCOMES if found[outcome])
 
 
-def _compared(comparison: Comparison) -> Safe:
-    mark = element("span", f"{OUTCOMES[comparison.outcome]} ", aria_hidden="true")
-    unequal = " at unequal FLOPs" if comparison.allowed and not comparison.equal_flops else ""
-    who = element(
-        "p",
-        element("span", mark, comparison.outcome, unequal, class_="outcome"),
-        ": ",
-        element("strong", comparison.candidate),
-        " against ",
-        comparison.baseline,
-    )
-    notes = [element("p", note, class_="muted") for note in comparison.notes]
-    return element(
-        "li",
-        who,
-        element("p", comparison.verdict.removeprefix(f"{comparison.outcome}: ")),
-        *notes,
-        class_=comparison.outcome.replace(" ", "-"),
-    )
+def _results(families: Sequence[Family]) -> Iterator[tuple[str, Table]]:
+    """A table a family, a row a group."""
+    for family in families:
+        columns = [
+            *_columns("group", "transform", "algorithm"),
+            *_columns("n", family.metric_name, "± std", "95 % interval", "training FLOPs", "× dense", kind="number"),
+            *_columns("non-zero parameters", "parameters", "seconds", kind="number"),
+        ]
+        caption = f"{family.title}: means of n finished runs, one a seed, at the end of training; audited FLOPs of a whole run"
+        yield family.title, Table(caption, columns, [_group_cells(group) for group in family.groups])
 
 
-def _pictures(drawn: list[tuple[Family, list[Picture]]]) -> Safe | None:
-    parts = []
+def _group_cells(group: Group) -> Cells:
+    row = group.row
+    interval = f"{_short(row.get('low'))} to {_short(row.get('high'))}" if is_number(row.get("low")) else None
+    sparsity, transform = row.get("sparsity"), row.get("transform")
+    if is_number(sparsity) and sparsity:
+        transform = f"{transform} {100 * sparsity:g} %"
+    return [
+        group.short,
+        _text(transform),
+        _text(row.get("algorithm")),
+        str(row.get("n")),
+        _short(row.get("mean")),
+        _short(row.get("std")),
+        interval,
+        _count(row.get("flops")),
+        _ratio(row.get("flops_ratio")),
+        _count(row.get("nonzero_params")),
+        _count(row.get("params")),
+        _short(row.get("seconds")),
+    ]
+
+
+def _comparisons(report: Report) -> Iterator[tuple[str, Table]]:
+    """Every comparison in figures."""
+    if not report.comparisons:
+        return
+    columns = [
+        *_columns("candidate", "baseline", "metric"),
+        *_columns("candidate mean", "baseline mean", "difference", "interval", "n", "FLOPs ratio", kind="number"),
+        *_columns("outcome"),
+    ]
+    rows = [
+        [
+            c.candidate,
+            c.baseline,
+            c.metric,
+            _short(c.candidate_mean),
+            _short(c.baseline_mean),
+            _signed(c.difference),
+            f"{_signed(c.low, 3)} to {_signed(c.high, 3)}" if c.low is not None else None,
+            f"{c.n}{' pairs' if c.paired else ''}",
+            _ratio(c.flops_ratio),
+            c.outcome,
+        ]
+        for c in report.comparisons
+    ]
+    how = {f"{100 * c.confidence:g} %" for c in report.comparisons}
+    caption = f"Differences, candidate minus baseline, with {' or '.join(sorted(how))} intervals by Student's t"
+    yield "Comparisons", Table(caption, columns, rows)
+
+
+def _pictures(drawn: Sequence[tuple[Family, Sequence[Picture]]]) -> Iterator[dict[str, Any]]:
+    """Of each family those that are not about one group alone."""
     for family, made in drawn:
-        shown = [picture for picture in made if picture.group is None]
-        if shown:
-            parts += [element("h3", family.title), element("div", *map(figure, shown), class_="figures")]
-    return join(parts) if parts else None
+        if shown := [_inline(picture) for picture in made if picture.group is None]:
+            yield {"title": family.title, "pictures": shown}
+
+
+def _masks(report: Report) -> dict[str, Any] | None:
+    """A row a group and checkpoint, and every layer of the newest one on demand; None where no spectra were asked for."""
+    if not report.spectra:
+        return None
+    columns = [
+        *_columns("group"),
+        *_columns("step", "runs", "layers", "spectral gap", "Ramanujan gap", kind="number"),
+        *_columns("layers at 0 or above", "weighted gap", kind="number"),
+    ]
+    rows = [
+        [
+            row["group"],
+            f"{row['step']:,}",
+            str(row["runs"]),
+            str(row["layers"]),
+            _gap(row["spectral_gap"]),
+            _gap(row["ramanujan_gap"]),
+            None if row["ramanujan"] is None else f"{100 * row['ramanujan']:.0f} %",
+            _gap(row["weighted_spectral_gap"]),
+        ]
+        for row in summed(report)
+    ]
+    caption = (
+        "Means over masked layers and runs at every kept checkpoint; a Ramanujan gap of at least 0 is well connected"
+    )
+    groups = dict.fromkeys(one.group for one in report.spectra)
+    return {"summary": Table(caption, columns, rows), "layers": [_mask_layers(report, group) for group in groups]}
+
+
+def _mask_layers(report: Report, group: str) -> tuple[str, Table]:
+    found = by_layer(report, group)
+    newest = max(step for step, _ in found)
+    columns = [
+        *_columns("layer"),
+        *_columns("non-zeros", "density", "s1", "s2", "spectral gap", "Ramanujan gap", "parts", kind="number"),
+    ]
+    rows = [
+        [
+            layer,
+            f"{v['nnz']:,.0f}",
+            *(_gap(v[key]) for key in ("density", "s1", "s2", "spectral_gap", "ramanujan_gap")),
+            f"{v['components']:,.0f}",
+        ]
+        for (step, layer), v in found.items()
+        if step == newest
+    ]
+    caption = f"{group}: every masked layer at step {newest:,}, means over the runs"
+    return f"{group}: {len(rows)} masked layers", Table(caption, columns, rows)
+
+
+def _audits(drawn: Sequence[tuple[Family, Sequence[Picture]]]) -> Iterator[dict[str, Any]]:
+    """For each transformed group of a family: its totals, its picture, and a row a layer on demand."""
+    for family, made in drawn:
+        by_group = {picture.group.name: picture for picture in made if picture.group}
+        groups = [_audit(family.plan_name(group), group, by_group.get(group.name)) for group in family.transformed]
+        if groups:
+            yield {"title": family.title, "groups": groups}
+
+
+def _audit(name: str, group: Group, picture: Picture | None) -> dict[str, Any]:
+    audit = group.audit or {}
+    counted = f"1 MAC = {audit.get('flops_per_mac', 2)} FLOPs, causal attention counted {audit.get('causal')}"
+    masks = ", trained without masks" if group.unmasked else ""
+    layers = _audit_layers(name, audit)
+    return {
+        "name": name,
+        "picture": _inline(picture) if picture else None,
+        "totals": Table(
+            f"{name}{masks}: totals of one sample; {counted}",
+            [*_columns("total"), *_columns("dense", "transformed", "ratio", kind="number")],
+            list(_totals(audit.get("totals") or {})),
+        ),
+        "summary": f"{name}: all {len(layers.rows)} layers",
+        "layers": layers,
+    }
+
+
+def _totals(totals: Mapping[str, Any]) -> Iterator[Cells]:
+    dense, transformed = totals.get("dense") or {}, totals.get("transformed") or {}
+    names = {
+        "forward_flops": "forward FLOPs",
+        "training_flops": "training FLOPs",
+        "params": "parameters",
+        "nonzero_params": "non-zero parameters",
+        "activation_factor": "activations, × dense",
+    }
+    for key, name in names.items():
+        before, after = dense.get("params" if key == "nonzero_params" else key), transformed.get(key)
+        ratio = after / before if is_number(after) and is_number(before) and before else None
+        yield [name, _count(before), _short(after) if key == "activation_factor" else _count(after), _ratio(ratio)]
+
+
+def _audit_layers(name: str, audit: Mapping[str, Any]) -> Table:
+    columns = [
+        *_columns("layer", "kind", "role", "status"),
+        *_columns("dense MACs", "transformed MACs", "ratio", "density", "non-zeros", kind="number"),
+        *_columns("why", kind="words"),
+    ]
+    rows = [
+        [
+            _text(r["name"]),
+            _text(r.get("kind")),
+            _text(r.get("role")),
+            _text(r["status"]),
+            _count(r["dense_macs"]),
+            _count(r["transformed_macs"]),
+            _ratio(r.get("ratio")),
+            _ratio(r.get("density")),
+            _count(r.get("nnz")),
+            _text(r.get("reason")),
+        ]
+        for r in audit.get("layers", ())
+    ]
+    return Table(f"{name}: every layer, untouched ones too", columns, rows)
+
+
+def _published(report: Report) -> dict[str, Any] | None:
+    """The published rows, with ours where we have them."""
+    if not report.reference:
+        return None
+    with_ours = any(row.group for row in report.reference)
+    columns = [
+        *_columns("published", "metric"),
+        *_columns("dense", "with Sparse-IFT", "difference", kind="number"),
+        *_columns("evidence"),
+    ]
+    if with_ours:
+        columns += [*_columns("our group"), *_columns("n", "our dense", "ours", "our difference", kind="number")]
+    columns += _columns("note", kind="words")
+    rows = []
+    for row in report.reference:
+        p = row.published
+        sparsity = "" if p.sparsity is None else f" {100 * p.sparsity:g} %"
+        what = f"{p.model} on {p.data}: {p.transform}{sparsity}{f', {p.algorithm}' if p.algorithm else ''}"
+        theirs = [_number(p.dense), _number(p.value), _number(p.difference, "+"), f"[{p.evidence}]"]
+        ours = [_number(row.dense, ".4g"), _number(row.value, ".4g"), _number(row.difference, "+.3g")]
+        rows.append(
+            [what, p.metric, *theirs, *([row.group, _text(row.n), *ours] if with_ours else ()), row.note],
+        )
+    sources = "; ".join(dict.fromkeys(row.published.source for row in report.reference))
+    return {
+        "numbers": Table(f"Published numbers ({sources}), and ours where we trained the same", columns, rows),
+        "evidence": [f"[{letter}] {meaning}" for letter, meaning in evidence().items()],
+    }
+
+
+def _provenance(report: Report) -> dict[str, Any] | None:
+    """A row a run, and all facts of each group's newest session on demand."""
+    if not report.runs:
+        return None
+    columns = [
+        *_columns("run", "recipe", "state"),
+        *_columns("seed", kind="number"),
+        *_columns("started", "commit", "device"),
+        *_columns("threads", "at once", kind="number"),
+        *_columns("torch"),
+    ]
+    groups = []
+    for label in dict.fromkeys(str(g) for g in report.frame["group"]):
+        session = next((s for run in reversed(report.runs_of(label)) if (s := _newest_session(run))), None)
+        if session:
+            groups.append((label, list(_facts(session))))
+    return {"runs": Table("Every run, by directory", columns, list(map(_run_cells, report.runs))), "groups": groups}
+
+
+def _run_cells(run: Run) -> Cells:
+    session = _newest_session(run)
+    git = session.get("git") or {}
+    return [
+        run.stamp,
+        run.name,
+        run.state,
+        _text(run.seed),
+        _text(session.get("started")),
+        (git.get("commit") or "")[:10] + (" + changes" if git.get("dirty") else ""),
+        _text(session.get("device_name") or session.get("device")),
+        _text(session.get("threads")),
+        _text(session.get("at_once")),
+        _text((session.get("versions") or {}).get("torch")),
+    ]
+
+
+def _newest_session(run: Run) -> Mapping[str, Any]:
+    sessions = (run.provenance or {}).get("sessions") or [{}]
+    return sessions[-1]
+
+
+def _facts(session: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    """Every fact of a session, nested ones by their dotted name."""
+    for key, value in session.items():
+        name = f"{above}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from _facts(value, f"{name}.")
+        elif value not in (None, {}, []):
+            yield name, shlex.join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _left_out(report: Report) -> Iterator[tuple[str, list[str]]]:
+    """Directories that could not be read, what was wrong with those that could, and the report's notes."""
+    if report.skipped:
+        yield "Not read", [f"{path}: {reason}" for path, reason in report.skipped]
+    warnings = [f"{run.path.parent.name}/{run.stamp}: {text}" for run in report.runs for text in run.warnings]
+    if warnings:
+        yield "Read, with warnings", warnings
+    if report.notes:
+        yield "Notes", list(report.notes)
+
+
+def _inline(picture: Picture) -> InlinePicture:
+    caption_id = f"{picture.name}-caption"
+    return InlinePicture(inline(picture, caption_id), picture.described, caption_id)
+
+
+def _parts_of_name(text: str | None) -> list[str]:
+    """Parts of a name between which a line may break: after `_`, `/` and `.`."""
+    return re.split(r"(?<=[_/])(?=\w)|(?<=\.)(?=[a-z])", text or "")
+
+
+def _columns(*names: str, kind: Literal["", "number", "words"] = "") -> list[TableColumn]:
+    return [TableColumn(name, kind) for name in names]
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _count(value: Any) -> str | None:
+    return f"{round(value):,}" if is_number(value) else None
+
+
+def _short(value: Any) -> str | None:
+    """Four digits, zeros at the end too; large numbers whole, up to a million."""
+    if not is_number(value) or 1000 <= abs(value) < 1e6:
+        return _count(value)
+    return f"{value:#.4g}".rstrip(".")
+
+
+def _signed(value: float | None, digits: int = 4) -> str:
+    return "" if value is None else f"{value:+#.{digits}g}".rstrip(".").replace("-", "−")
+
+
+def _gap(value: float | None) -> str | None:
+    return None if value is None else f"{value:#.4g}".rstrip(".").replace("-", "−")
+
+
+def _number(value: float | None, form: str = "") -> str | None:
+    return None if value is None else f"{value:{form}}".replace("-", "−")
+
+
+def _ratio(value: Any) -> str | None:
+    return f"{value:.4f}" if is_number(value) else None

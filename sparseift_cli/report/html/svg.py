@@ -7,7 +7,6 @@ from xml.etree import ElementTree
 
 from ..plots import style
 from ..plots.pictures import Picture
-from .element import Safe
 
 _PAGE_COLORS = {
     style.INK: "ink",
@@ -30,7 +29,7 @@ _GONE = (
 )  # matplotlib's style would reach every SVG of the page; the title is written anew
 
 
-def inline(picture: Picture, described_by: str) -> Safe:
+def inline(picture: Picture, described_by: str) -> str:
     """The picture as an `<svg role="img">` with title and description; every id in it begins with the picture's name.
 
     It says the same to a screen reader as the element whose id is `described_by`. Its colours are the page's variables
@@ -57,7 +56,7 @@ def inline(picture: Picture, described_by: str) -> Safe:
         "aria-describedby": described_by,
         "style": f"max-width: {width * 1.75:.0f}px",
     }
-    return Safe(ElementTree.tostring(root, encoding="unicode"))
+    return ElementTree.tostring(root, encoding="unicode")
 
 
 def _attribute(key: str, value: str, prefix: str) -> tuple[str, str]:
