@@ -100,6 +100,7 @@ class Reference:
         }
         self.m = {name: [0.0] * len(w) for name, w in self.w.items()}
         self.v = {name: [0.0] * len(w) for name, w in self.w.items()}
+        self.mean = {name: [0.0] * len(w) for name, w in self.w.items()}  # SNFS: of past dense gradients
         self.taken = 0  # optimiser steps
 
     def matrix(self, name: str) -> Matrix:
@@ -140,7 +141,9 @@ class Reference:
         for name, g in masked.items():
             for i in range(len(g)):
                 self.optimise(name, i, g[i])
-        if self.algorithm in ("set", "rigl", "granet") and 0 < t < STOP * STEPS and t % DELTA == 0:
+        for name, g in dense.items():
+            self.mean[name] = [single(single(0.9 * m) + 0.1 * v) for m, v in zip(self.mean[name], g, strict=True)]
+        if self.algorithm in ("set", "rigl", "granet", "snfs") and 0 < t < STOP * STEPS and t % DELTA == 0:
             for name in self.w:
                 self.exchange(name, t, dense[name])
 
@@ -177,8 +180,8 @@ class Reference:
         if self.algorithm == "set":
             key = key_of(0, name, "grow", t)
             score = [-single((splitmix(key, i) & (2**63 - 1)) / 2**63) for i in range(size)]
-        else:
-            score = [abs(g) for g in dense]
+        else:  # Dettmers & Zettlemoyer 2019, algorithm 1: by the momentum of the dense gradient
+            score = [abs(g) for g in (self.mean[name] if self.algorithm == "snfs" else dense)]
         dropped = set(self.smallest(name)[:n])
         free = [i for i in range(size) if i not in mask or (self.regrow == "allow" and i in dropped)]
         grown = set(sorted(free, key=lambda i: (-single(score[i]), i not in self.tested[name]))[:n])
@@ -258,13 +261,13 @@ def run_both(
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("algorithm", ["static", "set", "rigl", "gmp", "granet"])
+@pytest.mark.parametrize("algorithm", ["static", "set", "snfs", "rigl", "gmp", "granet"])
 def test_every_algorithm_and_optimiser(algorithm: str, optimizer: str) -> None:
     run_both(algorithm, optimizer)
 
 
 @pytest.mark.parametrize("optimizer", ["nesterov", "adamw"])
-@pytest.mark.parametrize("algorithm", ["set", "rigl", "gmp", "granet"])
+@pytest.mark.parametrize("algorithm", ["set", "snfs", "rigl", "gmp", "granet"])
 def test_accumulation_clipping_and_skips(algorithm: str, optimizer: str) -> None:
     """Steps 5 (before an update), 6, 12 (updates) and 23 (before the last pruning) are skipped, as fp16 would."""
     run_both(algorithm, optimizer, accumulate=3, clip=0.05, skips=(5, 6, 12, 23), regrow="forbid")

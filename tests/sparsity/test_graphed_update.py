@@ -141,7 +141,9 @@ def test_a_step_that_diverged_moves_no_mask(whole: bool) -> None:
     assert all(torch.equal(mask, before[name]) for name, mask in sparsifier.masks().items())
 
 
-@pytest.mark.parametrize(("algorithm", "fits"), [("static", False), ("gmp", False), ("granet", False), ("set", True)])
+@pytest.mark.parametrize(
+    ("algorithm", "fits"), [("static", False), ("gmp", False), ("granet", False), ("set", True), ("snfs", False)]
+)
 def test_only_steady_numbers_of_non_zeros_fit(algorithm: str, fits: bool) -> None:
     net = sparse_net()
     assert GraphedUpdate.fits(make(net, torch.optim.SGD(net.parameters(), lr=0.01), algorithm)) == fits

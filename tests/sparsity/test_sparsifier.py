@@ -11,7 +11,7 @@ from torch import nn
 from sparseift_cli.sparsity.guard import NonFiniteError
 from tests.helpers.sparse_net import STEPS, assert_zeros, loss_of, make, sparse_net, train
 
-ALGORITHMS = ("static", "set", "rigl", "gmp", "granet")
+ALGORITHMS = ("static", "set", "snfs", "rigl", "gmp", "granet")
 SGD, ADAM, ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 CASES = [
     pytest.param(cls, options | how, id=f"{cls.__name__}-{len(options)}-{next(iter(how), 'default')}")

@@ -16,7 +16,7 @@ from sparseift_cli.sparsity.sparsifier import Sparsifier
 from sparseift_cli.sparsity.statistics import total
 from tests.helpers.sparse_net import STEPS, Net, assert_zeros, loss_of, make, sparse_net, train
 
-ALGORITHMS = ("static", "set", "rigl", "gmp", "granet")
+ALGORITHMS = ("static", "set", "snfs", "rigl", "gmp", "granet")
 SGD, ADAM, ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 
 

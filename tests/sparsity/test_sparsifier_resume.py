@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from sparseift_cli.errors import UsageError
+from sparseift_cli.sparsity.algorithms import ALGORITHMS
 from sparseift_cli.sparsity.sparsifier import Sparsifier
 from tests.helpers.sparse_net import make, sparse_net, train
 
-ALGORITHMS = ("dense", "static", "set", "rigl", "gmp", "granet")
 SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", tuple(ALGORITHMS))
 @pytest.mark.parametrize(
     ("cls", "options"),
     [(SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}), (ADAMW, {"lr": 0.01})],
@@ -75,6 +75,7 @@ def test_the_state_is_json_and_tensors() -> None:
     net = sparse_net()
     state = make(net, SGD(net.parameters(), lr=0.1)).state_dict()
     tensors = {key: state.pop(key) for key in ("masks", "ever")}
+    assert state.pop("state") == {}
     assert json.loads(json.dumps(state)) == state
     assert all(t.dtype == torch.bool for group in tensors.values() for t in group.values())
     assert tensors["masks"]["conv.weight"].data_ptr() != net.conv.weight_mask.data_ptr()

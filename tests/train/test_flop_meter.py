@@ -13,10 +13,10 @@ import sparseift_cli as sparseift
 from sparseift_cli.errors import CheckFailed
 from sparseift_cli.plan.audit import audit
 from sparseift_cli.plan.spec import TrainingSpec
+from sparseift_cli.sparsity.algorithms import ALGORITHMS
 from sparseift_cli.train.flop_meter import Spent
 from sparseift_cli.transforms.transformation import transformation_of
 
-ALGORITHMS = ("dense", "static", "set", "rigl", "gmp", "granet")
 MEMBERS = ("wide", "parallel", "factorized", "doped")
 
 
@@ -74,7 +74,7 @@ def both(model: nn.Module, algorithm: Any, training: TrainingSpec, **spec: Any) 
 
 
 @pytest.mark.parametrize("make", [mlp, frozen, Grouped])
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", tuple(ALGORITHMS))
 def test_every_algorithm(make: Any, algorithm: str) -> None:
     for member in MEMBERS:
         training = TrainingSpec(algorithm=algorithm, steps=10, delta_t=3)
@@ -83,7 +83,7 @@ def test_every_algorithm(make: Any, algorithm: str) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["4x4", "2x3"])
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", tuple(ALGORITHMS))
 def test_blocks_that_do_not_tile_a_weight(pattern: str, algorithm: str) -> None:
     for make in (mlp, Grouped):
         training = TrainingSpec(algorithm=algorithm, steps=10, delta_t=3)
@@ -92,7 +92,7 @@ def test_blocks_that_do_not_tile_a_weight(pattern: str, algorithm: str) -> None:
 
 
 @pytest.mark.parametrize(("steps", "delta_t", "stop"), [(1, 100, "0.75"), (7, 1, "1"), (7, 2, "0"), (5, 20, "0.5")])
-@pytest.mark.parametrize("algorithm", ["rigl", "gmp", "granet"])
+@pytest.mark.parametrize("algorithm", ["snfs", "rigl", "gmp", "granet"])
 def test_odd_schedules(algorithm: str, steps: int, delta_t: int, stop: str) -> None:
     training = TrainingSpec(algorithm=algorithm, steps=steps, delta_t=delta_t, stop=stop)
     spent, audited = both(frozen(), algorithm, training, sparsity="0.5")
