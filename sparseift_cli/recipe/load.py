@@ -104,12 +104,13 @@ def load(path: Path, sets: Sequence[str] = ()) -> Recipe:
 def _training(spec: Spec, origins: Mapping[str, str]) -> dict[str, Any]:
     """What TrainingSpec counts with. A dense recipe names no algorithm unless it says so: `--sparsity` may add a transform."""
     algorithm = spec.algorithm
-    counted = {
-        "delta_t": algorithm.delta_t,
-        "stop": str(algorithm.stop),
-        "recompute": spec.training.recompute,
-        "steps": run_steps(spec),
-    }
+    defaults = {name: field.default for name, field in type(algorithm).model_fields.items()}
+    options = {k: str(v) if k == "stop" else v for k, v in algorithm.model_dump(exclude={"name"}).items()}
+    counted = {k: options.pop(k, None) for k in ("delta_t", "stop")}
+    counted |= {"recompute": spec.training.recompute, "steps": run_steps(spec)}
+    given = {k: v for k, v in options.items() if v != defaults[k]}
+    if given:
+        counted["options"] = given
     if spec.transform is not None or not origins["algorithm.name"].startswith("default"):
         counted["algorithm"] = algorithm.name
     return {k: v for k, v in counted.items() if v is not None}

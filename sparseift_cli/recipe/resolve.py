@@ -12,6 +12,7 @@ from ..data import DATASETS
 from ..errors import SparseiftError, UsageError, did_you_mean
 from ..models.zoo import registry
 from ..plan.spec import TransformSpec, member_named
+from ..sparsity.algorithms import ALGORITHMS
 from . import schema
 from .defaults import defaults
 from .sections import Data
@@ -58,8 +59,14 @@ def resolve(tree: Mapping[str, Value], start: Spot, problems: Problems) -> tuple
 
 
 def _validate(merged: Any, tree: Mapping[str, Value], start: Spot, problems: Problems) -> schema.Spec | None:
+    name = merged.get("algorithm", {}).get("name")
     try:
-        return schema.Spec.model_validate_json(json.dumps(merged))
+        whole = schema.spec_for(name) if isinstance(name, str) else schema.Spec
+    except UsageError as error:
+        problems.add(_spot(tree, ["algorithm", "name"], start), _told("algorithm", error))
+        return None
+    try:
+        return whole.model_validate_json(json.dumps(merged))
     except ValidationError as caught:
         for error in caught.errors(include_url=False):
             path = [part for part in error["loc"] if isinstance(part, int) or _exists(part, error["loc"])]
@@ -109,7 +116,7 @@ def _check(spec: schema.Spec, tree: Mapping[str, Value], start: Spot, problems: 
             TransformSpec.of(transform_options(spec))
         except SparseiftError as error:
             problems.add(_spot(tree, ["transform"], start), _told("transform", error))
-    if spec.transform is None and spec.algorithm.name != "dense":
+    if spec.transform is None and ALGORITHMS.get(spec.algorithm.name).masked:
         reason = "needs a transform and its sparsity; a dense model has no masks"
         problems.add(_spot(tree, ["algorithm", "name"], start), f"algorithm: {spec.algorithm.name} {reason}")
     if spec.data is not None:

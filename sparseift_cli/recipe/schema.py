@@ -9,15 +9,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import Field
+from pydantic import Field, create_model
 from pydantic.fields import FieldInfo
 
+from ..errors import UsageError
+from ..sparsity.algorithms import SHIPPED
 from . import sections as how
 from . import sections as what
 from .sections import Section, names_or_object
 
+if TYPE_CHECKING:
+    MaskAlgorithm = what.AlgorithmSection
+else:  # made from the registry, which a type checker cannot know
+    MaskAlgorithm = Annotated[Union[what.ALGORITHM_SECTIONS], Field(discriminator="name")]  # noqa: UP007
 Optimizer = Annotated[how.SGD | how.AdamW, Field(discriminator="name")]
 Schedule = Annotated[how.Constant | how.MultiStep | how.Cosine | how.Linear, Field(discriminator="name")]
 
@@ -30,13 +36,25 @@ class Spec(Section):
     transform: what.Transform | None = Field(
         None, description="The member of Sparse-IFT; without it the model is dense."
     )
-    algorithm: what.MaskAlgorithm = Field(description="How masks change: a name, or name and options.")
+    algorithm: MaskAlgorithm = Field(description="How masks change: a name, or name and options.")
     init: what.Init = Field(what.Init(), description="Weights and masks at step 0.")  # pyright: ignore[reportCallIssue]
     optimizer: Optimizer = Field(description="The optimiser: sgd or adamw, or its name and options.")
     schedule: Schedule = Field(description="The learning rate: constant, multistep, cosine or linear.")
     training: how.Training = Field(description="Length, batches, precision, seeds.")
     evaluation: how.Evaluation = Field(description="What is measured, and when.")
     checkpoint: how.Checkpoint = Field(description="What is kept to resume from.")
+
+
+def spec_for(algorithm: str) -> type[Spec]:
+    """`Spec` for a recipe with this mask algorithm: one from outside this package has a section of its own.
+
+    Raises:
+        UsageError: no such algorithm.
+    """
+    if algorithm in SHIPPED:
+        return Spec
+    section = what.algorithm_section(algorithm)
+    return create_model("Spec", __base__=Spec, algorithm=(section, Spec.model_fields["algorithm"]))
 
 
 SECTIONS = tuple(Spec.model_fields)
@@ -46,7 +64,7 @@ SPARSITY = "sparsity"
 
 @cache
 def variants(section: str) -> tuple[type[Section], ...]:
-    """The models that a section may be: two for `optimizer`, four for `schedule`, one for the others."""
+    """The models that a section may be: one for each optimiser, schedule and mask algorithm, one for any other section."""
     return tuple(_models(Spec.model_fields[section].annotation))
 
 
@@ -63,7 +81,13 @@ def variant(section: str, given: Mapping[str, Any]) -> type[Section] | None:
     models = variants(section)
     if len(models) == 1:
         return models[0]
-    return next((m for m in models if get_args(m.model_fields["name"].annotation)[0] == given.get("name")), None)
+    name = given.get("name")
+    if section == "algorithm" and isinstance(name, str) and name not in SHIPPED:
+        try:
+            return what.algorithm_section(name)
+        except UsageError:  # `resolve` says what is wrong with the name
+            return None
+    return next((m for m in models if get_args(m.model_fields["name"].annotation)[0] == name), None)
 
 
 def short(section: str) -> str | None:

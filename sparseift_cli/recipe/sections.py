@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import MISSING, dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -27,6 +28,7 @@ from ..data import DATASETS
 from ..errors import UsageError
 from ..models.request import proper_source
 from ..plan.spec import InitSpec, TrainingSpec, TransformSpec
+from ..sparsity.algorithms import ALGORITHMS, SHIPPED
 from . import durations
 
 
@@ -40,6 +42,8 @@ class Section(BaseModel):
     SHORT: ClassVar[str | None] = None
     WORDS: ClassVar[Registry[Any] | None] = None
 
+
+S = TypeVar("S", bound=Section)
 
 Duration = Annotated[
     float | str,
@@ -80,8 +84,13 @@ def names_or_object(names: Iterable[str]) -> dict[str, Any]:
 
 
 def section_of(
-    declaring: type, *, required: Collection[str] = (), without: Collection[str] = (), name: str | None = None
-) -> type[Section]:
+    declaring: type,
+    *,
+    required: Collection[str] = (),
+    without: Collection[str] = (),
+    name: str | None = None,
+    base: type[S] = Section,
+) -> type[S]:
     """A base class for a section: a field for each option that the dataclass `declaring` declares.
 
     Args:
@@ -89,6 +98,7 @@ def section_of(
         required: options that a recipe must give although the dataclass has a default.
         without: options that recipes write elsewhere, or not at all.
         name: makes the section one of several that a key `name` chooses between, and this is its word.
+        base: what the section inherits from.
     """
     fields: dict[str, Any] = {}
     if name is not None:
@@ -96,7 +106,7 @@ def section_of(
     for declared in options_of(declaring).values():
         if declared.name not in without:
             fields[declared.name] = field_of(declared, required=declared.name in required)
-    return create_model(declaring.__name__, __base__=Section, __module__=__name__, **fields)
+    return create_model(declaring.__name__, __base__=base, __module__=__name__, **fields)
 
 
 def field_of(declared: DeclaredOption, *, required: bool = False) -> tuple[Any, Any]:
@@ -201,22 +211,31 @@ class Init(section_of(InitSpec)):
         def __getattr__(self, name: str) -> Any: ...
 
 
-class MaskAlgorithm(Section):
-    """How masks change while it trains."""
+class AlgorithmSection(Section):
+    """How masks change: the name of a mask algorithm, and its own options."""
 
     SHORT: ClassVar[str | None] = "name"
-    name: Literal["dense", "static", "set", "snfs", "rigl", "gmp", "granet"] = Field(
-        "static", description="How masks change: dense, static, set, snfs, rigl, gmp or granet."
-    )
-    delta_t: int = option(TrainingSpec, "delta_t")
-    drop_fraction: Part = Field(0.3, description="Part of the active weights that the first update exchanges.")
-    decay: Literal["cosine", "constant", "linear", "inverse_power"] = Field(
-        "cosine", description="How the drop fraction falls until `stop`."
-    )
-    stop: float = option(TrainingSpec, "stop")
-    regrow: Literal["allow", "forbid"] = Field(
-        "allow", description="Whether a weight may return in the update that dropped it."
-    )
+    name: str = Field(description="The mask algorithm.")
+
+
+@cache
+def algorithm_section(name: str) -> type[AlgorithmSection]:
+    """The section `algorithm` for one mask algorithm: its name, and the options that it declares.
+
+    Args:
+        name: as in `ALGORITHMS`, or `package.module:Name`.
+
+    Raises:
+        UsageError: no such algorithm.
+    """
+    algorithm = ALGORITHMS.get(name)
+    section = section_of(algorithm, name=name, base=AlgorithmSection)
+    section.__doc__ = algorithm.summary()
+    return section
+
+
+ALGORITHM_SECTIONS = tuple(algorithm_section(name) for name in SHIPPED)
+"""One for each algorithm of this package; those of others are made when a recipe names them."""
 
 
 # The sections that say how it is trained: optimizer, schedule, training, evaluation, checkpoint.

@@ -5,10 +5,11 @@ Here stands everything that is wrong with names; what is wrong with values is fo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..errors import did_you_mean
+from ..errors import UsageError, did_you_mean
+from ..sparsity.algorithms import own_options
 from . import schema
 from .strict_yaml import Problems, Spot, Value, read_option
 
@@ -44,6 +45,8 @@ def sections(document: Value, options: Sequence[str], problems: Problems) -> dic
         put(tree, "transform", schema.SPARSITY, value, spot)
     for option in options:
         _set(tree, option, problems)
+    if "algorithm" in tree:
+        tree["algorithm"] = _without_idle_options(tree["algorithm"])
     for section, value in tree.items():
         _check_keys(section, value, problems)
     return {section: _with_lists(section, value) for section, value in tree.items()}
@@ -55,6 +58,25 @@ def put(tree: dict[str, Value], section: str, key: str, value: Value, spot: Spot
     drop = ONE_OF_TWO.get((section, key)) if spot.option else None  # a length on the command line replaces the file's
     kept = {k: v for k, v in old.data.items() if k != drop}
     tree[section] = Value({**kept, key: value}, old.spot, {**old.key_spots, key: spot})
+
+
+def _without_idle_options(value: Value) -> Value:
+    """The algorithm's section without options that it does not have, where they say nothing about it.
+
+    Every algorithm used to have the same five, so whole recipes written then have them all. And `--set algorithm=static`
+    keeps the other lines of a section that was written for another algorithm.
+    """
+    given = value.plain()
+    name, replaced = given.get("name"), value.key_spots.get("name")
+    if not isinstance(name, str):
+        return value
+    try:
+        kept = own_options(name, given, whatever_value=bool(replaced and replaced.option))
+    except UsageError:  # no such algorithm; `resolve` says so
+        return value
+    set_now = {k for k, spot in value.key_spots.items() if spot.option}
+    kept = {k: v for k, v in value.data.items() if k in kept or k in set_now}
+    return Value(kept, value.spot, {k: spot for k, spot in value.key_spots.items() if k in kept})
 
 
 def _expand(section: str, value: Value, problems: Problems) -> Value | None:
@@ -89,10 +111,15 @@ def _set(tree: dict[str, Value], option: str, problems: Problems) -> None:
     key = key or schema.short(section) or ""
     if not key:
         problems.add(spot, f"which value of {section}? {_known(schema.fields(section))}")
-    elif key in (known := schema.fields(section)):
+    elif key in (known := schema.fields(section) | _fields_now(tree, section)):
         put(tree, section, key, _as_typed(value, text, known[key].annotation, problems), spot)
     else:
         _unknown(spot, key, known, problems, section)
+
+
+def _fields_now(tree: Mapping[str, Value], section: str) -> dict[str, Any]:
+    """The fields of the variant that the tree names now, which can be one from outside this package."""
+    return schema.fields(section, tree[section].plain()) if section in tree else {}
 
 
 def _as_typed(value: Value, text: str, annotation: Any, problems: Problems) -> Value:

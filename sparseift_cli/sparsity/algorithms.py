@@ -376,12 +376,16 @@ def _why_not(found: object) -> str | None:
     return None
 
 
-ALGORITHMS = Registry[type[MaskAlgorithm]](
-    "mask algorithm",
-    "algorithms",
-    {"dense": Dense, "static": Static, "set": SET, "snfs": SNFS, "rigl": RigL, "gmp": GMP, "granet": GraNet},
-    check=_why_not,
-)
+SHIPPED: Mapping[str, type[MaskAlgorithm]] = {
+    "dense": Dense,
+    "static": Static,
+    "set": SET,
+    "snfs": SNFS,
+    "rigl": RigL,
+    "gmp": GMP,
+    "granet": GraNet,
+}
+ALGORITHMS = Registry[type[MaskAlgorithm]]("mask algorithm", "algorithms", SHIPPED, check=_why_not)
 
 _ONCE_SHARED = {"delta_t": "100", "drop_fraction": "0.3", "decay": "cosine", "stop": "0.75", "regrow": "allow"}
 """Options that every algorithm used to take, with their defaults: recipes and runs written then have them all."""

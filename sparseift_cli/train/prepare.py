@@ -24,7 +24,6 @@ from ..plan.spec import TrainingSpec, TransformSpec
 from ..recipe.durations import held_out_images, in_steps
 from ..recipe.load import Recipe, require_data, run_steps
 from ..recipe.open_arguments import open_arguments
-from ..sparsity.algorithms import own_options
 from ..sparsity.sparsifier import Sparsifier
 from ..trace.build import trace
 from ..transforms.convert import convert
@@ -136,7 +135,7 @@ def prepare(recipe: Recipe, seed: int, processes: Processes) -> Prepared:
             algorithm=algorithm.name,
             total_steps=steps,
             seed=seed,
-            **own_options(algorithm.name, algorithm.model_dump(exclude={"name"})),
+            **algorithm.model_dump(exclude={"name"}),
         )
     masked: tuple[Masked, ...] = done.surgery.masked if done else ()
     layers = counted.plan.layers if counted.plan else _dense_rows(counted)

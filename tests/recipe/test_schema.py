@@ -19,8 +19,8 @@ from sparseift_cli.plan.spec import TransformSpec
 from sparseift_cli.recipe import schema
 from sparseift_cli.recipe.catalog import schema_file, shipped
 from sparseift_cli.recipe.load import load
-from sparseift_cli.recipe.sections import Init, MaskAlgorithm, Transform
-from sparseift_cli.sparsity.algorithms import ALGORITHMS, RigL
+from sparseift_cli.recipe.sections import Init, Transform
+from sparseift_cli.sparsity.algorithms import ALGORITHMS
 
 SHIPPED = list(shipped())
 
@@ -51,13 +51,14 @@ def test_transform_section_has_the_fields_of_the_spec() -> None:
         assert schema.choices(field.annotation) == schema.choices(hints[name]), name
 
 
-def test_algorithm_section_has_the_options_of_the_algorithms() -> None:
-    options = options_of(RigL)
-    for name, field in MaskAlgorithm.model_fields.items():
-        if name != "name":
-            assert str(field.default) == str(options[name].default), name
-            assert schema.choices(field.annotation) == options[name].choices, name
-    assert schema.choices(MaskAlgorithm.model_fields["name"].annotation) == tuple(ALGORITHMS)
+def test_algorithm_sections_have_the_options_of_the_algorithms() -> None:
+    assert schema.names("algorithm") == tuple(ALGORITHMS)
+    for name in ALGORITHMS:
+        section, options = schema.variant("algorithm", {"name": name}), options_of(ALGORITHMS.get(name))
+        assert section is not None and list(section.model_fields) == ["name", *options]
+        for key, option in options.items():
+            assert str(section.model_fields[key].default) == str(option.default), key
+            assert schema.choices(section.model_fields[key].annotation) == option.choices, key
 
 
 def test_init_section_has_the_options_of_the_transformation() -> None:

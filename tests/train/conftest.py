@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from sparseift_cli.sparsity.algorithms import ALGORITHMS
+
 RECIPE = """
 model: {{name: "tests.helpers.nets:{net}", input: 3x8x8}}
 data: synthetic-images
@@ -39,11 +41,13 @@ def write_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
     ) -> Path:
         transform = ""
         if algorithm:
+            scheduled = "delta_t" in ALGORITHMS.get(algorithm).option_names()
+            schedule = ", delta_t: 2, stop: 0.75" if scheduled else ""
             transform = (
                 f"transform: {{member: wide, match: {'layer' if net == 'mlp' else 'model'}}}\nsparsity: 0.75\n"
-                f"algorithm: {{name: {algorithm}, delta_t: 2, stop: 0.75}}"
+                f'algorithm: {{name: "{algorithm}"{schedule}}}'
             )
-        path = tmp_path / f"{algorithm}_{optimizer}.yaml"
+        path = tmp_path / f"{(algorithm or 'dense').rpartition(':')[2]}_{optimizer}.yaml"
         path.write_text(
             RECIPE.format(net=net, transform=transform, optimizer=OPTIMIZERS[optimizer], steps=steps, save=save) + more
         )

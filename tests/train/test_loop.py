@@ -53,7 +53,7 @@ def final_state(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return dict(newest.tensors), state
 
 
-ALL = [*((a, o) for a in ("static", "set", "rigl", "gmp", "granet") for o in ("sgd", "adamw")), (None, "sgd")]
+ALL = [*((a, o) for a in ("static", "set", "snfs", "rigl", "gmp", "granet") for o in ("sgd", "adamw")), (None, "sgd")]
 
 
 @pytest.mark.parametrize(("algorithm", "optimizer"), ALL)
@@ -87,7 +87,7 @@ def test_resuming_anywhere_gives_the_same_bytes(
         shutil.rmtree(copy.parent)
 
 
-@pytest.mark.parametrize("algorithm", [None, "static", "set", "rigl", "gmp", "granet"])
+@pytest.mark.parametrize("algorithm", [None, "static", "set", "snfs", "rigl", "gmp", "granet"])
 def test_flops_spent_are_the_flops_audited(write_recipe: Write, tmp_path: Path, algorithm: str | None) -> None:
     (summary,) = run(write_recipe(algorithm, steps=21), tmp_path / "runs")
     flops = summary["flops"]
