@@ -18,7 +18,7 @@ from ..errors import UsageError
 from ..sparsity.algorithms import SHIPPED
 from . import sections as how
 from . import sections as what
-from .sections import OBJECT_PATTERN, Section, names_or_object
+from .sections import Section, names_or_object
 
 if TYPE_CHECKING:
     MaskAlgorithm = what.AlgorithmSection
@@ -134,7 +134,7 @@ def json_schema() -> dict[str, Any]:
             about = properties[section].get("description")
             properties[section] = {"anyOf": [word, _without(properties[section], "description", "default")]}
             if section == "algorithm":  # one from outside, with options that are not known here
-                name = {"type": "string", "pattern": OBJECT_PATTERN}
+                (_, name) = names_or_object(())["anyOf"]
                 outside = {"type": "object", "properties": {"name": name}, "required": ["name"]}
                 properties[section]["anyOf"].append(outside)
             properties[section]["description"] = about
