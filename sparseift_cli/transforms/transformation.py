@@ -133,13 +133,11 @@ def transform_module(
 
     Args:
         inputs: positional arguments of the forward, as `kwargs` its keyword arguments; only shapes and dtypes matter.
-        name: what tables and errors call the model.
-        input_shape: what tables show as its input.
+        name, input_shape: how tables and errors show the model and its input.
         training: how training FLOPs are counted and, with match train, matched.
 
     Raises:
-        UsageError: nothing can be transformed as the spec wants, the model does not run on the inputs, or it was
-            transformed before.
+        UsageError: the spec fits no layer, the model does not run on the inputs, or it was transformed before.
         CheckFailed: no density fits the budget, or the new module does not have the planned cost.
     """
     options = options or Options()
