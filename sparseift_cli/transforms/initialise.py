@@ -133,7 +133,7 @@ def _require_finite(key: str, weight: Tensor) -> None:
     """Raises UsageError where a weight that new ones are drawn after is NaN or infinite."""
     if not bool(weight.detach().isfinite().all()):
         raise UsageError(
-            f"{key} has elements that are NaN or infinite, so new weights cannot be drawn like it",
+            f"{key} is NaN or infinite in places, so new weights cannot be drawn like it",
             hint="take a checkpoint from before the training diverged",
         )
 

@@ -1,4 +1,4 @@
-"""Small dense models for the tests of `preserve`, and the way from one to a wide network."""
+"""Small dense models for the tests of `preserve`, and a function that makes a wide network of one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EXACT = 1e-5
 class Widened:
     dense: Any
     new: Any
-    kept: Preserved
+    preserved: Preserved
     plan: Plan
     surgery: Surgery
 
@@ -43,12 +43,12 @@ def widened(dense: Any, *inputs: Tensor, slack: float = 0.0, **spec: Any) -> Wid
     surgery = surgery_for(plan, traced.structure, dense)
     new = operate(dense, surgery)
     initialise(new, dense, surgery)
-    kept = preserve(new, dense, plan, surgery, traced.structure, slack=slack)
-    return Widened(dense, new, kept, plan, surgery)
+    preserved = preserve(new, dense, plan, surgery, traced.structure, slack=slack)
+    return Widened(dense, new, preserved, plan, surgery)
 
 
 def trained(model: nn.Module, *inputs: Tensor) -> Any:
-    """As if it had been trained: no norm or bias is what it was initialised to, running statistics fit the data."""
+    """`model` changed as by training: norms and biases are not at their initial values, running statistics fit the data."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
@@ -66,6 +66,10 @@ def trained(model: nn.Module, *inputs: Tensor) -> Any:
 
 def images(side: int = 32, batch: int = 2) -> Tensor:
     return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(3))
+
+
+def features() -> Tensor:
+    return torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(3))
 
 
 def tokens(length: int = 16, rows: int = 101) -> Tensor:
@@ -162,7 +166,7 @@ def upsampling() -> nn.Module:
 
 
 class Recurrent(nn.Module):
-    """Gates lie one after another in an LSTM's weights."""
+    """An LSTM: its weights hold four gates one after another."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,7 +177,7 @@ class Recurrent(nn.Module):
 
 
 class QKNorm(nn.Module):
-    """A norm over each head's query: the scale cannot be folded into the weight before it."""
+    """A norm over each head's query, so that the scale must go into its gain instead of the weight before it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -211,12 +215,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "gpt": (tiny_gpt, tokens()),
     "llama": (lambda: tiny_llama(tied=False), tokens()),
     "llama, tied": (lambda: tiny_llama(tied=True), tokens()),
-    "encoder": (encoder, torch.randn(2, 5, 7)),
+    "encoder": (encoder, features()),
     "vgg": (VGG, images()),
     "densenet": (Dense, images(8)),
     "gated": (Gated, images(8)),
     "upsampling": (upsampling, images(8)),
     "lstm": (Recurrent, tokens()),
-    "qk norm": (QKNorm, torch.randn(2, 5, 7)),
+    "qk norm": (QKNorm, features()),
     "kept scale": (KeptScale, tokens()),
 }

@@ -1,4 +1,4 @@
-"""The Python API as other people's loops use it: wrapped models, patterns that last, weights that masks forbid, paths."""
+"""The Python API in users' training loops: wrapped models, patterns that last, weights outside masks, paths."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def train(model: nn.Module, steps: int = 12, **options: Any) -> sparseift.Sparsi
 
 
 @pytest.mark.parametrize("wrap", [compiled, nn.DataParallel], ids=["compile", "DataParallel"])
-def test_wrapped_models_are_looked_through(wrap: Any, tmp_path: Path) -> None:
+def test_wrapped_models_are_unwrapped(wrap: Any, tmp_path: Path) -> None:
     new, _ = sparseift.transform(wrap(net()), X, sparsity=0.75)
     assert isinstance(new, nn.Sequential)
     wrapped = wrap(new)
@@ -89,7 +89,7 @@ def test_n_of_m_does_not_move_without_the_plan_either() -> None:
 
 
 @pytest.mark.parametrize(("pattern", "sparsity"), [("2x2", 0.75), ("2:4", 0.5)])
-def test_a_lost_pattern_is_told(pattern: str, sparsity: float, tmp_path: Path) -> None:
+def test_a_lost_pattern_is_an_error(pattern: str, sparsity: float, tmp_path: Path) -> None:
     model, _ = sparseift.transform(net(), X, sparsity=sparsity, pattern=pattern)
     mask, weight = sparseift.masks(model)["2.weight"], model.get_parameter("2.weight")
     assert has_pattern(mask, pattern) and by_hand(mask, pattern)
@@ -120,7 +120,7 @@ def test_patterns_of_odd_shapes() -> None:
 # --- weights that a mask leaves out ---
 
 
-def test_weights_that_masks_leave_out_are_not_saved(tmp_path: Path) -> None:
+def test_weights_outside_masks_are_not_saved(tmp_path: Path) -> None:
     model, _ = sparseift.transform(net(), X, sparsity=0.75)
     with torch.no_grad():
         model.get_parameter("2.weight").add_(1)
@@ -129,7 +129,7 @@ def test_weights_that_masks_leave_out_are_not_saved(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_nor_are_they_loaded(tmp_path: Path) -> None:
+def test_weights_outside_masks_are_not_loaded(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     model, _ = sparseift.transform(net(), X, sparsity=0.75)
@@ -140,7 +140,7 @@ def test_nor_are_they_loaded(tmp_path: Path) -> None:
         sparseift.load(folder, into=net())
 
 
-def test_a_weight_that_is_no_number_is_not_one_that_came_back() -> None:
+def test_an_infinite_weight_inside_a_mask_is_not_reported_as_outside() -> None:
     model, _ = sparseift.transform(net(), X, sparsity=0.75)
     with torch.no_grad():
         weight = model.get_parameter("2.weight")
@@ -150,7 +150,7 @@ def test_a_weight_that_is_no_number_is_not_one_that_came_back() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("start", ["fresh", "preserve"])
-def test_a_dense_weight_that_is_no_number_is_named(start: Any, value: float) -> None:
+def test_a_dense_weight_that_is_not_finite_is_named(start: Any, value: float) -> None:
     dense = net()
     with torch.no_grad():
         dense.get_parameter("2.weight")[3, 5] = value
@@ -161,7 +161,7 @@ def test_a_dense_weight_that_is_no_number_is_named(start: Any, value: float) -> 
 # --- what is given ---
 
 
-def test_an_audit_at_another_input_says_so() -> None:
+def test_an_audit_at_another_input_is_refused() -> None:
     model, _ = sparseift.transform(net(), X, sparsity=0.75)
     for look in (sparseift.audit, sparseift.flops):
         with pytest.raises(UsageError, match="planned at input 4x16, not 1x16"):
@@ -188,7 +188,7 @@ def test_a_transform_without_its_sparsity_is_not_dense() -> None:
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2x2"])
-def test_an_average_of_weights_is_sparse_once_it_has_the_masks(tmp_path: Path, pattern: str) -> None:
+def test_an_average_of_weights_is_sparse_after_copy_masks(tmp_path: Path, pattern: str) -> None:
     wide, _ = sparseift.transform(net(), X, sparsity=0.75, pattern=pattern)
     average = torch.optim.swa_utils.AveragedModel(wide)
     for _ in range(3):
@@ -204,11 +204,11 @@ def test_an_average_of_weights_is_sparse_once_it_has_the_masks(tmp_path: Path, p
     assert sparseift.audit(average.module, X).forward_ratio == sparseift.audit(wide, X).forward_ratio
     again = sparseift.load(sparseift.save(average.module, tmp_path / "after"), into=net())
     assert torch.equal(again(X), average.module.eval()(X))
-    train(wide)  # the masks are the average's own
+    train(wide)  # the average has masks of its own
     sparseift.audit(average.module, X)
 
 
-def test_masks_are_copied_to_copies_alone() -> None:
+def test_masks_are_copied_only_to_copies_of_the_model() -> None:
     wide, _ = sparseift.transform(net(), X, sparsity=0.75)
     for other in (net(), nn.Linear(2, 2)):
         with pytest.raises(UsageError, match=r"has no 0\.weight|has no 2\.weight"):

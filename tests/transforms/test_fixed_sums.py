@@ -1,4 +1,4 @@
-"""Concatenations whose total width is fixed: Sparse Wide keeps their parts, widens the rest, and spends the whole budget."""
+"""Concatenations whose total width is fixed: Sparse Wide keeps their parts, widens the rest, and uses the whole budget."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def times_a_buffer() -> Net:
 
 
 def into_fixed_groups() -> Net:
-    """A depthwise convolution with two filters a channel: its groups are a count, and so many channels it reads."""
+    """A depthwise convolution with two filters a channel: its number of groups is its number of input channels."""
     return Net(
         lambda n, x: n.out(n.mix(F.relu(n.taps(F.relu(cat(n, x))))).mean((2, 3))),
         stem=nn.Conv2d(3, 16, 3),
@@ -90,7 +90,7 @@ def test_the_parts_of_a_fixed_concatenation_keep_their_widths(make: Callable[[],
     assert new(x).shape == model(x).shape
 
 
-def test_a_kept_part_says_why() -> None:
+def test_a_part_that_keeps_its_width_has_a_reason() -> None:
     """Of the second of two such sums in a row, whose branches read the fixed width of the first."""
 
     def forward(n: Net, x: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def test_a_concatenation_added_to_a_layer_still_grows() -> None:
     assert [len(new.get_parameter(f"{name}.bias")) for name in ("stem", "a", "b", "side")] == [32, 12, 20, 32]
 
 
-def test_a_model_match_spends_what_a_fixed_sum_leaves() -> None:
+def test_a_model_match_allocates_what_a_fixed_sum_leaves() -> None:
     model, x = added_to_the_input(), torch.randn(2, 8)
     for sparsity in ("0.3", "0.5"):
         new, plan = sparseift.transform(model, x, sparsity=sparsity, match="model")
@@ -137,4 +137,4 @@ def test_a_fixed_concatenation_starts_as_the_dense_network() -> None:
     for make, shape in FIXED.items():
         x = torch.randn(shape)
         case = widened(trained(make(), x), x, sparsity="0.6")
-        assert case.deviation(x) <= EXACT and not any("not exact" in note for note in case.kept.notes)
+        assert case.deviation(x) <= EXACT and not any("not exact" in note for note in case.preserved.notes)

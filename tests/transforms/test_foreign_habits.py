@@ -1,4 +1,4 @@
-"""What other people's modules do: keep activations, report sizes, share buffers; and what users get wrong."""
+"""Modules of other code: they keep activations, report sizes, share buffers; and mistakes of users."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Keeping(Mlp):
 
 @pytest.mark.parametrize("member", MEMBERS)
 @pytest.mark.parametrize("ran", [False, True])
-def test_a_forward_that_keeps_tensors_leaves_nothing_of_the_trace(member: str, ran: bool) -> None:
+def test_tensors_that_a_forward_stores_do_not_keep_the_trace(member: str, ran: bool) -> None:
     model = Keeping()
     if ran:
         model(X)
@@ -104,7 +104,7 @@ class Shared(Mlp):
 
 @pytest.mark.parametrize("member", MEMBERS)
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_buffers_outside_the_state_dict_come_back(member: str, device: str, tmp_path: Path) -> None:
+def test_buffers_outside_the_state_dict_are_restored(member: str, device: str, tmp_path: Path) -> None:
     new, _ = sparseift.transform(Shared(7.0), X, member=member, sparsity=0.75)
     with torch.device(device):
         other = Shared(1.0)
@@ -119,14 +119,14 @@ class Extra(Mlp):
         return {"steps": 3}
 
 
-def test_extra_state_that_is_no_tensor_is_refused_by_name(tmp_path: Path) -> None:
+def test_extra_state_that_is_not_a_tensor_is_refused_by_name(tmp_path: Path) -> None:
     new, _ = sparseift.transform(Extra(), X, sparsity=0.75)
     with pytest.raises(UsageError, match="_extra_state is dict"):
         sparseift.save(new, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
-def test_audit_sees_weights_that_came_back_and_masks_that_are_gone() -> None:
+def test_audit_reports_weights_outside_masks_and_missing_masks() -> None:
     new, _ = sparseift.transform(Mlp(), X, sparsity=0.75)
     sparseift.audit(new, X)
     new.load_state_dict({k: torch.ones_like(v) for k, v in new.state_dict().items()})
@@ -148,7 +148,7 @@ def test_n_of_m_under_every_member(pattern: str, member: str) -> None:
     assert planned == sum(int(mask.sum()) for mask in sparseift.masks(new).values())
 
 
-def test_one_glob_may_be_given_as_a_string() -> None:
+def test_a_single_glob_may_be_a_string() -> None:
     assert TransformSpec.of({"exclude": "c*"}).exclude == ("c*",)
     with pytest.raises(UsageError, match="left out by"):  # Mlp has no other body layer
         sparseift.transform(Mlp(), X, member="doped", sparsity=0.75, exclude="b*")
@@ -163,7 +163,7 @@ def test_widths_are_positive_whole_numbers(wrong: dict[str, Any]) -> None:
         TransformSpec(**wrong)
 
 
-def test_whole_numbers_of_numpy_are_whole_numbers() -> None:
+def test_integers_of_numpy_are_integers() -> None:
     multiple: Any = np.int64(8)
     assert json.loads(json.dumps(TransformSpec(width_multiple=multiple).to_json()))["width_multiple"] == 8
 
@@ -193,7 +193,7 @@ def test_a_slice_up_to_a_stored_width_is_followed() -> None:
 
 
 class SoftmaxAttention(nn.Module):
-    """Takes its softmax in a module of its own, as timm's Swin does."""
+    """Has its softmax in a module of its own, as timm's Swin does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -212,7 +212,7 @@ class SoftmaxAttention(nn.Module):
         return self.out(self.proj(mixed.transpose(1, 2).reshape(b, n, -1)))
 
 
-def test_a_softmax_module_belongs_to_the_attention_that_calls_it() -> None:
+def test_a_softmax_module_counts_as_part_of_the_attention_that_calls_it() -> None:
     torch.manual_seed(0)
     model, x = SoftmaxAttention(), torch.randn(2, 6, 8)
     table = sparseift.inspect(model, x)
@@ -221,7 +221,7 @@ def test_a_softmax_module_belongs_to_the_attention_that_calls_it() -> None:
     assert torch.allclose(new.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-5)
 
 
-def test_a_result_that_does_not_run_is_no_wrong_input(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_transformed_model_that_does_not_run_is_not_blamed_on_the_input(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*args: Any, **kwargs: Any) -> Any:
         raise UsageError("it does not run on input 4x8")
 

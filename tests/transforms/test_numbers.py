@@ -1,4 +1,4 @@
-"""Numbers that no shape shows: rotary frequencies, scales kept in buffers, sizes in a configuration object."""
+"""Numbers that appear in no shape: rotary frequencies, scales in buffers, sizes in a configuration object."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from sparseift_cli.errors import CheckFailed
 
 
 class PretrainedConfig:
-    """Named as Hugging Face's base class is: by that name a configuration is known."""
+    """Has the name of Hugging Face's base class, by which a configuration is recognised."""
 
     def __init__(self, **sizes: int) -> None:
         self.__dict__.update(sizes)
 
 
 class StrictConfig(PretrainedConfig):
-    """Lets nothing in that is no int, as those of Hugging Face with fields do."""
+    """Accepts only integers, as Hugging Face's configurations with typed fields do."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if type(value) is not int:
@@ -113,7 +113,7 @@ def test_scaled_frequencies_are_refused_by_name() -> None:
 
 
 class Copying(Decoder):
-    """Makes a configuration of another in its forward, as encoder-decoders of Hugging Face do for their caches."""
+    """Makes a configuration from another one in its forward, as encoder-decoders of Hugging Face do for their caches."""
 
     def forward(self, ids: Tensor) -> Tensor:
         self.config.num_attention_heads = self.config.num_attention_heads
@@ -131,11 +131,11 @@ def test_a_configuration_that_takes_ints_alone_gets_its_new_sizes_by_value() -> 
     sparseift.audit(new, IDS)
 
 
-def test_a_configured_size_that_stands_for_two_widths_stays() -> None:
+def test_a_configured_size_of_two_widths_stays() -> None:
     """A window of 16 tokens, beside a width of 16 that grows and one that does not."""
     model = Decoder()
     model.config.window = 50  # the rows of the embedding and the outputs, which stay
-    model.config.other = 80  # the hidden width alone
+    model.config.other = 80  # only the hidden width
     new, _ = sparseift.transform(model, IDS, sparsity=0.75)
     config: Any = new.config
     assert (config.window, config.other) == (50, 160)

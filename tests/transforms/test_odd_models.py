@@ -1,4 +1,4 @@
-"""Networks that a transform has never seen: widened or replaced and right, or refused by name; never half."""
+"""Unusual networks: transformed correctly, or refused with the name of the layer; never in part."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ WIDENED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-# Only attention projections, or a transposed convolution: what the local members leave alone.
+# Only attention projections, or a transposed convolution: layers that the local members do not transform.
 NOTHING_TO_DO = {(n, m) for n in ("einsum-attention", "transposed") for m in ("parallel", "factorized", "doped")}
 
 
@@ -239,7 +239,7 @@ def test_recurrent_layers_widen(rnn: nn.RNNBase) -> None:
     new(x).sum().backward()
     wide: Any = new.rnn
     assert (wide.input_size, wide.hidden_size, wide.proj_size) == (24, 20, 2 * rnn.proj_size)
-    assert wide.weight_hh_l0.grad is not None  # the layer computes with the parameters it owns
+    assert wide.weight_hh_l0.grad is not None  # the layer multiplies with its own parameters
     rows = {r.layer.name: r for r in plan.layers}
     assert rows["rnn.weight_ih_l0"].status == rows["rnn.weight_hh_l0"].status == "transformed"
     gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[type(rnn).__name__]
@@ -324,7 +324,7 @@ def test_parametrised_layers_are_left_alone_by_name() -> None:
         assert "attention" not in audit.owners()
 
 
-def test_a_body_of_parametrised_layers_is_refused_by_its_reason() -> None:
+def test_a_body_of_parametrised_layers_is_refused_with_its_reason() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)), nn.Linear(16, 3))
     with pytest.raises(UsageError, match="the weight is computed in forward, not a parameter"):
         sparseift.transform(model, torch.randn(TOKENS), member="doped", sparsity=0.5)
@@ -348,7 +348,7 @@ def test_dtype_flags_hooks_and_buffers_are_kept(member: str) -> None:
     assert not new[0].weight.requires_grad
 
 
-def test_the_model_one_starts_from_is_left_as_it_is() -> None:
+def test_the_dense_model_does_not_change() -> None:
     build, shape = WIDENED["encoder-layer"]
     model, x = build(), torch.randn(shape)
     before = copy.deepcopy(model)

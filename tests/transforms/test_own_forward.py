@@ -59,7 +59,7 @@ class LowRankLayers(nn.Linear):
 
 
 class LearnedScale(nn.Linear):
-    """Its product is all that it returns, but three copies of it would share one scale."""
+    """Returns its product alone, but three copies of it would share one scale."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs)
@@ -116,7 +116,7 @@ ODD = {
 
 @pytest.mark.parametrize("name", ODD)
 @pytest.mark.parametrize("member", LOCAL)
-def test_a_forward_that_is_more_than_a_product_is_left_out_by_name(name: str, member: str) -> None:
+def test_a_custom_forward_that_is_more_than_a_product_is_excluded_by_name(name: str, member: str) -> None:
     model = ODD[name]()
     new, plan = sparseift.transform(model, X, member=member, sparsity=0.75)
     assert new(X).shape == (4, 5, 3)
@@ -150,7 +150,7 @@ class ByHand(nn.Linear):
 
 
 class Same(nn.Conv2d):
-    """Pads by itself, as timm's layers after TensorFlow do."""
+    """Pads its input itself, as timm's TensorFlow-style layers do."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(F.pad(input, (0, 1, 0, 1)))
@@ -162,7 +162,7 @@ class ChannelsLast(nn.Conv2d):
 
 
 @pytest.mark.parametrize("member", LOCAL)
-def test_a_forward_of_its_own_that_is_one_product_is_transformed(member: str) -> None:
+def test_a_custom_forward_that_is_one_product_is_transformed(member: str) -> None:
     new, _ = sparseift.transform(Net(ByHand(16, 16)), X, member=member, sparsity=0.75)
     assert isinstance(new.odd, Member)
     net = nn.Sequential(nn.Conv2d(3, 16, 3), Same(16, 16, 2), nn.ReLU(), nn.Conv2d(16, 4, 1))

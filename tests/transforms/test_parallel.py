@@ -1,4 +1,4 @@
-"""What ends a branch of Sparse Parallel: the norm, and the activation that is the layer's own."""
+"""The end of a branch of Sparse Parallel: the norm, and the activation of the replaced layer itself."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Normed(nn.Module):
 
 
 def ends(model: nn.Module, size: int, **options: Any) -> dict[str, list[str]]:
-    """What stands behind the weights of a branch, by the layer that was replaced."""
+    """The modules after the weights of a branch, by the layer that was replaced."""
     new, _ = sparseift.transform(model, torch.randn(2, 3, size, size), member="parallel", sparsity=0.75, **options)
     new(torch.randn(2, 3, size, size)).sum().backward()
     return {
@@ -76,8 +76,8 @@ def ends(model: nn.Module, size: int, **options: Any) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_behind_a_norm_a_branch_has_the_activation_of_its_own_layer_alone(in_place: bool) -> None:
-    """The relu of the sum is nobody's."""
+def test_a_branch_with_a_norm_has_only_the_activation_of_its_own_layer(in_place: bool) -> None:
+    """The relu after the sum follows no single layer."""
     assert ends(Residual(in_place=in_place), 8) == {
         "conv1": ["BatchNorm2d", "ReLU"],
         "conv2": ["BatchNorm2d"],
@@ -91,7 +91,7 @@ def test_an_activation_by_name_is_in_every_branch() -> None:
     assert set(map(tuple, ends(Residual(in_place=False), 8, activation="none").values())) == {("BatchNorm2d",)}
 
 
-def test_without_a_norm_every_branch_has_an_activation_or_they_would_fold() -> None:
+def test_without_a_norm_every_branch_has_an_activation_or_it_would_be_one_matrix() -> None:
     assert ends(PlainConvs(), 12) == {"b": ["LeakyReLU"], "c": ["ReLU"], "d": ["GELU"]}
 
 
@@ -150,7 +150,7 @@ def in_place(y: Tensor, x: Tensor) -> Tensor:
         (lambda y, x: F.relu(0.5 * F.dropout(y, 0.1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2), "ReLU"),
     ],
 )
-def test_what_else_reads_a_layer_decides(use: Callable[[Tensor, Tensor], Tensor], last: str | None) -> None:
+def test_other_readers_of_a_layer_decide(use: Callable[[Tensor, Tensor], Tensor], last: str | None) -> None:
     new, _ = sparseift.transform(Used(use), torch.randn(2, 3, 8, 8), member="parallel", sparsity=0.75)
     (member,) = (m for m in new.modules() if isinstance(m, SparseParallel))
     found = [str(module) for module in member.branches[0].children()][2:]
@@ -165,7 +165,7 @@ def test_a_stream_that_is_normed_before_it_is_read_again_is_not_rectified() -> N
 
 
 @pytest.mark.parametrize("norm", [nn.GroupNorm(4, 16), nn.InstanceNorm2d(16, affine=True), Layered(), None], ids=str)
-def test_an_activation_behind_any_norm_is_seen(norm: nn.Module | None) -> None:
+def test_an_activation_after_any_norm_is_found(norm: nn.Module | None) -> None:
     assert ends(Normed(norm), 8) == {"conv": ["BatchNorm2d", "SiLU"]}
 
 
@@ -176,7 +176,7 @@ def test_an_activation_behind_any_norm_is_seen(norm: nn.Module | None) -> None:
         ("wrn_28_10", "block1.layer.0.conv2", "block1.layer.0.conv1"),
     ],
 )
-def test_what_a_residual_stream_takes_stays_linear(name: str, last: str, inner: str) -> None:
+def test_layers_that_write_to_a_residual_stream_stay_linear(name: str, last: str, inner: str) -> None:
     """MobileNetV2's linear bottlenecks (Sandler et al. 2018), and the last convolution of a pre-activated block."""
     with torch.device("meta"):
         model, _ = sparseift.transform(zoo.build(name), torch.randn(2, 3, 32, 32), member="parallel", sparsity=0.75)

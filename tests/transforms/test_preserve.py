@@ -1,4 +1,4 @@
-"""A wide network that starts as the dense one: the same outputs, the planned masks, and gradients where slack was spent."""
+"""A wide network that starts as the dense one: the same outputs, the planned masks, and gradients where there is slack."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ def test_same_function_and_planned_masks(name: str, sparsity: str) -> None:
     make, x = MODELS[name]
     torch.manual_seed(0)
     case = widened(trained(make(), x), x, sparsity=sparsity)
-    assert case.deviation(x) <= EXACT, case.kept.notes
+    assert case.deviation(x) <= EXACT, case.preserved.notes
     for masked in case.surgery.masked:
-        mask, weight = case.kept.masks[masked.key], case.new.get_parameter(masked.key)
+        mask, weight = case.preserved.masks[masked.key], case.new.get_parameter(masked.key)
         assert mask.dtype == torch.bool and int(mask.sum()) == masked.nnz
         assert not weight[~mask].any()
-    assert not any("not exact" in note for note in case.kept.notes)
+    assert not any("not exact" in note for note in case.preserved.notes)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_slack_costs_the_smallest_weights_and_nothing_leaks(name: str) -> None:
+def test_slack_replaces_the_smallest_weights_and_changes_no_output_otherwise(name: str) -> None:
     make, x = MODELS[name]
     torch.manual_seed(0)
     dense = trained(make(), x)
@@ -61,16 +61,16 @@ def test_slack_costs_the_smallest_weights_and_nothing_leaks(name: str) -> None:
     random = 0
     with torch.no_grad():
         for masked in case.surgery.masked:
-            mask = case.kept.masks[masked.key]
+            mask = case.preserved.masks[masked.key]
             assert int(mask.sum()) == masked.nnz
-            added = mask & ~without.kept.masks[masked.key]
-            dropped = without.kept.masks[masked.key] & ~mask
+            added = mask & ~without.preserved.masks[masked.key]
+            dropped = without.preserved.masks[masked.key] & ~mask
             assert int(added.sum()) == int(dropped.sum()) <= 0.1 * masked.nnz
             assert case.new.get_parameter(masked.key)[added].all()
             silenced.get_parameter(masked.key)[added] = 0
             random += int(added.sum())
     assert random
-    assert deviation(case.new, silenced, (x,), {}) <= EXACT  # no live output reads them
+    assert deviation(case.new, silenced, (x,), {}) <= EXACT  # no dense output reads them
     assert EXACT < case.deviation(x) < 0.5
 
 
@@ -83,7 +83,7 @@ def test_zoo_convolutional_networks(name: str, side: int) -> None:
     with torch.no_grad():
         first, second, *_ = case.dense(x)
     assert float((first - second).abs().max()) > 0.05  # what is compared depends on the input
-    assert all(int(case.kept.masks[m.key].sum()) == m.nnz for m in case.surgery.masked)
+    assert all(int(case.preserved.masks[m.key].sum()) == m.nnz for m in case.surgery.masked)
 
 
 def test_a_foreign_checkpoint_keeps_its_logits(shared: Path) -> None:
@@ -104,10 +104,10 @@ def test_batch_norm_is_exact_in_train_mode(slack: float) -> None:
     x = images(batch=4)
     dense = trained(registry.build("resnet20"), x)
     case = widened(dense, x, slack=slack)
-    if slack:  # against the dense network without the weights that gave way
+    if slack:  # compared with the dense network without the removed weights
         with torch.no_grad():
             for masked in case.surgery.masked:
-                if "layer1" in masked.key:  # where the live channels are simply the first 16
+                if "layer1" in masked.key:  # where the dense channels are the first 16
                     dense.get_parameter(masked.key).copy_(case.new.get_parameter(masked.key)[:16, :16])
         block, wide = dense.layer1.train(), case.new.layer1.train()
         y = torch.randn(4, 16, 8, 8)
@@ -121,11 +121,11 @@ def test_batch_norm_is_exact_in_train_mode(slack: float) -> None:
 
 
 def gradients(case: Widened, x: Tensor) -> dict[str, Tensor]:
-    """Of every sparse weight, where its mask has nothing: what RigL would grow by."""
+    """The gradient of every sparse weight outside its mask (zero inside): RigL's growth scores."""
     case.new.train().zero_grad()
     case.new(x).float().square().mean().backward()
     found = {}
-    for key, mask in case.kept.masks.items():
+    for key, mask in case.preserved.masks.items():
         grad = case.new.get_parameter(key).grad
         assert grad is not None
         found[key] = grad.masked_fill(mask, 0)
@@ -138,11 +138,11 @@ def test_without_slack_inner_channels_are_a_dead_saddle() -> None:
     case = widened(trained(registry.build("resnet20"), x), x)
     grads = gradients(case, x)
     inner = [f"layer1.{i}.conv{n}.weight" for i in range(3) for n in (1, 2)]
-    for key in inner:  # no weight into an added channel, and none out of one that nothing feeds
+    for key in inner:  # no weights to added outputs, and none from added inputs, which are zero
         assert not grads[key][16:].any()
     for key in inner[1::2]:
         assert not grads[key][:, 16:].any()
-    assert any("no gradient" in note for note in case.kept.notes)
+    assert any("no gradient" in note for note in case.preserved.notes)
 
 
 def test_with_slack_gradients_reach_added_channels() -> None:
@@ -152,22 +152,22 @@ def test_with_slack_gradients_reach_added_channels() -> None:
     grads = gradients(case, x)
     for key in [f"layer1.{i}.conv2.weight" for i in range(3)]:
         assert grads[key][:16, 16:].any()
-    assert not any("no gradient" in note for note in case.kept.notes)
+    assert not any("no gradient" in note for note in case.preserved.notes)
 
 
-def test_slack_reaches_the_added_channels_of_a_norms_stream() -> None:
+def test_slack_reaches_added_channels_that_a_norm_reads() -> None:
     torch.manual_seed(0)
     ids = tokens()
     for make in (tiny_gpt, lambda: tiny_llama(tied=True)):
         case = widened(trained(make()), ids, slack=0.1)
         grads = gradients(case, ids)
         writers = [k for k in grads if k.endswith(("c_proj.weight", "o_proj.weight", "down_proj.weight"))]
-        for key in writers[:-1]:  # the last one writes what the head alone reads
+        for key in writers[:-1]:  # only the output layer reads what the last one writes
             into_stream = grads[key][:, 48:] if "c_proj" in key else grads[key][48:]
             assert into_stream.any(), key
 
 
-def test_fused_projections_keep_their_heads_in_front_of_the_new_ones() -> None:
+def test_fused_projections_keep_the_dense_rows_first_within_each_head() -> None:
     torch.manual_seed(0)
     dense = trained(tiny_gpt())
     case = widened(dense, tokens())
@@ -193,27 +193,27 @@ def test_layer_norm_by_hand() -> None:
     centring = torch.eye(16) - torch.ones(16, 16) / 16
     assert torch.allclose(wide.linear2.weight[live][:, :32], centring @ block.linear2.weight, atol=1e-6)
     assert torch.allclose(wide.linear2.bias[live], centring @ block.linear2.bias, atol=1e-6)
-    stem = case.new[0]  # dense: the mean of its outputs stands in every added one
+    stem = case.new[0]  # dense: every added output has the mean of the dense ones
     added = [i for i in range(len(stem.bias)) if i not in set(live.tolist())]
     assert torch.allclose(stem.weight[added], dense[0].weight.mean(0).expand(len(added), 7), atol=1e-6)
 
 
-def test_post_norm_is_exact_with_equal_gains_and_says_so_where_it_is_not() -> None:
+def test_post_norm_is_exact_with_equal_gains_and_reported_where_it_is_not() -> None:
     torch.manual_seed(0)
     config = BertConfig(hidden=48, depth=2, num_heads=4, mlp=96, vocab=101, max_seq=32)
     fresh = widened(Bert(config).eval(), tokens())
     assert fresh.deviation(tokens()) <= EXACT
     case = widened(trained(Bert(config)), tokens())
     assert EXACT < case.deviation(tokens()) < 0.1
-    assert any("not exact" in note and "another LayerNorm" in note for note in case.kept.notes)
+    assert any("not exact" in note and "another LayerNorm" in note for note in case.preserved.notes)
 
 
-def test_fewer_non_zeros_than_dense_weights_are_told() -> None:
+def test_fewer_non_zeros_than_dense_weights_are_reported() -> None:
     torch.manual_seed(0)
     case = widened(trained(tiny_gpt()), tokens(), sparsity="0.5", match="model")
     assert case.deviation(tokens()) > EXACT
-    assert any(note.startswith("not exact: the plan has fewer") for note in case.kept.notes)
-    assert all(int(case.kept.masks[m.key].sum()) == m.nnz for m in case.surgery.masked)
+    assert any(note.startswith("not exact: the plan has fewer") for note in case.preserved.notes)
+    assert all(int(case.preserved.masks[m.key].sum()) == m.nnz for m in case.surgery.masked)
 
 
 @pytest.mark.parametrize(
@@ -225,20 +225,20 @@ def test_other_specs(spec: dict[str, Any]) -> None:
     assert case.deviation(tokens()) <= EXACT
 
 
-def test_rotary_frequencies_of_the_live_pairs_stay() -> None:
+def test_rotary_frequencies_of_the_dense_pairs_stay() -> None:
     torch.manual_seed(0)
     case = widened(trained(tiny_llama(tied=False)), tokens())
     like = torch.zeros(1)
     old, new = (m.model.rotary_emb(16, like)[0] for m in (case.dense, case.new))
     assert torch.allclose(old, new[:, : old.shape[1]], atol=1e-6)
-    assert [e.name for e in case.kept.attributes if e.owner == "model.rotary_emb"] == ["theta"]
+    assert [e.name for e in case.preserved.attributes if e.owner == "model.rotary_emb"] == ["theta"]
 
 
-def test_numbers_that_follow_a_width_without_a_shape_keep_their_values() -> None:
+def test_scales_that_depend_on_a_width_keep_their_dense_values() -> None:
     torch.manual_seed(0)
     case = widened(trained(KeptScale()), tokens())
     assert case.new.embed_scale == 4.0
-    assert case.new.scale < 0.5  # the query's weights make up for it
+    assert case.new.scale < 0.5  # the query's weights are larger by the inverse
 
 
 def test_channel_shuffle_is_refused() -> None:
@@ -285,7 +285,9 @@ def test_deviation_is_relative_and_takes_real_inputs() -> None:
         b.weight[0, 0] = torch.nan
     assert deviation(b, a, (torch.ones(3, 4),), {}) == torch.inf
     gpt = tiny_gpt().train()
-    assert deviation(gpt, gpt, (torch.zeros(1, 32, dtype=torch.long),), {}) == 0  # ids within the 101 rows of words
+    assert (
+        deviation(gpt, gpt, (torch.zeros(1, 32, dtype=torch.long),), {}) == 0
+    )  # random ids stay below the 101 embedding rows
     assert gpt.training
 
 

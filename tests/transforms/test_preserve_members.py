@@ -1,4 +1,4 @@
-"""Local members that start as the dense layer: weights dealt out exactly, factors as near as their counts allow."""
+"""Local members that start as the dense layer: weights split exactly, factors as near as their counts allow."""
 
 from __future__ import annotations
 
@@ -49,31 +49,31 @@ def made(**spec: Any) -> tuple[Any, Any, Preserved, Surgery]:
     surgery = surgery_for(plan, traced.structure, dense)
     new = operate(dense, surgery)
     initialise(new, dense, surgery)
-    kept = preserve(new, dense, plan, surgery, traced.structure)
+    preserved = preserve(new, dense, plan, surgery, traced.structure)
     for m in surgery.masked:
-        assert int(kept.masks[m.key].sum()) == m.nnz
-        assert not new.get_parameter(m.key)[~kept.masks[m.key]].any()
-    return dense, new, kept, surgery
+        assert int(preserved.masks[m.key].sum()) == m.nnz
+        assert not new.get_parameter(m.key)[~preserved.masks[m.key]].any()
+    return dense, new, preserved, surgery
 
 
 @pytest.mark.parametrize("projections", ["untouched", "transformed"])
 @pytest.mark.parametrize("sparsity", ["0.3", "0.9"])
-def test_parallel_deals_the_weights_out(sparsity: str, projections: str) -> None:
-    dense, new, kept, surgery = made(
+def test_parallel_splits_the_weights_over_its_branches(sparsity: str, projections: str) -> None:
+    dense, new, preserved, surgery = made(
         member="sparse_parallel", branch_activation="sum", sparsity=sparsity, projections=projections
     )
     assert deviation(new, dense, (X,), {}) <= 1e-5
     branches = [m.key for m in surgery.masked if m.layer == "fc"]
     assert torch.equal(sum(new.get_parameter(k) for k in branches), dense.fc.weight)
-    assert torch.equal(sum(kept.masks[k].long() for k in branches), torch.ones(16, 16, dtype=torch.long))
+    assert torch.equal(sum(preserved.masks[k].long() for k in branches), torch.ones(16, 16, dtype=torch.long))
     for key in branches[:8]:
-        assert kept.masks[key].any(1).sum() >= 14  # dealt row by row: hardly an output that a branch leaves out
+        assert preserved.masks[key].any(1).sum() >= 14  # split row by row: a branch misses at most two outputs
     a, b = dense.train()(X), new.train()(X)
     assert torch.allclose(a, b, atol=1e-5)
-    assert not any("not exact" in note for note in kept.notes)
+    assert not any("not exact" in note for note in preserved.notes)
 
 
-def test_dealing_with_too_few_and_too_many_places() -> None:
+def test_splitting_over_too_few_and_too_many_positions() -> None:
     weight = torch.randn(6, 5)
     generator = torch.Generator().manual_seed(0)
     shared, masks = deal(weight, [7, 9], generator)
@@ -87,7 +87,7 @@ def test_dealing_with_too_few_and_too_many_places() -> None:
 
 
 def test_doped_is_the_best_low_rank_part_and_the_largest_residuals() -> None:
-    dense, new, kept, surgery = made(member="sparse_doped", sparsity="0.5")
+    dense, new, preserved, surgery = made(member="sparse_doped", sparsity="0.5")
     layer, (masked,) = new.fc, [m for m in surgery.masked if m.layer == "fc"]
     rank = layer.u.weight.shape[0]
     left, s, right = torch.linalg.svd(dense.fc.weight.detach())
@@ -98,11 +98,11 @@ def test_doped_is_the_best_low_rank_part_and_the_largest_residuals() -> None:
     expected = torch.where(rest.abs() >= smallest, rest, 0.0)
     assert torch.allclose(layer.sparse.weight, expected, atol=1e-5)
     assert torch.equal(layer.sparse.bias, dense.fc.bias)
-    assert any(note.startswith("not exact: Sparse Doped") for note in kept.notes)
+    assert any(note.startswith("not exact: Sparse Doped") for note in preserved.notes)
     assert 1e-5 < deviation(new, dense, (X,), {}) < 0.5
 
 
-def test_doped_convolutions_are_taken_apart_group_by_group() -> None:
+def test_doped_convolutions_are_factorized_group_by_group() -> None:
     dense, new, _, _ = made(member="sparse_doped", sparsity="0.5")
     u, v = new.conv.u.weight, new.conv.v.weight
     rank = u.shape[0] // 2
@@ -114,10 +114,10 @@ def test_doped_convolutions_are_taken_apart_group_by_group() -> None:
 
 
 @pytest.mark.parametrize("sparsity", ["0.3", "0.9"])
-def test_factorized_tells_what_it_leaves_out(sparsity: str) -> None:
-    dense, new, kept, _ = made(member="sparse_factorized", inner="linear", sparsity=sparsity)
+def test_factorized_reports_what_it_leaves_out(sparsity: str) -> None:
+    dense, new, preserved, _ = made(member="sparse_factorized", inner="linear", sparsity=sparsity)
     assert deviation(new, dense, (X,), {}) < 0.6
-    assert any(note.startswith("not exact: Sparse Factorized") for note in kept.notes)
+    assert any(note.startswith("not exact: Sparse Factorized") for note in preserved.notes)
     lost = (new.fc.v.weight @ new.fc.u.weight - dense.fc.weight).detach()
     assert float(lost.norm() / dense.fc.weight.detach().norm()) < 0.5
 

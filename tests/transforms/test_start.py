@@ -65,7 +65,7 @@ def test_a_deviation_that_follows_no_fan_stays() -> None:
         )
     weight = new.get_parameter("transformer.h.0.mlp.c_fc.weight")
     live = weight[masks_of(new)["transformer.h.0.mlp.c_fc.weight"]]
-    assert weight.shape == (768, 6144)  # only the MLP's hidden width is free of what is left out
+    assert weight.shape == (768, 6144)  # only the MLP's hidden width touches no excluded layer
     assert deviation(live) == pytest.approx(0.02, rel=0.01)
 
 
@@ -128,7 +128,7 @@ def test_patterns_hold_the_planned_counts(pattern: str, sparsity: str) -> None:
 
 
 @pytest.mark.parametrize("member", ["wide", "parallel"])
-def test_branches_summed_before_the_activation_share_no_weight(member: str) -> None:
+def test_branches_summed_before_the_activation_have_disjoint_masks(member: str) -> None:
     new, _ = sparseift.transform(net(), X, member="parallel", sparsity=0.75, branch_activation="sum")
     masks = masks_of(new)
     together = sum(masks[f"3.branches.{i}.0.weight"].int() for i in range(4))
@@ -157,7 +157,9 @@ def test_heads_get_equal_shares() -> None:
         ({"activation": "none", "norm": "none"}, ""),
     ],
 )
-def test_what_stands_inside_a_member_follows_the_model_or_the_options(options: dict[str, str], inside: str) -> None:
+def test_norms_and_activations_inside_a_member_follow_the_model_or_the_options(
+    options: dict[str, str], inside: str
+) -> None:
     for member, find in (("parallel", "3.branches.1"), ("factorized", "3.inner")):
         new, _ = sparseift.transform(net(), X, member=member, sparsity=0.5, **options)
         modules = [type(m).__name__ for m in new.get_submodule(find).children() if not isinstance(m, nn.Conv2d)]
@@ -191,8 +193,8 @@ def test_a_model_on_meta_is_planned_without_memory() -> None:
         sparseift.transform(model, X.to("meta"), sparsity=0.9, options=Options(start="preserve"))
 
 
-def test_what_is_transformed_is_not_taken_for_dense() -> None:
-    """Its sparse layers counted as dense ones, and the second transform was iso-FLOP to four times the first's cost."""
+def test_a_transformed_model_does_not_count_as_dense() -> None:
+    """A second transform would count sparse layers as dense: iso-FLOP to four times the cost of the first."""
     new, _ = sparseift.transform(net(), X, sparsity=0.75)
     with pytest.raises(UsageError, match="transformed already"):
         sparseift.transform(new, X, sparsity=0.75)
@@ -200,7 +202,7 @@ def test_what_is_transformed_is_not_taken_for_dense() -> None:
         sparseift.flops(new, X, sparsity=0.5)
 
 
-def test_an_input_that_would_not_be_heard_is_refused() -> None:
+def test_an_input_that_would_be_ignored_is_refused() -> None:
     new, plan = sparseift.transform(net(), X, sparsity=0.75)
     assert sparseift.flops(new, X).plan == plan
     with pytest.raises(UsageError, match="planned at input 4x3x12x12, not 1x3x24x24"):
@@ -237,11 +239,11 @@ def test_a_deep_net_keeps_its_variance(member: str, init: str) -> None:
     if (member, init) == ("wide", "dense"):
         assert gain == pytest.approx(
             0.25**0.5, rel=0.15
-        )  # the dense fan with a quarter of the weights, as the paper has it
+        )  # the dense fan with a quarter of the weights, as in the paper
     else:
         assert gain == pytest.approx(1.0, rel=0.15)
 
 
-def test_a_glob_that_names_no_layer_is_told() -> None:
+def test_a_glob_that_matches_no_layer_is_an_error() -> None:
     with pytest.raises(UsageError, match="matches no layer"):
         sparseift.transform(net(), X, sparsity=0.75, exclude=("layer9*",))

@@ -1,4 +1,4 @@
-"""init.zero_residual: a ResNet's blocks pass their input on at first, dense or transformed, and learn from there."""
+"""init.zero_residual: the blocks of a ResNet start as the identity, dense or transformed, and learn from there."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def write(tmp_path: Path, net: str, more: str) -> Path:
 @pytest.mark.parametrize(
     ("net", "last", "more"), [("resnet18_cifar", "bn2", ""), ("resnet18_cifar", "bn2", WIDE), ("botnet50", "bn3", "")]
 )
-def test_only_the_last_norm_of_a_block_begins_at_zero(tmp_path: Path, net: str, last: str, more: str) -> None:
+def test_only_the_last_norm_of_a_block_starts_at_zero(tmp_path: Path, net: str, last: str, more: str) -> None:
     model = prepare(load(write(tmp_path, net, more)), 0, Processes(torch.device("cpu"))).model
     norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
     zero = {name for name, norm in norms.items() if not norm.weight.any()}
