@@ -11,7 +11,8 @@ from pathlib import Path
 from ..base.locations import recipes_dir
 from ..errors import UsageError
 from .load import find
-from .write import EDITOR
+from .parse import extends, written_sections
+from .write import EDITOR, short_yaml
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class Shipped:
 
 
 def shipped() -> Iterator[Shipped]:
-    """Every shipped recipe, quickstarts first, then by name. What lies deeper belongs to kept results."""
+    """Every shipped recipe, quickstarts first, then by name. Deeper folders hold kept results."""
     top = recipes_dir()
     paths = sorted(top.glob("*/*.yaml"), key=lambda p: (p.parent.name != "quickstart", p.as_posix()))
     for path in paths:
@@ -34,10 +35,15 @@ def shipped() -> Iterator[Shipped]:
 
 
 def headline(text: str) -> str:
-    """The first sentence of the comment that a recipe opens with, the editor's line apart."""
-    opening = re.match(r"(#.*\n)*", text)
-    lines = [line[1:].strip() for line in (opening[0] if opening else "").splitlines() if not line.startswith(EDITOR)]
-    return re.split(r"(?<=[^.\d])[.:](?:\s|$)", " ".join(lines).strip(), maxsplit=1)[0]
+    """The first sentence of the comment at the head of a recipe, without the line for editors."""
+    return re.split(r"(?<=[^.\d])[.:](?:\s|$)", about(text), maxsplit=1)[0]
+
+
+def about(text: str) -> str:
+    """The comment at the head of a recipe, on one line, without the line for editors."""
+    head = re.match(r"(#.*\n)*", text)
+    lines = (head[0] if head else "").splitlines()
+    return " ".join(line[1:].strip() for line in lines if not line.startswith(EDITOR)).strip()
 
 
 def schema_file() -> Path:
@@ -46,7 +52,9 @@ def schema_file() -> Path:
 
 
 def copy(source: str, destination: Path, *, force: bool = False) -> Path:
-    """Copy a recipe to a file or into a folder, its editor line pointing at the installed schema.
+    """Copy a recipe to a file or into a folder, its line for editors pointing at the installed schema.
+
+    The copy is complete: of a recipe that extends another one, the values of both are written out.
 
     Raises:
         UsageError: no such recipe, or something is there already.
@@ -57,7 +65,11 @@ def copy(source: str, destination: Path, *, force: bool = False) -> Path:
     target = destination / path.name if destination.is_dir() else destination
     if target.suffix not in (".yaml", ".yml"):
         raise UsageError(f"{target} does not end in .yaml", hint="give a file name, or a folder that exists")
-    text = re.sub(rf"^{re.escape(EDITOR)}.*$", f"{EDITOR}{schema_file()}", path.read_text(encoding="utf-8"), flags=re.M)
+    text = path.read_text(encoding="utf-8")
+    if extends(path):
+        text = short_yaml(written_sections(path), about(text), str(schema_file()))
+    else:
+        text = re.sub(rf"^{re.escape(EDITOR)}.*$", f"{EDITOR}{schema_file()}", text, flags=re.M)
     write_new(target, text, force=force)
     return target
 

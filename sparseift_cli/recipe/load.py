@@ -91,12 +91,11 @@ def load(path: Path, sets: Sequence[str] = ()) -> Recipe:
     Raises:
         UsageError: everything wrong with it, as `file:line:column: what`.
     """
+    from .parse import parse
     from .resolve import resolve, transform_options
-    from .strict_yaml import read
-    from .tree import sections
 
-    document, problems = read(path)
-    spec, origins = resolve(sections(document, sets, problems), document.spot, problems)
+    tree, start, problems = parse(path, sets)
+    spec, origins = resolve(tree, start, problems)
     options = {k: v for k, v in spec.model.model_dump().items() if k != "name" and v is not None}
     return Recipe(path, spec.model.name, options, transform_options(spec), _training(spec, origins), spec, origins)
 

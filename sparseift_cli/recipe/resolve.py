@@ -16,7 +16,7 @@ from ..sparsity.algorithms import ALGORITHMS
 from . import schema
 from .defaults import defaults
 from .sections import Data
-from .strict_yaml import Problems, Spot, Value
+from .strict_yaml import Location, Problems, Value
 
 MESSAGES = {
     "int_type": "expected a whole number, not {value}",
@@ -35,7 +35,7 @@ MESSAGES = {
 }
 
 
-def resolve(tree: Mapping[str, Value], start: Spot, problems: Problems) -> tuple[schema.Spec, dict[str, str]]:
+def resolve(tree: Mapping[str, Value], start: Location, problems: Problems) -> tuple[schema.Spec, dict[str, str]]:
     """The whole recipe, and the origin of each of its values by dotted path.
 
     Raises:
@@ -55,15 +55,15 @@ def resolve(tree: Mapping[str, Value], start: Spot, problems: Problems) -> tuple
         _check(spec, tree, start, problems)
     problems.stop()
     assert spec is not None
-    return spec, _origins(spec, tree, filled, label, problems)
+    return spec, _origins(spec, tree, filled, label)
 
 
-def _validate(merged: Any, tree: Mapping[str, Value], start: Spot, problems: Problems) -> schema.Spec | None:
+def _validate(merged: Any, tree: Mapping[str, Value], start: Location, problems: Problems) -> schema.Spec | None:
     name = merged.get("algorithm", {}).get("name")
     try:
         whole = schema.spec_for(name) if isinstance(name, str) else schema.Spec
     except UsageError as error:
-        problems.add(_spot(tree, ["algorithm", "name"], start), _told("algorithm", error))
+        problems.add(_location(tree, ["algorithm", "name"], start), _message("algorithm", error))
         return None
     try:
         return whole.model_validate_json(json.dumps(merged))
@@ -72,7 +72,7 @@ def _validate(merged: Any, tree: Mapping[str, Value], start: Spot, problems: Pro
             path = [part for part in error["loc"] if isinstance(part, int) or _exists(part, error["loc"])]
             if path == ["model"] and error["type"] == "missing":
                 continue  # told already
-            problems.add(_spot(tree, path, start), f"{_dotted(path)}: {_sentence(error, path)}")
+            problems.add(_location(tree, path, start), f"{_dotted(path)}: {_sentence(error, path)}")
         return None
 
 
@@ -109,37 +109,37 @@ def _sentence(error: Any, path: list[int | str]) -> str:
     return str(error["msg"])
 
 
-def _check(spec: schema.Spec, tree: Mapping[str, Value], start: Spot, problems: Problems) -> None:
+def _check(spec: schema.Spec, tree: Mapping[str, Value], start: Location, problems: Problems) -> None:
     """What no single field shows: the transform does not contradict itself, and sections agree."""
     if spec.transform is not None:
         try:
             TransformSpec.of(transform_options(spec))
         except SparseiftError as error:
-            problems.add(_spot(tree, ["transform"], start), _told("transform", error))
+            problems.add(_location(tree, ["transform"], start), _message("transform", error))
     if spec.transform is None and ALGORITHMS.get(spec.algorithm.name).masked:
         reason = "needs a transform and its sparsity; a dense model has no masks"
-        problems.add(_spot(tree, ["algorithm", "name"], start), f"algorithm: {spec.algorithm.name} {reason}")
+        problems.add(_location(tree, ["algorithm", "name"], start), f"algorithm: {spec.algorithm.name} {reason}")
     if spec.data is not None:
         _check_splits(spec.data, spec.evaluation.test, tree, start, problems)
     if spec.init.start == "preserve" and spec.init.checkpoint is None:
         problems.add(
-            _spot(tree, ["init", "start"], start), "init: preserve needs the dense checkpoint: init.checkpoint"
+            _location(tree, ["init", "start"], start), "init: preserve needs the dense checkpoint: init.checkpoint"
         )
     if spec.init.start == "preserve" and spec.init.zero_residual:
         problems.add(
-            _spot(tree, ["init", "zero_residual"], start),
+            _location(tree, ["init", "zero_residual"], start),
             "init.zero_residual: is for fresh weights; preserve keeps the function of the checkpoint",
         )
     if spec.checkpoint.best is not None and spec.checkpoint.best not in spec.evaluation.metrics:
         problems.add(
-            _spot(tree, ["checkpoint", "best"], start),
+            _location(tree, ["checkpoint", "best"], start),
             f"checkpoint.best: {spec.checkpoint.best} is not among evaluation.metrics",
         )
 
 
-def _check_splits(data: Data, test: bool, tree: Mapping[str, Value], start: Spot, problems: Problems) -> None:
+def _check_splits(data: Data, test: bool, tree: Mapping[str, Value], start: Location, problems: Problems) -> None:
     """What is held out, and what is left to be a test, as far as the name of the data tells."""
-    share, where = data.validation, _spot(tree, ["data", "validation"], start)
+    share, where = data.validation, _location(tree, ["data", "validation"], start)
     source = DATASETS.get(data.name)
     if share is not None and not source.can_hold_out:
         known = ", ".join(name for name in DATASETS if DATASETS.get(name).can_hold_out)
@@ -150,10 +150,10 @@ def _check_splits(data: Data, test: bool, tree: Mapping[str, Value], start: Spot
     if test and not source.has_separate_test and not (share and source.can_hold_out):
         held = "has no test split beside the one that is watched"
         more = "; data.validation holds a part of the training images out instead" if source.can_hold_out else ""
-        problems.add(_spot(tree, ["evaluation", "test"], start), f"evaluation.test: {data.name} {held}{more}")
+        problems.add(_location(tree, ["evaluation", "test"], start), f"evaluation.test: {data.name} {held}{more}")
 
 
-def _check_model(given: Mapping[str, Any], tree: Mapping[str, Value], start: Spot, problems: Problems) -> None:
+def _check_model(given: Mapping[str, Any], tree: Mapping[str, Value], start: Location, problems: Problems) -> None:
     """A zoo model exists and takes this input. What pydantic refuses anyway is left to it."""
     name, sides = given.get("name"), str(given.get("input") or "").split("x")
     if not isinstance(name, str) or ":" in name:
@@ -166,7 +166,7 @@ def _check_model(given: Mapping[str, Any], tree: Mapping[str, Value], start: Spo
         counts = {k: given.get(k) if isinstance(given.get(k), int) else None for k in ("num_classes", "seq")}
         info.with_input(num_classes=counts["num_classes"], seq=counts["seq"], image=image)
     except SparseiftError as error:
-        problems.add(_spot(tree, ["model", "name"], start), _told("model", error))
+        problems.add(_location(tree, ["model", "name"], start), _message("model", error))
 
 
 def transform_options(spec: schema.Spec) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def transform_options(spec: schema.Spec) -> dict[str, Any]:
     return options | {"member": member_named(spec.transform.member), "sparsity": str(spec.transform.sparsity)}
 
 
-def _told(section: str, error: SparseiftError) -> str:
+def _message(section: str, error: SparseiftError) -> str:
     near, question, _ = (error.hint or "").partition("? ")  # what follows a suggestion lists the whole zoo
     return f"{section}: {error.message}" + (f" ({near}{question.strip()})" if error.hint else "")
 
@@ -186,7 +186,7 @@ def _dotted(path: list[int | str]) -> str:
     return ".".join(map(str, path))
 
 
-def _spot(tree: Mapping[str, Value], path: list[int | str], start: Spot) -> Spot:
+def _location(tree: Mapping[str, Value], path: list[int | str], start: Location) -> Location:
     """Where the value at `path` stands, or the nearest one around it that is written down."""
     value = tree.get(str(path[0])) if path else None
     if value is None:
@@ -198,7 +198,7 @@ def _spot(tree: Mapping[str, Value], path: list[int | str], start: Spot) -> Spot
         if part not in items:
             break
         value = items[part]
-    return value.spot
+    return value.location
 
 
 def _origins(
@@ -206,7 +206,6 @@ def _origins(
     tree: Mapping[str, Value],
     filled: Mapping[str, Mapping[str, Any]],
     label: str,
-    problems: Problems,
 ) -> dict[str, str]:
     found: dict[str, str] = {}
     for section in schema.SECTIONS:
@@ -214,7 +213,9 @@ def _origins(
         for key in type(content).model_fields if content is not None else ():
             written = tree[section].data.get(key) if section in tree else None
             if written is not None:
-                found[f"{section}.{key}"] = written.spot.option or f"{problems.path.name}:{written.spot.line}"
+                found[f"{section}.{key}"] = (
+                    written.location.option or f"{written.location.path.name}:{written.location.line}"
+                )
             else:
                 found[f"{section}.{key}"] = f"default {label}" if key in filled.get(section, {}) else "default"
     return found

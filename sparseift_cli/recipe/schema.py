@@ -37,7 +37,7 @@ class Spec(Section):
         None, description="The member of Sparse-IFT; without it the model is dense."
     )
     algorithm: MaskAlgorithm = Field(description="How masks change: a name, or name and options.")
-    init: what.Init = Field(what.Init(), description="Weights and masks at step 0.")  # pyright: ignore[reportCallIssue]
+    init: what.Init = Field(what.Init(), description="Weights and masks at step 0.")
     optimizer: Optimizer = Field(description="The optimiser: sgd or adamw, or its name and options.")
     schedule: Schedule = Field(description="The learning rate: constant, multistep, cosine or linear.")
     training: how.Training = Field(description="Length, batches, precision, seeds.")
@@ -60,6 +60,8 @@ def spec_for(algorithm: str) -> type[Spec]:
 SECTIONS = tuple(Spec.model_fields)
 SPARSITY = "sparsity"
 """The one field with a second name: `sparsity` at the top level is `transform.sparsity`."""
+EXTENDS = "extends"
+"""The key of a recipe that names another one, whose values it has where it gives none itself."""
 
 
 @cache
@@ -143,7 +145,12 @@ def json_schema() -> dict[str, Any]:
     transform = schema["$defs"]["Transform"]
     properties[SPARSITY] = dict(transform["properties"][SPARSITY])
     transform["required"] = []
-    schema["required"] = ["model"]
+    properties[EXTENDS] = {
+        "type": "string",
+        "description": "A recipe that this one changes: a file next to it, or a shipped recipe. Values here win over its values.",
+    }
+    schema["required"] = []
+    schema["anyOf"] = [{"required": ["model"]}, {"required": [EXTENDS]}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "sparseift recipe"}
 
 

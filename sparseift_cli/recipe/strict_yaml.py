@@ -1,4 +1,4 @@
-"""YAML read strictly: every value keeps its line and column, duplicate keys and aliases are errors, 1e-3 is a number.
+"""YAML read strictly: every value keeps its file, line and column, duplicate keys and aliases are errors, 1e-3 is a number.
 
 Files of other programs (`sparseift recipe import`) may use aliases; the number of values is bounded, so that a few lines
 cannot unfold into gigabytes.
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import count
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,50 +23,54 @@ _MAX_VALUES = 20_000
 
 
 @dataclass(frozen=True, slots=True)
-class Spot:
-    """Where a value stands in its file, counted from 1; or the `--set` option that it came from."""
+class Location:
+    """Where a value is written: its file, line and column (counted from 1), or the `--set` option that gave it."""
 
-    line: int
-    column: int
+    path: Path
+    line: int = 0
+    column: int = 0
     option: str = ""
 
-    def within(self, path: Path) -> str:
+    def __str__(self) -> str:
         """`recipe.yaml:5:3`, or `--set optimizer.lr=1`."""
-        return self.option or f"{path}:{self.line}:{self.column}"
+        return self.option or f"{self.path}:{self.line}:{self.column}"
 
 
 @dataclass(slots=True)
 class Problems:
-    """Everything wrong with one file (and the options that change it), reported at once, in the order of the file."""
+    """Everything wrong with a recipe, in its file, those it extends and `--set` options, so that all is reported at once."""
 
     path: Path
-    found: list[tuple[Spot, str]]
+    found: list[tuple[Location, str]]
 
-    def add(self, spot: Spot, message: str) -> None:
-        self.found.append((spot, message))
+    def add(self, location: Location, message: str) -> None:
+        self.found.append((location, message))
 
     def stop(self, what: str = "the recipe has problems:") -> None:
-        """Raise UsageError if there was any."""
+        """Raise UsageError if there was any; in the order of the file, the extended files and the options."""
         if self.found:
-            ordered = sorted(self.found, key=lambda found: (found[0].option, found[0].line, found[0].column))
-            lines = dict.fromkeys(f"{spot.within(self.path)}: {message}" for spot, message in ordered)
-            raise UsageError("\n  ".join([what, *lines]))
+            lines = [f"{location}: {message}" for location, message in sorted(self.found, key=self._order)]
+            raise UsageError("\n  ".join([what, *dict.fromkeys(lines)]))
+
+    def _order(self, found: tuple[Location, str]) -> tuple[object, ...]:
+        at = found[0]
+        return at.option, at.path != self.path, at.path, at.line, at.column
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A scalar, list or mapping with the spot where it begins; mappings keep the spots of their keys."""
+    """A scalar, list or mapping with the location where it begins; mappings keep the locations of their keys."""
 
     data: Any
-    spot: Spot
-    key_spots: dict[str, Spot]
+    location: Location
+    key_locations: dict[str, Location]
 
-    def items(self) -> Iterator[tuple[str, Value, Spot]]:
+    def items(self) -> Iterator[tuple[str, Value, Location]]:
         for key, value in self.data.items():
-            yield key, value, self.key_spots[key]
+            yield key, value, self.key_locations[key]
 
     def plain(self) -> Any:
-        """The value without spots."""
+        """The value without locations."""
         if isinstance(self.data, dict):
             return {k: v.plain() for k, v in self.data.items()}
         if isinstance(self.data, list):
@@ -75,8 +78,13 @@ class Value:
         return self.data
 
 
-def read(path: Path, *, aliases: bool = False) -> tuple[Value, Problems]:
-    """The document in `path` and a place to collect what is wrong with it; `aliases` allows `*name`.
+def read(path: Path, *, aliases: bool = False, problems: Problems | None = None) -> tuple[Value, Problems]:
+    """The document in `path`, and where to collect what is wrong with it.
+
+    Args:
+        path: the file.
+        aliases: allow `*name`, as files of other programs have.
+        problems: add to these, of a recipe that extends this one.
 
     Raises:
         UsageError: the file cannot be read or is not YAML.
@@ -99,59 +107,76 @@ def read(path: Path, *, aliases: bool = False) -> tuple[Value, Problems]:
         raise UsageError(f"{where}: not YAML: {error.problem}") from None
     except (yaml.YAMLError, RecursionError) as error:
         raise UsageError(f"{path}: not YAML: {type(error).__name__}") from None
-    problems = Problems(path, [])
+    problems = problems or Problems(path, [])
     if node is None:
         raise UsageError(f"{path} is empty", hint="the shortest recipe names a model and a sparsity")
-    return _convert(node, problems, set(), 0, aliases, count(1)), problems
+    return _Converter(path, problems, aliases).convert(node), problems
 
 
-def read_option(text: str, spot: Spot, problems: Problems) -> Value:
+def read_option(text: str, location: Location, problems: Problems) -> Value:
     """The value of a `--set` option: a scalar, or a list or mapping in brackets."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader) if len(text) < _MAX_BYTES else None
     except (yaml.YAMLError, RecursionError):
         node = None
     if node is None:
-        return Value(text or None, spot, {})
-    return _at(_convert(node, problems, set(), 0, False, count(1)), spot)
+        return Value(text or None, location, {})
+    return _moved(_Converter(location.path, problems, aliases=False).convert(node), location)
 
 
-def _at(value: Value, spot: Spot) -> Value:
-    """The same value, standing at `spot` altogether."""
+def _moved(value: Value, location: Location) -> Value:
+    """The same value with `location` in place of its own, also of what is in it."""
     if isinstance(value.data, dict):
-        return Value({k: _at(v, spot) for k, v in value.data.items()}, spot, dict.fromkeys(value.data, spot))
-    return Value([_at(v, spot) for v in value.data] if isinstance(value.data, list) else value.data, spot, {})
+        data = {k: _moved(v, location) for k, v in value.data.items()}
+        return Value(data, location, dict.fromkeys(data, location))
+    return Value(
+        [_moved(v, location) for v in value.data] if isinstance(value.data, list) else value.data, location, {}
+    )
 
 
-def _convert(node: Any, problems: Problems, seen: set[int], depth: int, aliases: bool, number: Iterator[int]) -> Value:
-    spot = Spot(node.start_mark.line + 1, node.start_mark.column + 1)
-    if depth > _MAX_DEPTH:
-        problems.add(spot, "nested too deeply for a recipe")
-        return Value(None, spot, {})
-    if next(number) > _MAX_VALUES:
-        raise UsageError(f"{problems.path}: more than {_MAX_VALUES:,} values: too many for a recipe")
-    if isinstance(node, yaml.ScalarNode):
-        return Value(_scalar(node), spot, {})
-    if id(node) in seen and not aliases:
-        problems.add(spot, "aliases are not allowed: write the value out")
-        return Value(None, spot, {})
-    seen.add(id(node))
-    if isinstance(node, yaml.SequenceNode):
-        items = [_convert(item, problems, seen, depth + 1, aliases, number) for item in node.value]
-        return Value(items, spot, {})
-    data: dict[str, Value] = {}
-    spots: dict[str, Spot] = {}
-    for key_node, value_node in node.value:
-        key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else ""
-        key_spot = Spot(key_node.start_mark.line + 1, key_node.start_mark.column + 1)
-        if not key:
-            problems.add(key_spot, "a key must be a word")
-        elif key in data:
-            problems.add(key_spot, f"key '{key}' appears twice, first on line {spots[key].line}")
-        else:
-            data[key] = _convert(value_node, problems, seen, depth + 1, aliases, number)
-            spots[key] = key_spot
-    return Value(data, spot, spots)
+@dataclass(slots=True)
+class _Converter:
+    """From the nodes of one YAML document to values with locations."""
+
+    path: Path
+    problems: Problems
+    aliases: bool
+    seen: set[int] = field(default_factory=set[int])
+    """Nodes met before: one that comes again is an alias."""
+    values: int = 0
+
+    def convert(self, node: Any, depth: int = 0) -> Value:
+        location = self._location(node)
+        self.values += 1
+        if depth > _MAX_DEPTH:
+            self.problems.add(location, "nested too deeply for a recipe")
+            return Value(None, location, {})
+        if self.values > _MAX_VALUES:
+            raise UsageError(f"{self.path}: more than {_MAX_VALUES:,} values: too many for a recipe")
+        if isinstance(node, yaml.ScalarNode):
+            return Value(_scalar(node), location, {})
+        if id(node) in self.seen and not self.aliases:
+            self.problems.add(location, "aliases are not allowed: write the value out")
+            return Value(None, location, {})
+        self.seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            return Value([self.convert(item, depth + 1) for item in node.value], location, {})
+        data: dict[str, Value] = {}
+        locations: dict[str, Location] = {}
+        for key_node, value_node in node.value:
+            key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else ""
+            place = self._location(key_node)
+            if not key:
+                self.problems.add(place, "a key must be a word")
+            elif key in data:
+                self.problems.add(place, f"key '{key}' appears twice, first on line {locations[key].line}")
+            else:
+                data[key] = self.convert(value_node, depth + 1)
+                locations[key] = place
+        return Value(data, location, locations)
+
+    def _location(self, node: Any) -> Location:
+        return Location(self.path, node.start_mark.line + 1, node.start_mark.column + 1)
 
 
 def _scalar(node: Any) -> Any:

@@ -72,7 +72,7 @@ def test_init_section_has_the_options_of_the_transformation() -> None:
 
 def test_json_schema_takes_short_and_long_forms() -> None:
     found = schema.json_schema()
-    assert found["required"] == ["model"]
+    assert found["anyOf"] == [{"required": ["model"]}, {"required": ["extends"]}]
     assert {"enum": ["sgd", "adamw"]} in found["properties"]["optimizer"]["anyOf"]
     assert {"type": "string"} in found["properties"]["model"]["anyOf"]
     assert found["properties"]["sparsity"]["exclusiveMaximum"] == 1

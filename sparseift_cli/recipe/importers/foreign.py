@@ -76,13 +76,13 @@ class Foreign:
         value = self.find(path)
         if value is not None:
             self.used.add(path)
-            self.notes.append(Note(f"{self.path}:{value.spot.line}", path, value.plain(), reason))
+            self.notes.append(Note(f"{self.path}:{value.location.line}", path, value.plain(), reason))
 
     def note_rest(self, reasons: Mapping[str, str], otherwise: str) -> None:
         """A note for every branch that nothing was read from; `reasons` knows some of them by their last name."""
         for path, value in self._unused("", self.document):
             reason = next((r for name, r in reasons.items() if name in path.split(".")), otherwise)
-            self.notes.append(Note(f"{self.path}:{value.spot.line}", path, value.plain(), reason))
+            self.notes.append(Note(f"{self.path}:{value.location.line}", path, value.plain(), reason))
 
     def _unused(self, path: str, value: Value) -> Iterator[tuple[str, Value]]:
         """The highest branches without a used leaf."""

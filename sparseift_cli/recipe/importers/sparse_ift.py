@@ -87,7 +87,7 @@ def _one(point: dict[str, Any], where: Mapping[str, Foreign], *, cifar: bool) ->
 
     def note(key: str, reason: str) -> None:
         file = where[key]
-        notes.append(Note(f"{file.path}:{file.document.key_spots[key].line}", key, point[key], reason))
+        notes.append(Note(f"{file.path}:{file.document.key_locations[key].line}", key, point[key], reason))
 
     def take(key: str, default: Any = None) -> Any:
         return left.pop(key, default)
