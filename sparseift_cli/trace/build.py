@@ -1,9 +1,14 @@
-"""From one symbolic run to a LayerTable and its Structure: variables become widths, rows get roles and reasons."""
+"""The entry point of a trace: from a model and its inputs to a LayerTable and a Structure.
+
+`trace` runs the model (`symbolise`), merges the variables that were found equal (`union_find`), and gives each group of
+them a *width*: a name, its size, a kind (width, heads, head_dim, count), and the reason why it must not change, if
+there is one. Then `rows` makes the rows of the table, and `_Builder._structure` the second result.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +22,12 @@ from ..table.table import LayerTable, Width, WidthKind
 from . import symbolise
 from .record import CountedOp
 from .rows import RowBuilder, row_name
-from .structure import AttentionScore, DimLayout, Structure
+from .structure import AttentionScore, DimLayout, LayoutKind, Structure
 from .symbolise import Origin, SymbolicRun
 from .symint import poly_of
 from .union_find import LazyRenaming, UnionFind
 
+# Names of int attributes say what they count, which no shape does: models differ in their spelling.
 _HEAD_DIM = (
     "head_dim",
     "head_size",
@@ -33,21 +39,21 @@ _HEAD_DIM = (
     "head_channels",
     "value_proj_dim",
 )
-_HEAD_DIM_ALONE = frozenset({"d_k", "d_q", "d_v", "d_qk", "d_h", "dk", "dv", "dh", "hd"})  # short ones, by themselves
+_HEAD_DIM_ALONE = frozenset({"d_k", "d_q", "d_v", "d_qk", "d_h", "dk", "dv", "dh", "hd"})  # the whole name
 _HEADS = ("head", "num_kv")
-_ROTARY = "inv_freq"  # a buffer whose values follow from its size, so that it may grow
+_ROTARY = "inv_freq"  # rotary frequencies: a buffer whose values follow from its size, so it may grow
 
 
 @dataclass(frozen=True, slots=True)
 class TraceResult:
-    """What one trace says: the table, and where its widths stand in the module."""
+    """The result of a trace: the table, and where its widths are in the module."""
 
     table: LayerTable
     structure: Structure
 
 
 def layer_table(model: nn.Module, inputs: tuple[Any, ...], *, name: str, input_shape: tuple[int, ...]) -> LayerTable:
-    """The LayerTable of `model(*inputs)`; see `trace`.
+    """The LayerTable of `model(*inputs)`; see `trace`. The tensors in `inputs` may have any shape.
 
     Raises:
         UsageError: the forward fails on these inputs even with plain sizes.
@@ -64,18 +70,24 @@ def trace(
     input_shape: tuple[int, ...],
     symbolic: bool = True,
 ) -> TraceResult:
-    """Trace `model(*inputs, **kwargs)` in eval mode, without memory and without running its arithmetic.
+    """Trace `model(*inputs, **kwargs)` in eval mode, without memory for values and without arithmetic.
 
-    The tensors in `inputs` and `kwargs` have the wanted shape (meta ones do); the model may live on any device and is
-    left as it was. Modules that eval mode does not reach (auxiliary heads) are followed in a second pass in train mode,
-    for their widths alone. A model whose widths cannot be traced is still counted: then every width is fixed and
-    `untraceable` says why. Without `symbolic` only the count is wanted.
+    Modules that eval mode does not call (auxiliary heads) are followed in a second pass in train mode, for their widths
+    alone. A model whose widths cannot be traced is still counted: then every width is fixed and the table's
+    `untraceable` says why.
+
+    Args:
+        model: on any device; it is left as it was.
+        inputs, kwargs: tensors of the wanted shapes (any shape); meta tensors will do.
+        name: the name of the model in the table.
+        input_shape: the shape of its input in the table.
+        symbolic: False where only the count is needed, not the widths.
 
     Raises:
-        UsageError: the forward fails on these inputs even with plain sizes.
+        UsageError: the forward pass fails on these inputs even with plain sizes.
     """
     untraceable = None
-    with inference_mode(False), enable_grad():  # a caller that wants no gradients still asks what training costs
+    with inference_mode(False), enable_grad():  # the table counts gradients too, even under the caller's no_grad
         try:
             found = _run_with_or_without_configs(model, inputs, kwargs, symbolic)
         except Exception as symbolic_error:
@@ -89,7 +101,7 @@ def trace(
 
 
 def _usage_error(error: Exception, name: str, given: Any) -> UsageError:
-    """What to say of a model whose forward failed with plain sizes."""
+    """The error for a model whose forward pass fails even with plain sizes."""
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
         return UsageError(
@@ -107,7 +119,10 @@ def _usage_error(error: Exception, name: str, given: Any) -> UsageError:
 def _run_with_or_without_configs(
     model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any] | None, symbolic: bool
 ) -> symbolise.SymbolicRun:
-    """The run with the sizes in configuration objects as variables, else as plain numbers: they then change by value."""
+    """A run with symbolic ints in configuration objects; if it fails, one with plain ints there.
+
+    In the second case `transforms/widen` finds the ints of the configuration that must change by their values.
+    """
     try:
         return symbolise.run_symbolically(model, inputs, kwargs, symbolic=symbolic)
     except Exception:
@@ -119,11 +134,13 @@ def _run_with_or_without_configs(
 
 
 class _Builder:
-    def __init__(self, model: nn.Module, trace: SymbolicRun) -> None:
+    """Turns one run into the two results; `width_ids` maps the representative of each group of variables to a width."""
+
+    def __init__(self, model: nn.Module, run: SymbolicRun) -> None:
         self.model = model
-        self.run = trace
-        self.recorder = trace.recorder
-        self.variables = UnionFind(len(trace.facts.sizes), trace.facts.equations)
+        self.run = run
+        self.recorder = run.recorder
+        self.variables = UnionFind(len(run.facts.sizes), run.facts.equations)
         self.width_ids: dict[int, int] = {}  # variable -> width id
         self.renaming = LazyRenaming(lambda v: self.width_ids[self.variables.find(v)])
 
@@ -167,7 +184,7 @@ class _Builder:
         return tuple(widths)
 
     def _kind(self, variables: list[int], origins: list[Origin]) -> WidthKind:
-        """What a width is: an attribute is named for what it counts; what the forward divides by a head dim counts heads."""
+        """What a width counts, by the names of its attributes; the quotient of a division by head_dim counts heads."""
         named = _kind_by_name(origins)
         if named in ("head_dim", "heads"):
             return named
@@ -182,7 +199,7 @@ class _Builder:
         return _kind_by_name([p for v in members for p in self.run.origins[v]]) == "head_dim"
 
     def _used(self, members: dict[int, list[int]]) -> set[int]:
-        """Widths that a parameter has or that an equation ties to one; lone attributes (a step count, say) are dropped."""
+        """Variables of parameters, equations and counts. Attributes that meet none of them (a step count) are dropped."""
         find = self.variables.find
         used = {
             root
@@ -198,14 +215,13 @@ class _Builder:
         return used | {find(v) for p in polys for v in p.variables}
 
     def _fixed(self) -> dict[int, str]:
-        """Variables that must not change, with the reason."""
+        """Variable that must not change -> the reason."""
         fixed = dict(self.run.facts.frozen)
         for v in self._output_variables():
             fixed.setdefault(v, "output of the model")
         for v, origins in self.run.origins.items():
             for p in origins:
-                name = p.path.rpartition(".")[2]
-                if p.kind == "buffer" and not name.startswith("running_") and not name.endswith(_ROTARY):
+                if p.kind == "buffer" and not p.name.startswith("running_") and not p.name.endswith(_ROTARY):
                     fixed.setdefault(v, f"tied to buffer {p.path}")
         return fixed
 
@@ -218,7 +234,7 @@ class _Builder:
         return variables
 
     def _output_weights(self) -> set[str]:
-        """Weights of the layers that make the model's output: their output dim is one of it and no residual stream."""
+        """Keys of the weights of output layers: their output dim is a dim of the model's output, and no residual stream."""
         rows = sorted(self.recorder.ops.values(), key=lambda r: r.order)
         outputs = self.variables.roots(self._output_variables())
         residual = self.variables.roots(self.recorder.residual)
@@ -226,8 +242,8 @@ class _Builder:
         for row in rows:
             width = row.outputs.as_variable
             if row.weight and width is not None and self.variables.find(width) in outputs - residual:
-                found[self.variables.find(width)] = row.weight  # the last one that writes this dim
-        if not found and rows:  # without symbols, or through a reshape: the last weight that runs
+                found[self.variables.find(width)] = row.weight  # later layers replace earlier ones
+        if not found and rows:  # plain sizes, or a reshaped output: the last weight that runs
             last = next((r for r in reversed(rows) if r.weight), None)
             if (
                 last
@@ -237,65 +253,79 @@ class _Builder:
                 found[-1] = last.weight or ""
         return set(found.values())
 
-    # --- what surgery needs ---
+    # --- the second result ---
 
     def _structure(self) -> Structure:
-        def known(poly: Poly) -> bool:
-            return all(self.variables.find(v) in self.width_ids for v in poly.variables)
-
-        attributes = {
-            (p.path.rpartition(".")[0], p.path.rpartition(".")[2], p.index): self._named(Poly.var(v))
-            for v, origins in self.run.origins.items()
-            for p in origins
-            if p.kind == "attribute" and known(Poly.var(v))
-        }
-        layouts: dict[Poly, DimLayout] = {}
-        for whole, (kind, parts) in self.run.facts.layouts.items():
-            if known(whole) and all(map(known, parts)):
-                layouts.setdefault(self._named(whole), DimLayout(kind, tuple(map(self._named, parts))))
-        orders: dict[Poly, dict[DimLayout, None]] = {}
-        for whole, seen in self.run.facts.orders.items():
-            for kind, parts in seen:
-                if known(whole) and all(map(known, parts)):
-                    orders.setdefault(self._named(whole), {})[DimLayout(kind, tuple(map(self._named, parts)))] = None
-        floats = {self._named(p) for p in self.run.facts.floats if known(p)}
-        flow = self.recorder.flow
-        flow.note_read(tree_leaves(_output_containers(self.run.outputs[0])))
-        rows = list(self.recorder.ops.values())
+        flow, rows, recorder = self.recorder.flow, list(self.recorder.ops.values()), self.recorder
+        output = _output_containers(self.run.outputs[0])
+        flow.note_read(tree_leaves(output))
+        floats = {self._named(p) for p in self.run.facts.floats if self._known(p)}
         return Structure(
             shapes={k: tuple(self._named(poly_of(d)) for d in shape) for k, shape in self.run.shapes.items()},
-            attributes=attributes,
-            layouts=layouts,
+            attributes={
+                (origin.owner, origin.name, origin.index): self._named(Poly.var(v))
+                for v, origin in self._attributes(self.run.origins)
+                if self._known(Poly.var(v))
+            },
+            layouts=self._layouts(),
+            all_layouts=self._all_layouts(),
             activations=self._activations(rows),
             own_activations=self._own_activations(rows),
             contracted_dims={
-                module: tuple(self._named(p) for p in dict.fromkeys(dims) if known(p))
-                for module, dims in self.recorder.contracted.items()
+                module: tuple(self._named(p) for p in dict.fromkeys(dims) if self._known(p))
+                for module, dims in recorder.contracted.items()
             },
-            query_parts=dict(self.recorder.queries),
+            query_parts=dict(recorder.queries),
             attention_scores={
                 key: AttentionScore(module, self._named(dim), by_size or self._named(dim) in floats)
-                for key, (module, dim, by_size) in self.recorder.scores.items()
-                if known(dim)
+                for key, (module, dim, by_size) in recorder.scores.items()
+                if self._known(dim)
             },
-            all_layouts={whole: tuple(seen) for whole, seen in orders.items()},
             norm_inputs=dict(flow.norm_inputs),
             weight_inputs=dict(flow.weight_inputs),
             read_by_others=frozenset(flow.read_by_others),
             float_attributes=frozenset(
-                (p.path.rpartition(".")[0], p.path.rpartition(".")[2])
+                (origin.owner, origin.name)
                 for expr in self.run.facts.floats
-                for v in expr.variables
-                for p in self.run.origins.get(v, ())
-                if p.kind == "attribute"
+                for _, origin in self._attributes(expr.variables)
             ),
-            output_shapes=tree_map_only(
-                Tensor, lambda t: tuple(map(int, t.shape)), _output_containers(self.run.outputs[0])
-            ),
+            output_shapes=tree_map_only(Tensor, lambda t: tuple(map(int, t.shape)), output),
         )
 
+    def _known(self, poly: Poly) -> bool:
+        """Whether all variables of `poly` have a width in the table."""
+        return all(self.variables.find(v) in self.width_ids for v in poly.variables)
+
+    def _attributes(self, variables: Iterable[int]) -> Iterator[tuple[int, Origin]]:
+        """(variable, origin) for each int attribute that one of `variables` was made for."""
+        for v in variables:
+            for origin in self.run.origins.get(v, ()):
+                if origin.kind == "attribute":
+                    yield v, origin
+
+    def _layout(self, whole: Poly, kind: LayoutKind, parts: tuple[Poly, ...]) -> DimLayout | None:
+        """A layout over widths; None where one of its sizes is no width of the table."""
+        if self._known(whole) and all(map(self._known, parts)):
+            return DimLayout(kind, tuple(map(self._named, parts)))
+        return None
+
+    def _layouts(self) -> dict[Poly, DimLayout]:
+        found: dict[Poly, DimLayout] = {}
+        for whole, (kind, parts) in self.run.facts.layouts.items():
+            if layout := self._layout(whole, kind, parts):
+                found.setdefault(self._named(whole), layout)
+        return found
+
+    def _all_layouts(self) -> dict[Poly, tuple[DimLayout, ...]]:
+        found: dict[Poly, dict[DimLayout, None]] = {}
+        for whole, seen in self.run.facts.orders.items():
+            for kind, parts in seen:
+                if layout := self._layout(whole, kind, parts):
+                    found.setdefault(self._named(whole), {})[layout] = None
+        return {whole: tuple(seen) for whole, seen in found.items()}
+
     def _own_activations(self, rows: list[CountedOp]) -> dict[str, str]:
-        """The activation that reads a row's layer, where nothing else reads it as a summand."""
+        """Row -> the activation that reads it, where the row's output is not added to or joined with another."""
         found = {
             row_name(r): self.recorder.followers.get(r.weight)
             for r in rows
@@ -304,7 +334,7 @@ class _Builder:
         return {name: activation for name, activation in found.items() if activation}
 
     def _activations(self, rows: list[CountedOp]) -> dict[str, str]:
-        """What follows each row: the next activation function that runs, or the last one where none does."""
+        """Row -> the next activation that runs after it, or the last one of the model if there is none."""
         events = self.recorder.activations
         if not events:
             return {}
@@ -313,22 +343,23 @@ class _Builder:
 
 
 def _kind_by_name(origins: list[Origin]) -> WidthKind:
-    names = [p.path.rpartition(".")[2].lower() for p in origins if p.kind == "attribute"]
+    names = [p.name.lower() for p in origins if p.kind == "attribute"]
     by_name = any(n in _HEAD_DIM_ALONE or any(part in n for part in _HEAD_DIM) for n in names)
     if by_name or any(p.path.endswith(_ROTARY) for p in origins):
         return "head_dim"
     if any(part in n for n in names for part in _HEADS):
-        return "heads"  # even where a parameter has one entry a head (a table of relative position biases)
+        return "heads"  # also where a parameter has one entry per head (a table of relative position biases)
     if any(p.kind == "parameter" for p in origins):
         return "width"
     return "count"
 
 
 def _output_containers(output: Any) -> Any:
-    """Dataclass-like outputs (Hugging Face's ModelOutput is a dict already) as plain containers."""
+    """The output of a forward pass in lists, tuples and dicts: dataclasses are read by their fields."""
     if isinstance(output, list):
         return [_output_containers(item) for item in output]
-    if isinstance(output, Mapping):  # beside logits, hidden states and caches are by-products whose widths may grow
+    # Hugging Face's ModelOutput: beside logits, hidden states and caches are by-products whose widths may change
+    if isinstance(output, Mapping):
         logits = {k: v for k, v in output.items() if "logits" in str(k)}
         return logits or dict(output)
     return vars(output) if hasattr(output, "__dict__") and not isinstance(output, (Tensor, tuple)) else output

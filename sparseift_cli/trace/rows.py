@@ -1,4 +1,8 @@
-"""From recorded ops to the rows of a LayerTable: names, roles, who owns which parameter, and rows without MACs."""
+"""From counted ops to the rows of a LayerTable: their names and roles, the parameters of each, and rows without MACs.
+
+Each `CountedOp` becomes one row, in the order of execution. Parameters that no op multiplies with (norms, embeddings,
+bare parameters) make rows of their own, so that the table's total is the parameter count of the model.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +35,12 @@ _LAYERS = ("linear", "conv", "conv_transpose")  # kinds that are layers where th
 
 
 class RowBuilder:
-    """Layers of one trace. `named` turns polynomials over variables into ones over width ids."""
+    """Makes the rows of one run.
+
+    Args:
+        named: turns a polynomial over variables into one over width ids.
+        outputs: keys of the weights whose layers make the model's output.
+    """
 
     def __init__(self, model: nn.Module, run: SymbolicRun, named: Callable[[Poly], Poly], outputs: set[str]) -> None:
         self.run = run
@@ -62,7 +71,7 @@ class RowBuilder:
         return self._mark_tied([layer for _, layer in sorted(placed, key=lambda p: p[0])])
 
     def _parameter_keys(self, row: CountedOp) -> Iterable[str]:
-        """The parameters a row may own: all of its module's, or a weight and its bias where the module has several weights."""
+        """Keys of the parameters that belong to a row: those of its module, or where it has several weights, one and its bias."""
         if row.weight is None:
             return ()
         if "weight" not in row.weight.rpartition(".")[2]:
@@ -106,7 +115,11 @@ class RowBuilder:
         return "input" if row.first and row.weight is not None else "body"
 
     def _host(self, row: CountedOp) -> str | None:
-        """The class that holds the weight, or reads it, where nothing but that weight can stand in its place."""
+        """Why a transformed layer cannot replace this one: the class of the module that holds or reads the weight; else None.
+
+        A linear or conv layer can be replaced if its forward pass is the product with its weight plus its bias, and if
+        no other module reads the weight. Of nn.MultiheadAttention only a fused input projection can.
+        """
         key = row.weight or ""
         path, _, name = key.rpartition(".")
         module = self.modules.get(path)
@@ -123,17 +136,18 @@ class RowBuilder:
         return None if name == "weight" and (known or type(module).__name__ == "Conv1D") else type(module).__name__
 
     def _other_holder(self, key: str, module: nn.Module | None) -> nn.Module | None:
-        """A module that keeps the parameter too, beside `module`: an adapter around a layer, with `weight = layer.weight`."""
+        """Another module than `module` with the same parameter: an adapter around a layer, with `weight = layer.weight`."""
         holders = self.holders.get(self.tied.get(key, key), [])
         return next((holder for holder in holders if holder is not module), None)
 
     def _per_mac(self, row: CountedOp, gradients: Poly) -> Fraction | int:
+        """MACs of gradients as a share of the forward MACs."""
         sizes = self.run.facts.sizes
         share = Fraction(gradients.evaluate(sizes), row.macs.evaluate(sizes) or 1)
         return share if share.denominator > 1 else share.numerator
 
     def _mark_tied(self, layers: list[Layer]) -> list[Layer]:
-        """A weighted row whose weight another row owns says so (GPT-2's head and its token embedding)."""
+        """Set `tied_to` of rows that share a weight with another row (GPT-2's output layer and its token embedding)."""
         owner: dict[str, str] = {}
         marked = []
         for layer in layers:
@@ -147,7 +161,7 @@ class RowBuilder:
         return [replace(x, tied_to=shared[x.name]) if x.weighted and x.name in shared else x for x in marked]
 
     def _without_macs(self, owned: set[str]) -> list[tuple[int, Layer]]:
-        """Norms, embeddings and free parameters: rows with parameters and no MACs."""
+        """(order, row) of parameters without MACs: norms, embeddings and bare parameters."""
         layers = []
         for path, keys in self.by_module.items():
             keys = [k for k in keys if self.tied[k] == k and k not in owned]
@@ -172,7 +186,7 @@ class RowBuilder:
 
 
 def row_name(row: CountedOp) -> str:
-    """The module of a weight; for a product of activations the module that runs it, and what it is."""
+    """The module of the weight; for a product of activations, the module that computes it and the kind of product."""
     return f"{row.owner or 'model'}.{row.kind}" if row.weight is None else row.owner or row.weight
 
 
@@ -182,12 +196,12 @@ def _note(row: CountedOp, role: Role) -> str | None:
     if row.kind == "experts":
         return "experts stacked in one tensor stay dense: what a non-zero costs depends on the routing"
     if row.partial and role == "body":
-        return "its calls use parts of the weight, so its non-zeros have no one price"
+        return "its calls use parts of the weight, so its non-zeros differ in cost"
     return None
 
 
 def _has_more_parameters(layer: nn.Module | None) -> bool:
-    """Low-rank adapters, a learned scale: what stands in for `layer` has its weight and bias, and no place for more."""
+    """Whether a layer has parameters other than weight and bias (low-rank adapters, a learned scale), which would be lost."""
     return layer is not None and any(name not in ("weight", "bias") for name, _ in layer.named_parameters())
 
 

@@ -1,8 +1,19 @@
-"""What the common layers ask of their shapes, and what they cost, in one step.
+"""Own shape functions for the common layers: what a layer requires of its sizes, the shape of its result, and its MACs.
 
-Two reasons to answer for them instead of letting PyTorch take them apart: its shape functions do not check the sizes of
-norm parameters, biases and attention masks, so those ties would be missed; and one rule is many times cheaper than the
-ten primitive ops that a LayerNorm or Linear turns into.
+`ShapeRules` is a TorchFunctionMode: PyTorch calls it for each function (F.linear, F.layer_norm) before it splits the
+function into primitive ops. The functions in `_RULES` are answered here and never reach PyTorch, for these reasons:
+
+- PyTorch's shape functions for fake and meta tensors do not check the sizes of norm parameters, biases and attention
+masks. They
+  record no equality, and a widened model would run with a norm of the old width.
+- F.scaled_dot_product_attention runs as one of several kernels, depending on device, mask and dtype. One rule counts all
+  alike, and records the broadcast of the mask and of heads that share keys (grouped-query attention).
+- F.pad, F.interpolate and torch.baddbmm read sizes as plain numbers, which freezes them; LSTM and GRU take no symbolic
+  sizes at all.
+- One rule costs a small part of the time of the ten primitive ops that a LayerNorm or linear layer is split into.
+
+A rule returns NotImplemented for what it does not know (a packed sequence, say); then PyTorch answers. The functions in
+`layouts.WATCHED` are only watched.
 """
 
 from __future__ import annotations
@@ -22,98 +33,11 @@ from .layouts import WATCHED, IndexTracker, note_index, note_layout, note_sum
 from .record import ATTENTION, FROM_LAYER, NEEDS_GRAD, Recorder, annotate, conv, flags_of, matmul, numel, producers_of
 from .symint import Facts, poly_of
 
-# What LSTM, GRU and plain RNN layers ask of their shapes, and what they cost. PyTorch runs a whole recurrent layer in
-# one op that neither takes symbolic sizes nor has a count. Per step and direction it is two matrix products: input [B,
-# I] by W_ih [G H, I] and state [B, H] by W_hh [G H, H], with G = 4, 3 or 1 gates. In the backward pass the first step
-# differs: the state it reads is what the caller gave (zeros, unless given), and needs a gradient only where that does.
-
-
-def _layer(gates: int) -> Callable[..., Any]:
-    def rule(
-        rules: Any,
-        input: Tensor,
-        hx: Any,
-        params: Sequence[Tensor],
-        has_biases: Any,
-        num_layers: Any = None,
-        dropout: float = 0,
-        train: bool = False,
-        bidirectional: Any = False,
-        batch_first: Any = False,
-    ) -> Any:
-        if not isinstance(has_biases, bool) or not isinstance(batch_first, bool):
-            return NotImplemented  # a packed sequence
-        states = tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
-        directions = 1 + bool(bidirectional)
-        per_layer = len(params) // (int(num_layers) * directions)
-        steps = input.shape[1 if batch_first else 0]
-        x, hidden = input, None
-        for layer in range(int(num_layers)):
-            outputs = []
-            for direction in range(directions):
-                at = (layer * directions + direction) * per_layer
-                out, hidden = _direction(rules, x, states, params[at : at + per_layer], has_biases, gates, steps)
-                rules.require_equal(states[0].shape[-1], out.shape[-1])
-                rules.require_equal(states[-1].shape[-1], hidden if len(states) == 2 else out.shape[-1])
-                outputs.append(out)
-            width = sum(o.shape[-1] for o in outputs)
-            note_sum(rules.facts, width, [o.shape[-1] for o in outputs])
-            x = rules.new_output(outputs[0], (*x.shape[:-1], width), *outputs, counted=True)
-        finals = tuple(annotate(s.new_empty(s.shape), flags_of(x)) for s in states)
-        return (x, *finals)
-
-    return rule
-
-
-def _direction(
-    rules: Any, x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], has_biases: bool, gates: int, steps: int
-) -> tuple[Tensor, Any]:
-    """One layer in one direction: [..., I] -> [..., H] (or what a projection makes of H), and H."""
-    w_ih, w_hh = params[:2]
-    biases = params[2:4] if has_biases else ()
-    projection = params[-1] if len(params) > 2 + 2 * has_biases else None
-    hidden = rules.facts.exact_quotient(poly_of(w_ih.shape[0]), Poly.const(gates))
-    rules.facts.equal(hidden * Poly.const(gates), poly_of(w_hh.shape[0]))
-    rules.require_equal(x.shape[-1], w_ih.shape[1])
-    for bias in biases:
-        rules.require_equal(bias.shape[0], w_ih.shape[0])
-    cell = size = rules.facts.symint(hidden)
-    if gates > 1:
-        for weight in (w_ih, w_hh):
-            note_layout(rules.facts, "product", weight.shape[0], [gates, cell])
-    if projection is not None:
-        rules.require_equal(projection.shape[1], size)
-        size = projection.shape[0]
-    rules.require_equal(w_hh.shape[1], size)
-    out = rules.new_output(x, (*x.shape[:-1], size), *states, *params, counted=True)
-    tokens = numel(x.shape[:-1])
-    first = (tokens.divided_by(Poly.const(steps)) if steps else None) or Poly()  # tokens of the first step
-    cells = [t for t in params if t is not projection]
-    rows = [(x, w_ih, None), (None, w_hh, states[:1])]
-    if projection is not None:
-        rows.append((None, projection, [x, *states, *cells]))
-    for source, weight, beginning in rows:
-        projected = annotate(out.new_empty((*x.shape[:-1], weight.shape[0])), flags_of(out))
-        inputs, outputs = poly_of(weight.shape[1]), poly_of(weight.shape[0])
-        read = source if source is not None else annotate(out.new_empty(out.shape), flags_of(out) | FROM_LAYER)
-        row = rules.recorder.count_weighted(
-            "linear", read, weight, projected, tokens * inputs * outputs, inputs, outputs
-        )
-        if beginning is not None and flags_of(read) & NEEDS_GRAD and not _any_needs_grad(beginning):
-            row.grad_inputs -= first * inputs * outputs
-    return out, cell
-
-
-def _any_needs_grad(tensors: Sequence[Tensor]) -> bool:
-    return any(flags_of(t) & NEEDS_GRAD for t in tensors)
-
-
-RECURRENT = {torch.lstm: _layer(4), torch.gru: _layer(3), torch.rnn_tanh: _layer(1), torch.rnn_relu: _layer(1)}
-Rule = Callable[..., Any]
+Rule = Callable[..., Any]  # (rules, *arguments of the function) -> its result, or NotImplemented
 
 
 class ShapeRules(TorchFunctionMode):
-    """Answers for the layers in `_RULES`; everything else goes on to PyTorch."""
+    """Answers the functions in `_RULES`; everything else goes on to PyTorch. Active during one forward pass."""
 
     def __init__(self, facts: Facts, recorder: Recorder) -> None:
         super().__init__()
@@ -136,14 +60,19 @@ class ShapeRules(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def require_equal(self, a: Any, b: Any) -> None:
-        """Two sizes that must be equal."""
+        """Require two sizes to be equal. Comparing symbolic ones records the equality (see `symint`)."""
         if a != b:
             raise RuntimeError(f"sizes do not match: {a} and {b}")
 
     def new_output(
         self, like: Tensor, shape: Sequence[Any], *sources: Tensor | None, counted: bool = False, linear: bool = False
     ) -> Tensor:
-        """An output of `shape` that descends from `like` and `sources`; `linear`: it is `like`, seen differently."""
+        """A fake tensor of `shape`, computed from `like` and `sources` (any shapes), with dtype and device of `like`.
+
+        Args:
+            counted: it is the result of a layer that costs MACs; `Recorder.count_weighted` sets its producer.
+            linear: it has the summands of `like`, moved or padded (see `flow`).
+        """
         flags, producers = flags_of(like) | (FROM_LAYER if counted else 0), producers_of(like)
         for source in sources:
             if source is not None:
@@ -153,11 +82,15 @@ class ShapeRules(TorchFunctionMode):
             flags &= ~NEEDS_GRAD
         if not linear:
             self.recorder.flow.note_read((like, *sources))
-        projected = annotate(like.new_empty(tuple(shape)), flags, frozenset() if counted else producers)
-        return set_summands(projected, summands_of(like)) if linear else projected
+        out = annotate(like.new_empty(tuple(shape)), flags, frozenset() if counted else producers)
+        return set_summands(out, summands_of(like)) if linear else out
+
+
+# --- layers with a weight ---
 
 
 def _linear(rules: ShapeRules, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """input [..., in], weight [out, in], bias [out] -> [..., out]"""
     rules.require_equal(input.shape[-1], weight.shape[1])
     if bias is not None:
         rules.require_equal(bias.shape[0], weight.shape[0])
@@ -168,7 +101,7 @@ def _linear(rules: ShapeRules, input: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 def _addmm(rules: ShapeRules, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
-    """Hugging Face's Conv1D: mat2 is the weight, [in, out], and input the bias."""
+    """input [n] + mat1 [m, k] @ mat2 [k, n] -> [m, n]; in Hugging Face's Conv1D, mat2 is the weight and input the bias."""
     rules.require_equal(mat1.shape[1], mat2.shape[0])
     if input.dim() and not (isinstance(input.shape[-1], int) and input.shape[-1] == 1):
         rules.require_equal(input.shape[-1], mat2.shape[1])
@@ -178,6 +111,8 @@ def _addmm(rules: ShapeRules, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta
 
 
 def _conv(spatial: int) -> Rule:
+    """input [B, in, *space], weight [out, in / groups, *kernel], bias [out] -> [B, out, *space]; the batch may be absent."""
+
     def rule(
         rules: ShapeRules,
         input: Tensor,
@@ -218,7 +153,7 @@ def _conv(spatial: int) -> Rule:
 
 
 def _conv_transpose(spatial: int) -> Rule:
-    """Only what the groups ask for, PyTorch answers: its shape function does not say that they lie one after another."""
+    """Records the layout of groups, which PyTorch's shape function does not show; the rest is left to PyTorch."""
 
     def rule(
         rules: ShapeRules,
@@ -240,7 +175,11 @@ def _conv_transpose(spatial: int) -> Rule:
     return rule
 
 
+# --- norms ---
+
+
 def _per_channel(rules: ShapeRules, input: Tensor, parameters: Sequence[Tensor | None]) -> Tensor:
+    """input [B, C, *space], each parameter [C] -> the shape of the input"""
     for parameter in parameters:
         if parameter is not None:
             rules.require_equal(parameter.shape[0], input.shape[1])
@@ -297,6 +236,9 @@ def _rms_norm(rules: ShapeRules, input: Tensor, normalized_shape: Any, weight: A
     return _layer_norm(rules, input, normalized_shape, weight)
 
 
+# --- attention, experts, embeddings ---
+
+
 def _attention(
     rules: ShapeRules,
     query: Tensor,
@@ -308,6 +250,7 @@ def _attention(
     scale: Any = None,
     enable_gqa: bool = False,
 ) -> Any:
+    """query [..., T_q, d], key [..., T_k, d], value [..., T_k, d_v] -> [..., T_q, d_v]; the mask broadcasts to [..., T_q, T_k]"""
     rules.require_equal(query.shape[-1], key.shape[-1])
     rules.require_equal(key.shape[-2], value.shape[-2])
     keys, values = list(key.shape[:-2]), list(value.shape[:-2])
@@ -331,7 +274,7 @@ def _attention(
 
 
 def _broadcast(rules: ShapeRules, a: Sequence[Any], b: Sequence[Any]) -> list[Any]:
-    """The sizes that `a` and `b` have together, from the last one on: a 1, or no size at all, takes the other's."""
+    """The broadcast of two lists of sizes, matched from the last one: a 1, or a missing size, takes the other's."""
     longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
     sizes = list(longer)
     for i in range(1, len(shorter) + 1):
@@ -347,7 +290,7 @@ def _is_one(size: Any) -> bool:
 
 
 def _grouped_mm(rules: ShapeRules, mat_a: Tensor, mat_b: Tensor, *_: Any, **__: Any) -> Any:
-    """Experts: mat_a is [S, in], sorted by expert, and mat_b [experts, in, out]. Whatever the routing, S in out MACs."""
+    """mat_a [S, in], tokens sorted by expert; mat_b [experts, in, out] -> [S, out]. S * in * out MACs for any routing."""
     if mat_a.dim() != 2 or mat_b.dim() != 3:
         return NotImplemented
     rules.require_equal(mat_a.shape[1], mat_b.shape[1])
@@ -368,7 +311,7 @@ def _multi_head_attention(
     *_: Any,
     **options: Any,
 ) -> Any:
-    """What nn.MultiheadAttention does inside, where no function is seen: only notes, PyTorch answers."""
+    """Records the layout and scale inside nn.MultiheadAttention, where no function call shows them; PyTorch answers."""
     width, head_dim = query.shape[-1], query.shape[-1] // num_heads
     note_layout(rules.facts, "product", width, [num_heads, head_dim])
     fused = in_proj_weight is not None
@@ -381,13 +324,17 @@ def _multi_head_attention(
 
 
 def _embedding(rules: ShapeRules, input: Tensor, weight: Tensor, *_: Any, **__: Any) -> Any:
-    if isinstance(weight.shape[0], torch.SymInt):
+    """input [...] of ids, weight [rows, features] -> [..., features]"""
+    if isinstance(weight.shape[0], torch.SymInt):  # ids are values: no shape shows that they must be below `rows`
         rules.facts.freeze(poly_of(weight.shape[0]), "rows of an embedding")
     return set_summands(rules.new_output(weight, (*input.shape, weight.shape[1]), counted=True), summands_of(weight))
 
 
+# --- activations and what moves values ---
+
+
 def _activation(name: str) -> Rule:
-    """Behind a non-linearity, what reads an attention product no longer folds into it."""
+    """Any shape -> the same shape. What an attention produced and an activation changed no longer counts as its product."""
 
     def rule(rules: ShapeRules, input: Tensor, *args: Any, **options: Any) -> Any:
         rules.recorder.note_activation(_with_options(name, args, options), input)
@@ -398,7 +345,7 @@ def _activation(name: str) -> Rule:
 
 
 def _activation_in_place(name: str, op: Callable[..., Any]) -> Rule:
-    """`y.relu_()`: y stays the tensor that it is."""
+    """`y.relu_()` returns y itself, so PyTorch runs it."""
 
     def rule(rules: ShapeRules, input: Tensor, *args: Any, **options: Any) -> Any:
         rules.recorder.note_activation(_with_options(name, args, options), input)
@@ -408,7 +355,7 @@ def _activation_in_place(name: str, op: Callable[..., Any]) -> Rule:
 
 
 def _with_options(name: str, args: Sequence[Any], options: Mapping[str, Any]) -> str:
-    """`leaky_relu:negative_slope=0.2`: a function of torch.nn.functional and what was given to it beside the input."""
+    """ "leaky_relu:negative_slope=0.2": the name of a function of torch.nn.functional, and its arguments after the input."""
     names = list(signature(getattr(F, name)).parameters)[1:] if args else []
     given = {**dict(zip(names, args, strict=False)), **options}
     settings = ",".join(f"{k}={v}" for k, v in given.items() if k != "inplace")
@@ -420,7 +367,7 @@ def _dropout(rules: ShapeRules, input: Tensor, *_: Any, **__: Any) -> Any:
 
 
 def _baddbmm(rules: ShapeRules, input: Tensor, batch1: Tensor, batch2: Tensor, **scales: Any) -> Tensor:
-    """[b, n, m] @ [b, m, p] plus a bias that broadcasts; PyTorch's shape function takes plain sizes only."""
+    """batch1 [b, n, m] @ batch2 [b, m, p] + input, which broadcasts -> [b, n, p]"""
     out = torch.bmm(batch1, batch2)
     for have, want in zip(reversed(input.shape), reversed(out.shape), strict=False):
         if not (isinstance(have, int) and have == 1):
@@ -429,6 +376,7 @@ def _baddbmm(rules: ShapeRules, input: Tensor, batch1: Tensor, batch2: Tensor, *
 
 
 def _pad(rules: ShapeRules, input: Tensor, pad: Sequence[Any], mode: str = "constant", value: Any = None) -> Any:
+    """Pads the last len(pad) / 2 dims; `pad` has (before, after) of each, from the last dim on."""
     if mode != "constant":
         return NotImplemented
     shape = list(input.shape)
@@ -442,7 +390,7 @@ def _pad(rules: ShapeRules, input: Tensor, pad: Sequence[Any], mode: str = "cons
 def _interpolate(
     rules: ShapeRules, input: Tensor, size: Any = None, scale_factor: Any = None, *_: Any, **__: Any
 ) -> Any:
-    """Space changes, channels stay; PyTorch's own shape function reads the channels as plain numbers."""
+    """input [B, C, *space] -> [B, C, *size]; PyTorch's shape function reads C as a plain number, which freezes it."""
     spatial = input.dim() - 2
     if size is None:
         factors = scale_factor if isinstance(scale_factor, (tuple, list)) else [scale_factor] * spatial
@@ -453,7 +401,7 @@ def _interpolate(
 
 
 def _getitem(rules: ShapeRules, input: Tensor, index: Any) -> Any:
-    """A width indexed by a tensor (relative position tables) must keep its size: the index values mean its rows."""
+    """`input[index]`. A dim indexed by a tensor (a table of relative positions) is frozen: the values name its rows."""
     for dim, item in enumerate(index if isinstance(index, tuple) else (index,)):
         if item is Ellipsis or item is None:
             break
@@ -466,15 +414,114 @@ def _getitem(rules: ShapeRules, input: Tensor, index: Any) -> Any:
 
 
 def _detach(rules: ShapeRules, input: Tensor) -> Any:
+    """The same values without a gradient; DisableTorchFunctionSubclass keeps this call from this mode."""
     with torch._C.DisableTorchFunctionSubclass():
         return annotate(input.view(input.shape), flags_of(input) & ~NEEDS_GRAD, producers_of(input))
 
+
+# --- LSTM, GRU and plain RNN ---
+
+# PyTorch runs a whole recurrent layer as one op, which takes no symbolic sizes and has no count. Per step and direction
+# it is two products: the input [B, I] with W_ih [G H, I], and the state [B, H] with W_hh [G H, H], where G is the
+# number of gates: 4, 3 or 1. The first step reads the state that the caller gave (zeros by default), and its gradient
+# is needed only if that state needs one.
+
+
+def _recurrent(gates: int) -> Rule:
+    """The rule of torch.lstm, torch.gru, ...: input [B, T, I] (or [T, B, I]) -> output [B, T, directions * H], and states."""
+
+    def rule(
+        rules: Any,
+        input: Tensor,
+        hx: Any,
+        params: Sequence[Tensor],
+        has_biases: Any,
+        num_layers: Any = None,
+        dropout: float = 0,
+        train: bool = False,
+        bidirectional: Any = False,
+        batch_first: Any = False,
+    ) -> Any:
+        if not isinstance(has_biases, bool) or not isinstance(batch_first, bool):
+            return NotImplemented  # a packed sequence
+        states = tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
+        directions = 1 + bool(bidirectional)
+        per_layer = len(params) // (int(num_layers) * directions)
+        steps = input.shape[1 if batch_first else 0]
+        x, hidden = input, None
+        for layer in range(int(num_layers)):
+            outputs = []
+            for direction in range(directions):
+                at = (layer * directions + direction) * per_layer
+                out, hidden = _direction(rules, x, states, params[at : at + per_layer], has_biases, gates, steps)
+                rules.require_equal(states[0].shape[-1], out.shape[-1])
+                rules.require_equal(states[-1].shape[-1], hidden if len(states) == 2 else out.shape[-1])
+                outputs.append(out)
+            width = sum(o.shape[-1] for o in outputs)
+            note_sum(rules.facts, width, [o.shape[-1] for o in outputs])
+            x = rules.new_output(outputs[0], (*x.shape[:-1], width), *outputs, counted=True)
+        finals = tuple(annotate(s.new_empty(s.shape), flags_of(x)) for s in states)
+        return (x, *finals)
+
+    return rule
+
+
+def _direction(
+    rules: Any, x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], has_biases: bool, gates: int, steps: int
+) -> tuple[Tensor, Any]:
+    """One layer in one direction: x [..., I] -> (output [..., H], H); with a projection, its output size instead of H."""
+    w_ih, w_hh = params[:2]
+    biases = params[2:4] if has_biases else ()
+    projection = params[-1] if len(params) > 2 + 2 * has_biases else None
+    hidden = rules.facts.exact_quotient(poly_of(w_ih.shape[0]), Poly.const(gates))
+    rules.facts.equal(hidden * Poly.const(gates), poly_of(w_hh.shape[0]))
+    rules.require_equal(x.shape[-1], w_ih.shape[1])
+    for bias in biases:
+        rules.require_equal(bias.shape[0], w_ih.shape[0])
+    cell = size = rules.facts.symint(hidden)
+    if gates > 1:
+        for weight in (w_ih, w_hh):
+            note_layout(rules.facts, "product", weight.shape[0], [gates, cell])
+    if projection is not None:
+        rules.require_equal(projection.shape[1], size)
+        size = projection.shape[0]
+    rules.require_equal(w_hh.shape[1], size)
+    out = rules.new_output(x, (*x.shape[:-1], size), *states, *params, counted=True)
+    tokens = numel(x.shape[:-1])
+    first_step = (tokens.divided_by(Poly.const(steps)) if steps else None) or Poly()  # its samples
+    cells = [t for t in params if t is not projection]
+    rows = [(x, w_ih, None), (None, w_hh, states[:1])]
+    if projection is not None:
+        rows.append((None, projection, [x, *states, *cells]))
+    for source, weight, initial_states in rows:
+        product = annotate(out.new_empty((*x.shape[:-1], weight.shape[0])), flags_of(out))
+        inputs, outputs = poly_of(weight.shape[1]), poly_of(weight.shape[0])
+        read = source if source is not None else annotate(out.new_empty(out.shape), flags_of(out) | FROM_LAYER)
+        row = rules.recorder.count_weighted("linear", read, weight, product, tokens * inputs * outputs, inputs, outputs)
+        if initial_states is not None and flags_of(read) & NEEDS_GRAD and not _any_needs_grad(initial_states):
+            row.grad_inputs -= first_step * inputs * outputs
+    return out, cell
+
+
+def _any_needs_grad(tensors: Sequence[Tensor]) -> bool:
+    return any(flags_of(t) & NEEDS_GRAD for t in tensors)
+
+
+_RECURRENT = {
+    torch.lstm: _recurrent(4),
+    torch.gru: _recurrent(3),
+    torch.rnn_tanh: _recurrent(1),
+    torch.rnn_relu: _recurrent(1),
+}
+
+
+# --- the table of rules ---
 
 _ACTIVATIONS = ("relu", "relu6", "gelu", "silu", "hardswish", "hardtanh", "mish", "elu", "selu", "leaky_relu")
 _IN_PLACE = ("relu", "leaky_relu", "elu", "selu", "hardtanh")
 
 _RULES: dict[Any, Rule] = {
-    **RECURRENT,
+    **_RECURRENT,
     F.linear: _linear,
     torch.addmm: _addmm,
     F.conv1d: _conv(1),

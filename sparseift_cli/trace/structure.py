@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from ..table.poly import Poly
 
+LayoutKind = Literal["product", "sum"]
+
 
 @dataclass(frozen=True, slots=True)
 class DimLayout:
@@ -17,7 +19,7 @@ class DimLayout:
     after another, as in a concatenation.
     """
 
-    kind: Literal["product", "sum"]
+    kind: LayoutKind
     parts: tuple[Poly, ...]
 
 

@@ -1,7 +1,13 @@
-"""Puts a symbolic int in place of every parameter dim and every int attribute of a model, runs it once, and takes all back.
+"""One forward pass of a model with symbolic sizes: replace its parameters and ints, run it, restore it.
 
-The forward is the model's own, unmodified; parameters become fake tensors without memory. Sizes that describe space,
-not width (kernel, stride, window, ...) stay plain numbers.
+Every parameter and buffer becomes a fake tensor whose dims are symbolic ints, each with a variable of its own; every
+int or tuple of ints among the attributes of a module (`num_heads`, `head_dim`, `normalized_shape`) becomes symbolic
+too, because the forward pass computes shapes from it. Sizes that describe space or count things and not widths (kernel,
+stride, window, number of layers) stay plain numbers: see NOT_WIDTHS. The forward pass is the model's own, unmodified,
+in eval mode. Which variables must be equal follows from what the pass does with them.
+
+A second pass in train mode follows if the first did not call every module that has weights: auxiliary heads run in
+train mode only, and their weights read the same widths. Only its facts about widths count, not its MACs.
 """
 
 from __future__ import annotations
@@ -25,7 +31,8 @@ from .record import FROM_INPUT, Recorder, annotate
 from .shape_rules import ShapeRules
 from .symint import Facts, poly_of
 
-# Attributes that are no widths, or only repeat a parameter's shape (forward never reads the latter).
+# Attributes that are no widths, or that repeat the shape of a parameter (in_features): forward passes do not read
+# those.
 NOT_WIDTHS = frozenset(
     [
         "training",
@@ -79,22 +86,32 @@ _ACTIVATIONS = ("relu", "gelu", "silu", "swish", "mish", "elu", "activation")
 
 @dataclass(slots=True)
 class Origin:
-    """Where a variable stands: a dim of a parameter or buffer, or an int attribute (`index` into a tuple, if it is one)."""
+    """What a variable was made for: dim `index` of a parameter or buffer, or an int attribute (`index`: into a tuple)."""
 
     kind: str  # parameter | buffer | attribute
     path: str
     index: int | None
     size: int
 
+    @property
+    def owner(self) -> str:
+        """Path of the module that has it."""
+        return self.path.rpartition(".")[0]
+
+    @property
+    def name(self) -> str:
+        """Its name in the module."""
+        return self.path.rpartition(".")[2]
+
 
 @dataclass
 class SymbolicRun:
-    """One run: the facts, the rows, where every variable stands, and the outputs (of the second pass too, if there was one)."""
+    """What one run recorded. `outputs` has the output of each pass: one, or two with the second in train mode."""
 
     facts: Facts
     recorder: Recorder
-    origins: dict[int, list[Origin]] = field(default_factory=dict)
-    shapes: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # parameter or buffer key -> symbolic shape
+    origins: dict[int, list[Origin]] = field(default_factory=dict)  # variable -> what it was made for
+    shapes: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # key of a parameter or buffer -> symbolic shape
     outputs: list[Any] = field(default_factory=list)
 
 
@@ -106,10 +123,15 @@ def run_symbolically(
     symbolic: bool = True,
     configs: bool = True,
 ) -> SymbolicRun:
-    """Run `model(*inputs, **kwargs)` on fake tensors; real or meta ones, only their shapes and dtypes are used.
+    """Run `model(*inputs, **kwargs)` on fake tensors, in eval mode; then in train mode if modules were not reached.
 
-    Without `symbolic` all sizes stay plain numbers: the count is the same, the widths stay unknown. Without `configs`
-    only those do that stand in a configuration object: some check the type of what is put into them.
+    Args:
+        inputs, kwargs: tensors of any shape, real or meta: only their shapes and dtypes are used.
+        symbolic: False keeps all sizes plain numbers. The count is the same, the widths stay unknown.
+        configs: False keeps the ints in configuration objects plain: some objects check the type of what is assigned.
+
+    Raises:
+        Exception: whatever the forward pass raises on these inputs, or on symbolic sizes.
     """
     facts = Facts()
     run = SymbolicRun(facts, Recorder())
@@ -122,7 +144,7 @@ def run_symbolically(
         ):
             _forward(model.eval(), inputs, kwargs or {}, run, run.recorder)
             if _has_unreached_weights(model, run.recorder):
-                with suppress(Exception):  # a train mode that needs targets: what only it reaches stays as it is
+                with suppress(Exception):  # a train mode may need targets: then what only it reaches keeps its widths
                     _forward(model.train(), inputs, kwargs or {}, run, run.recorder.second_pass())
     finally:
         model.eval()
@@ -140,12 +162,12 @@ def _forward(
         (inputs, dict(kwargs)),
     )
     with _following_modules(model, recorder), warnings.catch_warnings(), recorder, ShapeRules(run.facts, recorder):
-        warnings.simplefilter("ignore")  # about performance of a run that computes nothing
+        warnings.simplefilter("ignore")  # on performance, and nothing is computed
         run.outputs.append(model(*args, **named))
 
 
 def _has_unreached_weights(model: nn.Module, recorder: Recorder) -> bool:
-    """Does a module have weights that this forward did not reach?"""
+    """Whether a module with weights was not called in this forward pass."""
     return any(path not in recorder.first_seen for path, m in model.named_modules() if m._parameters and path)
 
 
@@ -163,7 +185,7 @@ def _substituted(model: nn.Module, substitutes: _Substitutes) -> Iterator[None]:
 
 @contextmanager
 def _restoring_module_state(model: nn.Module) -> Iterator[None]:
-    """Whatever a forward keeps in its modules (its last activations, a step count, a lazy buffer) is taken back at the end."""
+    """Undo at the end what a forward pass stores in modules: its last activations, a step count, a lazy buffer."""
     stores = [module.__dict__ for module in model.modules()]
     inner = [value for store in stores for value in store.values() if type(value) in (dict, list)]
     before = [(held, held.copy()) for held in (*stores, *inner)]
@@ -176,7 +198,7 @@ def _restoring_module_state(model: nn.Module) -> Iterator[None]:
 
 
 class _Substitutes:
-    """Fake tensors for parameters and buffers, symbolic ints for numbers; all of it is taken back at the end."""
+    """Puts fake tensors and symbolic ints in place of parameters, buffers and ints; `restore` undoes it."""
 
     def __init__(self, run: SymbolicRun, symbolic: bool, configs: bool) -> None:
         self.run = run
@@ -195,7 +217,7 @@ class _Substitutes:
             for key, tensor in list(store.items()):
                 if tensor is None:
                     continue
-                if key == "original_inv_freq" and "inv_freq" in store:  # a copy, resized with it
+                if key == "original_inv_freq" and "inv_freq" in store:  # a copy of inv_freq: resized with it
                     self.fakes[id(tensor)] = cast(Tensor, store["inv_freq"])
                 if id(tensor) not in self.fakes:
                     self.fakes[id(tensor)] = _fake(tensor, kind, prefix + key, module, self.run, self.symbolic)
@@ -205,12 +227,12 @@ class _Substitutes:
                 self.run.shapes[prefix + key] = tuple(fake.shape)
                 self._replace(store, key, fake)
         self._tie_bias(module, prefix)
-        if isinstance(module, nn.RNNBase):  # it keeps a second list of its weights
+        if isinstance(module, nn.RNNBase):  # it has a second list of its weights, which forward reads
             names: list[str] = module._flat_weights_names
             self._replace(module.__dict__, "_flat_weights", [module._parameters[n] for n in names])
 
     def _tie_bias(self, module: nn.Module, prefix: str) -> None:
-        """A layer has one bias an output, though a forward that reads slices of it (`w.bias[:n]`) asks only for n."""
+        """Record that a layer has one bias per output: a forward pass that reads `bias[:n]` would not show it."""
         weight, bias = (self.run.shapes.get(prefix + key) for key in ("weight", "bias"))
         plain = isinstance(module, (nn.Linear, _ConvNd)) and not getattr(module, "transposed", False)
         if not (plain and weight and bias):
@@ -220,7 +242,7 @@ class _Substitutes:
             self.run.facts.equal(outputs, entries)
 
     def for_numbers(self, module: nn.Module, prefix: str) -> None:
-        """Ints of the module, and of a configuration that it holds (once, however many modules hold it)."""
+        """Replace the ints of a module, and those of a configuration object that it holds (once for all its holders)."""
         self._numbers(prefix, module.__dict__)
         for key, config in list(module.__dict__.items()):
             if self.with_configs and is_config(config) and id(config) not in self.configs:
@@ -260,12 +282,15 @@ def _fake(tensor: Tensor, kind: str, path: str, module: nn.Module, run: Symbolic
 
 
 def is_config(value: Any) -> bool:
-    """A configuration object that modules read sizes from while they run, as Hugging Face's do."""
+    """Whether `value` is a configuration object that modules read sizes from in forward, as Hugging Face's."""
     return any(base.__name__ in ("PretrainedConfig", "PreTrainedConfig") for base in type(value).__mro__)
 
 
 def _int_attributes(attributes: Mapping[str, Any]) -> Iterator[tuple[str, set[int]]]:
-    """Attributes that are an int above 1, or a tuple of ints with the positions of those above 1."""
+    """(name, empty set) of each attribute that is an int above 1; (name, positions above 1) of each tuple of ints.
+
+    A 1 is no width: it means "not split" or "no groups", and stays 1 when the model is widened.
+    """
     for key, value in list(attributes.items()):
         if key in NOT_WIDTHS:
             continue
@@ -279,13 +304,13 @@ def _int_attributes(attributes: Mapping[str, Any]) -> Iterator[tuple[str, set[in
 
 
 def is_activation(module: nn.Module) -> bool:
-    """A non-linearity as a module of its own; gates (sigmoid, tanh) are not what a layer ends with."""
+    """Whether a module is an activation function; sigmoid and tanh are gates and do not count."""
     name = type(module).__name__.lower()
     return not (module._parameters or module._modules) and any(word in name for word in _ACTIVATIONS)
 
 
 def _watch_direct_calls(module: nn.Module, path: str, recorder: Recorder) -> Callable[[], None]:
-    """Tell the recorder of `module.forward(x)` too, which runs no hook, and what it returned; what takes that back."""
+    """Report a direct call of `module.forward(x)`, which runs no hooks, and its result; returns a function that undoes it."""
     forward, before = module.forward, module.__dict__.get("forward")
 
     @wraps(forward)
@@ -313,8 +338,8 @@ def _watch_direct_calls(module: nn.Module, path: str, recorder: Recorder) -> Cal
 
 @contextmanager
 def _following_modules(model: nn.Module, recorder: Recorder) -> Iterator[None]:
-    """Tell the recorder which module runs."""
-    # nn.Softmax is passed over: the attention that calls one has taken the softmax itself
+    """Report to the recorder which module runs, by global forward hooks."""
+    # not nn.Softmax: the softmax must count for the attention module that calls it (see Recorder.softmaxed)
     names = {id(m): path for path, m in model.named_modules() if not isinstance(m, nn.Softmax)}
     activations = {id(m) for m in model.modules() if is_activation(m)}
     norms = {id(m) for m in model.modules() if is_layer_norm(m)}

@@ -12,7 +12,7 @@ equality as a fact in `Facts`:
 >>> facts = Facts()
 >>> width, heads = facts.symint(facts.new_variable(64)), facts.symint(facts.new_variable(8))
 >>> bool(width // heads == 8), list(facts.equations)  # head_dim is the new variable w2
-(True, [w0 + -1*w1*w2, -8 + w2])
+(True, [-1*w0 + w1*w2, -8 + w2])
 
 A size that the forward pass reads as a plain number (`int(x.shape[1])`, an index) cannot change: its variables are
 *frozen*. PyTorch's own ShapeEnv finds the same facts with sympy, about six times slower.
