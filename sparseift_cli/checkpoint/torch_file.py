@@ -37,7 +37,7 @@ _AGAIN = "download or copy it again"
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class ZipMember:
     """One file of the archive. `offset` is where its local header lies."""
 
     name: str
@@ -51,7 +51,7 @@ class Member:
 class Archive:
     """Members by name, and the offset of the directory, behind which no data may lie."""
 
-    members: dict[str, Member]
+    members: dict[str, ZipMember]
     directory: int
 
     def data(self, file: BinaryIO, name: str) -> tuple[int, int]:
@@ -79,7 +79,7 @@ def read_archive(file: BinaryIO, size: int) -> Archive:
         raise Malformed(f"a zip archive that claims {count:,} members; up to {MAX_MEMBERS:,} are read")
     file.seek(offset)
     raw = file.read(length)
-    members: dict[str, Member] = {}
+    members: dict[str, ZipMember] = {}
     at = 0
     for _ in range(count):
         member, at = _entry(raw, at)
@@ -104,7 +104,7 @@ def check_stored(archive: Archive, file_size: int) -> None:
     _check_apart(archive.members.values(), archive.directory, file_size)
 
 
-def _check_apart(members: Iterable[Member], directory: int, file_size: int) -> None:
+def _check_apart(members: Iterable[ZipMember], directory: int, file_size: int) -> None:
     ordered = sorted(members, key=lambda m: m.offset)
     for member in ordered:
         if member.offset + _LOCAL.size + member.size > directory:
@@ -151,7 +151,7 @@ def _zip64(file: BinaryIO, end: int) -> tuple[int, int, int, int]:
     raise Malformed("damaged: the 64-bit directory record of the zip archive is missing", hint=_AGAIN)
 
 
-def _entry(raw: bytes, at: int) -> tuple[Member, int]:
+def _entry(raw: bytes, at: int) -> tuple[ZipMember, int]:
     """The directory entry at `at`, and where the next one begins."""
     if at + _ENTRY.size > len(raw) or raw[at : at + 4] != b"PK\x01\x02":
         raise Malformed("damaged: the zip directory breaks off", hint=_AGAIN)
@@ -166,7 +166,7 @@ def _entry(raw: bytes, at: int) -> tuple[Member, int]:
     # The 64-bit extra field holds, in this order, only those values that overflowed their 32 bits.
     values = [wide.pop(0) if value == 0xFFFFFFFF and wide else value for value in (size, packed, offset)]
     stored = method == 0 and not flags & 1 and values[0] == values[1]
-    return Member(name, values[2], values[0], values[1], stored), end
+    return ZipMember(name, values[2], values[0], values[1], stored), end
 
 
 def _wide_fields(extra: bytes) -> list[int]:

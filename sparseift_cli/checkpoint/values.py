@@ -126,7 +126,7 @@ class NM:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class ValueBlock:
     """Zeros come in blocks of rows x columns of the matrix; with `taps` > 1 the columns are whole channels of taps."""
 
     rows: int
@@ -146,7 +146,7 @@ class Pattern:
     empty_columns: int
     lines: str | None  # "rows", "columns" or "rows and columns" where these explain every zero
     nm: NM | None
-    block: Block | None
+    block: ValueBlock | None
     most: dict[int, dict[int, int]]
 
     def label(self, zeros: int, numel: int) -> str:
@@ -267,10 +267,10 @@ class PatternFinder:
         ]
         return min(found, key=lambda p: (p.n / p.m, -p.dim, p.m), default=None)
 
-    def _block(self) -> Block | None:
+    def _block(self) -> ValueBlock | None:
         """The largest block whose non-zero copies are full; of equal ones the squarest."""
         full = [key for key, holes in self.holes.items() if holes <= _HOLES * self.nonzeros and self.nonzeros]
         r, c, taps = max(full, key=lambda k: (k[0] * k[1] * k[2], -abs(k[0] - k[1])), default=(1, 1, 1))
         if r * c * taps == 1:
             return None
-        return Block(c, r) if self.swapped else Block(r, c * taps, taps)
+        return ValueBlock(c, r) if self.swapped else ValueBlock(r, c * taps, taps)

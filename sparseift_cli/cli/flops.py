@@ -38,7 +38,7 @@ _TRAINING = "Training FLOPs"
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class OutputChoices:
     """How the result is shown and where it goes."""
 
     fmt: Format
@@ -97,7 +97,7 @@ def flops(
     from ..transforms.artifact import is_artifact
     from .gates import Limits
 
-    view = View(Format.json if json else fmt, output, depth, sort, summary)
+    view = OutputChoices(Format.json if json else fmt, output, depth, sort, summary)
     limits = Limits(max_flops_ratio, max_layer_ratio, strict)
     request = Request(source, num_classes, parse_input(input_shape), seq, batch)
     if is_artifact(source):
@@ -114,7 +114,7 @@ def _count(
     training: dict[str, Any],
     causal: str,
     limits: Limits,
-    view: View,
+    view: OutputChoices,
     *,
     verify: bool,
 ) -> None:
@@ -147,7 +147,9 @@ def _count(
     _show(result, problems, view, verification)
 
 
-def _show(result: Audit, problems: list[Problem], view: View, verification: Verification | None = None) -> None:
+def _show(
+    result: Audit, problems: list[Problem], view: OutputChoices, verification: Verification | None = None
+) -> None:
     """Show an audit, then exit 1 where a gate has a problem, also where the reader of stdout has gone (`| head`)."""
     from . import flops_view, gates
     from .output import ignore_broken_pipe
@@ -186,7 +188,12 @@ def _spec(given: dict[str, Any]) -> TransformSpec:
 
 
 def _compare(
-    table: LayerTable, specs: list[TransformSpec], training: TrainingSpec, causal: str, limits: Limits, view: View
+    table: LayerTable,
+    specs: list[TransformSpec],
+    training: TrainingSpec,
+    causal: str,
+    limits: Limits,
+    view: OutputChoices,
 ) -> None:
     """One line per sparsity; where a sparsity cannot be matched its line has the reason, and the command exits 1."""
     from ..errors import CheckFailed

@@ -147,7 +147,7 @@ def _recognise(version: _Version, place: Path) -> tuple[Path, Read] | None:
 _ReadFile = Callable[[_Version, bytearray], "tuple[Tensor, Tensor]"]
 
 
-class Unreadable(Exception):
+class UnreadableArrays(Exception):
     """A file of the data set that does not hold what it should; the message says why."""
 
 
@@ -162,7 +162,7 @@ def _read(version: _Version, place: Path, read: _ReadFile, split: str) -> tuple[
     for name in names:
         try:
             image, label = read(version, members.pop(name))
-        except Unreadable as error:
+        except UnreadableArrays as error:
             raise UsageError(f"{place / name}: {error}", hint="delete it and fetch the data set again") from None
         images.append(image)
         labels.append(label)
@@ -175,7 +175,7 @@ def _read_binary(version: _Version, data: bytearray) -> tuple[Tensor, Tensor]:
 
     record = version.label_bytes + _PIXELS
     if not data or len(data) % record:
-        raise Unreadable(f"its {len(data):,} bytes are not whole records of {record:,}")
+        raise UnreadableArrays(f"its {len(data):,} bytes are not whole records of {record:,}")
     records = torch.frombuffer(data, dtype=torch.uint8).view(-1, record)
     return records[:, version.label_bytes :].reshape(-1, *SHAPE), records[:, version.label_bytes - 1].to(torch.int64)
 
@@ -187,13 +187,13 @@ def _read_python(version: _Version, data: bytearray) -> tuple[Tensor, Tensor]:
     content = read_arrays(data)
     array, labels = content.get("data"), content.get(version.label_key)
     if not isinstance(array, PickledArray) or not isinstance(labels, list):
-        raise Unreadable(f"it has no array `data`, or no list `{version.label_key}`")
+        raise UnreadableArrays(f"it has no array `data`, or no list `{version.label_key}`")
     if not all(isinstance(label, int) and 0 <= label < version.classes for label in labels):
-        raise Unreadable(f"it has labels that are no whole numbers from 0 to {version.classes - 1}")
+        raise UnreadableArrays(f"it has labels that are no whole numbers from 0 to {version.classes - 1}")
     if array.dtype not in ("u1", "|u1") or array.shape != (len(labels), _PIXELS):
-        raise Unreadable(f"its array is {array.dtype} {array.shape}, not bytes {(len(labels), _PIXELS)}")
+        raise UnreadableArrays(f"its array is {array.dtype} {array.shape}, not bytes {(len(labels), _PIXELS)}")
     if len(array.data) != prod(array.shape) or not labels:
-        raise Unreadable(f"its array has {len(array.data):,} bytes for {array.shape}")
+        raise UnreadableArrays(f"its array has {len(array.data):,} bytes for {array.shape}")
     return torch.frombuffer(bytearray(array.data), dtype=torch.uint8).view(-1, *SHAPE), torch.tensor(labels)
 
 
@@ -238,7 +238,7 @@ class _ArrayUnpickler(pickle._Unpickler):
             "_codecs.encode": lambda *args: _encoded(*args),  # how Python 3 writes bytes in protocol 2
         }
         if f"{module}.{name}" not in replacements:
-            raise Unreadable(f"its pickle wants {module!r} {name!r}, which no data set needs: not opened")
+            raise UnreadableArrays(f"its pickle wants {module!r} {name!r}, which no data set needs: not opened")
         return replacements[f"{module}.{name}"]
 
 
@@ -246,16 +246,16 @@ def read_arrays(content: bytes | bytearray) -> dict[str, object]:
     """The dict that a pickle holds, with text keys: of lists, numbers, text and `PickledArray`.
 
     Raises:
-        Unreadable: it is damaged, or names anything but numpy's arrays.
+        UnreadableArrays: it is damaged, or names anything but numpy's arrays.
     """
     try:
         with warnings.catch_warnings(action="ignore"):  # odd escapes in a damaged string
             found = _ArrayUnpickler(io.BytesIO(content), encoding="latin-1").load()
-    except Unreadable:
+    except UnreadableArrays:
         raise
     except Exception as error:  # whatever damaged bytes make an unpickler raise
-        raise Unreadable(f"its pickle is damaged ({type(error).__name__})") from None
+        raise UnreadableArrays(f"its pickle is damaged ({type(error).__name__})") from None
     if not isinstance(found, dict):
-        raise Unreadable("its pickle holds no dict")
+        raise UnreadableArrays("its pickle holds no dict")
     named = {key.decode("latin-1") if isinstance(key, bytes) else key: value for key, value in found.items()}
     return {key: value for key, value in named.items() if isinstance(key, str)}

@@ -42,7 +42,7 @@ class Spec(Section):
     schedule: Schedule = Field(description="The learning rate: constant, multistep, cosine or linear.")
     training: how.Training = Field(description="Length, batches, precision, seeds.")
     evaluation: how.Evaluation = Field(description="What is measured, and when.")
-    checkpoint: how.Checkpoint = Field(description="What is kept to resume from.")
+    checkpoint: how.CheckpointSettings = Field(description="What is kept to resume from.")
 
 
 def spec_for(algorithm: str) -> type[Spec]:

@@ -379,7 +379,7 @@ class Evaluation(Section):
     test: bool = Field(False, description="Measure the test split too, once, at the end: where another one is watched.")
 
 
-class Checkpoint(Section):
+class CheckpointSettings(Section):
     """What a run leaves on disk to resume from."""
 
     every: Duration = Field("5%", description="Time between two checkpoints; the end of the run has one always.")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sparseift_cli.data import open_data
-from sparseift_cli.data.cifar import Unreadable, read_arrays
+from sparseift_cli.data.cifar import UnreadableArrays, read_arrays
 from sparseift_cli.data.mnist import read_idx
 from sparseift_cli.errors import UsageError
 
@@ -167,14 +167,14 @@ def test_every_cut_of_a_pickle_is_one_line(tmp_path: Path) -> None:
 
 
 def test_flipped_bytes_never_crash() -> None:
-    """Whatever a pickle says, it is a dict or Unreadable; nothing else comes out."""
+    """Whatever a pickle says, it is a dict or UnreadableArrays; nothing else comes out."""
     pixels, labels = made_up("cifar100", 1)["test"]
     whole = bytearray(python2_pickle(pixels[:, :48], labels, "fine_labels"))
     random = np.random.default_rng(1)
     for _ in range(2000):
         damaged = bytearray(whole)
         damaged[int(random.integers(len(whole)))] = int(random.integers(256))
-        with contextlib.suppress(Unreadable):
+        with contextlib.suppress(UnreadableArrays):
             assert isinstance(read_arrays(damaged), dict)
 
 
