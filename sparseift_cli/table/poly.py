@@ -1,13 +1,13 @@
 """Integer polynomials over width variables: how every size in a model depends on its widths.
 
-A width variable is a small integer id. `Poly` is immutable, hashable and exact; it is what the tracer's symbolic ints hold,
-and what a layer table stores: `3*w0` for a fused QKV, `w1 + w2` for a concatenation, `196 * w0 * w1` for a layer's MACs.
-Imports nothing of ours.
+A width variable is an integer id, printed as w0, w1, ... The trace computes with these polynomials, and a LayerTable
+stores them: `3*w0` are the outputs of a fused QKV projection, `w1 + w2` is a concatenation, `196*w0*w1` are the MACs of
+a layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import gcd
 from typing import Any
 
@@ -15,7 +15,18 @@ Monomial = tuple[int, ...]  # sorted variable ids, repeated for powers; () is th
 
 
 class Poly:
-    """A polynomial with integer coefficients, kept as sorted (monomial, coefficient) terms without zeros."""
+    """A polynomial with integer coefficients: immutable, hashable, equal where all coefficients are.
+
+    `terms` are (monomial, coefficient), sorted, without zero coefficients; a monomial is a sorted tuple of variable
+    ids.
+
+    >>> width, other = Poly.var(0), Poly.var(1)
+    >>> macs = Poly.const(196) * width * other
+    >>> macs, macs.terms, macs.evaluate([64, 128])
+    (196*w0*w1, (((0, 1), 196),), 1605632)
+    >>> (width + width - other).primitive()  # as an equation, 2*w0 - w1 == 0
+    -2*w0 + w1
+    """
 
     __slots__ = ("_hash", "terms")
     terms: tuple[tuple[Monomial, int], ...]
@@ -26,10 +37,12 @@ class Poly:
 
     @staticmethod
     def const(value: int) -> Poly:
+        """The constant polynomial `value`."""
         return Poly((((), value),))
 
     @staticmethod
     def var(identifier: int) -> Poly:
+        """The polynomial of one variable, by its id."""
         return Poly((((identifier,), 1),))
 
     def __eq__(self, other: object) -> bool:
@@ -68,14 +81,18 @@ class Poly:
 
     @property
     def constant(self) -> int:
-        """The value of a constant polynomial."""
+        """The value of a constant polynomial.
+
+        Raises:
+            ValueError: it depends on a variable.
+        """
         if not self.is_constant:
             raise ValueError(f"{self} is not a constant")
         return self.terms[0][1] if self.terms else 0
 
     @property
     def as_variable(self) -> int | None:
-        """The id, when the polynomial is one bare variable."""
+        """The id of the variable, where the polynomial is one variable and nothing else."""
         if len(self.terms) == 1 and self.terms[0][1] == 1 and len(self.terms[0][0]) == 1:
             return self.terms[0][0][0]
         return None
@@ -98,18 +115,8 @@ class Poly:
             total = total + product
         return total
 
-    def substitute(self, replacement: Callable[[int], Poly]) -> Poly:
-        """Every variable replaced by a polynomial."""
-        total = Poly()
-        for monomial, c in self.terms:
-            product = Poly.const(c)
-            for v in monomial:
-                product = product * replacement(v)
-            total = total + product
-        return total
-
     def rename(self, names: Mapping[int, int]) -> Poly:
-        """Every variable replaced by another variable (several may fall together)."""
+        """Replace every variable by another one; several may be given the same new name."""
         total: dict[Monomial, int] = {}
         for monomial, c in self.terms:
             key = tuple(sorted(names[v] for v in monomial))
@@ -134,9 +141,10 @@ class Poly:
         return Poly(quotient)
 
     def primitive(self) -> Poly:
-        """Without its common integer factor and common variables, leading sign positive: what `self == 0` says of sizes.
+        """The simplest polynomial that is 0 for the same positive sizes, as a normal form of the equation `self == 0`.
 
-        Sizes are positive, so a common variable never is the zero.
+        Common integer factors and common variables are divided out (a size is never 0), and the last coefficient is
+        positive.
         """
         if not self.terms:
             return self
@@ -153,7 +161,7 @@ class Poly:
         return self.divided_by(Poly(((tuple(common), sign * factor),))) or self
 
     def to_json(self) -> int | list[list[int]]:
-        """A constant as an int; otherwise [[coefficient, id, id, ...], ...]."""
+        """A constant as an int, anything else as [[coefficient, id, id, ...], ...]."""
         return self.constant if self.is_constant else [[c, *m] for m, c in self.terms]
 
     @staticmethod

@@ -1,8 +1,9 @@
 """The LayerTable: what a dense model is at one input shape. Facts only, no decisions; no torch; JSON in and out.
 
-Every size is a `Poly` over the model's *widths*: groups of dims that tracing found tied to each other (all that meet in
-a residual add, a weight's input and what feeds it, ...). `equations` relate widths (`qkv = 3 * heads * head_dim`); solving
-them for a transform's sizes is `widths.py`'s business.
+Every size is a `Poly` over the model's *widths*: a width is a group of dims that must be equal (all that meet in a
+residual addition, the output of a layer and the input of the next one). `equations` relate widths to each other
+(`qkv = 3 * heads * head_dim`); `plan/widths` solves them for the sizes of a transformed model. `trace/` makes tables; those
+of the zoo's models are stored as JSON.
 """
 
 from __future__ import annotations
@@ -21,29 +22,39 @@ SCHEMA = "sparseift.layers/1"
 
 Role = Literal["input", "output", "body", "attention", "norm", "embedding"]
 WidthKind = Literal["width", "heads", "head_dim", "count"]
-_NUMBERED = re.compile(r"(?:^|[_-])\d+$")  # the name of one of several modules: 3, encoder_layer_3, block1-3
+_NUMBERED = re.compile(r"(?:^|[_-])\d+$")  # a module that is one of several: 3, encoder_layer_3, block1-3
 
 
 @dataclass(frozen=True, slots=True)
 class Width:
-    """A group of tied dims. `kind`: a width of weights; a number of heads; a head dim; any other count, never scaled."""
+    """A group of dims that must be equal. `kind`: "width" of weights, number of "heads", "head_dim", or another "count".
 
-    name: str  # where it was met first: "layer1.0.conv1.weight[0]"
+    Only a count is never scaled by a transform.
+    """
+
+    name: str  # the first dim of the group: "layer1.0.conv1.weight[0]"
     size: int
     kind: WidthKind = "width"
     fixed: str | None = None  # why it must not change, if it must not
-    residual: bool = False  # meets another layer's output in an addition
-    attention: bool = False  # is part of an attention product
+    residual: bool = False  # a dim of a residual addition of two layers' outputs
+    attention: bool = False  # a dim of an attention product
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One row: a counted op, or parameters that cost no MACs (norms, embeddings, free parameters).
+    """One row: a counted op, or parameters that cost no MACs (norms, embeddings, bare parameters).
 
-    MACs, parameters and activations are totals over all `calls`, at the table's input shape. `params` holds every
-    parameter the row owns, biases too; a weight that two rows use belongs to the first, the other says `tied_to`.
-    `grad_inputs` and `grad_weight` count the operand gradients a backward pass needs, each costing the forward MACs; a
-    fraction where only some of the calls need one (an LSTM's first step has no state to pass a gradient to).
+    `macs` (multiply-accumulates of the forward pass; 1 MAC is 2 FLOPs) and `activations` (output elements) are totals
+    over all `calls` at the table's input shape, batch included. `params` counts every parameter of the row, biases too.
+    A weight that two rows use is counted in the first one; both name each other in `tied_to`. `grad_inputs` and
+    `grad_weight` are the gradients that a backward pass computes, in units of the row's forward MACs: 0, 1, 2 (both
+    operands of an attention product), or a fraction where only some of the calls need one (the first step of an LSTM
+    passes no gradient to its initial state).
+
+    >>> linear = Layer("fc", "linear", "body", macs=Poly.const(32) * Poly.var(0) * Poly.var(1), weight="fc.weight",
+    ...                inputs=Poly.var(0), outputs=Poly.var(1))
+    >>> linear.macs, linear.macs.evaluate([8, 16]), linear.shape([8, 16]).weights
+    (32*w0*w1, 4096, 128)
     """
 
     name: str
@@ -61,28 +72,29 @@ class Layer:
     kernel: tuple[int, ...] = ()
     groups: Poly = field(default_factory=lambda: Poly.const(1))
     tied_to: str | None = None
-    host: str | None = None  # the class that holds the weight, where no other layer can stand in for it
+    host: str | None = None  # the class that holds or reads the weight, where a transformed layer cannot replace it
     projection: bool = False  # makes an attention product's query, key or value, or reads its result
     causal: tuple[int, int] | None = None  # (queries, keys) of an attention product under a causal mask
     note: str | None = None
 
     @property
     def weighted(self) -> bool:
-        """Costs MACs through a weight of its own."""
+        """Whether it costs MACs by a weight that is a parameter."""
         return self.weight is not None and bool(self.macs.terms)
 
     @property
     def block(self) -> str | None:
-        """The repeated block that the row lies in: the outermost numbered module around it; None for a stem or a head.
+        """The repeated block that contains the row: the outermost numbered module around it; None for a stem or a head.
 
-        `layer1.0` of layer1.0.conv1, `encoder_layer_3` of encoder_layer_3.mlp.0. It is what activation checkpointing
-        computes a second time (`train.recompute`).
+        `layer1.0` for layer1.0.conv1, `encoder_layer_3` for encoder_layer_3.mlp.0. Activation checkpointing computes
+        blocks a second time (`train/recompute`).
         """
         parts = self.name.split(".")[:-1]
         at = next((i for i, part in enumerate(parts, 1) if _NUMBERED.search(part)), None)
         return None if at is None else ".".join(parts[:at])
 
     def shape(self, sizes: Sequence[int]) -> Shape:
+        """Its dims where width i has size `sizes[i]`."""
         taps = 1
         for k in self.kernel:
             taps *= k
@@ -125,15 +137,28 @@ class Layer:
 
 @dataclass(frozen=True)
 class LayerTable:
-    """A dense model at one input shape: rows in execution order, widths, the equations between them, and what was not counted."""
+    """A dense model at one input shape: rows in the order of execution, widths, and equations between widths.
+
+    A model of two linear layers, 8 -> 16 -> 4, on 32 samples:
+
+    >>> batch, (w0, w1, w2) = Poly.const(32), map(Poly.var, range(3))
+    >>> first = Layer("0", "linear", "input", macs=batch * w0 * w1, params=w0 * w1 + w1, weight="0.weight", inputs=w0, outputs=w1)
+    >>> last = Layer("2", "linear", "output", macs=batch * w1 * w2, params=w1 * w2 + w2, weight="2.weight", inputs=w1, outputs=w2)
+    >>> widths = (Width("0.weight[1]", 8), Width("0.weight[0]", 16), Width("2.weight[0]", 4, fixed="output of the model"))
+    >>> table = LayerTable("mlp", (32, 8), (first, last), widths)
+    >>> table.macs, table.params  # 32 * (8*16 + 16*4), and 8*16 + 16 + 16*4 + 4
+    (6144, 212)
+    >>> LayerTable.from_json(table.to_json()) == table
+    True
+    """
 
     model: str
     input: tuple[int, ...]
     layers: tuple[Layer, ...]
     widths: tuple[Width, ...]
-    equations: tuple[Poly, ...] = ()
+    equations: tuple[Poly, ...] = ()  # each polynomial over widths is 0
     uncounted: tuple[str, ...] = ()  # ops that are neither counted nor known to cost no MACs
-    untraceable: str | None = None  # why widths are unknown, if they are: then all of them are fixed
+    untraceable: str | None = None  # why the widths are unknown, where they are: then all of them are fixed
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -142,11 +167,12 @@ class LayerTable:
 
     @property
     def macs(self) -> int:
-        """Forward MACs of the dense model, attention counted in full."""
+        """Forward MACs of the dense model; attention under a causal mask is counted in full."""
         return sum(layer.macs.evaluate(self.sizes) for layer in self.layers)
 
     @property
     def params(self) -> int:
+        """Number of parameters of the dense model, each tied one once."""
         return sum(layer.params.evaluate(self.sizes) for layer in self.layers)
 
     def to_json(self) -> dict[str, Any]:

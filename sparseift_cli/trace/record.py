@@ -7,9 +7,10 @@ uncounted, never ignored.
 
 Beside the count, the recorder notes on every tensor where it came from, as attributes of the tensor object:
 
-flags      bits: needs a gradient (decides what a backward pass costs), derived from the model's input, from a layer's
-output producers  the counted ops whose product it is (finds which weight makes the query of an attention, and residual
-additions) summands   what it is the sum of (see `flow`)
+- flags: whether it needs a gradient (which decides what a backward pass costs), and whether it was computed from the
+  model's input and from the output of a layer;
+- producers: the counted ops whose product it is, by which residual additions and the query of an attention are found;
+- summands: what it is the sum of (see `flow`).
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@
 function into primitive ops. The functions in `_RULES` are answered here and never reach PyTorch, for these reasons:
 
 - PyTorch's shape functions for fake and meta tensors do not check the sizes of norm parameters, biases and attention
-masks. They
-  record no equality, and a widened model would run with a norm of the old width.
+  masks. They show no equality, and a widened model would run with a norm of the old width.
 - F.scaled_dot_product_attention runs as one of several kernels, depending on device, mask and dtype. One rule counts all
   alike, and records the broadcast of the mask and of heads that share keys (grouped-query attention).
 - F.pad, F.interpolate and torch.baddbmm read sizes as plain numbers, which freezes them; LSTM and GRU take no symbolic
