@@ -2,10 +2,15 @@
 
 Let a norm over D channels turn into one over D', a = D / D'. Let D of the new channels hold the dense values x, with
 mean m and variance v, and let every added channel hold m (for a root mean square: 0, and v is the mean square). The
-wider norm then sees the same mean and the variance a v. With eps' = a eps and gain' = sqrt(a) g it returns the dense
-values:
+wider norm then sees the same mean and the variance a v. With eps' = a eps and gain' = sqrt(a) g it returns the same:
 
     sqrt(a) g (x - m) / sqrt(a v + a eps) = g (x - m) / sqrt(v + eps)
+
+>>> x, a = torch.tensor([3.0, 4.0]), 2 / 4
+>>> torch.rms_norm(x, (2,), torch.ones(2), 1e-3)
+tensor([0.8485, 1.1313])
+>>> torch.rms_norm(torch.tensor([3.0, 4.0, 0.0, 0.0]), (4,), torch.full((4,), a**0.5), 1e-3 * a)
+tensor([0.8485, 1.1313, 0.0000, 0.0000])
 
 What must hold of the inputs, by the kind of norm:
 

@@ -97,6 +97,16 @@ def distribute_slack(
     slack * nnz positions, or what the plan has beyond the dense weights if that is more, are sampled from `free`,
     equally from each set. Where `free` has fewer, the remaining positions of the mask are random ones that hold zeros.
 
+    A dense 2 x 2 weight inside a wide 3 x 3 one, four non-zeros, a quarter of them slack. The smallest dense weight, 1,
+    is removed, and the added output gets a random weight on a dense input:
+
+    >>> weight = torch.tensor([[3.0, 2.0, 0.1], [1.0, 4.0, 0.2], [0.3, 0.4, 0.5]])
+    >>> dense_index = torch.tensor([[0], [1]]), torch.tensor([[0, 1]])
+    >>> free = FreePositions.along((3, 3), 0, torch.tensor([2]), 1, torch.tensor([0, 1]))
+    >>> choice = distribute_slack(weight, dense_index, 4, 0.25, [free], torch.Generator().manual_seed(0))
+    >>> choice.mask.int().tolist()
+    [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
+
     Args:
         weight: holds the dense values at `dense_index` (see `Coordinates.index`); on the CPU.
         slack: share of the non-zeros, in [0, 1).
