@@ -70,6 +70,8 @@ class DeclaredOption:
     default: Any
     """`dataclasses.MISSING` where a value must be given."""
     option: Option
+    notes: tuple[Any, ...] = ()
+    """What else `Annotated` says of the type, for whatever makes fields of it."""
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -124,7 +126,8 @@ def options_of(declaring: type) -> Mapping[str, DeclaredOption]:
         if option is None:
             continue
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        found[field.name] = DeclaredOption(field.name, *_without_none(bare), default, option)
+        others = tuple(note for note in notes if note is not option)
+        found[field.name] = DeclaredOption(field.name, *_without_none(bare), default, option, others)
     return found
 
 

@@ -119,7 +119,7 @@ class Registry(Generic[T]):
     def _require_kind(self, name: str, entry: object) -> None:
         reason = self._check(entry) if self._check else None
         if reason:
-            raise UsageError(f"{name} is not a {self.kind}: {reason}")
+            raise UsageError(f"{name} is not {'an' if self.kind[0] in 'aeio' else 'a'} {self.kind}: {reason}")
 
 
 def _squeezed(name: str) -> str:

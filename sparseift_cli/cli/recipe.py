@@ -55,8 +55,8 @@ def opened(name: str, sets: list[str] | None = None) -> Recipe:
 
 @app.command(help="List the shipped recipes.\n\nExample:\n\n  sparseift recipe ls --format json")
 def ls(fmt: options.FormatOption = Format.table, json: options.Json = False) -> None:
+    from ..base.durations import in_words
     from ..recipe.catalog import shipped
-    from ..recipe.durations import in_words
     from ..recipe.load import load
     from .output import Column, Sheet, integer, render
 

@@ -52,7 +52,7 @@ def plan_facts(recipe: Recipe, steps: int | None, tflops: float | None) -> list[
         _require_output(recipe)
     made = result.transformed or result.dense
     batch = spec.training.batch_size
-    states = {"sgd": 1 if getattr(spec.optimizer, "momentum", 0) else 0, "adamw": 2}[spec.optimizer.name]
+    states = getattr(spec.optimizer.options(), "states_per_weight", 0)
     activations = made.activations * batch // spec.training.accumulate
     masked = sum(_masked(row) for row in result.plan.layers) if result.plan else 0
     facts: list[Fact] = []

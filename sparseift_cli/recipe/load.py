@@ -120,8 +120,8 @@ def run_steps(spec: Spec, samples: int | None = None) -> int | None:
 
     None where the length depends on data that nobody has counted.
     """
+    from ..base.durations import held_out_images, in_steps, steps_per_epoch
     from ..data import DATASETS
-    from .durations import held_out_images, in_steps, steps_per_epoch
 
     if spec.training.steps is not None:
         return spec.training.steps

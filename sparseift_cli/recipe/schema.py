@@ -18,14 +18,22 @@ from ..errors import UsageError
 from ..sparsity.algorithms import SHIPPED
 from . import sections as how
 from . import sections as what
-from .sections import Section, names_or_object
+from .sections import REGISTRIES, Section, chosen_section, names_or_object
 
 if TYPE_CHECKING:
     MaskAlgorithm = what.AlgorithmSection
-else:  # made from the registry, which a type checker cannot know
+
+    class Optimizer(Section):
+        name: str
+        lr: float
+
+    class Schedule(Section):
+        name: str
+
+else:  # made from the registries, which a type checker cannot know
     MaskAlgorithm = Annotated[Union[what.ALGORITHM_SECTIONS], Field(discriminator="name")]  # noqa: UP007
-Optimizer = Annotated[how.SGD | how.AdamW, Field(discriminator="name")]
-Schedule = Annotated[how.Constant | how.MultiStep | how.Cosine | how.Linear, Field(discriminator="name")]
+    Optimizer = how.Optimizer
+    Schedule = how.Schedule
 
 
 class Spec(Section):
@@ -89,7 +97,14 @@ def variant(section: str, given: Mapping[str, Any]) -> type[Section] | None:
             return what.algorithm_section(name)
         except UsageError:  # `resolve` says what is wrong with the name
             return None
-    return next((m for m in models if get_args(m.model_fields["name"].annotation)[0] == name), None)
+    found = next((m for m in models if get_args(m.model_fields["name"].annotation)[0] == name), None)
+    registry = REGISTRIES.get(section)
+    if found or registry is None or not isinstance(name, str):
+        return found
+    try:  # an entry of another package, or package.module:Name
+        return chosen_section(registry, name)
+    except UsageError:
+        return None
 
 
 def short(section: str) -> str | None:
@@ -130,12 +145,13 @@ def json_schema() -> dict[str, Any]:
         _let_omit(schema, section)
         if short(section):
             words = names(section)
-            word = {"enum": list(words)} if words else {"type": "string"}
-            if section == "algorithm" or any(model.WORDS for model in variants(section)):
-                word = names_or_object(words)
+            word = [{"enum": list(words)} if words else {"type": "string"}]
+            from_outside = section in (*REGISTRIES, "algorithm")
+            if from_outside or any(model.WORDS for model in variants(section)):
+                word = names_or_object(words)["anyOf"]
             about = properties[section].get("description")
-            properties[section] = {"anyOf": [word, _without(properties[section], "description", "default")]}
-            if section == "algorithm":  # one from outside, with options that are not known here
+            properties[section] = {"anyOf": [*word, _without(properties[section], "description", "default")]}
+            if from_outside:  # one from outside, with options that are not known here
                 (_, name) = names_or_object(())["anyOf"]
                 outside = {"type": "object", "properties": {"name": name}, "required": ["name"]}
                 properties[section]["anyOf"].append(outside)

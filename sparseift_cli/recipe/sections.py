@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import MISSING, dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, Union
 
 from pydantic import (
     AfterValidator,
@@ -14,43 +14,62 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
-    PlainValidator,
-    WithJsonSchema,
     create_model,
     model_validator,
 )
-from pydantic_core.core_schema import CoreSchema, no_info_after_validator_function, str_schema
+from pydantic_core.core_schema import (
+    CoreSchema,
+    no_info_after_validator_function,
+    no_info_wrap_validator_function,
+    str_schema,
+)
 
+from ..base.durations import Duration
 from ..base.metrics import METRICS
 from ..base.options import DeclaredOption, options_of
 from ..base.registry import Registry
 from ..data import DATASETS
 from ..errors import UsageError
 from ..models.request import proper_source
+from ..optim import optimizers, schedules
+from ..optim.optimizers import OPTIMIZERS
+from ..optim.schedules import SCHEDULES
 from ..plan.spec import InitSpec, TrainingSpec, TransformSpec
 from ..sparsity.algorithms import ALGORITHMS, SHIPPED
-from . import durations
 
 
 class Section(BaseModel):
     """One section. `SHORT` is the field that a single word stands for: `optimizer: sgd` is `optimizer: {name: sgd}`.
 
+    `DECLARING` is the dataclass whose options the fields are, where there is one.
     `WORDS` lists what this word may be, where the field's type does not; `package.module:Name` is a word too then.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
     SHORT: ClassVar[str | None] = None
     WORDS: ClassVar[Registry[Any] | None] = None
+    DECLARING: ClassVar[type | None] = None
+
+    def options(self) -> Any:
+        """The dataclass that the section was made from, with the values of the section.
+
+        Raises:
+            UsageError: they contradict each other.
+        """
+        assert self.DECLARING is not None
+        return self.DECLARING(**{key: getattr(self, key) for key in type(self).model_fields if key != "name"})
+
+    @model_validator(mode="after")
+    def _options_agree(self) -> Section:
+        if self.DECLARING is not None:
+            try:
+                self.options()
+            except UsageError as error:
+                raise ValueError(error.message) from None
+        return self
 
 
 S = TypeVar("S", bound=Section)
-
-Duration = Annotated[
-    float | str,
-    PlainValidator(durations.check),
-    WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": durations.PATTERN}]}),
-]
-"""A number in the unit of the run's length, or text: `500 steps`, `2 epochs`, `10%`."""
 
 Count = Annotated[int, Field(ge=1)]
 Part = Annotated[float, Field(ge=0, le=1)]
@@ -102,7 +121,7 @@ def section_of(
     """
     fields: dict[str, Any] = {}
     if name is not None:
-        fields["name"] = (Literal[name], Field(name, description="The name."))
+        fields["name"] = (Literal[name], Field(name, description="Its name."))
     for declared in options_of(declaring).values():
         if declared.name not in without:
             fields[declared.name] = field_of(declared, required=declared.name in required)
@@ -119,6 +138,8 @@ def field_of(declared: DeclaredOption, *, required: bool = False) -> tuple[Any, 
         kind = Literal[declared.choices]
     elif option.decimal:
         kind = float
+    if declared.notes:
+        kind = Annotated[(kind, *declared.notes)]
     if declared.optional:
         kind = kind | None
     default = declared.default
@@ -240,83 +261,59 @@ ALGORITHM_SECTIONS = tuple(algorithm_section(name) for name in SHIPPED)
 
 # The sections that say how it is trained: optimizer, schedule, training, evaluation, checkpoint.
 
-NoDecay = tuple[Literal["norm", "bias"], ...]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 MetricName = Annotated[str, _NameIn(METRICS)]
 
-_NO_DECAY = "Parameters without weight decay: norm, bias."
-_WEIGHT_DECAY = "Weight decay."
-_LR = "Learning rate at its peak."
-_FUSED = "One kernel for the whole update, where the device has it."
+
+def chosen_section(registry: Registry[Any], name: str) -> type[Section]:
+    """The section of one entry of a registry of options classes, whose key `name` says `name`."""
+    return _chosen_section(registry.get(name), name)
 
 
-class SGD(Section):
-    """Stochastic gradient descent."""
-
-    SHORT: ClassVar[str | None] = "name"
-    name: Literal["sgd"] = Field("sgd", description="The optimiser.")
-    lr: Positive = Field(0.1, description=_LR)
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Momentum.")
-    nesterov: bool = Field(False, description="Nesterov's form of momentum.")
-    weight_decay: NotNegative = Field(0.0, description=_WEIGHT_DECAY)
-    no_decay_on: NoDecay = Field((), description=_NO_DECAY)
-    fused: bool = Field(True, description=_FUSED)
-
-    @model_validator(mode="after")
-    def _nesterov_has_momentum(self) -> SGD:
-        if self.nesterov and not self.momentum:
-            raise ValueError("nesterov needs a momentum above 0")
-        return self
+@cache
+def _chosen_section(declaring: type, name: str) -> type[Section]:
+    made = section_of(declaring, name=name)
+    made.SHORT = "name"
+    made.DECLARING = declaring
+    made.__doc__ = declaring.__doc__
+    return made
 
 
-class AdamW(Section):
-    """Adam with decoupled weight decay."""
+@dataclass(frozen=True, slots=True)
+class _OneOf:
+    """A field's type: a section of one of the shipped entries of a registry; of any other that it has, made when it is named."""
 
-    SHORT: ClassVar[str | None] = "name"
-    name: Literal["adamw"] = Field("adamw", description="The optimiser.")
-    lr: Positive = Field(1e-3, description=_LR)
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.999), description="Decay of the means of gradients and of their squares."
-    )
-    eps: Positive = Field(1e-8, description="Added to the root of the mean square.")
-    weight_decay: NotNegative = Field(0.01, description=_WEIGHT_DECAY)
-    no_decay_on: NoDecay = Field((), description=_NO_DECAY)
-    fused: bool = Field(True, description=_FUSED)
+    registry: Registry[Any]
+    shipped: Collection[str]
 
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_wrap_validator_function(self._validate, handler(source))
 
-class _Schedule(Section):
-    SHORT: ClassVar[str | None] = "name"
-    warmup: Duration = Field(0.0, description="The learning rate rises linearly from 0 over this time.")
-
-
-class Constant(_Schedule):
-    """The peak, from the end of the warm-up on."""
-
-    name: Literal["constant"] = Field("constant", description="The schedule of the learning rate.")
+    def _validate(self, given: Any, handler: Callable[[Any], Any]) -> Any:
+        if isinstance(given, dict):  # from JSON, whose lists strict tuples refuse once a function has seen them
+            given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+        name = given.get("name") if isinstance(given, dict) else None
+        if not isinstance(name, str) or name in self.shipped or not (":" in name or name in self.registry):
+            return handler(given)
+        try:
+            section = chosen_section(self.registry, name)
+        except UsageError as error:
+            raise ValueError(f"{error.message} ({error.hint})" if error.hint else error.message) from None
+        return section.model_validate(given)
 
 
-class MultiStep(_Schedule):
-    """The peak times gamma at each milestone."""
-
-    name: Literal["multistep"] = Field("multistep", description="The schedule of the learning rate.")
-    milestones: tuple[Duration, ...] = Field(("30%", "60%", "80%"), description="When the learning rate drops.")
-    gamma: Positive = Field(0.1, description="What each milestone multiplies it by.")
+def _sections_of(registry: Registry[Any], shipped: Collection[str]) -> Any:
+    """The type of a section that chooses one entry of a registry by its name."""
+    union = Union[tuple(chosen_section(registry, name) for name in shipped)]  # noqa: UP007  # made from a tuple
+    return Annotated[union, Field(discriminator="name"), _OneOf(registry, shipped)]
 
 
-class Cosine(_Schedule):
-    """Half a cosine from the peak to `final_lr`, from the end of the warm-up to the end of the run."""
-
-    name: Literal["cosine"] = Field("cosine", description="The schedule of the learning rate.")
-    final_lr: NotNegative = Field(0.0, description="Learning rate at the end.")
-
-
-class Linear(_Schedule):
-    """A straight line from the peak to `final_lr`, from the end of the warm-up to the end of the run."""
-
-    name: Literal["linear"] = Field("linear", description="The schedule of the learning rate.")
-    final_lr: NotNegative = Field(0.0, description="Learning rate at the end.")
+Optimizer = _sections_of(OPTIMIZERS, optimizers.SHIPPED)
+Schedule = _sections_of(SCHEDULES, schedules.SHIPPED)
+REGISTRIES: dict[str, Registry[Any]] = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES}
+"""Sections that choose one entry of a registry by its name; each entry has options of its own."""
 
 
 class Training(Section):

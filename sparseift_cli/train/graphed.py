@@ -43,7 +43,7 @@ def can_be_graphed(run: Prepared, processes: Processes) -> bool:
         and not spec.training.recompute
         and processes.device.type == "cuda"
         and processes.world == 1
-        and spec.optimizer.fused
+        and getattr(spec.optimizer, "fused", False)
         and spec.training.precision != "fp16"
     )
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..base.durations import held_out_images, in_steps
 from ..base.metrics import METRICS, Metric
 from ..data import Batches, DataSet, open_data
 from ..data.images import ImageSet, hold_out
@@ -19,9 +20,10 @@ from ..errors import UsageError
 from ..mask import force_masks, scores
 from ..models.request import Request, parse_input
 from ..models.source import build
+from ..optim.optimizers import make_optimizer
+from ..optim.schedules import learning_rates
 from ..plan.audit import Audit, audit
 from ..plan.spec import TrainingSpec, TransformSpec
-from ..recipe.durations import held_out_images, in_steps
 from ..recipe.load import Recipe, require_data, run_steps
 from ..recipe.open_arguments import open_arguments
 from ..sparsity.sparsifier import Sparsifier
@@ -33,7 +35,6 @@ from ..transforms.transformation import Options, Transformation
 from .compatibility import require_fit
 from .evaluate import logits_of, loss_of
 from .flop_meter import Spent
-from .optimizers import learning_rate, make_optimizer
 from .processes import Processes
 from .recompute import recompute
 
@@ -124,7 +125,7 @@ def prepare(recipe: Recipe, seed: int, processes: Processes) -> Prepared:
     fit(model, autocast=partial(_autocast, spec, processes.device))
     if training.recompute:
         recompute(model, counted.table, train.batch(0, 0)[0][:1])
-    optimizer = make_optimizer(model, spec, processes.device)
+    optimizer = make_optimizer(model, spec.optimizer.options(), processes.device)
     algorithm = spec.algorithm
     sparsifier = None
     if done is not None:
@@ -140,7 +141,8 @@ def prepare(recipe: Recipe, seed: int, processes: Processes) -> Prepared:
     masked: tuple[Masked, ...] = done.surgery.masked if done else ()
     layers = counted.plan.layers if counted.plan else _dense_rows(counted)
     spent = Spent(layers, masked, spec.training.batch_size, recompute=training.recompute)
-    rate = learning_rate(spec, steps, train.steps_per_epoch)
+    in_run = partial(in_steps, run_steps=steps, epoch_steps=train.steps_per_epoch, unit=spec.training.unit)
+    rate = learning_rates(spec.schedule.options(), spec.optimizer.lr, steps, in_run)
     return Prepared(
         recipe,
         spec,

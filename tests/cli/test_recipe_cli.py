@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from sparseift_cli.base.durations import in_words
 from sparseift_cli.cli import app as command
 from sparseift_cli.recipe.catalog import headline, shipped
-from sparseift_cli.recipe.durations import in_words
 from sparseift_cli.recipe.load import find, load
 
 

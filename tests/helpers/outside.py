@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
+from sparseift_cli.base.durations import Duration
 from sparseift_cli.base.metrics import Metric, percent
+from sparseift_cli.base.options import Option
 from sparseift_cli.data import DataSource, ImageSet
 from sparseift_cli.models.zoo.catalog import ModelInfo
+from sparseift_cli.optim.optimizers import ParameterGroup
+from sparseift_cli.optim.schedules import InSteps, Rates
 
 
 def open_stripes(root: str | Path | None = None) -> ImageSet:
@@ -60,3 +67,25 @@ def _wrong(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 ERROR = Metric("error", "error (%)", "points", lower_is_better=True, total=_wrong, value=percent)
+
+
+@dataclass(frozen=True)
+class RMSProp:
+    """Gradients over the root of their mean square."""
+
+    lr: Annotated[float, Option("Learning rate at its peak.", above=0)] = 0.01
+    alpha: Annotated[float, Option("Decay of the mean square.", minimum=0, below=1)] = 0.9
+
+    def build(self, groups: Sequence[ParameterGroup], device: torch.device) -> torch.optim.Optimizer:
+        return torch.optim.RMSprop(groups, self.lr, self.alpha)
+
+
+@dataclass(frozen=True)
+class Halving:
+    """Half the learning rate after every `period`."""
+
+    period: Annotated[Duration, Option("Time between two halvings.")] = "50%"
+
+    def rates(self, peak: float, steps: int, in_steps: InSteps) -> Rates:
+        period = max(1, in_steps(self.period))
+        return lambda step: peak / 2 ** (step // period)

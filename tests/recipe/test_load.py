@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from sparseift_cli.base import durations
 from sparseift_cli.data import DATASETS
 from sparseift_cli.errors import UsageError
-from sparseift_cli.recipe import durations
 from sparseift_cli.recipe.load import Recipe, load, require_data, run_steps
 from sparseift_cli.recipe.open_arguments import open_arguments
 from sparseift_cli.recipe.write import annotated_yaml, resolved_yaml, scalar

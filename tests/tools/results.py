@@ -17,9 +17,9 @@ from typing import Any
 
 import yaml
 
+from sparseift_cli.base.durations import in_words
 from sparseift_cli.base.metrics import lower_is_better
 from sparseift_cli.recipe.catalog import shipped
-from sparseift_cli.recipe.durations import in_words
 from sparseift_cli.recipe.load import load
 from sparseift_cli.recipe.write import flow, resolved_yaml
 from sparseift_cli.report import frame as frames

@@ -117,13 +117,13 @@ def test_the_pasted_hint_goes_on(
 def test_edited_code_is_told_when_a_run_goes_on(
     write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "edited_net.py").write_text("from tests.nets import cnn as net\n")
+    (tmp_path / "edited_net.py").write_text("from tests.helpers.nets import cnn as net\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     recipe = write_recipe("rigl")
     recipe.write_text(recipe.read_text().replace("tests.helpers.nets:cnn", "edited_net:net"))
     path = stopped(recipe, 0, tmp_path / "runs")
     said: list[str] = []
-    (tmp_path / "edited_net.py").write_text("from tests.nets import cnn as net  # edited\n")
+    (tmp_path / "edited_net.py").write_text("from tests.helpers.nets import cnn as net  # edited\n")
     run_jobs([(load(recipe), 0)], tmp_path / "runs", str(path), quiet, lambda text, *_: said.append(text))
     assert "not as before, so bits may differ: the source of edited_net has changed" in said
 

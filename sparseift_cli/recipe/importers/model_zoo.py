@@ -10,8 +10,8 @@ from fnmatch import fnmatchcase
 from math import sqrt
 from typing import Any
 
+from ...base.durations import part_of_run
 from ...errors import UsageError
-from ..durations import part_of_run
 from .foreign import Foreign, Imported
 
 _ADAM = {"betas": "betas", "eps": "eps", "weight_decay": "weight_decay"}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 from math import floor
+from typing import Annotated, Any
 
 from ..errors import UsageError
 
@@ -27,6 +28,22 @@ def check(value: object) -> float | str:
     if isinstance(value, str) and re.match(PATTERN, value):
         return value
     raise ValueError(f"expected a duration (5, '500 steps', '2 epochs', '10%'), not {value!r}")
+
+
+class _DurationType:
+    """Makes a field of a recipe accept durations alone. Pydantic calls it; nothing of pydantic is imported before."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_plain_validator_function(check)
+
+    def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> dict[str, Any]:
+        return {"anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": PATTERN}]}
+
+
+Duration = Annotated[float | str, _DurationType()]
+"""A number in the unit of the run's length, or text: `500 steps`, `2 epochs`, `10%`."""
 
 
 def steps_per_epoch(samples: int, batch_size: int) -> int:
