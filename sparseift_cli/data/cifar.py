@@ -192,7 +192,7 @@ def _read_python(version: _Version, data: bytearray) -> tuple[Tensor, Tensor]:
         raise UnreadableArrays(f"it has labels that are no whole numbers from 0 to {version.classes - 1}")
     if array.dtype not in ("u1", "|u1") or array.shape != (len(labels), _PIXELS):
         raise UnreadableArrays(f"its array is {array.dtype} {array.shape}, not bytes {(len(labels), _PIXELS)}")
-    if len(array.data) != prod(array.shape) or not labels:
+    if len(array.data) != len(labels) * _PIXELS or not labels:
         raise UnreadableArrays(f"its array has {len(array.data):,} bytes for {array.shape}")
     return torch.frombuffer(bytearray(array.data), dtype=torch.uint8).view(-1, *SHAPE), torch.tensor(labels)
 

@@ -7,14 +7,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import one_of
 from .augment import Augment
-from .source import Kind
+
+Kind = Literal["image", "tokens"]
 
 
 @dataclass(frozen=True, slots=True)

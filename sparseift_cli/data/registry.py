@@ -6,8 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base.registry import Registry
-from . import cifar, digits, image_folder, mnist, stdlib, synthetic, text, token_files
+from .cifar import CIFAR10, CIFAR100
+from .digits import DIGITS
+from .image_folder import IMAGE_FOLDER, IMAGENET
+from .mnist import MNIST
 from .source import DataSource
+from .stdlib import STDLIB
+from .synthetic import SYNTHETIC_IMAGES, SYNTHETIC_TEXT
+from .text import TEXT, WIKITEXT2, WIKITEXT103
+from .token_files import TOKENS
 
 if TYPE_CHECKING:
     from .dataset import DataSet
@@ -23,19 +30,19 @@ DATASETS: Registry[DataSource] = Registry(
     {
         source.name: source
         for source in (
-            cifar.CIFAR10,
-            cifar.CIFAR100,
-            mnist.MNIST,
-            digits.DIGITS,
-            image_folder.IMAGE_FOLDER,
-            synthetic.SYNTHETIC_IMAGES,
-            stdlib.STDLIB,
-            text.TEXT,
-            text.WIKITEXT2,
-            text.WIKITEXT103,
-            token_files.TOKENS,
-            synthetic.SYNTHETIC_TEXT,
-            image_folder.IMAGENET,
+            CIFAR10,
+            CIFAR100,
+            MNIST,
+            DIGITS,
+            IMAGE_FOLDER,
+            SYNTHETIC_IMAGES,
+            STDLIB,
+            TEXT,
+            WIKITEXT2,
+            WIKITEXT103,
+            TOKENS,
+            SYNTHETIC_TEXT,
+            IMAGENET,
         )
     },
     check=_not_a_source,

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from .dataset import DataSet
+    from .dataset import DataSet, Kind
 
-Kind = Literal["image", "tokens"]
 Settings = Literal["image", "cifar", "imagenet", "text"]
 """Which published training settings fill the gaps of a recipe; recipe/defaults.py holds them."""
 

@@ -23,11 +23,11 @@ from .sections import REGISTRIES, Section, chosen_section, names_or_object
 if TYPE_CHECKING:
     MaskAlgorithm = what.AlgorithmSection
 
-    class Optimizer(Section):
+    class Optimizer(Section):  # noqa: D101
         name: str
         lr: float
 
-    class Schedule(Section):
+    class Schedule(Section):  # noqa: D101
         name: str
 
 else:  # made from the registries, which a type checker cannot know
