@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from .checkpoint import Checkpoint
 from .errors import CheckFailed, UsageError
 from .models.source import Request, as_call, build, load_table, resolve, shape_of
-from .plan.audit import Audit, recount, to_json
+from .plan.audit import Audit, to_json
 from .plan.audit import audit as count
-from .plan.plan import Plan
-from .plan.spec import TrainingSpec, TransformSpec, member_named
+from .plan.plan import Plan, make_plan
+from .plan.spec import TrainingSpec, TransformSpec
 from .table.table import LayerTable
 from .transforms.artifact import BUFFERS, MASKS, WEIGHTS, is_artifact, open_artifact, provenance, write
 
@@ -72,7 +72,7 @@ def transform(
         )
     model = cast("M", unwrapped(model))
     args, kwargs = as_call(example_input)
-    wanted = TransformSpec.of({"member": member_named(member), "sparsity": str(sparsity), **spec})
+    wanted = TransformSpec.of({"member": member, "sparsity": str(sparsity), **spec})
     with inference_mode(False):  # what is made there could never be trained
         new, done = transform_module(
             model,
@@ -108,7 +108,7 @@ def flops(
     """
     wanted = None
     if sparsity is not None:
-        wanted = TransformSpec.of({"member": member_named(member), "sparsity": str(sparsity), **spec})
+        wanted = TransformSpec.of({"member": member, "sparsity": str(sparsity), **spec})
     elif spec or member != "wide":
         raise UsageError("a transform needs its sparsity", hint="flops(model, example_input, sparsity=0.9, ...)")
     if isinstance(model, str | Path):
@@ -119,7 +119,7 @@ def flops(
         request, recipe = resolve(Request(model))
         if wanted is None and recipe and recipe.transform:
             wanted, training = TransformSpec.of(recipe.transform), training or TrainingSpec(**recipe.training)
-        return count(load_table(request), wanted, training, causal=causal)
+        return _count(load_table(request), wanted, training, causal)
     from .transforms.transformation import transformation_of
 
     done = transformation_of(model)
@@ -128,8 +128,15 @@ def flops(
     if done is not None:
         if example_input is not None:
             _require_planned_input(done, example_input)
-        return recount(done.plan, training, causal)
-    return count(_table(model, example_input), wanted, training, causal=causal)
+        return count(done.plan, training, causal=causal)
+    return _count(_table(model, example_input), wanted, training, causal)
+
+
+def _count(table: LayerTable, spec: TransformSpec | None, training: TrainingSpec | None, causal: str) -> Audit:
+    """The audit of a dense model, or of the plan that `spec` makes for it."""
+    if spec is None:
+        return count(table, training, causal=causal)
+    return count(make_plan(table, spec, training, causal=causal))
 
 
 def audit(model: nn.Module, example_input: Any) -> Audit:
@@ -147,7 +154,7 @@ def audit(model: nn.Module, example_input: Any) -> Audit:
     masks = _checked_masks(model, done)
     measured, after = measure(model, args, kwargs, done.plan, done.surgery, masks)
     require_as_planned(measured, done.plan, after, after)
-    return count(done.plan.table, done.plan.spec, done.plan.training)
+    return count(done.plan)
 
 
 def inspect(source: nn.Module | str | Path, example_input: Any = None) -> LayerTable | Checkpoint:
@@ -313,7 +320,7 @@ def _documents(done: Transformation) -> dict[str, dict[str, Any]]:
         "table": plan.table.to_json(),
         "plan": plan.to_json(),
         "surgery": done.surgery.to_json(),
-        "audit": to_json(count(plan.table, plan.spec, plan.training)),
+        "audit": to_json(count(plan)),
         "provenance": provenance(
             source=done.source,
             training=plan.training.to_json(),

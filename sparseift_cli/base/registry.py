@@ -133,7 +133,7 @@ def import_object(target: str, kind: str) -> object:
         UsageError: the module cannot be imported, or has no such name.
     """
     module_name, _, attribute = target.partition(":")
-    if str(Path.cwd()) not in sys.path:
+    if module_name.partition(".")[0] not in sys.modules and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
         found: object = import_module(module_name)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..plan.spec import TrainingSpec, TransformSpec, member_named
+from ..plan.spec import TrainingSpec, TransformSpec
 from . import options
 from .options import Format
 
@@ -122,6 +122,7 @@ def _count(
     from ..errors import UsageError
     from ..models.source import load_table, resolve
     from ..plan.audit import audit
+    from ..plan.plan import make_plan
     from .gates import Problem
 
     request, recipe = resolve(request)
@@ -139,7 +140,8 @@ def _count(
             raise UsageError("--verify counts the dense model again, once", hint="leave out --sparsity, or give one")
         _compare(table, specs, counted, causal, limits, view)
         return
-    result = audit(table, specs[0] if specs else None, counted, causal=causal)
+    planned = make_plan(table, specs[0], counted, causal=causal) if specs else table
+    result = audit(planned, counted, causal=causal)
     verification = _verify(request, table) if verify else None
     problems = limits.check(result)
     if verification is not None and not verification.agree:
@@ -184,7 +186,7 @@ def _stored(source: str, training: dict[str, Any], causal: str, *, fixed: bool, 
 
 
 def _spec(given: dict[str, Any]) -> TransformSpec:
-    return TransformSpec.of(given | {"member": member_named(given.get("member", "wide"))})
+    return TransformSpec.of(given)
 
 
 def _compare(
@@ -198,6 +200,7 @@ def _compare(
     """One line per sparsity; where a sparsity cannot be matched its line has the reason, and the command exits 1."""
     from ..errors import CheckFailed
     from ..plan.audit import audit
+    from ..plan.plan import make_plan
     from . import flops_view, gates
     from .output import ignore_broken_pipe
 
@@ -205,7 +208,7 @@ def _compare(
     problems: list[Problem] = []
     for spec in specs:
         try:
-            result = audit(table, spec, training, causal=causal)
+            result = audit(make_plan(table, spec, training, causal=causal))
             problems += limits.check_ratios(result, prefix=f"sparsity {spec.sparsity}: ")
             results.append((spec.sparsity, result))
         except CheckFailed as error:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CheckFailed, UsageError, did_you_mean
 from ..plan.audit import Audit, row_json, rows, to_json
 from ..plan.layer_plan import LayerPlan
+from ..plan.members import MEMBERS
 from ..plan.spec import TrainingSpec
 from ..table.shape import Shape
 from ..table.table import LayerTable
@@ -100,7 +101,7 @@ def _title(result: Audit) -> str:
     title = f"{result.table.model}, input {shape}"
     if result.plan:
         spec = result.plan.spec
-        title += f": {spec.member.replace('_', ' ')}, sparsity {spec.sparsity}, match {spec.match}"
+        title += f": {result.plan.member.title.lower()}, sparsity {spec.sparsity}, match {spec.match}"
         title += f", scope {spec.scope}" if spec.scope != "all" else ""
         title += ", a control" if result.control else ""
     return title + " (1 MAC = 2 FLOPs)"
@@ -125,11 +126,7 @@ def shape_text(row: LayerPlan, result: Audit) -> str:
             if after[0] == before
             else f"{_written(before, layer.kernel)} -> {_written(after[0], layer.kernel)}"
         )
-    names = {p.name.split(" ")[0] for p in row.parts}
-    if names == {"branch"}:
-        return f"{_written(before, layer.kernel)} -> {len(after)} branches"
-    inner = row.parts[0].shape.outputs
-    return f"{_written(before, layer.kernel)} -> rank {inner}" + (" + sparse" if len(after) == 3 else "")
+    return f"{_written(before, layer.kernel)} -> {row.new_shape}"
 
 
 def _written(shape: Shape, kernel: tuple[int, ...]) -> str:
@@ -312,7 +309,7 @@ def compare(
         Column("note", "note", priority=1),
     ]
     spec = next((r.plan.spec for _, r in results if isinstance(r, Audit) and r.plan), None)
-    what = f": {spec.member.replace('_', ' ')}, match {spec.match}, scope {spec.scope}" if spec else ""
+    what = f": {MEMBERS.get(spec.member).title.lower()}, match {spec.match}, scope {spec.scope}" if spec else ""
     title = f"{table.model}, input {'x'.join(map(str, table.input))}{what}"
     payload = {
         "schema": "sparseift.flops-comparison/1",

@@ -76,7 +76,9 @@ def inspect_checkpoint(
 
 def _origin(transformed: Artifact) -> Iterable[str]:
     spec = transformed.spec
-    member = spec.member.replace("_", " ")
+    from ..plan.members import MEMBERS
+
+    member = MEMBERS.get(spec.member).title.lower()
     yield f"{member} of {printable(transformed.table.model)} at sparsity {spec.sparsity}, match {spec.match}"
     yield f"`sparseift flops {transformed.path}` shows what every layer costs"
 

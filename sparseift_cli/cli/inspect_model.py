@@ -9,8 +9,9 @@ from ..errors import SparseiftError, UsageError
 from ..models.source import Request, load_table, parse_input, resolve
 from ..plan.audit import audit, row_json, rows
 from ..plan.layer_plan import LayerPlan
+from ..plan.members import MEMBERS
 from ..plan.plan import make_plan
-from ..plan.spec import MEMBERS, TransformSpec, member_named
+from ..plan.spec import TransformSpec
 from ..plan.widths import solve
 from ..table.table import LayerTable
 from .flops_view import fold, shape_text, sorted_entries
@@ -48,12 +49,12 @@ def inspect_model(
         )
     table = load_table(request)
     given = dict(recipe.transform) if recipe else {}
-    asked = member_named(transform) if transform else given.get("member") if recipe else None
+    asked = MEMBERS.canonical(transform) if transform else given.get("member") if recipe else None
     members = [asked] if asked else list(MEMBERS)
     options: dict[str, Any] = given | {"sparsity": sparsity or given.get("sparsity", DEFAULT_SPARSITY)}
     options |= {k: v for k, v in {"scope": scope, "include": include, "exclude": exclude}.items() if v}
     if scope == "none":  # the control of wide alone: it holds no budget
-        options["match"], members = "off", [asked or "sparse_wide"]
+        options["match"], members = "off", [asked or "wide"]
     result = audit(table)
     entries = [row_json(row) | {"shape": shape_text(row, result)} for row in rows(result)]
     notes = _notes(table)
@@ -81,7 +82,7 @@ def inspect_model(
 
 def _explain(table: LayerTable, entries: list[dict[str, Any]], spec: TransformSpec) -> list[str]:
     """Put what a member does to each layer under its name; the notes if it refuses the whole model."""
-    name = spec.member.removeprefix("sparse_")
+    name = spec.member
     try:
         plan = make_plan(table, spec)
     except SparseiftError as error:
@@ -113,7 +114,7 @@ def _layers(table: LayerTable, entries: list[dict[str, Any]], members: list[str]
         Column("dense_macs", "MACs", integer, right=True, priority=1 if members else 0),
         Column("params", "parameters", integer, right=True, priority=3),
     ]
-    columns += [Column(m.removeprefix("sparse_"), m.removeprefix("sparse_"), wraps=11) for m in members]
+    columns += [Column(m, m, wraps=11) for m in members]
     if not members:
         columns.append(Column("reason", "note", priority=4))
     title = f"{table.model}, input {'x'.join(map(str, table.input))}: {table.macs:,} MACs, {table.params:,} parameters"

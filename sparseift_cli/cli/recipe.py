@@ -174,12 +174,14 @@ def _checked(name: str, sets: list[str] | None, plan: bool) -> str:
     from ..models.request import Request, parse_input
     from ..models.source import load_table
     from ..plan.audit import audit
+    from ..plan.plan import make_plan
     from ..plan.spec import TrainingSpec, TransformSpec
 
     take = recipe.options.get
     request = Request(recipe.model, take("num_classes"), parse_input(take("input")), take("seq"))
     spec = TransformSpec.of(recipe.transform) if recipe.transform else None
-    ratio = audit(load_table(request), spec, TrainingSpec(**recipe.training)).forward_ratio
+    table, training = load_table(request), TrainingSpec(**recipe.training)
+    ratio = audit(make_plan(table, spec, training) if spec else table, training).forward_ratio
     return "fine" if ratio is None else f"fine, {float(ratio):.5f}x the dense model's forward FLOPs"
 
 

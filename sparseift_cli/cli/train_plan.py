@@ -10,6 +10,7 @@ from ..models.request import Request, parse_input
 from ..models.source import build, load_table
 from ..plan.audit import Audit, audit
 from ..plan.layer_plan import LayerPlan
+from ..plan.plan import make_plan
 from ..plan.spec import TrainingSpec, TransformSpec
 from ..plan.training_cost import executed_macs
 from ..recipe import defaults
@@ -125,7 +126,8 @@ def _audit(recipe: Recipe) -> Audit:
     spec = recipe.spec
     training = {**recipe.training, **({} if spec.transform else {"algorithm": "dense"})}
     wanted = TransformSpec.of(recipe.transform) if recipe.transform else None
-    return audit(load_table(_request(recipe)), wanted, TrainingSpec.of(training))
+    table, counting = load_table(_request(recipe)), TrainingSpec.of(training)
+    return audit(make_plan(table, wanted, counting) if wanted else table, counting)
 
 
 def _executed_macs(result: Audit) -> Fraction:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..plan.spec import InitSpec, TrainingSpec, TransformSpec, member_named
+from ..plan.spec import InitSpec, TrainingSpec, TransformSpec
 from . import options
 from .options import Format, without_github
 
@@ -160,7 +160,7 @@ def _convert(
     given: dict[str, Any] = (dict(recipe.transform) if recipe else {}) | spec
     if "sparsity" not in given:
         raise UsageError("a transform needs its sparsity", hint="--sparsity 0.9")
-    wanted = TransformSpec.of(given | {"member": member_named(given.get("member", "wide"))})
+    wanted = TransformSpec.of(given)
 
     from ..transforms.convert import convert  # imports torch: what is wrong above is found without it
     from ..transforms.transformation import Options
@@ -197,7 +197,7 @@ def _show(done: Transformation, out: Path | None, fmt: Format, *, summary: bool,
     from ..plan.audit import audit
     from . import flops_view
 
-    result = audit(done.plan.table, done.plan.spec, done.plan.training)
+    result = audit(done.plan)
     extra = {
         "out": None if out is None else str(out),
         "measured": {

@@ -7,12 +7,11 @@ from fractions import Fraction
 from typing import Any
 
 from ..errors import UsageError
-from ..table.poly import Poly
 from ..table.table import LayerTable
-from .budget import ideal_body_density, s_max
+from .budget import matched_cost
 from .layer_plan import LayerPlan
-from .plan import Plan, dense_layers, make_plan
-from .spec import TrainingSpec, TransformSpec
+from .plan import Plan, counted_anew, dense_layers, with_causal
+from .spec import TrainingSpec
 from .training_cost import dense_training_macs, final_nonzeros, run_macs, training_macs_while_updating
 
 SCHEMA = "sparseift.flops/1"
@@ -106,9 +105,9 @@ class Audit:
     @property
     def s_max(self) -> float | None:
         """The sparsity above which --match model cannot be met (Sparse Wide that widens)."""
-        if self.plan is None or self.plan.growth is None or self.control:
+        if self.plan is None or self.plan.widening is None or self.control:
             return None
-        return s_max(self.plan.layers, self.plan.growth)
+        return self.plan.widening.s_max(self.plan.layers)
 
     @property
     def control(self) -> bool:
@@ -118,40 +117,45 @@ class Audit:
     @property
     def ideal_body_density(self) -> float | None:
         """The density of the transformed layers under --match model at unrounded widths (Sparse Wide)."""
-        if self.plan is None or self.plan.growth is None or not self.plan.growth.grown:
+        if self.plan is None or self.plan.widening is None or not self.plan.widening.widened:
             return None
-        return ideal_body_density(self.plan.layers, self.plan.spec, self.plan.growth)
+        return self.plan.widening.ideal_body_density(self.plan.layers)
 
 
-def audit(
-    table: LayerTable, spec: TransformSpec | None = None, training: TrainingSpec | None = None, *, causal: str = "full"
-) -> Audit:
-    """Count a dense model, and what `spec` makes of it.
+def audit(counted: Plan | LayerTable, training: TrainingSpec | None = None, *, causal: str | None = None) -> Audit:
+    """Count a plan, or a dense model by its table.
 
-    `causal` says how attention under a causal mask counts: in `full` (as a dense kernel computes it), `half`, or `exact`
-    (T (T + 1) / 2 query-key pairs).
+    Args:
+        counted: a plan: the dense model beside what it becomes. A table: the dense model alone.
+        training: how training FLOPs are counted; a plan's own by default.
+        causal: how attention under a causal mask is counted: `full` (as a dense kernel computes it), `half`, or `exact`
+            (T (T + 1) / 2 query-key pairs). A plan's own by default; a table's default is `full`.
 
     Raises:
-        UsageError, CheckFailed: as `make_plan`; or `causal` is not one of the three or not a whole number.
+        UsageError: the plan matched the whole model by one count, and this one would have given it other non-zeros; or
+            `causal` is not one of the three, or half is not a whole number.
     """
-    table = with_causal(table, causal)
-    training = training or TrainingSpec()
-    baseline = dense_layers(table)
+    plan = counted if isinstance(counted, Plan) else None
+    source = counted if isinstance(counted, LayerTable) else counted.table
+    causal = causal or (plan.causal if plan else "full")
+    training = training or (plan.training if plan else TrainingSpec())
+    table = with_causal(source, causal)
     params = table.params
     dense = Totals(
         forward_macs=table.macs,
-        training_macs=Fraction(dense_training_macs(baseline, training)),
+        training_macs=Fraction(dense_training_macs(dense_layers(table), training)),
         params=params,
         activations=sum(row.activations.evaluate(table.sizes) for row in table.layers),
         nonzero_params=params,
     )
-    if spec is None:
+    if plan is None:
         return Audit(table, causal, training, dense)
-    plan = make_plan(table, spec, training)
+    plan = replace(plan, layers=tuple(counted_anew(plan, causal)), causal=causal)
+    _require_same_budget(counted, plan, training)
     stored = sum(row.params for row in plan.layers)
     transformed = Totals(
         forward_macs=sum(row.macs for row in plan.layers),
-        training_macs=run_macs(plan.layers, training, spec.block),
+        training_macs=run_macs(plan.layers, training, plan.spec.block),
         params=stored,
         activations=sum(row.activations for row in plan.layers),
         nonzero_params=stored - sum(row.weights - row.nnz for row in plan.layers),
@@ -162,45 +166,15 @@ def audit(
     return Audit(table, causal, training, dense, plan, transformed, updating)
 
 
-def recount(plan: Plan, training: TrainingSpec | None = None, causal: str = "full") -> Audit:
-    """Count a plan that was carried out, by its own training or another; its non-zeros are what they are.
-
-    Raises:
-        UsageError: its model was matched by one count, and another would have given it other non-zeros.
-    """
-    result = audit(plan.table, plan.spec, training or plan.training, causal=causal)
-    if result.plan is None or [r.parts for r in result.plan.layers] != [r.parts for r in plan.layers]:
+def _require_same_budget(planned: Plan | LayerTable, counted: Plan, training: TrainingSpec) -> None:
+    """Refuse to count a plan otherwise than it was matched: its non-zeros would not be those that this count gives."""
+    assert isinstance(planned, Plan)
+    spec = planned.spec
+    if matched_cost(planned.layers, spec, planned.training) != matched_cost(counted.layers, spec, training):
         raise UsageError(
-            f"this model was planned with match {plan.spec.match}, and counted so it would have other non-zeros",
+            f"this model was planned with match {spec.match}, and counted so it would have other non-zeros",
             hint="transform its source again, or count it as it was planned",
         )
-    return result
-
-
-def with_causal(table: LayerTable, causal: str) -> LayerTable:
-    """The table with attention products under a causal mask counted in full, half or exactly."""
-    if causal == "full":
-        return table
-    if causal not in ("half", "exact"):
-        raise UsageError(f"unknown causal count {causal!r}", hint="full, half or exact")
-
-    def pairs(queries: int, keys: int) -> Fraction:
-        if causal == "half":
-            return Fraction(1, 2)
-        return Fraction(sum(min(i + 1, keys) for i in range(queries)), queries * keys)
-
-    layers = []
-    for row in table.layers:
-        if row.causal:
-            part = pairs(*row.causal)
-            terms = [(m, c * part) for m, c in row.macs.terms]
-            if any(c.denominator != 1 for _, c in terms):
-                raise UsageError(
-                    f"half of {row.name}'s query-key pairs is not a whole number", hint="use --causal exact"
-                )
-            row = replace(row, macs=Poly((m, int(c)) for m, c in terms))
-        layers.append(row)
-    return replace(table, layers=tuple(layers))
 
 
 def _owner(row: LayerPlan, plan: Plan | None) -> str:

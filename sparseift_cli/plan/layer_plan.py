@@ -1,26 +1,54 @@
-"""What a transform does to one row, and its non-zeros over the weights it is made of. Pure; no torch."""
+"""The plan of one row: what a transform puts in its place, and the non-zeros of each weight. Pure; no torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
 
 from ..table.shape import Shape
 from ..table.table import Layer
-from .isoflop import share
 
 Status = Literal["transformed", "boundary", "untouched"]
+NormKind = Literal["batch_norm", "layer_norm"]
+InnerActivation = Literal["direct", "following"]
+"""Which activation of the model a member repeats inside: the one that reads the layer itself (`direct`), or the next one
+that its output reaches, through residual sums too (`following`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One weight of a layer; a dense one keeps all its weights (Sparse Doped's U and V, and every untouched layer)."""
+    """One weight of a layer. A dense one keeps all its weights (Sparse Doped's U and V, and every untouched layer).
 
-    name: str  # weight, branch 3, U, V, sparse
+    Args:
+        role: what the weight is in its layer: `weight` (the only one), `branch`, `U`, `V`, `sparse`.
+        shape: its dimensions.
+        nnz: its non-zeros.
+        dense: it has no mask.
+        index: which one, where several parts have the same role.
+        reads_part: its input is the output of another part of the same layer (V reads what U computes), so that training
+            needs an input gradient here whenever the layer's weights train.
+    """
+
+    role: str
     shape: Shape
-    dense: bool
     nnz: int
+    dense: bool = False
+    index: int | None = None
+    reads_part: bool = False
+
+    @staticmethod
+    def full(
+        role: str, shape: Shape, *, dense: bool = False, index: int | None = None, reads_part: bool = False
+    ) -> Part:
+        """A part before its non-zeros are chosen: all its weights."""
+        return Part(role, shape, shape.weights, dense, index, reads_part)
+
+    @property
+    def name(self) -> str:
+        """Role and index as tables and JSON print them: `weight`, `branch 3`. Unique in a layer; never read back."""
+        return self.role if self.index is None else f"{self.role} {self.index}"
 
     def to_json(self) -> dict[str, Any]:
         s = self.shape
@@ -28,43 +56,84 @@ class Part:
         return {"name": self.name, **shape, "dense": self.dense, "nnz": self.nnz}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerPlan:
-    """What happens to one row. `macs`, `params`, `activations` are those of the transformed model, in exact integers."""
+    """What happens to one row. MACs, parameters and activations are those of the transformed model, in exact integers.
+
+    Args:
+        layer: the row of the dense model.
+        status: `transformed`; `boundary` (stays dense, but follows a wider neighbour); `untouched`.
+        reason: why it is not transformed; empty where it is.
+        dense_macs: MACs of a forward pass of the dense model.
+        positions: how often each weight is used in a forward pass: output positions of a convolution, tokens of a linear
+            layer, over the batch. 0 for a row without a weight.
+        product_macs: MACs of a row without a weight: an attention product.
+        params: parameters, biases and norms too.
+        activations: output elements.
+        parts: its weights.
+        detail: how it was transformed, for tables: "10 branches, realised sparsity 0.9", "rank 320".
+        new_shape: what stands in its place, where that is no single shape: "10 branches", "rank 320 + sparse".
+        rank: per group, of a low-rank pair.
+        branches: how many copies are summed.
+        inner_norm: the norm inside the layer's replacement.
+        inner_activation: the activation inside it.
+    """
 
     layer: Layer
     status: Status
-    reason: str
+    reason: str = ""
     dense_macs: int
-    macs: int
+    positions: int = 0
+    product_macs: int = 0
     params: int
     activations: int
     parts: tuple[Part, ...] = ()
-    detail: str = ""  # "10 branches, realised sparsity 0.9"; "rank 320"
+    detail: str = ""
+    new_shape: str = ""
+    rank: int | None = None
+    branches: int | None = None
+    inner_norm: NormKind | None = None
+    inner_activation: InnerActivation | None = None
+
+    @property
+    def macs(self) -> int:
+        """MACs of a forward pass: a masked weight counts its non-zeros alone."""
+        return self.positions * self.nnz if self.parts else self.product_macs
+
+    @property
+    def full_macs(self) -> int:
+        """MACs of a forward pass without masks."""
+        return self.positions * self.weights if self.parts else self.product_macs
 
     @property
     def weights(self) -> int:
+        """Number of weights, biases apart."""
         return sum(p.shape.weights for p in self.parts)
 
     @property
     def nnz(self) -> int:
+        """Number of non-zero weights."""
         return sum(p.nnz for p in self.parts)
 
     @property
-    def uses(self) -> int:
-        """How often each weight is used in a forward pass."""
-        return self.macs // self.nnz if self.nnz else 0
-
-    @property
-    def full_macs(self) -> int:
-        """MACs of the transformed layer without masks."""
-        return self.uses * self.weights if self.parts else self.macs
+    def dense_nnz(self) -> int:
+        """Weights of the parts that have no mask."""
+        return sum(p.nnz for p in self.parts if p.dense)
 
     @property
     def density(self) -> Fraction:
-        """Of the weights that are sparse (Doped: of the sparse copy)."""
+        """Non-zeros over weights, of the parts that have a mask (Sparse Doped: of the sparse copy)."""
         sparse = [p for p in self.parts if not p.dense]
         return Fraction(sum(p.nnz for p in sparse), sum(p.shape.weights for p in sparse)) if sparse else Fraction(1)
+
+    @property
+    def size(self) -> int:
+        """The number that its replacement is built with: branches, else the rank per group, else the number of parts."""
+        return next((n for n in (self.branches, self.rank) if n is not None), len(self.parts))
+
+    def with_nonzeros(self, nnz: int, unit: int = 1) -> LayerPlan:
+        """The same layer with `nnz` non-zeros in all, split over its parts in whole units (a block's weights)."""
+        return replace(self, parts=split_over_parts(self.parts, nnz, unit))
 
     def to_json(self) -> dict[str, Any]:
         data: dict[str, Any] = {
@@ -78,9 +147,64 @@ class LayerPlan:
         return data
 
 
-def deal(parts: tuple[Part, ...], nnz: int, unit: int = 1) -> tuple[Part, ...]:
-    """`nnz` non-zeros of a layer over its parts, in units (whole blocks): dense parts keep all, the others share by size."""
+def positions_of(macs: int, weights: int) -> int:
+    """How often each weight is used: MACs over weights, which no rounding may touch."""
+    positions, rest = divmod(macs, weights)
+    assert not rest, f"{macs} MACs are no multiple of {weights} weights"
+    return positions
+
+
+def left_alone(layer: Layer, dense_sizes: Sequence[int], sizes: Sequence[int], reason: str) -> LayerPlan:
+    """A row that stays dense, at the new sizes of its neighbours.
+
+    Args:
+        layer: the row.
+        dense_sizes: every width of the dense model, by id.
+        sizes: every width of the transformed model, by id.
+        reason: why it is not transformed.
+    """
+    dense_macs, macs = layer.macs.evaluate(dense_sizes), layer.macs.evaluate(sizes)
+    shape = layer.shape(sizes)
+    parts = (Part.full("weight", shape, dense=True),) if layer.weighted else ()
+    status: Status = "boundary" if layer.role in ("input", "output") and macs != dense_macs else "untouched"
+    if status == "boundary":
+        reason = f"{reason}: follows the wider stream, stays dense"
+    return LayerPlan(
+        layer=layer,
+        status=status,
+        reason=layer.note or reason,
+        dense_macs=dense_macs,
+        positions=positions_of(macs, shape.weights) if parts else 0,
+        product_macs=0 if parts else macs,
+        params=layer.params.evaluate(sizes),
+        activations=layer.activations.evaluate(sizes),
+        parts=parts,
+    )
+
+
+def split_over_parts(parts: tuple[Part, ...], nnz: int, unit: int = 1) -> tuple[Part, ...]:
+    """`nnz` non-zeros of a layer over its parts: dense parts keep all, the others share the rest in proportion to their size.
+
+    Args:
+        parts: the weights of one layer.
+        nnz: non-zeros in all, those of dense parts too.
+        unit: non-zeros come in multiples of it (the weights of a block).
+    """
     sparse = [p for p in parts if not p.dense]
     left = nnz - sum(p.nnz for p in parts if p.dense)
-    counts = iter(share(left // unit, [p.shape.weights for p in sparse]))
-    return tuple(p if p.dense else Part(p.name, p.shape, False, next(counts) * unit) for p in parts)
+    counts = iter(proportional_split(left // unit, [p.shape.weights for p in sparse]))
+    return tuple(p if p.dense else replace(p, nnz=next(counts) * unit) for p in parts)
+
+
+def proportional_split(total: int, weights: Sequence[int]) -> list[int]:
+    """`total` in integers proportional to `weights`: each floored, and the remainder one each to the last ones.
+
+    For Sparse Factorized: floor(total |U| / (|U| + |V|)) to U, the rest to V.
+
+    >>> proportional_split(10, [1, 1, 1])
+    [3, 3, 4]
+    """
+    whole = sum(weights)
+    shares = [total * w // whole for w in weights]
+    rest = total - sum(shares)
+    return [n + (i >= len(shares) - rest) for i, n in enumerate(shares)]

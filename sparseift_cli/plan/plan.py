@@ -1,26 +1,29 @@
 """The Plan: what a transform will do to each layer. A pure function of (LayerTable, TransformSpec); no torch; JSON out.
 
-Every command prints from the plan, so they cannot disagree. Sizes, ranks and branch counts are chosen first, as integers;
-then each layer gets an integer number of non-zeros that spends its FLOP budget and never exceeds it.
+Every command makes the plan once and prints from it, so that its numbers cannot disagree. Sizes, ranks and branch counts
+are chosen first, as integers; then each layer gets an integer number of non-zeros within its FLOP budget.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any
 
 from ..errors import UsageError
+from ..table.poly import Poly
 from ..table.table import Layer, LayerTable
-from .budget import spend
-from .isoflop import branches, doped_rank, factorized_rank, factors
-from .layer_plan import LayerPlan, Part, Status
-from .members.wide import Grown, Growth, grow, require_matches, selected
+from .budget import allocate_nonzeros
+from .layer_plan import LayerPlan, left_alone
+from .members import MEMBERS, DenseLayer, Member
+from .selection import require_matches, selected
 from .spec import TrainingSpec, TransformSpec
+from .widening import Widening
 
 SCHEMA = "sparseift.plan/1"
 
-_WHY_LEFT_ALONE = {
+_WHY_UNTOUCHED = {
     "input": "input layer",
     "output": "output layer",
     "attention": "attention product",
@@ -31,21 +34,37 @@ _WHY_LEFT_ALONE = {
 
 @dataclass(frozen=True)
 class Plan:
-    """The transform of one table: new sizes of all widths, and every row's fate."""
+    """The transform of one table: new sizes of all widths, and what happens to every row.
+
+    Args:
+        table: the dense model, attention counted in full.
+        spec: what was asked for.
+        training: whose cost was matched, under `match train`.
+        sizes: the new size of every width, by id.
+        layers: one plan a row, in the order of the table.
+        scale: model or train match: the factor on the transformed layers' dense cost.
+        widening: how the widths were chosen, by a member that changes widths.
+        causal: how attention under a causal mask was counted: `full`, `half` or `exact`.
+    """
 
     table: LayerTable
     spec: TransformSpec
     training: TrainingSpec
     sizes: list[int]
-    grown: tuple[Grown, ...]
     layers: tuple[LayerPlan, ...]
-    scale: Fraction | None = None  # model or train match: the factor on the transformed layers' cost
-    growth: Growth | None = None
+    scale: Fraction | None = None
+    widening: Widening | None = None
+    causal: str = "full"
+
+    @property
+    def member(self) -> Member:
+        """The member that made it."""
+        return MEMBERS.get(self.spec.member)
 
     def to_json(self) -> dict[str, Any]:
         widths = [
-            {"name": self.table.widths[g.id].name, "dense": g.dense, "size": g.size, "ideal": g.ideal}
-            for g in self.grown
+            {"name": self.table.widths[w.id].name, "dense": w.dense, "size": w.size, "ideal": w.ideal}
+            for w in (self.widening.widened if self.widening else ())
         ]
         return {
             "schema": SCHEMA,
@@ -59,143 +78,97 @@ class Plan:
         }
 
 
-def make_plan(table: LayerTable, spec: TransformSpec, training: TrainingSpec | None = None) -> Plan:
-    """Plan a transform; `training` matters only where training FLOPs are matched.
+def make_plan(
+    table: LayerTable, spec: TransformSpec, training: TrainingSpec | None = None, *, causal: str = "full"
+) -> Plan:
+    """Plan a transform.
+
+    Args:
+        table: the dense model.
+        spec: what is asked for.
+        training: how training FLOPs are counted; it changes the plan only where they are matched.
+        causal: how attention under a causal mask is counted; it changes the plan only where the model's FLOPs are matched.
 
     Raises:
-        UsageError: nothing in the model can be transformed as asked.
+        UsageError: nothing in the model can be transformed as asked, or `causal` is not full, half or exact.
         CheckFailed: no density can match the model's budget.
     """
     training = training or TrainingSpec()
+    member, counted = MEMBERS.get(spec.member), with_causal(table, causal)
     require_matches(table, spec)
-    growth = grow(table, spec) if spec.member == "sparse_wide" else None
-    sizes = growth.sizes if growth else list(table.sizes)
-    layers = [_plan_layer(layer, table, spec, growth, sizes) for layer in table.layers]
+    widening = member.widen(counted, spec)
+    sizes = widening.sizes if widening else list(table.sizes)
+    layers = [_plan_layer(member, DenseLayer(row, counted, spec, widening)) for row in counted.layers]
     if not any(p.status == "transformed" for p in layers) and spec.density < 1:
         reasons = sorted({p.reason for p in layers if p.layer.macs.terms and p.layer.role == "body"}) or [
             "it has no body layers"
         ]
-        raise UsageError(f"{spec.member} leaves every layer of {table.model} as it is: {'; '.join(reasons[:4])}")
-    layers, scale = spend(layers, table, spec, training, growth)
-    return Plan(table, spec, training, sizes, growth.grown if growth else (), tuple(layers), scale, growth)
+        raise UsageError(f"{member.title} leaves every layer of {table.model} as it is: {'; '.join(reasons[:4])}")
+    layers, scale = allocate_nonzeros(layers, spec, training, widening)
+    return Plan(table, spec, training, sizes, tuple(layers), scale, widening, causal)
 
 
 def dense_layers(table: LayerTable) -> list[LayerPlan]:
     """Every row as it is, before any transform."""
-    return [_left_alone(row, row.macs.evaluate(table.sizes), table.sizes, "") for row in table.layers]
+    return [left_alone(row, table.sizes, table.sizes, "") for row in table.layers]
 
 
-def _plan_layer(
-    layer: Layer, table: LayerTable, spec: TransformSpec, growth: Growth | None, sizes: list[int]
-) -> LayerPlan:
-    dense_macs = layer.macs.evaluate(table.sizes)
+def _plan_layer(member: Member, dense: DenseLayer) -> LayerPlan:
+    reason = _why_untouched(dense.layer, dense.spec)
+    return member.plan_layer(dense) if reason is None else dense.untouched(reason)
+
+
+def _why_untouched(layer: Layer, spec: TransformSpec) -> str | None:
+    """Why no member transforms a row, whichever it is; None where the member decides."""
     if not layer.weighted or layer.role != "body":
-        return _left_alone(layer, dense_macs, sizes, _why_left_alone(layer))
+        if layer.role == "body":
+            return layer.note or ""
+        return "parameter, no MACs" if layer.kind == "parameter" else _WHY_UNTOUCHED[layer.role]
     if layer.tied_to:
-        return _left_alone(layer, dense_macs, sizes, f"weight shared with {layer.tied_to}")
+        return f"weight shared with {layer.tied_to}"
     if layer.note:
-        return _left_alone(layer, dense_macs, sizes, layer.note)
-    if not selected(layer, spec):
-        return _left_alone(layer, dense_macs, sizes, "left out by --include/--exclude")
-    if growth is not None:
-        return _plan_wide(layer, table, spec, growth, dense_macs)
-    return _plan_local(layer, table, spec, dense_macs)
+        return layer.note
+    return None if selected(layer, spec) else "left out by --include/--exclude"
 
 
-def _why_left_alone(layer: Layer) -> str:
-    if layer.role == "body":
-        return layer.note or ""
-    return "parameter, no MACs" if layer.kind == "parameter" else _WHY_LEFT_ALONE[layer.role]
+def with_causal(table: LayerTable, causal: str) -> LayerTable:
+    """The table with attention products under a causal mask counted in `full`, `half` or `exact` (T (T + 1) / 2 pairs).
+
+    Raises:
+        UsageError: another word, or half of an odd number of query-key pairs.
+    """
+    if causal == "full":
+        return table
+    if causal not in ("half", "exact"):
+        raise UsageError(f"unknown causal count {causal!r}", hint="full, half or exact")
+
+    def share_of(queries: int, keys: int) -> Fraction:
+        if causal == "half":
+            return Fraction(1, 2)
+        return Fraction(sum(min(i + 1, keys) for i in range(queries)), queries * keys)
+
+    layers = []
+    for row in table.layers:
+        if row.causal:
+            share = share_of(*row.causal)
+            terms = [(m, c * share) for m, c in row.macs.terms]
+            if any(c.denominator != 1 for _, c in terms):
+                raise UsageError(
+                    f"half of {row.name}'s query-key pairs is not a whole number", hint="use --causal exact"
+                )
+            row = replace(row, macs=Poly((m, int(c)) for m, c in terms))
+        layers.append(row)
+    return replace(table, layers=tuple(layers))
 
 
-def _left_alone(layer: Layer, dense_macs: int, sizes: list[int], reason: str) -> LayerPlan:
-    macs = layer.macs.evaluate(sizes)
-    shape = layer.shape(sizes)
-    parts = (Part("weight", shape, True, shape.weights),) if layer.weighted else ()
-    status: Status = "boundary" if layer.role in ("input", "output") and macs != dense_macs else "untouched"
-    if status == "boundary":
-        reason = f"{reason}: follows the wider stream, stays dense"
-    if layer.note:
-        reason = layer.note
-    return LayerPlan(
-        layer, status, reason, dense_macs, macs, layer.params.evaluate(sizes), layer.activations.evaluate(sizes), parts
-    )
-
-
-def _plan_wide(layer: Layer, table: LayerTable, spec: TransformSpec, growth: Growth, dense_macs: int) -> LayerPlan:
-    sizes = growth.sizes
-    shape = layer.shape(sizes)
-    grows = shape.weights != layer.shape(table.sizes).weights
-    if not (growth.reaches(layer) if spec.scope == "none" else grows):
-        return _left_alone(layer, dense_macs, sizes, growth.why_not(layer))
-    if layer.kind == "depthwise" and spec.depthwise == "dense":
-        fate = "stays dense and grows" if grows else "stays dense"
-        return _left_alone(layer, dense_macs, sizes, f"depthwise: {fate} (--depthwise sparse to mask it)")
-    part = Part("weight", shape, False, shape.weights)
-    macs = layer.macs.evaluate(sizes)
-    params, activations = layer.params.evaluate(sizes), layer.activations.evaluate(sizes)
-    return LayerPlan(layer, "transformed", "", dense_macs, macs, params, activations, (part,))
-
-
-def norm_inside(layer: Layer, table: LayerTable, spec: TransformSpec) -> Literal["batch_norm", "layer_norm"] | None:
-    """The norm of 2 parameters a channel that stands inside a member: the model's own kind, after convolutions."""
-    inside = spec.branch_activation == "each" if spec.member == "sparse_parallel" else spec.inner != "linear"
-    if spec.member == "sparse_doped" or layer.projection or not inside or spec.norm == "none":
-        return None
-    if layer.kernel:
-        follows = spec.norm == "batch_norm" or any(row.kind == "batch_norm" for row in table.layers)
-        return "batch_norm" if follows else None
-    return "layer_norm" if spec.member == "sparse_factorized" and spec.inner == "norm" else None
-
-
-def activation_inside(layer: Layer, spec: TransformSpec) -> bool:
-    """Does a non-linearity stand inside a member? Never in an attention projection, nor in Doped: it follows the sum."""
-    if layer.projection or spec.activation == "none":
-        return False
-    if spec.member == "sparse_parallel":
-        return spec.branch_activation == "each"
-    return spec.member == "sparse_factorized" and spec.inner == "activation"
-
-
-def _plan_local(layer: Layer, table: LayerTable, spec: TransformSpec, dense_macs: int) -> LayerPlan:
-    sizes, shape = table.sizes, layer.shape(table.sizes)
-    if layer.projection and spec.projections == "untouched":
-        return _left_alone(
-            layer, dense_macs, sizes, "attention projection: without a non-linearity its parts fold into one matrix"
-        )
-    if layer.kind == "conv_transpose":
-        return _left_alone(layer, dense_macs, sizes, "transposed convolution: only Sparse Wide reaches it")
-    if layer.host:
-        return _left_alone(layer, dense_macs, sizes, f"its weight is used by {layer.host}: only Sparse Wide reaches it")
-    if spec.density == 1:
-        return _left_alone(layer, dense_macs, sizes, "sparsity 0 changes nothing")
-    activations, params = layer.activations.evaluate(sizes), layer.params.evaluate(sizes)
-    bias = max(0, params - shape.weights)
-    norm = 2 if norm_inside(layer, table, spec) else 0
-    if spec.member == "sparse_parallel":
-        count = branches(spec.density)
-        parts = tuple(Part(f"branch {i}", shape, False, shape.weights) for i in range(count))
-        each = spec.branch_activation == "each"
-        extra = count * (bias + norm * shape.outputs) if each else bias
-        detail = f"{count} branches, realised sparsity {1 - 1 / count:.4g}"
-        activations *= count
-    elif spec.member == "sparse_factorized":
-        rank = factorized_rank(shape, spec.density)
-        u, v = factors(shape, rank)
-        parts = (Part("U", u, False, u.weights), Part("V", v, False, v.weights))
-        extra = bias + norm * u.outputs
-        detail = f"rank {rank}"
-        activations += activations * u.outputs // shape.outputs
-    else:
-        rank = doped_rank(shape, spec.density)
-        if rank == 0:
-            return _left_alone(layer, dense_macs, sizes, "rank 0: too small for a low-rank part")
-        u, v = factors(shape, rank)
-        copy = Part("sparse", shape, False, shape.weights)
-        parts = (Part("U", u, True, u.weights), Part("V", v, True, v.weights), copy)
-        extra = bias
-        detail = f"rank {rank}"
-        activations += activations + activations * u.outputs // shape.outputs
-    weights = sum(p.shape.weights for p in parts)
-    macs = dense_macs // shape.weights * weights
-    return LayerPlan(layer, "transformed", "", dense_macs, macs, weights + extra, activations, parts, detail)
+def counted_anew(plan: Plan, causal: str) -> Sequence[LayerPlan]:
+    """The rows of a plan with attention under a causal mask counted otherwise; its non-zeros are what they are."""
+    if causal == plan.causal:
+        return plan.layers
+    rows = []
+    for old, row in zip(plan.layers, with_causal(plan.table, causal).layers, strict=True):
+        if row.causal:
+            dense, new = row.macs.evaluate(plan.table.sizes), row.macs.evaluate(plan.sizes)
+            old = replace(old, layer=row, dense_macs=dense, product_macs=new)
+        rows.append(old)
+    return rows

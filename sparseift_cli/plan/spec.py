@@ -13,13 +13,11 @@ from functools import cached_property
 from typing import Annotated, Any, Literal, get_args
 
 from ..base.options import Option, check
-from ..errors import UsageError, did_you_mean, one_of
+from ..errors import UsageError, one_of
 from ..sparsity.algorithms import ALGORITHMS, MaskAlgorithm, make_algorithm, name_of
 from ..sparsity.schedule import Schedule
-from .isoflop import density
+from .members import MEMBERS, written_name
 
-Member = Literal["sparse_wide", "sparse_parallel", "sparse_factorized", "sparse_doped"]
-MEMBERS: tuple[Member, ...] = get_args(Member)
 Match = Literal["off", "layer", "model", "train"]
 MATCHES: tuple[Match, ...] = get_args(Match)
 Scope = Literal["all", "inner", "none"]
@@ -49,9 +47,9 @@ class TransformSpec:
     """
 
     member: Annotated[
-        Member,
-        Option("The member of the Sparse-IFT family.", panel=_TRANSFORM, flags=("--transform", "-t"), shown="wide"),
-    ] = "sparse_wide"
+        str,
+        Option("The member of the Sparse-IFT family.", panel=_TRANSFORM, flags=("--transform", "-t"), names=MEMBERS),
+    ] = "wide"
     sparsity: Annotated[
         str,
         Option(
@@ -173,14 +171,14 @@ class TransformSpec:
                 f"sparsity {self.sparsity!r} is not a number in [0, 1)",
                 hint="0.9 means that 90 % of the weights are zero",
             ) from None
+        object.__setattr__(self, "member", MEMBERS.canonical(self.member))
         check(self)
         one_of("activation", self.activation.partition(":")[0], ("model", "none", *ACTIVATIONS))
         for name in ("width_multiple", "base_width"):
             size = getattr(self, name)
             if size is not None:
                 object.__setattr__(self, name, int(size))  # an integer of numpy, too
-        if self.scope == "none":
-            self._require_control()
+        MEMBERS.get(self.member).check(self)
         if self.distribution != "uniform" and self.match not in ("model", "train"):
             raise UsageError(
                 f"distribution {self.distribution} gives layers different FLOPs, so it cannot match each layer",
@@ -199,27 +197,6 @@ class TransformSpec:
             raise UsageError(
                 f"unknown pattern {self.pattern!r}", hint="use unstructured, N:M (2:4) or a block RxC (4x4)"
             )
-
-    def _require_control(self) -> None:
-        """Scope none widens nothing, so it cannot keep the FLOPs and sets no width."""
-        what = "scope none widens nothing: the same layers get sparse at their dense size"
-        if self.member != "sparse_wide":
-            raise UsageError(
-                f"{what}, which is a control of wide, not {self.member.removeprefix('sparse_')}",
-                hint="use member wide, or leave scope out",
-            )
-        if self.match != "off":
-            raise UsageError(
-                f"{what}, at fewer FLOPs than the dense model's, so match {self.match} cannot be held",
-                hint="use it with match off",
-            )
-        if self.distribution != "uniform":
-            raise UsageError(
-                f"{what}, each to the sparsity itself, so distribution {self.distribution} has no budget to spread",
-                hint="use distribution uniform",
-            )
-        if self.base_width is not None:
-            raise UsageError(f"{what}, so base width {self.base_width} contradicts it", hint="leave one of them out")
 
     @property
     def density(self) -> Fraction:
@@ -249,6 +226,7 @@ class TransformSpec:
     def to_json(self) -> dict[str, Any]:
         data = asdict(self)
         data["sparsity"] = float(Fraction(self.sparsity))
+        data["member"] = written_name(self.member)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
 
     @staticmethod
@@ -415,15 +393,18 @@ class InitSpec:
         check(self)
 
 
-def member_named(word: str) -> Member:
-    """`wide`, `sparse-wide` or `sparse_wide`.
+def density(sparsity: float | str | Fraction) -> Fraction:
+    """1 - s, with s read as it is written: 0.9 is nine tenths, not the nearest float.
+
+    >>> density("0.9")
+    Fraction(1, 10)
 
     Raises:
-        UsageError: no such member.
+        ValueError: the sparsity is not in [0, 1).
     """
-    name = word.lower().replace("-", "_").removeprefix("sparse_")
-    for member in MEMBERS:
-        if member == f"sparse_{name}":
-            return member
-    short = [m.removeprefix("sparse_") for m in MEMBERS]
-    raise UsageError(f"unknown transform {word!r}", hint=did_you_mean(name, short) or f"known: {', '.join(short)}")
+    if len(str(sparsity).lower().partition("e")[2]) > 5:  # 1e-99999 is read at once, 1e-400000000 takes for ever
+        raise ValueError(f"sparsity {sparsity} has an exponent without meaning")
+    s = Fraction(str(sparsity))
+    if not 0 <= s < 1:
+        raise ValueError(f"sparsity {sparsity} is not in [0, 1)")
+    return 1 - s

@@ -35,8 +35,8 @@ def cost_per_nonzero(plan: LayerPlan, part: Part, *, recompute: bool = False) ->
 
     A low-rank pair has an inner activation: V needs its input gradient whenever U trains, even behind a frozen input.
     """
-    layer, uses = plan.layer, plan.uses
-    inner = part.name == "V" and not layer.grad_inputs and layer.grad_weight
+    layer, uses = plan.layer, plan.positions
+    inner = part.reads_part and not layer.grad_inputs and layer.grad_weight
     return StepCost(
         _forwards(layer, recompute) * uses, uses if inner else uses * layer.grad_inputs, uses * layer.grad_weight
     )
@@ -99,7 +99,7 @@ def unrounded_macs(plan: LayerPlan, macs: Fraction | int, training: TrainingSpec
     Dense parts keep all their weights, whatever `macs` says; the others share what is left by size.
     """
     sparse = sum(p.shape.weights for p in plan.parts if not p.dense)
-    left = Fraction(macs) / plan.uses - (plan.weights - sparse)
+    left = Fraction(macs) / plan.positions - (plan.weights - sparse)
     density = min(Fraction(1), max(Fraction(0), left / sparse))
     method, schedule = training.method, training.method.schedule(training.steps)
 

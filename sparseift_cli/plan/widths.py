@@ -14,10 +14,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import lcm
+from typing import TYPE_CHECKING
 
 from ..table.poly import Poly
 from ..table.table import Width
-from .spec import HeadScaling
+
+if TYPE_CHECKING:
+    from .spec import HeadScaling
 
 Affine = dict[int | None, Fraction]  # free width id -> coefficient; None -> the constant
 

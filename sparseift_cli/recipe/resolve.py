@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from ..data import DATASETS
 from ..errors import SparseiftError, UsageError, did_you_mean
 from ..models.zoo import registry
-from ..plan.spec import TransformSpec, member_named
+from ..plan.spec import TransformSpec
 from ..sparsity.algorithms import ALGORITHMS
 from . import schema
 from .defaults import defaults
@@ -174,7 +174,7 @@ def transform_options(spec: schema.Spec) -> dict[str, Any]:
     if spec.transform is None:
         return {}
     options = spec.transform.model_dump()
-    return options | {"member": member_named(spec.transform.member), "sparsity": str(spec.transform.sparsity)}
+    return options | {"sparsity": str(spec.transform.sparsity)}
 
 
 def _message(section: str, error: SparseiftError) -> str:

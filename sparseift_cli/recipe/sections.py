@@ -160,11 +160,6 @@ def option(declaring: type, name: str) -> Any:
 # The sections that say what is trained on what: model, data, transform, init, algorithm.
 
 
-MemberName = Literal[
-    "wide", "parallel", "factorized", "doped", "sparse_wide", "sparse_parallel", "sparse_factorized", "sparse_doped"
-]
-
-
 class Model(Section):
     """The dense model one starts from."""
 
@@ -215,7 +210,6 @@ class Transform(section_of(TransformSpec, required=("sparsity",))):
     """The Sparse-IFT transform: the options of `sparseift flops` and `transform`, under the same names."""
 
     SHORT: ClassVar[str | None] = "member"
-    member: MemberName = Field("wide", description="The member of the family.")
 
     if TYPE_CHECKING:
 

@@ -15,6 +15,7 @@ from typing import Any
 from ..models.request import Request
 from ..models.source import load_table
 from ..plan.audit import Audit, audit
+from ..plan.plan import make_plan
 from ..plan.spec import TrainingSpec, TransformSpec
 from .published import published
 
@@ -71,7 +72,7 @@ def claims() -> tuple[Claim, ...]:
     resnet, medium = dense["resnet34"] / dense["resnet18"], dense["gpt3_medium"] / dense["gpt3_small"]
     wide18, small50 = wide["resnet18", "0.9"], wide["gpt3_small", "0.5"]
     exact = {
-        m: audit(load_table(Request(m)), None, TrainingSpec(algorithm="dense"), causal="exact")
+        m: audit(load_table(Request(m)), TrainingSpec(algorithm="dense"), causal="exact")
         for m in ("gpt3_small", "gpt3_medium")
     }
     medium_exact = exact["gpt3_medium"].dense.training_macs / exact["gpt3_small"].dense.training_macs
@@ -109,10 +110,9 @@ def _row(model: str, sparsity: str | None = None, match: str | None = None) -> R
     # RigL as the recipes have it; the article's GPT-3 is counted with static masks, whose cost needs no number of steps
     algorithm = "dense" if sparsity is None else "rigl" if image else "static"
     training = TrainingSpec.of({"algorithm": algorithm, "steps": STEPS} if image else {"algorithm": algorithm})
-    spec = (
-        None if sparsity is None else TransformSpec.of({"member": "sparse_wide", "sparsity": sparsity, "match": match})
-    )
-    counted: Audit = audit(load_table(Request(model)), spec, training)
+    spec = None if sparsity is None else TransformSpec.of({"member": "wide", "sparsity": sparsity, "match": match})
+    table = load_table(Request(model))
+    counted: Audit = audit(make_plan(table, spec, training) if spec else table, training)
     samples = IMAGES * EPOCHS if image else 1
     macs = (counted.transformed or counted.dense).training_macs
     # the article matches layers: its result is not one of a model matched as a whole

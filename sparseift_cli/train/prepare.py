@@ -251,7 +251,7 @@ def _model(
         if spec.transform is None:
             built = build(request, device="cpu")
             table = trace(built.model, built.args, built.kwargs, name=built.name, input_shape=built.input_shape).table
-            return built.model, None, audit(table, None, training)
+            return built.model, None, audit(table, training)
         options = Options(
             start=spec.init.start,
             init=spec.init.weights,
@@ -265,7 +265,7 @@ def _model(
         model, done = convert(
             request, wanted, checkpoint=checkpoint, key=spec.init.key, training=training, options=options
         )
-        return model, done, audit(done.plan.table, done.plan.spec, training)
+        return model, done, audit(done.plan, training)
 
 
 def _ranking(spec: Spec, train: Batches, seed: int, fit: Callable[[nn.Module], None]) -> Any:

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError
-from ..plan.audit import Audit, audit, recount
+from ..plan.audit import Audit, audit
+from ..plan.plan import make_plan
 from ..plan.spec import TrainingSpec, TransformSpec
 from ..table.table import LayerTable
 from ..version import __version__
@@ -62,14 +63,14 @@ class Artifact:
             ArtifactError: this version plans other non-zeros than the folder holds.
             UsageError: these training options do not fit the plan.
         """
-        again = audit(self.table, self.spec, self.training, causal=self.causal)
-        if again.plan is None or again.plan.to_json()["layers"] != self.plan["layers"]:
+        plan = make_plan(self.table, self.spec, self.training, causal=self.causal)
+        if plan.to_json()["layers"] != self.plan["layers"]:
             raise ArtifactError(
                 f"{self.path} was planned by sparseift {self.provenance.get('sparseift')}, which counts "
                 "otherwise than this version",
                 hint="transform the model again",
             )
-        return recount(again.plan, training, causal or self.causal)
+        return audit(plan, training, causal=causal)
 
 
 def is_artifact(path: str | Path) -> bool:

@@ -15,7 +15,7 @@ from torch.nn.utils import skip_init
 
 from ..errors import UsageError
 from .edits import Replace
-from .members.base import Member
+from .members.base import MemberModule
 
 
 class MemberAttention(nn.Module):
@@ -100,7 +100,7 @@ def with_members(
     root: nn.Module,
     module: nn.MultiheadAttention,
     edits: Mapping[str, Replace],
-    build: Callable[[nn.Module, nn.Module, Replace], Member],
+    build: Callable[[nn.Module, nn.Module, Replace], MemberModule],
 ) -> MemberAttention:
     """`module` with members for the projections in `edits`, and linear layers for the others.
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
-from ..plan.spec import Member
+from ..plan.layer_plan import NormKind
 
 SCHEMA = "sparseift.surgery/1"
 
@@ -40,9 +40,9 @@ class Replace:
     """
 
     path: str
-    member: Member
+    member: str
     size: int
-    norm: Literal["batch_norm", "layer_norm"] | None = None
+    norm: NormKind | None = None
     eps: float = 1e-5
     momentum: float | None = 0.1
     activation: str | None = None

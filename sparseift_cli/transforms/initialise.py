@@ -24,8 +24,8 @@ from ..errors import UsageError
 from ..mask.attached import is_transposed
 from ..mask.mask import generator_for
 from .edits import Surgery
-from .members.base import Member
-from .members.doped import SparseDoped
+from .layers import weight_of
+from .members.base import MemberModule
 
 Init = Literal["dense", "density_scaled"]
 Rule = tuple[str, str]  # distribution (normal or uniform), and a name in _DEVIATIONS or the deviation itself
@@ -69,7 +69,8 @@ def initialise(model: nn.Module, dense: nn.Module, surgery: Surgery, *, seed: in
     Raises:
         UsageError: a weight of `dense` is NaN or infinite, so that its deviation cannot be estimated.
     """
-    summed = any(edit.member in ("sparse_parallel", "sparse_doped") for edit in surgery.members)
+    members = [_member(model, edit.path) for edit in surgery.members]
+    summed = any(member.sums_parts for member in members)
     drawn = [s for s in _tensors_to_draw(model, dense, surgery) if not s.new.is_meta]
     fitting: dict[int, list[Rule]] = {}  # by dense tensor; the branches of Parallel share one
     for s in drawn:
@@ -82,27 +83,17 @@ def initialise(model: nn.Module, dense: nn.Module, surgery: Surgery, *, seed: in
             rule = max(fitting[id(s.old)], key=lambda r: votes[r], default=None)
             scale = s.density**-0.5 if init == "density_scaled" and not summed else 1.0
             _draw(s, rule, scale, generator_for(seed, "init", s.key))
-        for edit in surgery.members:
-            member = model.get_submodule(edit.path)
-            if isinstance(member, SparseDoped) and not member.weight.is_meta:
-                (copy,) = (m for m in surgery.masked if m.layer == edit.path)
-                _share_variance(member, copy.nnz)
+        nonzeros = {id(model.get_parameter(m.key)): m.nnz for m in surgery.masked}
+        for member in members:
+            if not member.weight.is_meta:
+                weights = [weight_of(part) for part in member.parts()]
+                member.balance([nonzeros.get(id(weight), weight.numel()) for weight in weights])
 
 
-def _share_variance(member: SparseDoped, nnz: int) -> None:
-    """Scale U and V so that V U x and the masked copy together have the variance of the dense layer's output.
-
-    A dense layer with n inputs for each output and the deviation sigma multiplies the variance of x by n sigma^2; the
-    copy makes the share `density` of that. U keeps the variance of x (deviation n ** -1/2); V of rank r makes the rest,
-    (1 - density) n sigma^2 = r deviation(V)^2.
-    """
-    u, v, sparse = (part.get_parameter("weight") for part in member.parts().values())
-    inputs, rank = sparse[0].numel(), v[0].numel()
-    rest = inputs * float(sparse.std(correction=0)) ** 2 * (1 - nnz / sparse.numel())
-    for weight, deviation in ((u, inputs**-0.5), (v, (rest / rank) ** 0.5)):
-        current = float(weight.std(correction=0))
-        if current:
-            weight.mul_(deviation / current)
+def _member(model: nn.Module, path: str) -> MemberModule:
+    member = model.get_submodule(path)
+    assert isinstance(member, MemberModule)
+    return member
 
 
 def _tensors_to_draw(model: nn.Module, dense: nn.Module, surgery: Surgery) -> Iterable[_Drawn]:
@@ -116,11 +107,10 @@ def _tensors_to_draw(model: nn.Module, dense: nn.Module, surgery: Surgery) -> It
             yield _Drawn(key, new, weight, key, old_parameters[key], old_weight, density.get(key, 1.0))
     names = {id(p): key for key, p in model.named_parameters()}
     for edit in surgery.members:
-        member = model.get_submodule(edit.path)
-        assert isinstance(member, Member)
+        member = _member(model, edit.path)
         where = f"{edit.path}." if f"{edit.path}.weight" in old_parameters else f"{edit.path}_"  # in_proj_weight
         old_weight = _sibling_weight(dense, f"{where}weight")
-        for part in member.parts().values():
+        for part in member.parts():
             weight = part.get_parameter("weight")
             for name, new in part.named_parameters():
                 key = names[id(new)]

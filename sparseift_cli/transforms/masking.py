@@ -39,7 +39,7 @@ def draw_masks(
     by_layer: dict[str, list[Masked]] = {}
     for m in surgery.masked:
         by_layer.setdefault(m.layer, []).append(m)
-    disjoint = plan.spec.member == "sparse_parallel" and plan.spec.branch_activation == "sum"
+    disjoint = plan.member.sums_before_activation(plan.spec)
     for layer, parts in by_layer.items():
         if disjoint and scores is None:
             first = parts[0]

@@ -7,118 +7,30 @@ cloned, ties stay ties. Weights are left unset here: `initialise` or `preserve` 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from ..errors import CheckFailed, UsageError
-from ..mask.attached import is_transposed
-from ..plan.isoflop import branches, doped_rank, factorized_rank
-from ..plan.layer_plan import LayerPlan
-from ..plan.plan import Plan, activation_inside, norm_inside
+from ..plan.members import MEMBERS
+from ..plan.plan import Plan
 from ..trace.structure import Structure
 from ..trace.symbolise import is_config
 from . import attention
-from . import widen as sparse_wide
-from .edits import Masked, Replace, Resize, SetAttribute, Surgery
+from .edits import Replace, Resize, SetAttribute, Surgery
 from .layers import sync_sizes, take_over
-from .members import doped as sparse_doped
-from .members import factorized as sparse_factorized
-from .members import parallel as sparse_parallel
-from .members.base import Member
+from .members import torch_half
+from .members.base import MemberModule
+from .members.layerwise import Layerwise
 
 M = TypeVar("M", bound=nn.Module)
-BUILDERS = {
-    "sparse_parallel": sparse_parallel.build,
-    "sparse_factorized": sparse_factorized.build,
-    "sparse_doped": sparse_doped.build,
-}
-
-
-# --- from the plan to edits ---
 
 
 def surgery_for(plan: Plan, structure: Structure, model: nn.Module) -> Surgery:
     """Every edit that makes `model`, which `structure` was traced from, the network that `plan` describes."""
-    if plan.spec.member == "sparse_wide":
-        return Surgery(
-            resizes=tuple(sparse_wide.resizes(plan, structure)),
-            attributes=tuple(sparse_wide.attributes(plan, structure, model)),
-            masked=tuple(_masked_wide(plan, structure, model)),
-        )
-    norm = next((m for m in model.modules() if isinstance(m, _BatchNorm)), None)
-    members, masked = [], []
-    for row in plan.layers:
-        if row.status == "transformed":
-            edit = _replace(row, plan, structure, norm)
-            members.append(edit)
-            masked += _masked_parts(row, edit)
-    return Surgery(members=tuple(members), masked=tuple(masked))
-
-
-def _masked_wide(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[Masked]:
-    blocks = sparse_wide.HeadBlocks(plan, structure)
-    for row in plan.layers:
-        if row.status != "transformed":
-            continue
-        key = row.layer.weight or ""
-        path, _, _ = key.rpartition(".")
-        module = model.get_submodule(path)
-        rows, columns = structure.shapes[key][:2]
-        transposed = is_transposed(module) and key.endswith("weight")
-        if transposed:
-            rows, columns = columns, rows
-        heads, on_inputs = 1, False
-        if row.layer.projection:
-            heads = blocks.along(rows)
-            if heads == 1:
-                heads = blocks.along(columns)
-                on_inputs = heads > 1
-        (part,) = row.parts
-        yield Masked(row.layer.name, part.name, key, part.nnz, part.shape.groups, transposed, heads, on_inputs)
-
-
-def _replace(row: LayerPlan, plan: Plan, structure: Structure, norm: _BatchNorm | None) -> Replace:
-    spec, layer = plan.spec, row.layer
-    shape = layer.shape(plan.table.sizes)
-    size = {
-        "sparse_parallel": lambda: branches(spec.density),
-        "sparse_factorized": lambda: factorized_rank(shape, spec.density),
-        "sparse_doped": lambda: doped_rank(shape, spec.density),
-    }[spec.member]()
-    kind = norm_inside(layer, plan.table, spec)
-    # Behind a norm a branch needs no activation to differ from its neighbours, so it has the layer's own or none. Without a
-    # norm, branches with nothing behind them would fold into one matrix.
-    own = spec.member == "sparse_parallel" and kind is not None
-    known = structure.own_activations if own else structure.activations
-    activation = known.get(layer.name) if spec.activation == "model" else spec.activation
-    if not activation_inside(layer, spec):
-        activation = None
-    options: dict[str, Any] = {} if norm is None else {"eps": norm.eps, "momentum": norm.momentum}
-    return Replace(
-        layer.name,
-        spec.member,
-        size,
-        norm=kind,
-        activation=activation,
-        every_branch=spec.branch_activation == "each",
-        **(options if kind == "batch_norm" else {}),
-    )
-
-
-def _masked_parts(row: LayerPlan, edit: Replace) -> Iterator[Masked]:
-    names = {"U": "u", "V": "v", "sparse": "sparse"}
-    for part in row.parts:
-        if not part.dense:
-            inside = f"branches.{part.name.split()[1]}.0" if part.name.startswith("branch") else names[part.name]
-            yield Masked(row.layer.name, part.name, f"{edit.path}.{inside}.weight", part.nnz, part.shape.groups)
-
-
-# --- from edits to a module ---
+    return torch_half(plan.member).surgery(plan, structure, model)
 
 
 def operate(model: M, surgery: Surgery) -> M:
@@ -239,9 +151,11 @@ def _replace_members(twin: nn.Module, surgery: Surgery) -> None:
                 module._modules[name] = made[id(child)]
 
 
-def build_member(root: nn.Module, layer: nn.Module, edit: Replace) -> Member:
-    """The member that `edit` puts in the place of `layer`."""
-    return BUILDERS[edit.member](root, layer, edit)
+def build_member(root: nn.Module, layer: nn.Module, edit: Replace) -> MemberModule:
+    """The module that `edit` puts in the place of `layer`, a layer of `root`."""
+    half = torch_half(MEMBERS.get(edit.member))
+    assert isinstance(half, Layerwise), f"{edit.member} replaces no single layers"
+    return half.build(root, layer, edit)
 
 
 def _put_in_place(twin: nn.Module, model: nn.Module, fresh: dict[int, Tensor]) -> None:

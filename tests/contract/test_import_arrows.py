@@ -48,7 +48,7 @@ RULES = {
         breaks=("base.machine", "from ..plan import spec"),
     ),
     "the roots need no torch": Rule(
-        who=("plan.isoflop", "table.*", "errors", "base.locations"),
+        who=("table.*", "errors", "base.locations"),
         never=HEAVY,
         breaks=("table.poly", "import numpy as np"),
     ),

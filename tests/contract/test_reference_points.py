@@ -11,7 +11,8 @@ import pytest
 from sparseift_cli.errors import CheckFailed, UsageError
 from sparseift_cli.models.source import Request, load_table
 from sparseift_cli.plan.audit import Audit, audit
-from sparseift_cli.plan.isoflop import erdos_renyi
+from sparseift_cli.plan.budget import erdos_renyi
+from sparseift_cli.plan.plan import make_plan
 from sparseift_cli.plan.spec import TrainingSpec, TransformSpec
 from sparseift_cli.sparsity.algorithms import make_algorithm
 from sparseift_cli.sparsity.schedule import Schedule, StepCost
@@ -24,7 +25,7 @@ def table(name: str) -> LayerTable:
 
 
 def planned(name: str, training: TrainingSpec | None = None, **options: Any) -> Audit:
-    return audit(table(name), TransformSpec(**options), training)
+    return audit(make_plan(table(name), TransformSpec(**options), training))
 
 
 def body_density(result: Audit) -> float:
@@ -213,9 +214,9 @@ def test_gradual_pruning_of_a_known_length_is_counted_to_the_non_zero(algorithm:
             for t in range(steps):
                 left = max(0, end - t // delta_t * delta_t) if t < end else 0
                 nnz = unit * (final + (first - final) * left**3 // end**3)
-                total += row.uses * nnz * ways
+                total += row.positions * nnz * ways
                 if algorithm == "granet" and 0 < t < end and t % delta_t == 0 and not part.dense:
-                    total += row.uses * (part.shape.weights - nnz) * row.layer.grad_weight
+                    total += row.positions * (part.shape.weights - nnz) * row.layer.grad_weight
     assert result.transformed.training_macs * steps == total
     assert result.training_while_updating == result.transformed.training_macs
 
@@ -279,8 +280,8 @@ def test_every_transformed_row_is_iso_flop(name: str, sparsity: str, options: di
     rows = [r for r in result.plan.layers if r.status == "transformed"]
     assert rows
     for row in rows:
-        assert row.dense_macs - row.uses < row.macs <= row.dense_macs
-        assert sum(p.nnz for p in row.parts) * row.uses == row.macs
+        assert row.dense_macs - row.positions < row.macs <= row.dense_macs
+        assert sum(p.nnz for p in row.parts) * row.positions == row.macs
         assert all(0 < p.nnz <= p.shape.weights for p in row.parts)
     assert result.transformed is not None
     assert sum(result.owners().values()) == result.transformed.forward_macs - result.dense.forward_macs
@@ -310,7 +311,7 @@ def test_a_width_multiple_that_changes_nothing_is_an_error() -> None:
         planned("resnet18", sparsity="0.5", width_multiple=64)
     result = planned("resnet18", sparsity="0.9", width_multiple=8)
     assert result.plan is not None
-    assert all(g.size % 8 == 0 for g in result.plan.grown)
+    assert all(g.size % 8 == 0 for g in result.plan.widening.widened)
 
 
 def test_excluded_layers_keep_their_shape() -> None:
@@ -336,7 +337,7 @@ def test_blocks_are_whole(pattern: str) -> None:
 def test_n_of_m_fixes_the_density_and_floors_the_widths() -> None:
     result = planned("resnet18", sparsity="0.5", pattern="2:4")
     assert result.plan is not None
-    assert all(g.size % 4 == 0 and g.size <= g.ideal for g in result.plan.grown)
+    assert all(g.size % 4 == 0 and g.size <= g.ideal for g in result.plan.widening.widened)
     for row in result.plan.layers:
         if row.status == "transformed":
             assert row.density == Fraction(1, 2)

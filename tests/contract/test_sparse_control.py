@@ -34,7 +34,7 @@ def spec(**changes: Any) -> TransformSpec:
 
 
 def counted(model: str, training: TrainingSpec | None = None, **changes: Any) -> Audit:
-    return audit(load_table(Request(model)), spec(**changes), training)
+    return audit(make_plan(load_table(Request(model)), spec(**changes), training))
 
 
 def resnet18_nonzeros(density: Fraction) -> int:
@@ -102,7 +102,7 @@ def test_it_is_the_layers_that_wide_widens(model: str, depthwise: str) -> None:
     assert {p.layer.name for p in result.plan.layers if p.status == "transformed"} == wide
     for row in result.plan.layers:
         if row.status == "transformed":
-            assert row.nnz == max(1, row.weights // 4) and row.macs == row.uses * row.nnz
+            assert row.nnz == max(1, row.weights // 4) and row.macs == row.positions * row.nnz
             assert row.weights == row.layer.shape(result.table.sizes).weights
         else:
             assert row.macs == row.dense_macs and row.status == "untouched"
@@ -295,4 +295,4 @@ def test_every_layer_of_the_stem_by_hand() -> None:
     result = counted("resnet18_cifar")
     assert result.plan is not None
     row = next(p for p in result.plan.layers if p.layer.name == "layer1.0.conv1")
-    assert (row.weights, row.nnz, row.uses, row.macs) == (36_864, 9_216, 1_024, conv(32 * 32, 9, 64, 64) // 4)
+    assert (row.weights, row.nnz, row.positions, row.macs) == (36_864, 9_216, 1_024, conv(32 * 32, 9, 64, 64) // 4)

@@ -6,8 +6,9 @@ import pytest
 
 from sparseift_cli.models.request import Request
 from sparseift_cli.models.source import build
+from sparseift_cli.plan.members import MEMBERS
 from sparseift_cli.plan.plan import make_plan
-from sparseift_cli.plan.spec import MEMBERS, TransformSpec
+from sparseift_cli.plan.spec import TransformSpec
 from sparseift_cli.trace.build import trace
 from sparseift_cli.transforms.check import measure, require_as_planned
 from sparseift_cli.transforms.surgery import operate, surgery_for

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import sparseift_cli as sparseift
 from sparseift_cli.errors import CheckFailed
-from sparseift_cli.plan.audit import Audit, audit, recount
-from sparseift_cli.plan.isoflop import give_back
-from sparseift_cli.plan.plan import Plan
+from sparseift_cli.plan.audit import Audit, audit
+from sparseift_cli.plan.budget import round_to_budget
+from sparseift_cli.plan.plan import Plan, make_plan
 from sparseift_cli.plan.spec import TrainingSpec, TransformSpec
 from sparseift_cli.plan.training_cost import executed_macs
 from sparseift_cli.table.table import LayerTable
@@ -63,7 +63,7 @@ def table(freeze: tuple[int, ...] = ()) -> LayerTable:
 
 
 def planned(training: TrainingSpec, freeze: tuple[int, ...] = (), **spec: Any) -> Audit:
-    return audit(table(freeze), TransformSpec(**spec), training)
+    return audit(make_plan(table(freeze), TransformSpec(**spec), training))
 
 
 class Counter:
@@ -118,7 +118,7 @@ def counted_run(model: nn.Module, training: TrainingSpec, **spec: Any) -> tuple[
         sparsifier.step()
         optimizer.step()
     assert executed_macs(plan.layers, training) == spent.executed
-    return Fraction(spent.macs, training.steps), dense.macs, recount(plan)
+    return Fraction(spent.macs, training.steps), dense.macs, audit(plan)
 
 
 @pytest.mark.parametrize("freeze", [(), (0, 1, 2), (0, 2)], ids=str)
@@ -138,7 +138,7 @@ def by_steps(plan: Plan, training: TrainingSpec, steps: int, frozen: set[str]) -
     for row in plan.layers:
         trains = row.layer.name not in frozen
         for part in row.parts:
-            reads = trained_above or (part.name == "V" and trains)
+            reads = trained_above or (part.reads_part and trains)
             ways, moves = 1 + reads + trains, trains and not part.dense
             first = max(part.nnz, part.shape.weights // STARTS[training.algorithm]) if moves else part.nnz
             macs = (steps - end) * part.nnz * ways
@@ -204,6 +204,6 @@ def test_fewer_non_zeros_than_branches(make: Any, sparsity: str, algorithm: Any)
 def test_what_does_not_fit_when_floored_is_taken_back() -> None:
     """Layers whose non-zeros cost more than was thought: one less of the one with the smallest remainder."""
     budgets, uses = [Fraction(10), Fraction(21, 2)], [1, 1]
-    assert give_back(budgets, uses, [99, 99]) == [10, 10]
-    assert give_back(budgets, uses, [99, 99], total=20, cost=lambda i, n: n + Fraction(i, 10)) == [9, 10]
-    assert give_back([Fraction(1)] * 2, uses, [99, 99], total=1) == [1, 1]
+    assert round_to_budget(budgets, uses, [99, 99]) == [10, 10]
+    assert round_to_budget(budgets, uses, [99, 99], total=20, cost=lambda i, n: n + Fraction(i, 10)) == [9, 10]
+    assert round_to_budget([Fraction(1)] * 2, uses, [99, 99], total=1) == [1, 1]

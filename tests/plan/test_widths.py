@@ -9,7 +9,7 @@ from scipy.optimize import linprog
 
 from sparseift_cli.errors import UsageError
 from sparseift_cli.models.source import Request, load_table
-from sparseift_cli.plan.members.wide import grow
+from sparseift_cli.plan.members.wide import widen
 from sparseift_cli.plan.spec import TransformSpec
 from sparseift_cli.plan.widths import Solution, solve
 from sparseift_cli.table.poly import Poly
@@ -128,4 +128,4 @@ def test_widths_that_do_not_grow_together_are_refused_in_words(monkeypatch: pyte
     with pytest.raises(
         UsageError, match=r"widths of resnet18 do not grow together at sparsity 0\.5: width 76 would become 0"
     ):
-        grow(table, TransformSpec(sparsity="0.5"))
+        widen(table, TransformSpec(sparsity="0.5"))

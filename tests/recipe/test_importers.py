@@ -105,10 +105,11 @@ def ratio(recipe: Recipe) -> tuple[float, dict[str, tuple[int, ...]]]:
     """Forward FLOPs over the dense ones, and the widths of some layers of block 0."""
     from sparseift_cli.models.source import Request, load_table
     from sparseift_cli.plan.audit import audit
+    from sparseift_cli.plan.plan import make_plan
     from sparseift_cli.plan.spec import TrainingSpec, TransformSpec
 
     table = load_table(Request(recipe.model, seq=recipe.options["seq"]))
-    result = audit(table, TransformSpec.of(recipe.transform), TrainingSpec(**recipe.training))
+    result = audit(make_plan(table, TransformSpec.of(recipe.transform), TrainingSpec(**recipe.training)))
     assert result.plan is not None
     assert result.forward_ratio is not None
     shapes = {
@@ -427,11 +428,10 @@ def test_authors_parallel_blocks(tmp_path: Path, base: str, text: str, activatio
     """Their blocks replace the two 3x3 convolutions; a branch ends with BatchNorm on CIFAR, and with ReLU on ImageNet."""
     _, recipe = grid(tmp_path, base, text.replace("sparse_wide", "sparse_parallel"))[0]
     from sparseift_cli.models.source import Request, load_table
-    from sparseift_cli.plan.audit import audit
+    from sparseift_cli.plan.plan import make_plan
 
     assert recipe.transform["activation"] == activation
-    plan = audit(load_table(Request(recipe.model)), TransformSpec.of(recipe.transform)).plan
-    assert plan is not None
+    plan = make_plan(load_table(Request(recipe.model)), TransformSpec.of(recipe.transform))
     left = {row.layer.name for row in plan.layers if row.layer.kernel and row.status == "untouched"}
     assert left == {"conv1", *(f"layer{i}.0.downsample.0" for i in (2, 3, 4))}
 

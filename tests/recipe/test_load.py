@@ -60,7 +60,10 @@ def test_all_problems_at_once_with_their_places_in_order(tmp_path: Path) -> None
         ("sparsity: 0.5\n", "names no model"),
         ("model: resnet18\nsparsity: 1.5\n", ":2:11: transform.sparsity: must be below 1, not 1.5"),
         ("model: resnet18\nsparsity: high\n", ':2:11: transform.sparsity: expected a number, not "high"'),
-        ("model: resnet18\ntransform: wider\nsparsity: 0.5\n", ":2:12: transform.member: 'wider' is not one of wide,"),
+        (
+            "model: resnet18\ntransform: wider\nsparsity: 0.5\n",
+            ":2:12: transform.member: unknown member 'wider' (did you mean 'wide'?)",
+        ),
         ("model: resnet18\ntransform: wide\n", ":2:12: transform.sparsity: needs a value"),
         ("model: resnet18\ntransform: {member: wide, sparsity: .5}\nsparsity: 0.5\n", ":3:1: sparsity is given twice"),
         ("model: &a resnet18\ntransform: {member: wide}\nsparsity: *a\n", 'expected a number, not "resnet18"'),
@@ -146,7 +149,7 @@ def test_a_file_that_cannot_be_read_says_so(tmp_path: Path) -> None:
 def test_five_lines_are_a_recipe(tmp_path: Path) -> None:
     recipe = made(tmp_path, FIVE)
     assert (recipe.model, recipe.options) == ("resnet18_cifar", {})
-    assert recipe.transform["member"] == "sparse_wide"
+    assert recipe.transform["member"] == "wide"
     assert recipe.transform["sparsity"] == "0.9"
     assert recipe.training == {"algorithm": "rigl", "delta_t": 100, "stop": "0.75", "recompute": False, "steps": 78_000}
     spec = recipe.spec

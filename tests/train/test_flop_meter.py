@@ -62,7 +62,7 @@ def both(model: nn.Module, algorithm: Any, training: TrainingSpec, **spec: Any) 
         sparsifier.step()
         spent.add(sparsifier.last)
         optimizer.step()
-    result = audit(plan.table, plan.spec, training)
+    result = audit(plan, training)
     assert result.transformed is not None
     held = sum(int(m.count_nonzero()) for m in sparseift.masks(new).values())
     kept = sum(

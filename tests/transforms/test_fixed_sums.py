@@ -85,7 +85,7 @@ def test_the_parts_of_a_fixed_concatenation_keep_their_widths(make: Callable[[],
     rows = [row for row in plan.layers if row.status == "transformed"]
     assert {"a", "b"} <= {row.layer.name for row in rows}
     for row in rows:  # never more than one non-zero below the budget
-        assert row.dense_macs - row.uses < row.macs <= row.dense_macs
+        assert row.dense_macs - row.positions < row.macs <= row.dense_macs
     sparseift.audit(new, x)  # raises where the module is not what was planned
     assert new(x).shape == model(x).shape
 
@@ -127,7 +127,7 @@ def test_a_model_match_allocates_what_a_fixed_sum_leaves() -> None:
     for sparsity in ("0.3", "0.5"):
         new, plan = sparseift.transform(model, x, sparsity=sparsity, match="model")
         spare = sum(row.dense_macs - row.macs for row in plan.layers)
-        assert 0 <= spare < min(row.uses for row in plan.layers if row.status == "transformed")
+        assert 0 <= spare < min(row.positions for row in plan.layers if row.status == "transformed")
         ratio = sparseift.audit(new, x).forward_ratio
         assert ratio is not None and 0.999 < ratio <= 1
 

@@ -19,7 +19,7 @@ import sparseift_cli as sparseift
 from sparseift_cli.errors import ArtifactError, CheckFailed, UsageError
 from sparseift_cli.plan.spec import TransformSpec
 from sparseift_cli.transforms import transformation
-from sparseift_cli.transforms.members.base import Member
+from sparseift_cli.transforms.members.base import MemberModule
 from sparseift_cli.transforms.transformation import Options
 
 MEMBERS = ("wide", "parallel", "factorized", "doped")
@@ -80,11 +80,11 @@ def test_members_report_the_sizes_of_the_layer_they_replace(member: str) -> None
     )
     new, _ = sparseift.transform(net, torch.randn(1, 3, 16, 16), member=member, sparsity=0.75)
     layer: Any = new[2]
-    assert isinstance(layer, Member)
+    assert isinstance(layer, MemberModule)
     names = ("kernel_size", "stride", "padding", "dilation", "groups", "in_channels", "out_channels")
     assert [getattr(layer, n) for n in names] == [getattr(net[2], n) for n in names]
     assert not hasattr(layer, "in_features") and not hasattr(layer, "nonsense")
-    assert isinstance(copy.deepcopy(layer), Member)
+    assert isinstance(copy.deepcopy(layer), MemberModule)
 
 
 class Shared(Mlp):

@@ -159,7 +159,7 @@ def test_transformed_runs_and_costs_what_was_planned(name: str, sparsity: str, m
     assert audit.plan is not None
     for row in audit.plan.layers:
         if row.status == "transformed":
-            assert row.dense_macs - row.uses < row.macs <= row.dense_macs
+            assert row.dense_macs - row.positions < row.macs <= row.dense_macs
 
 
 @pytest.mark.parametrize("name", WIDENED)

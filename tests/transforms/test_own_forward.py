@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparseift_cli as sparseift
-from sparseift_cli.transforms.members.base import Member
+from sparseift_cli.transforms.members.base import MemberModule
 from sparseift_cli.transforms.transformation import Options
 
 LOCAL = ("parallel", "factorized", "doped")
@@ -164,10 +164,10 @@ class ChannelsLast(nn.Conv2d):
 @pytest.mark.parametrize("member", LOCAL)
 def test_a_custom_forward_that_is_one_product_is_transformed(member: str) -> None:
     new, _ = sparseift.transform(Net(ByHand(16, 16)), X, member=member, sparsity=0.75)
-    assert isinstance(new.odd, Member)
+    assert isinstance(new.odd, MemberModule)
     net = nn.Sequential(nn.Conv2d(3, 16, 3), Same(16, 16, 2), nn.ReLU(), nn.Conv2d(16, 4, 1))
     new, _ = sparseift.transform(net, torch.randn(2, 3, 8, 8), member=member, sparsity=0.75)
-    assert isinstance(new[1], Member)
+    assert isinstance(new[1], MemberModule)
 
 
 @pytest.mark.parametrize("member", LOCAL)
@@ -176,7 +176,7 @@ def test_a_product_with_its_dims_in_another_order_is_left_out(member: str) -> No
         nn.Conv2d(3, 16, 3), ChannelsLast(16, 16, 3), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)
     )
     new, _ = sparseift.transform(net, torch.randn(2, 3, 8, 8), member=member, sparsity=0.75)
-    assert isinstance(new[1], ChannelsLast) and isinstance(new[3], Member)
+    assert isinstance(new[1], ChannelsLast) and isinstance(new[3], MemberModule)
 
 
 def test_a_trace_leaves_the_forward_where_it_was() -> None:

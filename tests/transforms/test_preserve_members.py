@@ -16,9 +16,9 @@ from sparseift_cli.trace.build import trace
 from sparseift_cli.transforms.check import deviation
 from sparseift_cli.transforms.edits import Surgery
 from sparseift_cli.transforms.initialise import initialise
+from sparseift_cli.transforms.members.parallel import distribute
 from sparseift_cli.transforms.preserve import Preserved, preserve
 from sparseift_cli.transforms.preserve.factors import factorizations, singular
-from sparseift_cli.transforms.preserve.local import deal
 from sparseift_cli.transforms.surgery import operate, surgery_for
 
 
@@ -76,11 +76,11 @@ def test_parallel_splits_the_weights_over_its_branches(sparsity: str, projection
 def test_splitting_over_too_few_and_too_many_positions() -> None:
     weight = torch.randn(6, 5)
     generator = torch.Generator().manual_seed(0)
-    shared, masks = deal(weight, [7, 9], generator)
+    shared, masks = distribute(weight, [7, 9], generator)
     assert [int(m.sum()) for m in masks] == [7, 9]
     total = weight * shared[0] + weight * shared[1]
     assert set(total[total != 0].abs().tolist()) == set(weight.abs().flatten().topk(16).values.tolist())
-    shared, masks = deal(weight, [20, 25], generator)
+    shared, masks = distribute(weight, [20, 25], generator)
     assert [int(m.sum()) for m in masks] == [20, 25]
     assert torch.equal(weight * shared[0] + weight * shared[1], weight)
     assert not (shared[0] & shared[1]).any()
@@ -125,7 +125,11 @@ def test_factorized_reports_what_it_leaves_out(sparsity: str) -> None:
 def test_every_factorization_is_the_matrix_before_masks() -> None:
     matrix = torch.randn(2, 4, 6, dtype=torch.float64)
     ways = factorizations(matrix, 7)
-    assert [w.way for w in ways] == ["singular vectors", "an identity in U", "an identity in V"]
+    assert [w.way for w in ways] == [
+        "U V is a truncated singular value decomposition",
+        "the factors have an identity in U",
+        "the factors have an identity in V",
+    ]
     for way in ways:
         assert torch.allclose(way.v @ way.u, matrix)
     assert len(factorizations(matrix, 5)) == 2 and len(factorizations(matrix, 3)) == 1

@@ -1,89 +1,106 @@
-"""Sparse Wide: which widths grow, and to what. Pure; the plan calls it."""
+"""Sparse Wide: every inner width grows, and the layers between them become sparse (Sparse-IFT, section 3.1).
+
+Which widths may grow, and to what: `widen` solves the equations between the widths of the whole model (`plan.widths`) and
+gives every size of the widened one. With scope `all` each grows by k = sqrt(1/d), so that a layer widened on both sides has
+1/d times the weights and density d. With scope `inner` only those grow that no residual stream, input, output or attention
+product shares.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from fractions import Fraction
-from math import gcd, lcm
+from math import ceil, floor, gcd, isqrt, lcm
+from typing import TYPE_CHECKING
 
-from ...errors import UsageError, did_you_mean
-from ...table.table import Layer, LayerTable
-from ..isoflop import scaled_width
-from ..spec import TransformSpec
+from ...errors import UsageError
+from ...table.table import LayerTable
+from ..layer_plan import LayerPlan, Part, positions_of
+from ..selection import selected
+from ..widening import WidenedWidth, Widening, free_widths
 from ..widths import Solution, solve
+from .base import DenseLayer, Member
+
+if TYPE_CHECKING:
+    from ..spec import TransformSpec
 
 
-@dataclass(frozen=True, slots=True)
-class Grown:
-    """A free width that grows: by density ** (-1 / sides), rounded to `size`."""
+class Wide(Member):
+    """Every inner width times sqrt(1/d) (scope all), or the inner ones of blocks alone; each layer at its own density."""
 
-    id: int
-    dense: int
-    size: int
-    ideal: float
-    sides: int
+    name = "wide"
+    title = "Sparse Wide"
+    help = "every inner width times sqrt(1/d), the layers between them sparse"
+    order = 1
+    torch_half = "sparseift_cli.transforms.members.wide:SparseWide"
 
-
-@dataclass(frozen=True)
-class Growth:
-    """Every width of the widened model, and the free widths that drive it."""
-
-    table: LayerTable
-    spec: TransformSpec
-    solution: Solution
-    grown: tuple[Grown, ...]
-    sizes: list[int]
-    reach: frozenset[int] = frozenset()
-    """Free widths that may grow, whether they do or not."""
-
-    def reaches(self, layer: Layer) -> bool:
-        """May a dim of this layer grow?"""
-        return bool(_drivers(self.solution, layer.inputs.variables | layer.outputs.variables) & self.reach)
-
-    def ideal_sizes(self, density: float) -> list[float]:
-        """All sizes without rounding, at any density: what closed forms are stated in."""
-        value = {f.id: float(f.size) for f in self.solution.free}
-        value |= {g.id: g.dense * density ** (-1 / g.sides) for g in self.grown}
-        return [
-            sum(float(c) * (1.0 if v is None else value[v]) for v, c in form.items()) for form in self.solution.affine
-        ]
-
-    def why_not(self, layer: Layer) -> str:
-        """Why none of a layer's dims grow."""
-        widths = sorted(layer.inputs.variables | layer.outputs.variables)
-        for i in widths:
-            reason = next(
-                (self.solution.reasons[v] for v in [i, *self.solution.drivers(i)] if v in self.solution.reasons), None
+    def check(self, spec: TransformSpec) -> None:
+        """Scope none widens nothing, so it can match no budget and set no width."""
+        if spec.scope != "none":
+            return
+        what = "scope none widens nothing: the same layers get sparse at their dense size"
+        if spec.match != "off":
+            raise UsageError(
+                f"{what}, at fewer FLOPs than the dense model's, so match {spec.match} cannot be held",
+                hint="use it with match off",
             )
-            if reason:
-                return f"its width {self.table.widths[i].name} is kept: {reason}"
-        if self.spec.scope == "inner":
-            return "its widths are shared by a residual stream, an input, an output or attention (scope inner)"
-        return "none of its dims grow"
+        if spec.distribution != "uniform":
+            raise UsageError(
+                f"{what}, each to the sparsity itself, so distribution {spec.distribution} has no budget to spread",
+                hint="use distribution uniform",
+            )
+        if spec.base_width is not None:
+            raise UsageError(f"{what}, so base width {spec.base_width} contradicts it", hint="leave one of them out")
+
+    def widen(self, table: LayerTable, spec: TransformSpec) -> Widening:
+        return widen(table, spec)
+
+    def plan_layer(self, dense: DenseLayer) -> LayerPlan:
+        layer, spec, widening = dense.layer, dense.spec, dense.widening
+        assert widening is not None
+        shape = layer.shape(widening.sizes)
+        grows = shape.weights != dense.shape.weights
+        if not (widening.may_widen(layer) if spec.scope == "none" else grows):
+            return dense.untouched(widening.why_not(layer))
+        if layer.kind == "depthwise" and spec.depthwise == "dense":
+            stays = "stays dense and grows" if grows else "stays dense"
+            return dense.untouched(f"depthwise: {stays} (--depthwise sparse to mask it)")
+        return LayerPlan(
+            layer=layer,
+            status="transformed",
+            dense_macs=layer.macs.evaluate(dense.table.sizes),
+            positions=positions_of(layer.macs.evaluate(widening.sizes), shape.weights),
+            params=layer.params.evaluate(widening.sizes),
+            activations=layer.activations.evaluate(widening.sizes),
+            parts=(Part.full("weight", shape),),
+        )
 
 
-def selected(layer: Layer, spec: TransformSpec) -> bool:
-    """Whether --include and --exclude leave a layer in."""
-    inside = not spec.include or any(fnmatchcase(layer.name, g) for g in spec.include)
-    return inside and not any(fnmatchcase(layer.name, g) for g in spec.exclude)
+MEMBER = Wide()
 
 
-def require_matches(table: LayerTable, spec: TransformSpec) -> None:
-    """Raise UsageError for an --include or --exclude that names no layer: a slip would go unnoticed."""
-    names = [layer.name for layer in table.layers]
-    for option, globs in (("include", spec.include), ("exclude", spec.exclude)):
-        for glob in globs:
-            if not any(fnmatchcase(name, glob) for name in names):
-                raise UsageError(
-                    f"--{option} {glob!r} matches no layer of {table.model}",
-                    hint=did_you_mean(glob, names) or "`sparseift inspect` names the layers",
-                )
+def scaled_width(width: int, square: Fraction, multiple: int = 1, *, down: bool = False) -> int:
+    """The multiple of `multiple` nearest to width * sqrt(square), ties up, never below the dense width.
+
+    Args:
+        width: the dense width.
+        square: the squared scale: 1/d for Sparse Wide (k = sqrt(1/d)).
+        multiple: what the result is a multiple of.
+        down: take the largest multiple not above the ideal instead, as patterns of fixed density need to stay within the
+            budget.
+
+    >>> scaled_width(64, Fraction(2))  # 90.51
+    91
+    """
+    target = square * width * width / (multiple * multiple)
+    if down:
+        steps = isqrt(floor(target))
+    else:  # largest n with n - 1/2 <= sqrt(target), that is 2n - 1 <= sqrt(4 target)
+        steps = (isqrt(floor(4 * target)) + 1) // 2
+    return max(steps, ceil(Fraction(width, multiple))) * multiple
 
 
-def grow(table: LayerTable, spec: TransformSpec) -> Growth:
-    """Choose the new sizes. With scope none they are the dense ones, and `reach` is what scope all could grow.
+def widen(table: LayerTable, spec: TransformSpec) -> Widening:
+    """Choose the new sizes. With scope none they are the dense ones, and `candidates` is what scope all could widen.
 
     Raises:
         UsageError: no width can grow, `width_multiple` rounds one back to its dense size, or one that is a difference of
@@ -92,17 +109,17 @@ def grow(table: LayerTable, spec: TransformSpec) -> Growth:
     solution = solve(table.widths, table.equations, spec.heads)
     candidates = _eligible(table, spec, solution)
     if spec.density == 1:
-        return Growth(table, spec, solution, (), list(table.sizes))
+        return Widening(table, spec, solution, (), list(table.sizes))
     if not candidates:
         raise UsageError(
             f"{table.model} has no width that Sparse Wide can grow: {_why_none(table, spec, solution)}",
             hint="try --scope all, or another member: --transform parallel|factorized|doped",
         )
     if spec.scope == "none":
-        return Growth(table, spec, solution, (), list(table.sizes), frozenset(candidates))
+        return Widening(table, spec, solution, (), list(table.sizes), frozenset(candidates))
     sides = _sides(table, spec, solution, candidates)
     base = _base(table) if spec.base_width else None
-    grown = []
+    widened = []
     for free in solution.free:
         if free.id not in candidates:
             continue
@@ -118,15 +135,15 @@ def grow(table: LayerTable, spec: TransformSpec) -> Growth:
                 f"{spec.width_multiple} leaves it as it is",
                 hint="use a smaller --width-multiple or a higher sparsity",
             )
-        grown.append(Grown(free.id, free.size, size, free.size * float(square) ** 0.5, sides[free.id]))
+        widened.append(WidenedWidth(free.id, free.size, size, free.size * float(square) ** 0.5, sides[free.id]))
     try:
-        sizes = solution.sizes({g.id: g.size for g in grown})
+        sizes = solution.sizes({w.id: w.size for w in widened})
     except ValueError as error:  # a width is a difference of others, and they do not grow alike
         raise UsageError(
             f"the widths of {table.model} do not grow together at sparsity {spec.sparsity}: {error}",
             hint="another sparsity or --width-multiple, or --exclude the layers around it",
         ) from None
-    return Growth(table, spec, solution, tuple(grown), sizes, frozenset(candidates))
+    return Widening(table, spec, solution, tuple(widened), sizes, frozenset(candidates))
 
 
 def _eligible(table: LayerTable, spec: TransformSpec, solution: Solution) -> set[int]:
@@ -152,15 +169,11 @@ def _eligible(table: LayerTable, spec: TransformSpec, solution: Solution) -> set
 def _touching_weights(table: LayerTable, spec: TransformSpec, solution: Solution) -> set[int]:
     """Free widths that some transformable layer has; the rest (a count nobody multiplies with) gain nothing by growing."""
     rotary = [i for i, w in enumerate(table.widths) if w.name.rpartition(".")[2].startswith("inv_freq")]
-    touched = _drivers(solution, rotary)  # a rotary part of a head keeps its proportion to the head
+    touched = free_widths(solution, rotary)  # a rotary part of a head keeps its proportion to the head
     for layer in table.layers:
         if layer.weighted and layer.role == "body" and selected(layer, spec):
-            touched |= _drivers(solution, layer.inputs.variables | layer.outputs.variables)
+            touched |= free_widths(solution, layer.inputs.variables | layer.outputs.variables)
     return touched
-
-
-def _drivers(solution: Solution, widths: Sequence[int] | frozenset[int]) -> set[int]:
-    return {v for w in widths for v in solution.drivers(w)}
 
 
 def _sides(table: LayerTable, spec: TransformSpec, solution: Solution, candidates: set[int]) -> dict[int, int]:
@@ -179,8 +192,8 @@ def _sides(table: LayerTable, spec: TransformSpec, solution: Solution, candidate
         stays_dense = layer.kind == "depthwise" and spec.depthwise == "dense"
         if not layer.weighted or layer.role != "body" or stays_dense:
             continue
-        inputs = _drivers(solution, layer.inputs.variables) & candidates
-        outputs = _drivers(solution, layer.outputs.variables) & candidates
+        inputs = free_widths(solution, layer.inputs.variables) & candidates
+        outputs = free_widths(solution, layer.outputs.variables) & candidates
         touched = sorted(inputs | outputs)
         for v in touched[1:]:
             parent[find(v)] = find(touched[0])

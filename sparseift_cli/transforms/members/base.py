@@ -1,15 +1,26 @@
-"""What the local members have in common: a module that stands in for one layer, and the non-linearity inside it."""
+"""What a member of the family is to a module: the contract of this folder's classes, and of members from outside.
+
+A member's plan is carried out by its `TorchHalf`. Members that replace single layers need no class of that kind: they
+give the `MemberModule` that stands in a layer's place, and `layerwise.py` does the rest.
+"""
 
 from __future__ import annotations
 
 import copy
 import re
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
-from ..edits import Replace
+from ...errors import UsageError
+from ...mask import make_mask
+from ...plan.plan import Plan
+from ...trace.structure import Structure
+from ..edits import Masked, Replace, SetAttribute, Surgery
 from ..layers import bias_of, norm_like, weight_of
 
 MODULES: dict[str, type[nn.Module]] = {
@@ -30,33 +41,182 @@ _FROM_FIRST = ("in_features", "in_channels", "kernel_size", "stride", "padding",
 _FROM_LAST = ("out_features", "out_channels")
 
 
-class Member(nn.Module, ABC):
-    """A module in the place of a linear or convolution: same input, same output shape, the same FLOPs once masked."""
+@dataclass(frozen=True)
+class Preserved:
+    """A transformed module that starts as the dense one: its masks, notes for the user, and module state that had to change.
+
+    Args:
+        masks: a boolean mask for every sparse weight, in the weight's shape, by the weight's key.
+        notes: what the user should know, a sentence each.
+        attributes: numbers of modules that differ from what the surgery sets. They are set already; whoever makes the
+            module again from its surgery and its state dict needs them.
+        buffers: the same of buffers that a state dict leaves out, by key.
+    """
+
+    masks: dict[str, Tensor]
+    notes: tuple[str, ...]
+    attributes: tuple[SetAttribute, ...] = ()
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class TorchHalf(ABC):
+    """How the plan of one member is carried out on a module."""
 
     @abstractmethod
-    def parts(self) -> dict[str, nn.Module]:
-        """The layers whose weights the plan counts, by the plan's names for them."""
+    def surgery(self, plan: Plan, structure: Structure, model: nn.Module) -> Surgery:
+        """Every edit that makes `model`, which `structure` was traced from, the network that `plan` describes."""
+
+    @abstractmethod
+    def preserve(
+        self,
+        new: nn.Module,
+        dense: nn.Module,
+        plan: Plan,
+        surgery: Surgery,
+        structure: Structure,
+        *,
+        seed: int,
+        slack: float,
+    ) -> Preserved:
+        """Overwrite the weights of `new` so that it computes what `dense` does, as nearly as its layers allow.
+
+        Raises:
+            UsageError: no weights of `dense` fit it.
+        """
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """A dense layer's weight, and the parts that are to start with its values.
+
+    Args:
+        weight: [out, in / groups, *kernel].
+        groups: of the convolution; 1 for a linear layer.
+        size: branches, or the rank per group.
+        masked: one entry a part, in the order of `part_paths`; None for a part without a mask.
+        pattern: where non-zeros may be.
+        generator: for random choices.
+    """
+
+    weight: Tensor
+    groups: int
+    size: int
+    masked: Sequence[Masked | None]
+    pattern: str
+    generator: torch.Generator
+
+    def largest(self, part: int, scores: Tensor, shape: Sequence[int]) -> Tensor:
+        """The mask of a part, in `shape`, with its planned count at the highest `scores` (as many elements, any shape)."""
+        masked = self.masked[part]
+        assert masked is not None
+        return make_mask(
+            shape,
+            masked.nnz,
+            generator=self.generator,
+            pattern=self.pattern,
+            scores=scores.reshape(tuple(shape)),
+            connect=False,
+            groups=masked.groups,
+        )
+
+    def share_of(self, residual: Tensor) -> float:
+        """Norm of `residual` over that of the weight."""
+        norm = float(self.weight.double().norm())
+        return float(residual.double().norm()) / norm if norm else 0.0
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """Values and masks of the parts of a layer that together compute what the dense weight does, or nearly.
+
+    Args:
+        values: one tensor a part, in the order of `part_paths`, reshaped to the part's weight.
+        masks: one boolean mask a part; None for a part without.
+        bias_part: the part that gets the bias of the dense layer.
+        lost: the norm of what the parts do not add up to, over the weight's norm.
+        method: how it was done, a clause for a note.
+    """
+
+    values: Sequence[Tensor]
+    masks: Sequence[Tensor | None]
+    bias_part: int
+    lost: float
+    method: str
+
+
+class MemberModule(nn.Module, ABC):
+    """A module in the place of a linear or convolution: same input, same output shape, the same FLOPs once masked.
+
+    Input [..., in] and output [..., out] of a linear layer; [batch, in, *space] and [batch, out, *space] of a convolution.
+    """
+
+    sums_parts: ClassVar[bool] = False
+    """Are the parts' outputs added? Then it is their sum that has the variance of the dense layer's output."""
+
+    @classmethod
+    @abstractmethod
+    def build(cls, root: nn.Module, layer: nn.Module, edit: Replace) -> Self:
+        """The module for `layer` of the model `root`, weights not yet set; `layers.like` and `pointwise` make its parts."""
+
+    @classmethod
+    @abstractmethod
+    def part_paths(cls, size: int) -> tuple[str, ...]:
+        """Where its weights are, in the order of the plan's parts: paths of submodules.
+
+        Args:
+            size: the size that the edit gives: branches, or the rank per group.
+        """
+
+    @property
+    def size(self) -> int:
+        """What `part_paths` takes; any number will do for a module of a fixed number of parts."""
+        return 0
+
+    def parts(self) -> list[nn.Module]:
+        """The layers whose weights the plan counts, in its order."""
+        return [self.get_submodule(path) for path in self.part_paths(self.size)]
+
+    @classmethod
+    def decompose(cls, dense: DenseWeight) -> Decomposition:
+        """Values of its parts that compute what the dense layer does (`--init preserve`), its non-linearities apart.
+
+        Raises:
+            UsageError: there are none.
+        """
+        raise UsageError(f"{cls.__name__} cannot start as the dense layer", hint="use --init fresh")
+
+    @classmethod
+    def linear_option(cls) -> str:
+        """The option that leaves out the norm and activation inside, for a message."""
+        return "--norm none --activation none"
+
+    def balance(self, nonzeros: Sequence[int]) -> None:
+        """Adjust freshly drawn weights, where a rule for single layers does not give the output its variance.
+
+        Args:
+            nonzeros: of each part, in the order of `part_paths`.
+        """
 
     def __getattr__(self, name: str) -> Any:
-        """Sizes that the replaced layer reports are reported still: some models read them (DaViT its kernel size)."""
+        """The sizes of the layer it replaces: some models read them (DaViT reads the kernel size)."""
         if name in _FROM_FIRST or name in _FROM_LAST:
-            parts = list(self.parts().values())
+            parts = self.parts()
             return getattr(parts[0] if name in _FROM_FIRST else parts[-1], name)
         return super().__getattr__(name)
 
     @property
     def weight(self) -> Tensor:
-        """The weight of the first part: for models that ask a layer for its dtype or device before they call it."""
-        return weight_of(next(iter(self.parts().values())))
+        """The weight of the first part, in its shape: for models that ask a layer for its dtype or device."""
+        return weight_of(self.parts()[0])
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias of the last part, or None."""
-        return bias_of(list(self.parts().values())[-1])
+        """The bias of the last part [out], or None."""
+        return bias_of(self.parts()[-1])
 
 
 def non_linearity(root: nn.Module, layer: nn.Module, edit: Replace) -> list[nn.Module]:
-    """What stands behind `layer` inside a member: its norm, then its activation (copied from `root`, or made by name)."""
+    """What follows `layer` inside a member: its norm, then its activation (copied from `root`, or made by name)."""
     inside: list[nn.Module] = []
     if edit.norm:
         inside.append(norm_like(edit.norm, layer, edit.eps, edit.momentum))

@@ -6,7 +6,7 @@ What "the same function" means depends on the member:
   BatchNorm, in train and eval mode; with RMSNorm (gain * sqrt(a), eps * a, a = D / D'); with LayerNorm where every
   layer that writes its input can be centred, as in pre-LN transformers (`norms`). Attention scores are kept by scaled
   queries and rotary frequencies (`attention`). Where the dense channels are along each width: `coordinates`.
-- Sparse Parallel, Doped, Factorized (`local`, `factors`): the dense weights are split over the branches, or factorized
+- Sparse Parallel, Doped, Factorized (`members`, `factors`): the dense weights are split over the branches, or factorized
   by a truncated SVD. Exact for Parallel without norms in its branches; otherwise as near as the planned non-zeros
   allow.
 - Scope none, the sparse control of dense size: the largest weights of each layer stay.
@@ -22,42 +22,21 @@ channels (`slack`). The function then differs a little; `deviation` in `transfor
       slack         the mask of one wide weight
       wide          Sparse Wide, all of the above together; scope none
       factors       a matrix as a product of two
-      local         Parallel, Doped, Factorized
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...errors import UsageError
 from ...plan.plan import Plan
 from ...trace.structure import Structure
-from ..edits import SetAttribute, Surgery
-from .local import fill_members
-from .wide import fill_wide, keep_largest
+from ..edits import Surgery
+from ..members import torch_half
+from ..members.base import Preserved
 
 __all__ = ["Preserved", "preserve"]
-
-
-@dataclass(frozen=True)
-class Preserved:
-    """The result of `preserve`: masks, sentences for the user, and what changed in the module beside parameters.
-
-    `attributes` and `buffers` are already set in the module. They are returned for a module that is later made again
-    from its surgery and its state dict, since neither contains them.
-    """
-
-    masks: dict[str, Tensor]
-    """Weight key -> bool mask, the shape of the weight."""
-    notes: tuple[str, ...]
-    attributes: tuple[SetAttribute, ...] = ()
-    """Numbers of modules (eps, theta, scales) that differ from what the surgery sets."""
-    buffers: Mapping[str, Tensor] = field(default_factory=dict)
-    """Resized buffers that are not in the state dict, by name."""
 
 
 def preserve(
@@ -98,13 +77,4 @@ def preserve(
     if not 0 <= slack < 1:
         raise UsageError(f"preserve slack {slack:g} is not in [0, 1)", hint="0.1 replaces a tenth of the weights")
     with torch.no_grad():
-        if plan.spec.scope == "none":
-            masks, notes = keep_largest(new, dense, plan, surgery, seed)
-            return Preserved(masks, tuple(notes))
-        if plan.spec.member == "sparse_wide":
-            masks, notes, attributes = fill_wide(new, dense, plan, surgery, structure, seed, slack)
-            state, buffers = new.state_dict(), dict(new.named_buffers())
-            unsaved = {r.key: buffers[r.key] for r in surgery.resizes if r.key in buffers and r.key not in state}
-            return Preserved(masks, tuple(notes), tuple(attributes), unsaved)
-        masks, notes = fill_members(new, dense, plan, surgery, seed)
-        return Preserved(masks, tuple(notes))
+        return torch_half(plan.member).preserve(new, dense, plan, surgery, structure, seed=seed, slack=slack)

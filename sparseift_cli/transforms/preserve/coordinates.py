@@ -38,9 +38,9 @@ class Coordinates:
     """
 
     def __init__(self, plan: Plan, structure: Structure) -> None:
-        assert plan.growth is not None
+        assert plan.widening is not None
         self.plan = plan
-        solution = plan.growth.solution
+        solution = plan.widening.solution
         rng = random.Random(0)
         self._probes: list[list[Fraction]] = []
         for _ in range(_NUM_PROBES):

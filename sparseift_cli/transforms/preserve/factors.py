@@ -39,7 +39,7 @@ def singular(matrix: Tensor, rank: int) -> Factors:
     u, v = _empty(matrix, rank)
     u[:, :n] = root[:, :, None] * right[:, :n]
     v[:, :, :n] = left[:, :, :n] * root[:, None]
-    return Factors("singular vectors", u, v, u.abs(), v.abs())
+    return Factors("U V is a truncated singular value decomposition", u, v, u.abs(), v.abs())
 
 
 def factorizations(matrix: Tensor, rank: int) -> list[Factors]:
@@ -50,12 +50,12 @@ def factorizations(matrix: Tensor, rank: int) -> list[Factors]:
         u, v = _empty(matrix, rank)
         u[:, :inputs] = torch.eye(inputs, dtype=u.dtype)
         v[:, :, :inputs] = matrix
-        ways.append(Factors("an identity in U", u, v, u * matrix.norm(dim=1)[:, None], v.abs()))
+        ways.append(Factors("the factors have an identity in U", u, v, u * matrix.norm(dim=1)[:, None], v.abs()))
     if rank >= outputs:  # U is the matrix, V passes every product on
         u, v = _empty(matrix, rank)
         u[:, :outputs] = matrix
         v[:, :, :outputs] = torch.eye(outputs, dtype=u.dtype)
-        ways.append(Factors("an identity in V", u, v, u.abs(), v * matrix.norm(dim=2)[:, :, None]))
+        ways.append(Factors("the factors have an identity in V", u, v, u.abs(), v * matrix.norm(dim=2)[:, :, None]))
     return ways
 
 

@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from sparseift_cli.errors import SparseiftError
+from sparseift_cli.plan.members import MEMBERS
 from sparseift_cli.plan.plan import Plan, make_plan
-from sparseift_cli.plan.spec import MEMBERS, TransformSpec
+from sparseift_cli.plan.spec import TransformSpec
 from sparseift_cli.table.table import LayerTable
 from sparseift_cli.trace.build import trace
 from sparseift_cli.transforms.check import measure, require_as_planned
@@ -69,13 +70,13 @@ def examine(subject: Subject) -> Outcome:
                 off = [
                     p.layer.name
                     for p in plan.layers
-                    if p.status == "transformed" and not p.dense_macs - p.uses < p.macs <= p.dense_macs
+                    if p.status == "transformed" and not p.dense_macs - p.positions < p.macs <= p.dense_macs
                 ]
                 if off:
                     outcome.problems.append(f"{member} {sparsity}: not iso-FLOP: {off[:3]}")
                     continue
                 outcome.passed[member] += 1
-                if member == "sparse_wide":
+                if plan.widening is not None:
                     outcome.narrow = narrow(before.table, plan)
                     outcome.strict = not outcome.narrow
             except SparseiftError as error:
@@ -139,7 +140,7 @@ def _values(output: Any) -> Any:
 def report(outcomes: list[Outcome], what: str) -> str:
     """The table, as Markdown."""
     total = len(SPARSITIES)
-    heads = " | ".join(m.removeprefix("sparse_") for m in MEMBERS)
+    heads = " | ".join(m for m in MEMBERS)
     lines = [
         f"# {what}: {len(outcomes)} models, four members, s = {' and '.join(SPARSITIES)}",
         "",
@@ -148,22 +149,20 @@ def report(outcomes: list[Outcome], what: str) -> str:
         f"| model | {heads} | wide is strict | real forward + backward | seconds | remarks |",
         "| --- |" + " ---: |" * 7 + " --- |",
     ]
-    lines[5] = "| --- |" + " ---: |" * (len(MEMBERS) + 3) + " --- |"
+    lines[5] = "| --- |" + " ---: |" * (len(MEMBERS.names) + 3) + " --- |"
     for o in outcomes:
         cells = [f"{o.passed[m]}/{total}" for m in MEMBERS]
-        real = f"{o.real}/{len(MEMBERS)}" if o.real else ""
+        real = f"{o.real}/{len(MEMBERS.names)}" if o.real else ""
         remarks = "; ".join([*o.problems, *([f"not grown: {', '.join(o.narrow[:3])}"] if o.narrow else [])])
         lines.append(
             f"| {o.name} | {' | '.join(cells)} | {'yes' if o.strict else 'no'} | {real} | {o.seconds:.1f} | {remarks} |"
         )
-    sums = [
-        f"{m.removeprefix('sparse_')} {sum(o.passed[m] == total for o in outcomes)}/{len(outcomes)}" for m in MEMBERS
-    ]
+    sums = [f"{m} {sum(o.passed[m] == total for o in outcomes)}/{len(outcomes)}" for m in MEMBERS]
     lines += [
         "",
         f"Models that pass at every sparsity: {', '.join(sums)}. "
         f"Sparse Wide strict: {sum(o.strict for o in outcomes)}/{len(outcomes)}. "
-        f"Real runs: {sum(o.real == len(MEMBERS) for o in outcomes)} models with all members.",
+        f"Real runs: {sum(o.real == len(MEMBERS.names) for o in outcomes)} models with all members.",
         "",
     ]
     return "\n".join(lines)

@@ -13,11 +13,13 @@ from typing import Any
 
 from torch import nn
 
-from ..plan.plan import Plan
-from ..table.poly import Poly
-from ..trace.structure import Structure
-from ..trace.symbolise import NOT_WIDTHS, is_config
-from .edits import Resize, SetAttribute
+from ...mask.attached import is_transposed
+from ...plan.plan import Plan
+from ...table.poly import Poly
+from ...trace.structure import Structure
+from ...trace.symbolise import NOT_WIDTHS, is_config
+from ..edits import Masked, Resize, SetAttribute, Surgery
+from .base import Preserved, TorchHalf
 
 _SCALES = ("scal", "norm_factor", "temperature", "inv_")
 _STREAM = ("hidden_size", "n_embd", "d_model", "model_dim", "embed_dim", "hidden_dim", "word_embed_proj_dim")
@@ -38,7 +40,67 @@ _COUNTS = (
 )
 
 
-def resizes(plan: Plan, structure: Structure) -> Iterator[Resize]:
+class SparseWide(TorchHalf):
+    """Widen every layer of a module at once."""
+
+    def surgery(self, plan: Plan, structure: Structure, model: nn.Module) -> Surgery:
+        return Surgery(
+            resizes=tuple(_resizes(plan, structure)),
+            attributes=tuple(_attributes(plan, structure, model)),
+            masked=tuple(_masked(plan, structure, model)),
+        )
+
+    def preserve(
+        self,
+        new: nn.Module,
+        dense: nn.Module,
+        plan: Plan,
+        surgery: Surgery,
+        structure: Structure,
+        *,
+        seed: int,
+        slack: float,
+    ) -> Preserved:
+        """The dense weights at the dense coordinates; with scope none, which has no others, the largest of them.
+
+        Raises:
+            UsageError: a pattern or an order of channels that no dense weights fit.
+        """
+        from ..preserve.wide import fill_wide, keep_largest
+
+        if plan.spec.scope == "none":
+            masks, notes = keep_largest(new, dense, plan, surgery, seed)
+            return Preserved(masks, tuple(notes))
+        masks, notes, attributes = fill_wide(new, dense, plan, surgery, structure, seed, slack)
+        state, buffers = new.state_dict(), dict(new.named_buffers())
+        unsaved = {r.key: buffers[r.key] for r in surgery.resizes if r.key in buffers and r.key not in state}
+        return Preserved(masks, tuple(notes), tuple(attributes), unsaved)
+
+
+def _masked(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[Masked]:
+    """Every weight that gets a mask, with the heads that lie side by side along an attention projection."""
+    blocks = HeadBlocks(plan, structure)
+    for row in plan.layers:
+        if row.status != "transformed":
+            continue
+        key = row.layer.weight or ""
+        path, _, _ = key.rpartition(".")
+        module = model.get_submodule(path)
+        rows, columns = structure.shapes[key][:2]
+        transposed = is_transposed(module) and key.endswith("weight")
+        if transposed:
+            rows, columns = columns, rows
+        heads, on_inputs = 1, False
+        if row.layer.projection:
+            heads = blocks.along(rows)
+            if heads == 1:
+                heads = blocks.along(columns)
+                on_inputs = heads > 1
+        (part,) = row.parts
+        yield Masked(row.layer.name, part.name, key, part.nnz, part.shape.groups, transposed, heads, on_inputs)
+
+
+def _resizes(plan: Plan, structure: Structure) -> Iterator[Resize]:
     """Every parameter and buffer whose shape changes."""
     for key, dims in structure.shapes.items():
         new = tuple(d.evaluate(plan.sizes) for d in dims)
@@ -46,7 +108,7 @@ def resizes(plan: Plan, structure: Structure) -> Iterator[Resize]:
             yield Resize(key, new, rotary=key.endswith("inv_freq"))
 
 
-def attributes(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[SetAttribute]:
+def _attributes(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[SetAttribute]:
     """Every number held by a module or configuration that changes with the widths."""
     if plan.sizes == plan.table.sizes:
         return
@@ -161,9 +223,9 @@ class HeadBlocks:
     """
 
     def __init__(self, plan: Plan, structure: Structure) -> None:
-        assert plan.growth is not None
+        assert plan.widening is not None
         self.sizes = plan.sizes
-        self.probe = plan.growth.solution.probe()
+        self.probe = plan.widening.solution.probe()
         self.layouts = {whole.evaluate(self.probe): layout for whole, layout in structure.layouts.items()}
 
     def along(self, width: Poly) -> int:

@@ -10,18 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparseift_cli.plan.isoflop import (
-    branches,
-    density,
-    doped_rank,
-    erdos_renyi,
-    factorized_rank,
-    factors,
-    give_back,
-    nonzeros,
-    scaled_width,
-    share,
-)
+from sparseift_cli.plan.budget import erdos_renyi, round_to_budget
+from sparseift_cli.plan.layer_plan import proportional_split
+from sparseift_cli.plan.members.base import factors
+from sparseift_cli.plan.members.doped import doped_rank
+from sparseift_cli.plan.members.factorized import factorized_rank
+from sparseift_cli.plan.members.parallel import branch_count
+from sparseift_cli.plan.members.wide import scaled_width
+from sparseift_cli.plan.spec import density
 from sparseift_cli.table.shape import Shape
 
 getcontext().prec = 60
@@ -44,12 +40,12 @@ def depthwise(draw: st.DrawFn) -> Shape:
     return Shape(channels, channels, draw(st.sampled_from([9, 25])), channels)
 
 
-def check(dense: Shape, uses: int, weights: int, kept: int = 0) -> None:
-    """`weights` that may be masked beside `kept` dense ones: at most the dense MACs, and more than one non-zero below never."""
-    budget = uses * dense.weights
-    nnz = kept + nonzeros(budget - kept * uses, uses, weights)
-    assert uses * nnz <= budget
-    assert uses * nnz > budget - uses
+def check(dense: Shape, positions: int, weights: int, kept: int = 0) -> None:
+    """`weights` that may be masked beside `kept` dense ones: at most the dense MACs, and never a whole non-zero below them."""
+    budget = positions * dense.weights
+    (more,) = round_to_budget([Fraction(budget - kept * positions)], [positions], [weights])
+    nnz = kept + more
+    assert budget - positions < positions * nnz <= budget
 
 
 @given(layers() | depthwise(), SPARSITIES, st.integers(1, 10_000))
@@ -66,10 +62,10 @@ def test_wide(layer: Shape, sparsity: str, uses: int) -> None:
 
 @given(layers() | depthwise(), SPARSITIES, st.integers(1, 10_000))
 def test_parallel(layer: Shape, sparsity: str, uses: int) -> None:
-    count = branches(density(sparsity))
+    count = branch_count(density(sparsity))
     assert count >= 2
     check(layer, uses, count * layer.weights)
-    parts = share(layer.weights, [layer.weights] * count)
+    parts = proportional_split(layer.weights, [layer.weights] * count)
     assert sum(parts) == layer.weights and max(parts) - min(parts) <= 1
 
 
@@ -78,7 +74,7 @@ def test_factorized(layer: Shape, sparsity: str, uses: int) -> None:
     u, v = factors(layer, factorized_rank(layer, density(sparsity)))
     assert u.weights + v.weights >= layer.weights
     check(layer, uses, u.weights + v.weights)
-    n_u, n_v = share(layer.weights, [u.weights, v.weights])
+    n_u, n_v = proportional_split(layer.weights, [u.weights, v.weights])
     assert n_u == layer.weights * u.weights // (u.weights + v.weights) and n_u + n_v == layer.weights
     assert n_u <= u.weights and n_v <= v.weights
 
@@ -106,13 +102,13 @@ def test_scaled_width_against_decimals(width: int, sparsity: str, multiple: int)
     st.lists(st.tuples(st.integers(1, 5000), st.integers(1, 300), st.integers(50, 4000)), min_size=1, max_size=12),
     st.integers(1, 999),
 )
-def test_give_back_never_exceeds_and_leaves_less_than_the_cheapest(
+def test_round_to_budget_never_exceeds_and_leaves_less_than_the_cheapest(
     rows: list[tuple[int, int, int]], permille: int
 ) -> None:
     uses = [u for _, u, _ in rows]
     caps = [c for _, _, c in rows]
     budgets = [Fraction(permille, 1000) * u * c + u for u, c in zip(uses, caps, strict=True)]
-    nnz = give_back(budgets, uses, caps)
+    nnz = round_to_budget(budgets, uses, caps)
     spent = sum(n * u for n, u in zip(nnz, uses, strict=True))
     assert spent <= sum(budgets)
     assert all(1 <= n <= c for n, c in zip(nnz, caps, strict=True))
@@ -139,4 +135,4 @@ def test_a_sparsity_outside_its_range(sparsity: str) -> None:
     [("0.1", 2), ("0.3", 2), ("0.4", 2), ("0.5", 2), ("0.6", 3), ("0.7", 3), ("0.75", 4), ("0.9", 10)],
 )
 def test_branch_counts(sparsity: str, count: int) -> None:
-    assert branches(density(sparsity)) == count
+    assert branch_count(density(sparsity)) == count

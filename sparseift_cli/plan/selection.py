@@ -1,0 +1,30 @@
+"""Which layers --include and --exclude select. Pure."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from ..errors import UsageError, did_you_mean
+from ..table.table import Layer, LayerTable
+
+if TYPE_CHECKING:
+    from .spec import TransformSpec
+
+
+def selected(layer: Layer, spec: TransformSpec) -> bool:
+    """Whether --include and --exclude leave a layer in."""
+    inside = not spec.include or any(fnmatchcase(layer.name, g) for g in spec.include)
+    return inside and not any(fnmatchcase(layer.name, g) for g in spec.exclude)
+
+
+def require_matches(table: LayerTable, spec: TransformSpec) -> None:
+    """Raise UsageError for an --include or --exclude that names no layer: a slip would go unnoticed."""
+    names = [layer.name for layer in table.layers]
+    for option, globs in (("include", spec.include), ("exclude", spec.exclude)):
+        for glob in globs:
+            if not any(fnmatchcase(name, glob) for name in names):
+                raise UsageError(
+                    f"--{option} {glob!r} matches no layer of {table.model}",
+                    hint=did_you_mean(glob, names) or "`sparseift inspect` names the layers",
+                )
