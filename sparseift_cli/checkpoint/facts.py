@@ -1,4 +1,4 @@
-"""What a checkpoint is, before any of its values are read. Plain data: no torch, no file handles."""
+"""What a checkpoint holds, before any of its values are read. Plain data: no torch, no open files."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ BITS = {
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A run of bytes in a file. Tensors with the same storage share memory when PyTorch loads them."""
+    """Consecutive bytes in a file. Tensors with the same storage share memory when PyTorch loads them."""
 
     path: Path
     offset: int  # of its first byte in the file
@@ -61,8 +61,13 @@ class Storage:
 class TensorInfo:
     """A tensor as the file describes it.
 
-    `stride` and `first` (the storage offset) count elements, as in PyTorch. `tied_to` names an earlier tensor that is
-    the very same memory. `buffer`: not a parameter, judged by name and element type (a state dict does not say).
+    `stride` and `first` (the storage offset) count elements, as in PyTorch. `tied_to` names an earlier tensor with the
+    same memory. `buffer`: not a parameter, by its name and element type (a state dict does not tell them apart).
+
+    >>> from pathlib import Path
+    >>> weight = TensorInfo("fc.weight", (4, 3), "float16", Storage(Path("a.pt"), 64, 24), stride=(3, 1))
+    >>> weight.numel, weight.nbytes, weight.contiguous, weight.extent
+    (12, 24, True, (0, 24))
     """
 
     name: str
@@ -90,7 +95,7 @@ class TensorInfo:
 
     @property
     def extent(self) -> tuple[int, int]:
-        """First byte and the byte after the last one, counted from the start of the storage."""
+        """First byte and the byte after the last one, from the start of the storage."""
         begin = self.first * BITS[self.dtype] // 8
         if self.numel == 0:
             return begin, begin
@@ -99,8 +104,8 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """Something in the file that is not a tensor of the state dict: where it lies, its type, and its value if short."""
+class OtherEntry:
+    """Something in the file that is no tensor of the state dict: its path, its type, and its value if that is short."""
 
     path: str
     type: str
@@ -109,7 +114,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: what it holds and where. Tensor names are without `prefix`, which every one of them had."""
+    """An opened checkpoint. Names of tensors are without `prefix`, which all of them begin with in the file."""
 
     path: Path
     format: str
@@ -118,7 +123,7 @@ class Checkpoint:
     tensors: tuple[TensorInfo, ...]
     nested_under: str | None = None
     prefix: str = ""
-    other: tuple[Entry, ...] = ()
+    other: tuple[OtherEntry, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -162,10 +167,10 @@ def row_major(shape: Iterable[int]) -> tuple[int, ...]:
 
 
 def looks_like_buffer(name: str, dtype: str, shape: tuple[int, ...]) -> bool:
-    """Is this state of the model rather than something trained? By the names and types that libraries use.
+    """Whether a tensor is a buffer and not a trained parameter, by the names and types that libraries use.
 
-    BatchNorm statistics, position ids, rotary frequencies, anything that is an integer, and the causal mask that
-    GPT-2 checkpoints carry as a 1 x 1 x n x n `attn.bias`.
+    Buffers are BatchNorm statistics, position ids, rotary frequencies, integers, and the causal mask that GPT-2
+    checkpoints store as a 1 x 1 x n x n `attn.bias`.
     """
     if is_integer(dtype) or name.rpartition(".")[2] in BUFFERS:
         return True
@@ -187,10 +192,10 @@ def _merged(spans: Iterable[tuple[Storage, int, int]]) -> Iterable[tuple[int, in
 
 
 def is_integer(dtype: str) -> bool:
-    """True for booleans and plain integers: counters, masks and indices, never trained weights."""
+    """Whether a dtype is a boolean or plain integer: counters, masks and indices, never trained weights."""
     return dtype == "bool" or dtype.startswith(("int", "uint"))
 
 
 def is_readable(dtype: str) -> bool:
-    """True where elements are whole bytes that torch can compare with zero; quantised integers have their own zero."""
+    """Whether elements are whole bytes that torch can compare with zero; quantised integers have a zero point of their own."""
     return BITS[dtype] >= 8 and not dtype.startswith(("q", "complex32"))

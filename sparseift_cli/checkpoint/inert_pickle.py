@@ -1,10 +1,20 @@
-"""A pickle read as a description: nothing is imported, nothing is called, nothing is built but plain containers.
+"""Reads a pickle as data: nothing is imported, called or built but plain containers.
 
-`pickle` is a program for a small stack machine whose GLOBAL and REDUCE instructions import and call whatever the file
-says. Here a global is only a name and a call only a record of its arguments; `Rules` decides which names may appear
-and what the harmless calls mean. That is stricter than `torch.load(weights_only=True)`, which does call the functions
-of its list (a `bytearray(1 << 40)` included), and it needs neither torch nor the tensors' data.
-Instructions as in the standard library's pickletools, protocols 0 to 5.
+Why not `pickle.load`: a pickle is a program for a small stack machine. Its instructions GLOBAL (import a name) and
+REDUCE (call it) run whatever the file says, so loading a file from a stranger can run any code.
+`torch.load(weights_only=True)` allows only the names on a list, but still calls them (`bytearray(1 << 40)` is on it),
+and needs torch.
+
+Here `_Machine` executes the same instructions, but a global stays a name (`Global`) and a call becomes what
+`Rules.called` returns: the description of a tensor, a plain dict, or `Opaque`. A name that the rules do not allow is an
+error. The number of bytes and of instructions is limited. Instructions are those of the standard library's pickletools,
+protocols 0 to 5.
+
+>>> import io, pickle
+>>> from sparseift_cli.checkpoint.torch_rules import TorchRules
+>>> data = pickle.dumps({"epoch": 3, "loss": [0.5]})
+>>> read_pickle(Window(io.BytesIO(data), len(data)), TorchRules())
+{'epoch': 3, 'loss': [0.5]}
 """
 
 from __future__ import annotations
@@ -18,14 +28,14 @@ from typing import IO, BinaryIO, Protocol, cast
 from .untrusted import Malformed, printable
 
 MAX_BYTES = 32 << 20
-MAX_INSTRUCTIONS = 2_000_000  # about 150 MB at the worst; a checkpoint of 10,000 tensors has half of it
+MAX_INSTRUCTIONS = 2_000_000  # at most about 150 MB of objects; a checkpoint of 10,000 tensors has half as many
 
 Key = str | int | float | bytes | bool | None
 
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """The name of a class or function: never the thing itself."""
+    """The name of a class or function, never the object itself."""
 
     module: str
     name: str
@@ -36,29 +46,29 @@ class Global:
 
 @dataclass(slots=True, eq=False)
 class Opaque:
-    """An object that the file would have had built, left as the name of its kind."""
+    """An object of the file that is not built; only the name of its kind is kept."""
 
     kind: str
 
 
 class Rules(Protocol):
-    """What the names in a pickle mean."""
+    """Decides which names may occur in a pickle, and what calling them means."""
 
     def named(self, module: str, name: str) -> object:
-        """The value of a global. Raises Malformed for one that must not appear."""
+        """The value of a global. Raises Malformed for a name that is not allowed."""
         ...
 
     def called(self, function: object, args: Sequence[object]) -> object:
-        """What calling `function` (a value of `named`) would give. Raises Malformed for what must not be called."""
+        """The value of a call of `function` (a value of `named`). Raises Malformed where it may not be called."""
         ...
 
     def persistent(self, saved_id: object) -> object:
-        """What a persistent id stands for: torch keeps its storages outside the pickle."""
+        """The value of a persistent id: a reference to something outside the pickle, as the storages of torch are."""
         ...
 
 
 class Window:
-    """A file from where it stands, up to `limit` bytes: a length in the file can never ask for more than it holds."""
+    """A file from its current position, up to `limit` bytes: no length in the file can make us read more."""
 
     def __init__(self, file: BinaryIO, limit: int) -> None:
         self._file = file
@@ -76,10 +86,10 @@ class Window:
 
 
 def read_pickle(window: Window, rules: Rules) -> object:
-    """The object that the next pickle in `window` describes; afterwards the file stands right behind it.
+    """The object that the next pickle in `window` describes; the file is then positioned right behind that pickle.
 
     Raises:
-        Malformed: the pickle is damaged, too large, or holds something that `rules` does not let in.
+        Malformed: the pickle is damaged, too large, or has something that `rules` does not allow.
     """
     machine = _Machine(rules)
     try:
@@ -96,7 +106,7 @@ def read_pickle(window: Window, rules: Rules) -> object:
 
 
 class _Machine:
-    """The stack machine: `stack` is the part above the last mark."""
+    """The stack machine of pickle. `stack` is the part above the last MARK instruction, `marks` the parts below."""
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
@@ -142,7 +152,7 @@ class _Machine:
         self.memo[len(self.memo)] = self.stack[-1]
 
     def fold(self, n: int) -> None:
-        """The top `n` values become one tuple."""
+        """Replace the top `n` values by one tuple of them."""
         if len(self.stack) < n:
             raise ValueError("the stack is empty")
         self.stack[-n:] = [tuple(self.stack[-n:])]
@@ -199,7 +209,7 @@ class _Machine:
         self.stack.append(self.rules.called(function, args))
 
     def build(self) -> None:
-        """The state of an object (a dict's attributes, say): of no interest here."""
+        """Drop the state of an object (its attributes): objects are not built here."""
         self.stack.pop()
         if not self.stack:
             raise ValueError("the stack is empty")
@@ -230,7 +240,7 @@ class _Machine:
 
 
 def plain_key(key: object) -> Key | tuple[Key, ...]:
-    """A key that is safe to hash: tuples nested a million deep would overflow the C stack of any Python."""
+    """A dict key that is safe to hash: hashing tuples nested a million deep would overflow Python's C stack."""
     if isinstance(key, tuple) and all(_is_plain(k) for k in key):
         return key
     if _is_plain(key):
@@ -241,7 +251,7 @@ def plain_key(key: object) -> Key | tuple[Key, ...]:
 
 
 def _is_plain(key: object) -> bool:
-    """A short value: Python refuses to print integers of thousands of digits."""
+    """Whether a key is a plain, short value; Python refuses to print integers of thousands of digits."""
     return isinstance(key, str | float | bytes | None) or (isinstance(key, int) and key.bit_length() <= 64)
 
 

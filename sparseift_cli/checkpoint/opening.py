@@ -1,4 +1,4 @@
-"""Open a checkpoint of any format: its description, at the price of its header."""
+"""Opens a checkpoint of any format by reading its header: what kind of file it is, its tensors, its shards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Literal
 
 from ..errors import CheckpointError, did_you_mean
-from .facts import Checkpoint, Entry, Storage, TensorInfo, looks_like_buffer
+from .facts import Checkpoint, OtherEntry, Storage, TensorInfo, looks_like_buffer
 from .safetensors_file import read_header
 from .state_dict import find_state_dict, strip_prefix
 from .torch_file import read_legacy, read_zip
@@ -23,14 +23,14 @@ _FORMATS = {"zip": "torch zip", "legacy": "torch legacy pickle", "safetensors": 
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """One file, with the names of its tensors as they stand there."""
+    """One file, with the names of its tensors as they are in the file."""
 
     path: Path
     format: str
     size: int
     tensors: Sequence[TensorInfo]
     nested_under: str | None = None
-    other: tuple[Entry, ...] = ()
+    other: tuple[OtherEntry, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     index: dict[str, object] | None = None
 
@@ -39,11 +39,13 @@ def open_checkpoint(path: str | Path, *, key: str | None = None) -> Checkpoint:
     """The checkpoint at `path`: a safetensors file, a file of torch.save, or the index of a sharded checkpoint.
 
     Only headers are read, nothing in the file is executed, and every size is checked against the file first.
-    `key` is the dotted path of the state dict where a file holds several (`ema`, `generator`); by default the
-    likeliest is found.
+
+    Args:
+        key: the dotted path of the state dict, where a file holds several (`ema`, `generator`); by default the
+            likeliest one is taken.
 
     Raises:
-        CheckpointError: it cannot be read, in one line that names the file, and mostly a hint.
+        CheckpointError: it cannot be read; one line that names the file and what is wrong, mostly with a hint.
     """
     path = Path(path)
     opened = _open_file(path, key)
@@ -97,7 +99,7 @@ def _read(path: Path, file: BinaryIO, size: int, key: str | None) -> _Opened:
 
 
 def _open_shards(index: _Opened, parsed: dict[str, object], key: str | None) -> Checkpoint:
-    """The checkpoint whose index is `parsed`: every shard is opened, and must hold what the index says."""
+    """The checkpoint of an index: every shard is opened, and must hold the tensors that the index lists for it."""
     where = printable(str(index.path))
     try:
         files = _weight_map(parsed)
@@ -134,7 +136,7 @@ def _open_shards(index: _Opened, parsed: dict[str, object], key: str | None) -> 
 
 
 def _weight_map(parsed: dict[str, object]) -> dict[str, str]:
-    """Tensor name -> shard name, each shard a file beside or below the index."""
+    """Tensor name -> file name of its shard, in the directory of the index or below it."""
     found = parsed["weight_map"]
     assert isinstance(found, dict)
     files: dict[str, str] = {}
@@ -143,7 +145,7 @@ def _weight_map(parsed: dict[str, object]) -> dict[str, str]:
             raise Malformed(f"the shard of {printable(tensor)!r} is not a file name")
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts:
-            raise Malformed(f"the shard {printable(name)!r} lies outside the directory of the index")
+            raise Malformed(f"the shard {printable(name)!r} is outside the directory of the index")
         files[tensor] = name
     if not files:
         raise Malformed("the index names no tensors")
@@ -158,7 +160,7 @@ def _unnamed(files: Mapping[str, str], held: Mapping[str, Mapping[str, TensorInf
 
 
 def _finished(checkpoint: Checkpoint, tensors: Sequence[TensorInfo]) -> Checkpoint:
-    """`checkpoint` with its tensors: the common prefix off, ties and buffers marked."""
+    """`checkpoint` with its tensors: without the common prefix, tied tensors and buffers marked."""
     if not tensors:
         raise CheckpointError(f"{printable(str(checkpoint.path))}: holds no tensors")
     prefix = strip_prefix([t.name for t in tensors])
@@ -240,11 +242,11 @@ def kind_of(file: BinaryIO, size: int) -> Kind:
             raise Malformed(f"is {what}", hint=hint)
     if head.startswith(_LFS):
         want = re.search(rb"size (\d{1,18})", head)
-        missing = f": the {int(want[1]):,} bytes it stands for are not here" if want else ""
+        missing = f": the {int(want[1]):,} bytes it refers to are not here" if want else ""
         raise Malformed(f"is a Git LFS pointer{missing}", hint="fetch them with `git lfs pull`")
     if _PAGE.match(head):
         raise Malformed("is an HTML or XML page, not a checkpoint", hint=f"the link led to a web page: {_AGAIN}")
-    if head[8:9] == b"{" and not _is_text(head[:8]):  # the length of a header: some of its high bytes are zero
+    if head[8:9] == b"{" and not _is_text(head[:8]):  # 8 bytes of header length: the high ones are zero
         return "safetensors"
     if head.lstrip()[:1] == b"{" and _is_text(head):
         return "json"
@@ -259,7 +261,7 @@ def kind_of(file: BinaryIO, size: int) -> Kind:
 
 
 def _is_text(head: bytes) -> bool:
-    """Text, were it cut anywhere: UTF-8 without control characters."""
+    """Whether these bytes are UTF-8 text without control characters; they may end within a character."""
     try:
         text = head.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -278,7 +280,7 @@ def _similar(path: Path) -> str | None:
 
 
 def _in_directory(path: Path) -> str | None:
-    """The file in a directory that was probably meant: an index before its shards, safetensors before pickles."""
+    """A hint which file of a directory was probably meant: an index before its shards, safetensors before pickles."""
     try:
         names = sorted(entry.name for entry, _ in zip(path.iterdir(), range(1000), strict=False))
     except OSError:
@@ -291,12 +293,12 @@ def _in_directory(path: Path) -> str | None:
 
 
 def is_index(parsed: dict[str, object]) -> bool:
-    """Is this JSON the index of a sharded checkpoint?"""
+    """Whether this JSON is the index of a sharded checkpoint."""
     return isinstance(parsed.get("weight_map"), dict)
 
 
 def json_kind(parsed: dict[str, object]) -> str:
-    """What a JSON file that is no index seems to be, for the message."""
+    """What a JSON file that is no index seems to be, for an error message."""
     if "architectures" in parsed or "model_type" in parsed:
         return "the configuration of a model, not its weights"
     return f"JSON, but no index of a sharded checkpoint (its keys: {printable(json.dumps(list(parsed)[:4]), 80)})"

@@ -1,6 +1,7 @@
-"""The values of tensors, in tiles of bounded size: a tensor of any length costs the memory of one tile.
+"""Reads the values of tensors in tiles of bounded size, so that a tensor of any size needs the memory of one tile.
 
-Plain reads at known offsets, no memory map: a file that shrinks under a map kills the process; a short read does not.
+It uses plain reads at known offsets and no memory map: if a mapped file shrinks, the process is killed (SIGBUS); a read
+that returns too little can be reported.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 TILE = 1 << 21  # elements read at a time
-ALIGN = 64  # tiles begin at multiples of this both ways: no block or group up to this size straddles two of them
-GATHER = 1 << 27  # bytes that one tile of an oddly strided tensor may reach over
+ALIGN = 64  # tiles begin at multiples of this in both dims, so no block or N:M group up to this size is cut
+GATHER = 1 << 27  # bytes that may be read for one tile of a tensor with an unusual stride
 
 
 class Unreadable(Exception):
@@ -30,9 +31,9 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A tensor as rows (its first dimension) by columns (all others): for a conv, output channels by inputs x taps.
+    """A tensor as a matrix: rows are its first dimension, columns all others (of a conv: outputs by inputs x taps).
 
-    A vector or a scalar is one row. A transposed matrix is read the way it lies in the file, with `swapped` set.
+    A vector or a scalar is one row. A transposed matrix is read in the order of the file, with `swapped` set.
     """
 
     info: TensorInfo
@@ -63,7 +64,7 @@ def as_matrix(info: TensorInfo) -> Matrix:
 
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    """The whole tensor `name` (as in `checkpoint.tensors`), contiguous, in its own dtype.
+    """The whole tensor `name` of `checkpoint.tensors`: of its shape [*shape], contiguous, in its own dtype.
 
     Raises:
         CheckpointError: no such tensor, a dtype that torch cannot hold, or the file has changed since it was opened.
@@ -91,7 +92,7 @@ class TensorReader:
         self._close()
 
     def read(self, info: TensorInfo) -> torch.Tensor:
-        """All of `info`, of any stride; the memory between its first and its last element is read in one piece."""
+        """All of `info` as a tensor [*info.shape] with its stride, from one read of the bytes between its ends."""
         import torch
 
         _check(info)
@@ -100,7 +101,7 @@ class TensorReader:
         return flat.reshape(info.shape) if info.contiguous else torch.as_strided(flat, info.shape, info.stride)
 
     def tiles(self, matrix: Matrix) -> Iterator[Tile]:
-        """All of `matrix` in tiles of about TILE elements; where a tile has not all columns it has whole channels.
+        """All of `matrix` in tiles of about TILE elements; a tile without all columns has whole channels.
 
         Raises:
             Unreadable: the dtype or the stride does not allow reading it piece by piece.
@@ -132,7 +133,7 @@ class TensorReader:
         return self.read(part).reshape(n, matrix.columns)
 
     def _window(self, matrix: Matrix, row: int, n: int, column: int, width: int) -> Tile:
-        """Part of each row of a contiguous matrix: one read per row."""
+        """Columns [column, column + width) of n rows of a contiguous matrix, with one read per row."""
         import torch
 
         info = matrix.info
@@ -145,7 +146,7 @@ class TensorReader:
         return Tile(row, column, values)
 
     def _elements(self, info: TensorInfo, begin: int, nbytes: int) -> torch.Tensor:
-        """`nbytes` of the storage from byte `begin` on, as a flat tensor of the dtype of `info`."""
+        """`nbytes` of the storage from byte `begin` on, as a tensor [elements] of the dtype of `info`."""
         import torch
 
         dtype: torch.dtype = getattr(torch, info.dtype)
@@ -169,7 +170,7 @@ class TensorReader:
             while done < len(raw):
                 got = self._file.readinto(view[done:])  # pyright: ignore[reportAttributeAccessIssue]
                 if not got:
-                    raise CheckpointError(f"{printable(str(path))}: has become shorter while it was read")
+                    raise CheckpointError(f"{printable(str(path))}: became shorter while it was read")
                 done += got
         except OSError as error:
             raise CheckpointError(f"{printable(str(path))}: {error.strerror}") from None

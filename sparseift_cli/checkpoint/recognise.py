@@ -1,8 +1,9 @@
 """Which zoo model a checkpoint fits, by the names and shapes of its tensors alone.
 
-Libraries save the same model in slightly different clothes: a prefix more or less (`bert.`, `transformer.`), an output
-layer left out because it is tied to the embedding, causal masks and counters kept or not, LayerNorm's `gamma` and
-`beta` for weight and bias. These do not count as differences. A different head or a widened model does, and is named.
+Libraries save the same model with small differences, which do not count: a prefix more or less (`bert.`,
+`transformer.`), an output layer left out because it is tied to the embedding, causal masks and counters kept or not,
+and LayerNorm's `gamma` and `beta` for weight and bias. Another output layer or a widened model does count, and the
+match says so.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ _OPTIONAL = ("num_batches_tracked", "position_ids", "inv_freq", "masked_bias", "
 _OUTPUTS = {"lm_head", "decoder", "output", "embed_out"}
 _EMBEDDINGS = {"wte", "embed_tokens", "word_embeddings", "tok_embeddings"}
 _HEADS = {"fc", "linear", "classifier", "head", "heads", "output", "score", "logits"}
-MAX_TENSORS = 20_000  # more than that is no single model of any zoo
-_ANCHORS = 5  # names that are looked up to find a prefix
+MAX_TENSORS = 20_000  # no model of the zoo has as many
+_ANCHORS = 5  # names that are searched for, to find a prefix
 _CANDIDATES = 4  # prefixes that are tried
 
 
@@ -38,10 +39,10 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """How a checkpoint fits one model. Names are the model's, after taking `removed` off and putting `added` in front.
+    """How a checkpoint fits one model. Names are the model's: without the prefix `removed`, with the prefix `added`.
 
-    exact: every tensor in its shape; resized: every name, some in another shape; contains: the whole model and more;
-    partial: anything less. `missing` and `unexpected` leave out what may be absent or extra.
+    exact: every tensor with its shape; resized: every name, some with another shape; contains: the whole model and
+    more; partial: less. `missing` and `unexpected` do not list tensors that may be absent or extra.
     """
 
     model: str
@@ -56,12 +57,12 @@ class Match:
 
     @property
     def similarity(self) -> float:
-        """Tensors that agree in name and shape, as a share of all names on either side."""
+        """Tensors with equal name and shape, as a share of all names on both sides."""
         return self.same / max(self._union, 1)
 
     @property
     def named(self) -> float:
-        """Tensors that agree in name, as a share of all names on either side."""
+        """Tensors with equal name, as a share of all names on both sides."""
         return (self.same + len(self.differs)) / max(self._union, 1)
 
     @property
@@ -88,10 +89,14 @@ class Match:
 
 
 def recognise(tensors: Shapes, catalogue: Mapping[str, Shapes]) -> list[Match]:
-    """The models of `catalogue` that `tensors` fit, best first; empty when none does.
+    """The models of `catalogue` that `tensors` (name -> shape) fit, best first; empty when none does.
 
-    A partial match counts from half of all tensors in name and shape on, or four fifths of either the names or the
-    model's tensors.
+    A partial match counts if half of all tensors have equal name and shape, or four fifths of the names are equal, or
+    four fifths of the model's tensors are there.
+
+    >>> catalogue = {"small": {"fc.weight": (10, 4), "fc.bias": (10,)}}
+    >>> [match.sentence() for match in recognise({"net.fc.weight": (7, 4), "net.fc.bias": (7,)}, catalogue)]
+    ["small with 7 classes (without the prefix 'net.')"]
     """
     if len(tensors) > MAX_TENSORS:
         return []
@@ -101,7 +106,7 @@ def recognise(tensors: Shapes, catalogue: Mapping[str, Shapes]) -> list[Match]:
 
 
 def closest(tensors: Shapes, catalogue: Mapping[str, Shapes]) -> Match | None:
-    """The model with the most tensors in common, however few, for saying what nearly fits; None without any."""
+    """The model with the most tensors in common, however few; None where there are none."""
     if len(tensors) > MAX_TENSORS:
         return None
     matches = [_best(model, tensors, expected) for model, expected in catalogue.items()]
@@ -138,7 +143,7 @@ def _fits(match: Match) -> bool:
 
 
 def _best(model: str, tensors: Shapes, expected: Shapes) -> Match | None:
-    """The best match over the prefixes that could be taken off or put in front."""
+    """The best match over the prefixes that could be removed from the names or added to them."""
     pairs = [
         ("", ""),
         *((p, "") for p in _candidates(tensors, expected)),
@@ -149,7 +154,7 @@ def _best(model: str, tensors: Shapes, expected: Shapes) -> Match | None:
 
 
 def _candidates(longer: Iterable[str], shorter: Iterable[str]) -> list[str]:
-    """What stands before names of `shorter` where they end names of `longer`, the most frequent first."""
+    """Prefixes that turn names of `shorter` into names of `longer`, the most frequent first."""
     names = [name for name in shorter if not name.endswith(_OPTIONAL)]
     anchors = names[:: max(len(names) // _ANCHORS, 1)]
     found = Counter(
@@ -192,7 +197,7 @@ def _renamed(name: str, expected: Shapes, removed: str, added: str) -> str:
 
 
 def _spellings(name: str) -> Iterator[str]:
-    """The name, and what older libraries called it."""
+    """The name, and the name that newer libraries use for it."""
     yield name
     if name.endswith(".gamma"):
         yield name.removesuffix("gamma") + "weight"
@@ -201,17 +206,17 @@ def _spellings(name: str) -> Iterator[str]:
 
 
 def _may_lack(name: str, shape: tuple[int, ...], embeddings: set[tuple[int, ...]]) -> bool:
-    """May a checkpoint leave this tensor out? Counters, and an output layer that is the embedding once more."""
+    """Whether a checkpoint may lack this tensor: a counter, or an output layer that is tied to the embedding."""
     return name.endswith(_OPTIONAL) or (_module(name) in _OUTPUTS and shape in embeddings)
 
 
 def _may_add(name: str, shape: tuple[int, ...], embeddings: set[tuple[int, ...]]) -> bool:
-    """May a checkpoint hold this besides the model? The same, and the causal masks of GPT-2."""
+    """Whether a checkpoint may have this tensor in addition: the same, and the causal masks of GPT-2."""
     return _may_lack(name, shape, embeddings) or (name.endswith("attn.bias") and len(shape) == 4)
 
 
 def _module(name: str) -> str:
-    """The last module in a name: 'transformer.wte.weight' -> 'wte'; empty for anything that is no weight."""
+    """The last module in the name of a weight: "transformer.wte.weight" -> "wte"; empty for other tensors."""
     path, _, last = name.rpartition(".")
     return path.rpartition(".")[2] if last == "weight" else ""
 
@@ -231,8 +236,8 @@ def _sentence(match: Match) -> str:
         return (
             f"{match.model} with other sizes in {len(match.differs)} of {match.expected} tensors ({d.name}: {shapes})"
         )
-    asked = match.same + len(match.differs) + len(match.missing)  # less what it may leave out, and does
-    agree = f"{match.same} of {asked} tensors of {match.model}"
+    expected = match.same + len(match.differs) + len(match.missing)  # without what may be absent, and is
+    agree = f"{match.same} of {expected} tensors of {match.model}"
     rest = ((match.differs, "of another shape"), (match.missing, "missing"), (match.unexpected, "not of the model"))
     return ", ".join([agree, *(f"{len(found)} {what}" for found, what in rest if found)])
 

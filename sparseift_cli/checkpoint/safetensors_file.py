@@ -1,9 +1,9 @@
 """The tensors of a `.safetensors` file, listed from its header by the safetensors library; no tensor is read.
 
-Layout of the file: 8 bytes n (little-endian), n bytes of JSON `{name: {dtype, shape, data_offsets: [begin, end]}}`, then the
-data. The library checks that the tensors cover the data exactly: no gaps, no overlaps, nothing behind the last one, and every
-shape needs as many bytes as its offsets say. It does not say where in the file a tensor is; that follows from its answers: in
-the order of their data, each tensor begins where the one before it ends.
+Layout of the file: 8 bytes n (little-endian), n bytes of JSON `{name: {dtype, shape, data_offsets: [begin, end]}}`,
+then the data. The library checks that the tensors cover the data exactly: no gaps, no overlaps, nothing behind the last
+one, and every shape needs as many bytes as its offsets say. It does not say where in the file a tensor is; that follows
+from its answers: in the order of their data, each tensor begins where the one before it ends.
 https://github.com/huggingface/safetensors#format
 """
 

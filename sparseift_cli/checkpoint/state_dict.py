@@ -1,4 +1,4 @@
-"""Find the state dict in what a training script saved, and say what else was there."""
+"""Finds the state dict in what a training script saved, and lists what else the file holds."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from itertools import islice
 from typing import TypeGuard, cast
 
 from ..errors import did_you_mean
-from .facts import Entry
+from .facts import OtherEntry
 from .inert_pickle import Global, Opaque
 from .torch_rules import PickledTensor
 from .untrusted import Malformed, printable
 
-# Where training scripts put their weights, the likeliest first. A moving average is the second choice: it is a copy.
+# Keys under which training scripts save weights, the likeliest first. A moving average is a second choice: it is a
+# copy.
 USUAL_KEYS = (
     "state_dict",
     "model_state_dict",
@@ -40,7 +41,7 @@ _MAX_DICTS = 10_000
 _MAX_OTHERS = 1_000
 _COUNTED = 10_000
 
-# Put in front of every name by a wrapper or by the attribute that holds the model.
+# Prefixes that wrappers, or the attribute that holds the model, put in front of every name.
 WRAPPERS = (
     "module.",
     "_orig_mod.",
@@ -61,7 +62,7 @@ class Found:
 
     tensors: dict[str, PickledTensor]
     nested_under: str | None
-    other: tuple[Entry, ...]
+    other: tuple[OtherEntry, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,36 +113,36 @@ def strip_prefix(names: Sequence[str]) -> str:
     return prefix
 
 
-def describe(value: object, path: str = "") -> Entry:
-    """One entry of a checkpoint in a few words; its value too where that is one short thing."""
+def describe(value: object, path: str = "") -> OtherEntry:
+    """The type of an entry of a checkpoint in a few words, and its value where that is one short thing."""
     match value:
         case PickledTensor():
-            return Entry(path, f"{value.dtype} tensor {list(value.shape)}")
+            return OtherEntry(path, f"{value.dtype} tensor {list(value.shape)}")
         case dict():
             tensors = sum(isinstance(v, PickledTensor) for v in islice(value.values(), _COUNTED))
-            return Entry(path, f"dict of {len(value)}" + (f", {tensors} tensors" if tensors else ""))
+            return OtherEntry(path, f"dict of {len(value)}" + (f", {tensors} tensors" if tensors else ""))
         case list() | tuple():
-            return Entry(path, f"{type(value).__name__} of {len(value)}")
+            return OtherEntry(path, f"{type(value).__name__} of {len(value)}")
         case Opaque():
-            return Entry(path, value.kind)
+            return OtherEntry(path, value.kind)
         case Global():
-            return Entry(path, str(value))
+            return OtherEntry(path, str(value))
         case str():
-            return Entry(path, "str", printable(value, 80))
+            return OtherEntry(path, "str", printable(value, 80))
         case bytes() | bytearray():
-            return Entry(path, f"{len(value):,} bytes")
+            return OtherEntry(path, f"{len(value):,} bytes")
         case float() if not math.isfinite(value):
-            return Entry(path, "float", str(value))
+            return OtherEntry(path, "float", str(value))
         case int() if value.bit_length() > 64:
-            return Entry(path, "int", f"of {value.bit_length():,} bits")
+            return OtherEntry(path, "int", f"of {value.bit_length():,} bits")
         case None | bool() | int() | float():
-            return Entry(path, "None" if value is None else type(value).__name__, value)
+            return OtherEntry(path, "None" if value is None else type(value).__name__, value)
         case _:
-            return Entry(path, "a storage without a tensor")
+            return OtherEntry(path, "a storage without a tensor")
 
 
 def _candidates(root: dict[object, object]) -> Iterator[_Candidate]:
-    """Every dict with tensors in it that string keys lead to, a few levels deep; each dict once."""
+    """Every dict with tensors in it, reached by string keys, up to _DEPTH levels deep; each dict once."""
     waiting: list[tuple[tuple[str, ...], dict[object, object]]] = [((), root)]
     seen = {id(root)}
     while waiting and len(seen) < _MAX_DICTS:
@@ -187,8 +188,8 @@ def _preference(candidate: _Candidate) -> tuple[int, int]:
     return rank, -candidate.tensors
 
 
-def _others(root: dict[object, object], chosen: _Candidate) -> Iterator[Entry]:
-    """What lies beside the path to the state dict, level by level, and what in the state dict is no tensor."""
+def _others(root: dict[object, object], chosen: _Candidate) -> Iterator[OtherEntry]:
+    """Everything else: entries next to the path to the state dict, level by level, and in it what is no tensor."""
     level: object = root
     listed = 0
     for depth in range(len(chosen.keys) + 1):
@@ -199,7 +200,7 @@ def _others(root: dict[object, object], chosen: _Candidate) -> Iterator[Entry]:
                 continue
             listed += 1
             if listed > _MAX_OTHERS:
-                yield Entry("…", "more than is listed here")
+                yield OtherEntry("…", "more than is listed here")
                 return
             yield describe(value, printable(".".join((*chosen.keys[:depth], str(name)))))
         level = level.get(onward)

@@ -1,8 +1,9 @@
-"""What `torch.save` wrote: the zip format, and the legacy format of PyTorch before 1.6. Nothing but the pickle is read.
+"""Reads files of `torch.save`: where each tensor is. Of the contents only the pickle is read, and that as data (`inert_pickle`).
 
-Zip: `NAME/data.pkl` describes the object, `NAME/data/KEY` holds each storage. Legacy: five pickles in a row (magic
-number, protocol, system, the object, the keys of the storages), then for each key its number of elements in 8 bytes
-and its data. So even there the place of every storage is known without reading one.
+Zip format: `NAME/data.pkl` describes the object, `NAME/data/KEY` holds each storage. Legacy format (PyTorch before
+1.6): five pickles in a row (magic number, protocol, system, the object, the keys of the storages), then for each key
+its number of elements in 8 bytes and its data. In both, the position of every storage is known without reading its
+data.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from .state_dict import describe
 from .torch_rules import PickledTensor, TorchRules
 from .untrusted import Malformed, printable
 
-# The directory of a zip archive as `torch.save` writes it: members are stored, never compressed.
-# Python's zipfile would inflate what it reads and build an object per member; a checkpoint needs neither. Only names,
-# sizes and offsets are read here, and every size is checked against the file before anyone reads a byte of data.
-# https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT
+# --- the directory of a zip archive ---
+
+# Why not Python's zipfile: it would decompress what it reads, and build a large object per member. torch.save stores
+# members without compression, so only names, sizes and offsets are read here, and every size is checked against the
+# file. https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT
 
 MAX_DIRECTORY = 32 << 20
 MAX_MEMBERS = 400_000
@@ -38,18 +40,18 @@ _AGAIN = "download or copy it again"
 
 @dataclass(frozen=True, slots=True)
 class ZipMember:
-    """One file of the archive. `offset` is where its local header lies."""
+    """One file of the archive. `offset` is the position of its local header."""
 
     name: str
     offset: int
-    size: int  # as it would be unpacked
-    packed: int  # as it lies in the archive
+    size: int  # bytes, unpacked
+    packed: int  # bytes in the archive
     stored: bool  # neither compressed nor encrypted
 
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """Members by name, and the offset of the directory, behind which no data may lie."""
+    """Members by name, and the offset of the directory, which comes after all data."""
 
     members: dict[str, ZipMember]
     directory: int
@@ -137,7 +139,7 @@ def _find_directory(file: BinaryIO, size: int) -> tuple[int, int, int]:
 
 
 def _zip64(file: BinaryIO, end: int) -> tuple[int, int, int, int]:
-    """The same from the 64-bit record, whose locator lies right before the 32-bit one at `end`."""
+    """The same from the 64-bit record; its locator is right before the 32-bit record at `end`."""
     file.seek(max(end - _LOCATOR.size, 0))
     raw = file.read(_LOCATOR.size)
     if len(raw) == _LOCATOR.size and raw[:4] == b"PK\x06\x07":
@@ -187,13 +189,13 @@ _ONLY = "only PyTorch and safetensors files are read"
 
 @dataclass(frozen=True, slots=True)
 class TorchFile:
-    """The saved object, with `PickledTensor` where tensors were, and where the storage of each key lies."""
+    """The saved object, with `PickledTensor` in place of tensors, and the position of the storage of each key."""
 
     root: object
     storages: Mapping[str, Storage]
 
     def place(self, name: str, tensor: PickledTensor) -> TensorInfo:
-        """`tensor` under `name`, with its place in the file."""
+        """`tensor` under `name`, with its position in the file."""
         storage = self.storages[tensor.storage.key]
         return TensorInfo(name, tensor.shape, tensor.dtype, storage, tensor.stride, tensor.first)
 
@@ -237,7 +239,7 @@ def _byteorder(archive: Archive, file: BinaryIO, root: str) -> bytes:
 
 
 def _root(archive: Archive) -> str:
-    """The folder in the archive that holds data.pkl, with its slash. Names what else a zip archive may be."""
+    """The folder in the archive that holds data.pkl, with its slash. The error says what else the archive seems to be."""
     names = archive.members.keys()
     files = [name for name in names if not name.endswith("/")]
     if files and all(name.endswith(".npy") for name in files):
@@ -284,7 +286,7 @@ def read_legacy(path: Path, file: BinaryIO, size: int) -> TorchFile:
 
 
 def _legacy_storages(path: Path, file: BinaryIO, size: int, keys: list[str], rules: TorchRules) -> dict[str, Storage]:
-    """Where each storage lies: 8 bytes with its number of elements, then the elements."""
+    """The position of each storage: 8 bytes with its number of elements, then the elements."""
     if missing := rules.storages.keys() - set(keys):
         raise Malformed(f"it lacks the storage {printable(min(missing))!r}, which its pickle refers to")
     found: dict[str, Storage] = {}

@@ -1,7 +1,11 @@
-"""What the names in a torch.save pickle mean: storages, tensors, ordered dicts, and a few harmless objects.
+"""What the names in a pickle of torch.save mean: storages, tensors, ordered dicts, and a few harmless objects.
 
-Argument orders are those of PyTorch's `torch/_utils.py` (`_rebuild_tensor_v2(storage, storage_offset, size, stride,
-requires_grad, backward_hooks, metadata=None)` and its relatives).
+`inert_pickle` asks `TorchRules` for every name and every call. A call of `torch._utils._rebuild_tensor_v2` becomes a
+`PickledTensor`, whose shape and stride are checked against the size of its storage; a persistent id becomes a
+`PickledStorage`; a dict class a plain dict; what training scripts save beside the weights (`argparse.Namespace`,
+`numpy.ndarray`) stays `Opaque`. Any other name is refused. Argument orders are those of PyTorch's `torch/_utils.py`
+(`_rebuild_tensor_v2(storage, storage_offset, size, stride, requires_grad, backward_hooks, metadata=None)` and its
+relatives).
 """
 
 from __future__ import annotations
@@ -85,7 +89,7 @@ _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 @dataclass(frozen=True, slots=True)
 class PickledStorage:
-    """A storage as the pickle names it: where it lies is for the file to say. `view` is (first, size) in elements."""
+    """A storage as the pickle names it, without its position in the file. `view` is (first, size) in elements."""
 
     key: str
     dtype: str
@@ -109,7 +113,7 @@ class PickledTensor:
 
 
 class TorchRules:
-    """`inert_pickle.Rules` for what torch.save writes. `storages` collects every storage that the pickle names."""
+    """`inert_pickle.Rules` for pickles of torch.save. `storages` collects every storage that the pickle names."""
 
     def __init__(self) -> None:
         self.storages: dict[str, PickledStorage] = {}
@@ -158,7 +162,7 @@ class TorchRules:
 
 
 def refused(name: Global) -> Malformed:
-    """The refusal of a pickle that names something which only running code could rebuild."""
+    """The error for a name that only running code could rebuild."""
     where = f"{name.module}.{name.name}".lower()
     if any(word in where for word in ("quantiz", "torch.nn.", "torchvision.", "timm.", "transformers.")):
         hint = "it is a pickled model, not a state dict; where you trust it, save model.state_dict() instead"
@@ -217,7 +221,7 @@ def _plain_tensor(args: Sequence[object]) -> PickledTensor:
 
 
 def _tensor_v2(args: Sequence[object]) -> object:
-    if len(args) > 6 and args[6]:  # metadata: a lazily conjugated or negated tensor, whose bytes are not its values
+    if len(args) > 6 and args[6]:  # metadata: a lazily conjugated or negated tensor; its bytes are not its values
         return Opaque("tensor with a pending conjugation or negation")
     return _plain_tensor(args)
 

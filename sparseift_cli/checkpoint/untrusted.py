@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from typing import NoReturn
 
-MAX_JSON_BYTES = 32 << 20  # room for the header of more than 200,000 tensors
-MAX_JSON_PARTS = 2_000_000  # commas and brackets: what decides how much memory the parsed form takes
+MAX_JSON_BYTES = 32 << 20  # enough for the header of more than 200,000 tensors
+MAX_JSON_PARTS = 2_000_000  # commas and brackets: they decide how much memory the parsed objects take
 
 
 class Malformed(Exception):
-    """What is wrong with a file, without its name: `open_checkpoint` puts that in front."""
+    """What is wrong with a file, without its name: the caller (`open_checkpoint`) puts it in front."""
 
     def __init__(self, what: str, *, hint: str | None = None) -> None:
         super().__init__(what)
@@ -19,13 +19,20 @@ class Malformed(Exception):
 
 
 def printable(text: str, limit: int = 200) -> str:
-    """Text from a file that nobody here wrote, safe for a terminal: no control characters, no endless lines."""
+    """Text from a file, safe for a terminal: control characters escaped, cut after `limit` characters.
+
+    >>> printable("weight\\x1b[31m")
+    'weight\\\\x1b[31m'
+    """
     clean = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[: limit + 1])
     return clean if len(text) <= limit else clean[:limit] + "…"
 
 
 def parse_object(raw: bytes, what: str) -> dict[str, object]:
-    """The JSON object in `raw`. `what` names it in messages, as in 'the header'.
+    """The JSON object in `raw`, with limits on size, number of parts and depth; no key twice.
+
+    Args:
+        what: its name in messages, as in "the header".
 
     Raises:
         Malformed: it is too large, not UTF-8 JSON, not an object, nested too deeply, or has a key twice.

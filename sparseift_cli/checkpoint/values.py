@@ -1,4 +1,10 @@
-"""Scan the values of a checkpoint: zeros, NaN, inf and the pattern of the zeros, tensor by tensor in bounded memory."""
+"""Scans the values of a checkpoint, tensor by tensor in bounded memory: zeros, NaN, inf and the pattern of the zeros.
+
+Three patterns are looked for in a matrix, in one pass over its tiles: whole rows and columns of zeros; N:M groups (at
+most N non-zeros in every M consecutive inputs); and blocks of R x C on a grid, each all zero or full. By chance a very
+sparse matrix has empty groups too, so a pattern counts only where the other groups are *full*: random zeros leave most
+groups with fewer than N non-zeros, and most non-zero blocks with zeros inside.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +21,18 @@ if TYPE_CHECKING:
 
 GROUPS = (2, 4, 8, 16)
 SIZES = (1, 2, 4, 8, 16, 32, 64)  # sides of blocks, up to ALIGN
-_FULL = 0.9  # of N non-zeros that an average group has, for an N:M pattern
-_HOLES = 0.01  # of the non-zeros, at most, may be zeros inside non-zero blocks: weights that are zero by themselves
+_FULL = 0.9  # of N non-zeros: what the average group must have, for an N:M pattern
+_HOLES = 0.01  # zeros inside non-zero blocks, at most, as a share of the non-zeros: some weights are zero by themselves
 _FEW = 0.01  # below this share of zeros a matrix is dense
 _ENOUGH = 16  # groups, for a pattern to be more than chance
 
 
 @dataclass(frozen=True, slots=True)
 class TensorValues:
-    """What a scan of one tensor found. `zeros` are exact (-0.0 too). `pattern`: matrices and convolutions only.
+    """What a scan of one tensor found. `zeros` counts exact zeros (-0.0 too); `pattern` is of matrices and convolutions.
 
     Rows are the first dimension (output channels of a conv), columns all others (its input channels x taps).
-    Where `unread` says why the values were not read, the counts are None.
+    `unread` is why the values were not read; then the counts are None.
     """
 
     name: str
@@ -58,7 +64,7 @@ def scan(checkpoint: Checkpoint) -> Iterator[TensorValues]:
     """The values of every tensor, in the order of `checkpoint.tensors`; a tied tensor is read once.
 
     Raises:
-        CheckpointError: a file has become shorter, or unreadable, since it was opened.
+        CheckpointError: a file was shortened, or made unreadable, since it was opened.
     """
     done: dict[str, TensorValues] = {}
     with TensorReader() as reader:
@@ -91,7 +97,7 @@ def scan_tensor(reader: TensorReader, info: TensorInfo) -> TensorValues:
 
 
 def all_finite(values: torch.Tensor) -> bool:
-    """No NaN and no inf? Minimum and maximum carry both, at a fraction of the price of looking for each."""
+    """Whether values of any shape have no NaN and no inf: their minimum and maximum would show both, in one fast pass."""
     if not values.is_floating_point() and not values.is_complex():
         return True
     import torch
@@ -101,7 +107,7 @@ def all_finite(values: torch.Tensor) -> bool:
 
 
 def comparable(values: torch.Tensor) -> torch.Tensor:
-    """The same values in a type that torch compares on a CPU: 8-bit floats and wide unsigned integers it does not."""
+    """The same values (same shape) in a type that torch compares on a CPU, for 8-bit floats and wide unsigned integers."""
     import torch
 
     if values.is_floating_point() and values.dtype.itemsize == 1:
@@ -161,7 +167,7 @@ class Pattern:
 
 
 class PatternFinder:
-    """Feed it every tile of a matrix, in order, then ask for the `pattern`."""
+    """Finds the pattern of one matrix: `add` every tile of it, in order, then call `pattern`."""
 
     def __init__(self, matrix: Matrix) -> None:
         import torch
@@ -186,12 +192,12 @@ class PatternFinder:
 
     @staticmethod
     def fits(matrix: Matrix) -> bool:
-        """Are tiles of this matrix made of whole groups, and its rows and columns few enough to count one by one?"""
+        """Whether tiles of this matrix hold whole groups, and its rows and columns are few enough to count each."""
         whole = ALIGN * matrix.taps * min(matrix.rows, ALIGN) <= TILE
         return whole and 1 < matrix.rows <= 1 << 24 and 1 < matrix.columns <= 1 << 24
 
     def add(self, tile: Tile, found: int) -> None:
-        """Take in a tile, of whose values `found` are not zero. Dense and empty tiles, the usual ones, cost nothing."""
+        """Count one tile, `found` of whose values are not zero. Dense and empty tiles, the usual ones, take no time."""
         r, c = tile.values.shape
         self.nonzeros += found
         if found == 0:
@@ -218,7 +224,7 @@ class PatternFinder:
                 self.groups[dim, m] = max(most, int(in_group.max()))
 
     def _count_holes(self, cells: torch.Tensor, taps: int, found: int) -> None:
-        """Per block size the zeros inside non-zero blocks so far. A size that fails takes the larger ones along."""
+        """Per block size, count the zeros inside non-zero blocks. Where a size has too many, larger ones have too."""
         limit = _HOLES * self.rows * self.columns
         by_rows = cells
         for r in SIZES:
@@ -258,7 +264,7 @@ class PatternFinder:
         return 1 - dim if self.swapped else dim
 
     def _nm(self) -> NM | None:
-        """The tightest N:M that most groups fill; of equal ones along the inputs first, then with the smallest M."""
+        """The N:M with the fewest non-zeros that most groups fill; if equal, along the inputs, then with the smallest M."""
         density = self.nonzeros / (self.rows * self.columns)
         found = [
             NM(n, m, self._dim(dim))
@@ -268,7 +274,7 @@ class PatternFinder:
         return min(found, key=lambda p: (p.n / p.m, -p.dim, p.m), default=None)
 
     def _block(self) -> ValueBlock | None:
-        """The largest block whose non-zero copies are full; of equal ones the squarest."""
+        """The largest block size whose non-zero blocks are full; if equal, the squarest."""
         full = [key for key, holes in self.holes.items() if holes <= _HOLES * self.nonzeros and self.nonzeros]
         r, c, taps = max(full, key=lambda k: (k[0] * k[1] * k[2], -abs(k[0] - k[1])), default=(1, 1, 1))
         if r * c * taps == 1:

@@ -1,4 +1,7 @@
-"""The checkpoint half of `sparseift inspect`: tensors, totals, what else is in the file, which model it fits."""
+"""`sparseift inspect` of a checkpoint: its tensors, totals, what else is in the file, and which zoo model it fits.
+
+`inspect_checkpoint` opens the file, then makes rows (one a tensor), totals, notes for a reader and a JSON document.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.facts import Checkpoint, Entry, TensorInfo
+from ..checkpoint.facts import Checkpoint, OtherEntry, TensorInfo
 from ..checkpoint.opening import open_checkpoint
-from ..checkpoint.recognise import Match, closest, load_catalogue, recognise
+from ..checkpoint.recognise import Match, Shapes, closest, load_catalogue, recognise
 from ..checkpoint.untrusted import printable
 from ..checkpoint.values import Pattern, TensorValues, scan
 from ..errors import UsageError, did_you_mean
@@ -37,22 +40,14 @@ def inspect_checkpoint(
     output: Path | None,
     transformed: Artifact | None = None,
 ) -> None:
-    """Print the checkpoint at `source`; of a `transformed` model, what it was made of instead of what it may fit.
+    """Print the checkpoint at `source`; for a `transformed` model, what it was made from instead of which model it fits.
 
     Raises:
         CheckpointError: it cannot be read.
         UsageError: no such sort order or model.
     """
-    if sort is not None and sort not in SORTS:
-        raise UsageError(f"cannot sort a checkpoint by {sort!r}", hint=f"one of {', '.join(SORTS)}")
-    if sort in ("zeros", "density") and not values:
-        raise UsageError(f"--sort {sort} needs the values", hint="add --values")
-    catalogue = load_catalogue()
-    if model is not None:
-        wanted = model.lower().replace("-", "_")
-        if wanted not in catalogue:
-            raise UsageError(f"no model named {model!r} to compare with", hint=did_you_mean(wanted, catalogue))
-        catalogue = {wanted: catalogue[wanted]}
+    _check_sort(sort, values)
+    catalogue = _catalogue(model)
     checkpoint = open_checkpoint(source, key=key)
     shapes = {t.name: t.shape for t in checkpoint.tensors}
     matches = [] if transformed and model is None else recognise(shapes, catalogue)
@@ -72,6 +67,24 @@ def inspect_checkpoint(
         ],
     )
     render([sheet], _payload(checkpoint, totals, scanned, matches, near), fmt, output)
+
+
+def _check_sort(sort: str | None, values: bool) -> None:
+    if sort is not None and sort not in SORTS:
+        raise UsageError(f"cannot sort a checkpoint by {sort!r}", hint=f"one of {', '.join(SORTS)}")
+    if sort in ("zeros", "density") and not values:
+        raise UsageError(f"--sort {sort} needs the values", hint="add --values")
+
+
+def _catalogue(model: str | None) -> Mapping[str, Shapes]:
+    """The zoo models to compare with: all, or the one that was asked for."""
+    catalogue = load_catalogue()
+    if model is None:
+        return catalogue
+    wanted = model.lower().replace("-", "_")
+    if wanted not in catalogue:
+        raise UsageError(f"no model named {model!r} to compare with", hint=did_you_mean(wanted, catalogue))
+    return {wanted: catalogue[wanted]}
 
 
 def _origin(transformed: Artifact) -> Iterable[str]:
@@ -139,7 +152,7 @@ def _remark(tensor: TensorInfo) -> str:
 
 
 def _folded(rows: list[dict[str, Any]], depth: int | None) -> list[dict[str, Any]]:
-    """Rows added up by the first `depth` parts of their names; what is tied to another tensor is not added again."""
+    """Rows added up by the first `depth` parts of their names; a tied tensor is not added again."""
     if depth is None:
         return rows
     groups: dict[str, list[dict[str, Any]]] = {}
@@ -173,7 +186,7 @@ def _sorted(rows: list[dict[str, Any]], sort: str | None) -> list[dict[str, Any]
 
 
 def _columns(values: bool, depth: int | None) -> list[Column]:
-    """Every column there is; zero counts of what is rare stay blank."""
+    """All columns; counts that are mostly 0 show a 0 as blank."""
 
     def rare(key: str, header: str, priority: int) -> Column:
         return Column(key, header, lambda n: integer(n) if n else "", right=True, priority=priority)
@@ -207,7 +220,7 @@ def _columns(values: bool, depth: int | None) -> list[Column]:
 
 
 def _with_something(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> list[Column]:
-    """For a reader: without the columns in which every cell would be blank."""
+    """Without the columns in which every cell would be blank."""
     return [c for c in columns if any((v := row.get(c.key)) is not None and c.show(v) for row in rows)]
 
 
@@ -240,7 +253,7 @@ def _totals(checkpoint: Checkpoint, scanned: Sequence[TensorValues] | None) -> d
 def _notes(checkpoint: Checkpoint, totals: Mapping[str, Any]) -> Iterable[str]:
     where = []
     if checkpoint.nested_under:
-        where.append(f"the state dict lies under {printable(checkpoint.nested_under)!r}")
+        where.append(f"the state dict is under {printable(checkpoint.nested_under)!r}")
     if checkpoint.prefix:
         where.append(f"every name begins with {checkpoint.prefix!r}, left out here")
     if where:
@@ -265,7 +278,7 @@ def _size(checkpoint: Checkpoint) -> str:
     return f"{'the file has' if many == 1 else f'the {many} files have'} {checkpoint.file_bytes:,}"
 
 
-def _entry(entry: Entry) -> str:
+def _entry(entry: OtherEntry) -> str:
     path = printable(entry.path, 60)
     return f"{path} ({entry.type})" if entry.value is None else f"{path} = {entry.value} ({entry.type})"
 
