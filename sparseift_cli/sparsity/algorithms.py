@@ -55,7 +55,8 @@ class WeightView:
     weight: Tensor
     """[*shape]; zero where the mask is False."""
     gradient: Tensor | None = None
-    """dL/dw [*shape] at every place, masked or not, averaged over micro-batches and ranks; None unless `dense_gradient`."""
+    """dL/dw [*shape] at every place, masked or not, averaged over micro-batches and ranks. None at steps without a dense
+    gradient, which are those of `dense_gradient`; gradual pruning too takes place at others than mask updates."""
     state: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])
     """The algorithm's own tensors [*shape], float32, by the names in `MaskAlgorithm.state`."""
     key: int | Tensor = 0
@@ -286,6 +287,7 @@ class RigL(DropAndGrow):
     dense_gradient: ClassVar[DenseGradient] = "at updates"
 
     def grow_scores(self, at: WeightView) -> Tensor:
+        """|dL/dw| [*shape]."""
         assert at.gradient is not None
         return at.gradient.abs()
 
@@ -313,6 +315,7 @@ class SNFS(DropAndGrow):
         at.state["momentum"].mul_(self.momentum).add_(at.gradient, alpha=1 - self.momentum)
 
     def grow_scores(self, at: WeightView) -> Tensor:
+        """|m| [*shape]."""
         return at.state["momentum"].abs()
 
 
@@ -401,7 +404,7 @@ def own_options(algorithm: str, options: Mapping[str, Any], *, whatever_value: b
         UsageError: no such algorithm.
     """
     known = ALGORITHMS.get(algorithm).option_names()
-    idle = {k for k, v in options.items() if k not in known and k in _ONCE_SHARED}
+    idle = {k for k in options if k not in known and k in _ONCE_SHARED}
     return {k: v for k, v in options.items() if k not in idle or not (whatever_value or str(v) == _ONCE_SHARED[k])}
 
 

@@ -1,4 +1,4 @@
-"""What could make zeros move or numbers rot: optimisers that we do not know, gradients that are not finite."""
+"""What could make inactive weights move or spoil numbers: unknown optimisers, late calls, gradients that are not finite."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from ..errors import SparseiftError, UsageError
 
 KEEPS_ZEROS = (SGD, Adam, AdamW)
-"""A weight whose value, gradient and state are zero stays at zero under these, with momentum, Nesterov and decay."""
+"""Under these a weight whose value, gradient and state are zero stays exactly zero, with momentum, Nesterov and decay.
+
+Others (Muon, Adamax, SAM, ...) may move it, and subclasses with a step of their own too: there masks are applied again."""
 
 
 class NonFiniteError(SparseiftError):
@@ -22,7 +24,7 @@ class NonFiniteError(SparseiftError):
 
 
 def keeps_zeros(optimizer: Optimizer) -> bool:
-    """Do masked gradients suffice? Warns, by name, where weights must be masked again after every step.
+    """Whether masked gradients suffice under this optimiser; warns if weights must be masked again after every step.
 
     Raises:
         UsageError: eps = 0, with which Adam divides zero by zero at every inactive weight.
@@ -45,39 +47,38 @@ _ORDER = "loss.backward(), sparsifier.step(), optimizer.step()"
 
 
 def warn_of_order(parameters: Iterable[nn.Parameter]) -> None:
-    """Say that the optimiser is about to make a step that no `Sparsifier.step` came before, where there are gradients."""
+    """Warn that the optimiser is about to make a step without a `Sparsifier.step` before it, if there are gradients."""
     if any(p.grad is not None for p in parameters):
         warnings.warn(
             "optimizer.step() without sparsifier.step() before it: gradients are not masked, and pruned weights fill up; "
             f"call {_ORDER}",
-            stacklevel=4,  # whoever called the optimiser's step
+            stacklevel=4,  # the line that calls the optimiser's step
         )
 
 
 def require_masked_gradients(weights: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
-    """Refuse gradients that are not zero where the factor beside the parameter is.
+    """Refuse gradients [*shape] that are not zero where the mask, given in floats [*shape] beside the parameter, is.
 
     Raises:
-        UsageError: `Sparsifier.step` came after the optimiser's, and masked what nobody used any more.
+        UsageError: `Sparsifier.step` was called behind the optimiser's step, and masked gradients that were used already.
     """
-    if any(p.grad is not None and bool(p.grad[factor == 0].any()) for p, factor in weights):
+    if any(p.grad is not None and bool(p.grad[mask == 0].any()) for p, mask in weights):
         raise UsageError(
-            "optimizer.step() was given gradients that no mask was laid on since loss.backward(): "
-            "sparsifier.step() comes too late",
+            "optimizer.step() was given gradients that were not masked since loss.backward(): sparsifier.step() comes too late",
             hint=f"call {_ORDER}",
         )
 
 
 def state_of(optimizer: Optimizer, parameter: nn.Parameter) -> list[Tensor]:
-    """The optimiser's tensors of a parameter's shape: momentum_buffer, exp_avg, exp_avg_sq and the like."""
-    if parameter not in optimizer.state:  # a defaultdict: asking would make an entry
+    """The optimiser's tensors [*shape] for a parameter [*shape]: momentum_buffer, exp_avg, exp_avg_sq and the like."""
+    if parameter not in optimizer.state:  # a defaultdict: indexing would add an entry
         return []
     values = optimizer.state[parameter].values()
     return [v for v in values if isinstance(v, Tensor) and v.shape == parameter.shape]
 
 
 def skipped_inside(optimizer: Optimizer) -> bool:
-    """Did a GradScaler make this step of a *fused* optimiser do nothing? Others are not called at all."""
+    """Whether a GradScaler made this step of a fused optimiser do nothing. Of other optimisers it does not call `step` at all."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)
 
@@ -95,16 +96,16 @@ def clear_unwritten(optimizer: Optimizer) -> None:
 
 @torch.no_grad()
 def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """No NaN and no infinity anywhere; reads every tensor once and waits for the device once.
+    """Whether tensors of any shape hold neither NaN nor infinity; reads each once and waits for the device once.
 
-    By 2-norms, which are fast; where one is not finite the largest magnitude tells an overflow of its squares apart.
+    By 2-norms, which are fast. If one is not finite, the largest magnitudes decide: the sum of squares may have overflowed.
     """
     some = [t.detach() for t in tensors if t.numel()]
     return not some or _finite_norms(some, 2.0) or _finite_norms(some, torch.inf)
 
 
 def require_finite(tensors: Mapping[str, Tensor], what: str, step: int) -> None:
-    """Raise NonFiniteError, naming the layers, unless all tensors are finite."""
+    """Raise NonFiniteError, naming the layers, unless all tensors (of any shape, by layer) are finite."""
     if all_finite(list(tensors.values())):
         return
     bad = [name for name, t in tensors.items() if not all_finite([t])]
@@ -116,7 +117,7 @@ def require_finite(tensors: Mapping[str, Tensor], what: str, step: int) -> None:
 
 @torch.no_grad()
 def multiply_(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
-    """tensors[i] *= factors[i], in place and in as few kernels as the device knows how to."""
+    """tensors[i] *= factors[i] [*shape of tensors[i]], in place and in as few kernels as the device allows."""
     if tensors:
         torch._foreach_mul_(list(tensors), list(factors))  # pyright: ignore[reportPrivateImportUsage]
 

@@ -35,7 +35,7 @@ STATE_FILE = "sparsifier.pt"
 def hugging_face_callback(**options: Any) -> Any:
     """A `transformers.TrainerCallback` that masks gradients at `on_pre_optimizer_step`.
 
-    Its state lies as `sparsifier.pt` in every checkpoint folder and is read again on `resume_from_checkpoint`. The
+    Its state is saved as `sparsifier.pt` in every checkpoint folder and read again on `resume_from_checkpoint`. The
     Sparsifier is its attribute `sparsifier` once training has begun.
 
     Raises:
@@ -43,7 +43,7 @@ def hugging_face_callback(**options: Any) -> Any:
     """
     base = _attribute("transformers", "TrainerCallback")
 
-    class SparseTraining(base):
+    class HuggingFaceSparseTraining(base):
         sparsifier: Sparsifier | None = None
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -64,7 +64,7 @@ def hugging_face_callback(**options: Any) -> Any:
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             _begun(self.sparsifier).close()
 
-    return SparseTraining()
+    return HuggingFaceSparseTraining()
 
 
 def lightning_callback(**options: Any) -> Any:
@@ -77,7 +77,9 @@ def lightning_callback(**options: Any) -> Any:
     """
     base = _attribute("lightning", "Callback", "pytorch_lightning")
 
-    class SparseTraining(base):
+    class LightningSparseTraining(base):
+        state_key = "lightning_callback.<locals>.SparseTraining"
+        """What Lightning saves the state under: the name that the class had when it had to be a name."""
         sparsifier: Sparsifier | None = None
         saved: Mapping[str, Any] | None = None
 
@@ -99,7 +101,7 @@ def lightning_callback(**options: Any) -> Any:
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
             self.saved = state_dict or None
 
-    return SparseTraining()
+    return LightningSparseTraining()
 
 
 def _make(

@@ -1,7 +1,7 @@
 """One weight with a mask: the tensors that belong to it, and the only place where they change together.
 
-The boolean buffer beside the weight is the mask that everybody sees; `factor` is the same in the weight's dtype, because a
-gradient times a boolean mask is several times as slow. Both are changed in place, so whoever holds them stays right.
+The boolean buffer beside the weight is the mask that users see. `mask_float` is the same mask in the weight's dtype: a gradient
+times a boolean mask takes several times as long. Both change in place, so hooks and CUDA graphs may hold them.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from ..mask.attached import SUFFIX, is_transposed, masks_of, pattern_of
 from ..mask.layout import Block, Layout, NofM, parse_pattern
 from ..mask.mask import generator_for
 from ..mask.saliency import MaskLayout
-from .gpu.words import as_words, count, invert_
+from .gpu.primitives import as_words, count, invert_
 from .guard import multiply_
 
 Fill = str | Callable[[str, Tensor], Tensor]
 
 
 class SparseWeight:
-    """A parameter, its mask, and what is counted about it. Cells are what moves as one: single weights, or whole blocks.
+    """A parameter [*shape], its mask, and what is counted about it. A block is what moves as one; often a single weight.
 
     Raises:
-        UsageError: an N:M pattern although `moves`, or a mask that is not made of whole blocks.
+        UsageError: an N:M pattern although the mask `moves`, or a mask that is not made of whole blocks.
     """
 
     def __init__(self, name: str, module: nn.Module, attribute: str, form: MaskLayout, *, moves: bool) -> None:
@@ -44,86 +44,96 @@ class SparseWeight:
             kind = Block(1, 1)
         self.block = kind
         self._layout = Layout(tuple(self.parameter.shape), form.get("groups", 1), form.get("transposed", False))
-        self.size = kind.size
+        self.block_size = kind.size
+        """Weights in a block."""
         self.moves = moves and self.parameter.requires_grad
-        self.ever = self.mask.clone()
-        """Which places have ever been active, for the ITOP rate."""
-        self.factor = torch.empty_like(self.parameter, requires_grad=False).copy_(self.mask)
+        self.ever_active = self.mask.clone()
+        """Where a weight has ever been active, bool [*shape]; for the ITOP rate."""
+        self.mask_float = torch.empty_like(self.parameter, requires_grad=False).copy_(self.mask)
         self.nnz = int(self.mask.count_nonzero())
-        self.churned_now: int | Tensor = 0
-        """Weights that the last update made active; a scalar on the device until somebody asks for `churned`."""
+        self.num_grown: int | Tensor = 0
+        """Weights that the last update made active: an int, or an int64 scalar on the device that no one has read yet."""
         down, across = self._layout.grid(kind)
-        self.places = down * across
-        if self.size > 1 and moves and int(self.cells_of_mask().count_nonzero()) * self.size != self.nnz:
+        self.num_blocks = down * across
+        if self.block_size > 1 and moves and int(self.active_blocks().count_nonzero()) * self.block_size != self.nnz:
             raise UsageError(f"the mask of {name} is not made of whole {kind.rows}x{kind.columns} blocks")
 
     @property
     def mask(self) -> Tensor:
-        """The boolean buffer, as it is now: `module.to` may have replaced it."""
+        """The boolean buffer [*shape], looked up each time: `module.to` may have replaced it."""
         mask = self._module._buffers[self._buffer]
         assert mask is not None
         return mask
 
-    @property
-    def churned(self) -> int:
-        """Weights that the last update made active; waits for the device."""
-        self.churned_now = int(self.churned_now)
-        return self.churned_now
+    def read_num_grown(self) -> int:
+        """`num_grown` as an int; waits for the device."""
+        self.num_grown = int(self.num_grown)
+        return self.num_grown
 
     @property
-    def active(self) -> int:
-        """Active cells."""
-        return self.nnz // self.size
+    def num_active(self) -> int:
+        """Active blocks."""
+        return self.nnz // self.block_size
 
-    def cells(self, scores: Tensor) -> Tensor:
-        """Scores [*shape] summed over each cell: [*shape] for single weights, else [block rows, block columns]."""
-        return scores if self.size == 1 else self._layout.to_blocks(self._layout.to_matrix(scores), self.block)
+    def block_scores(self, scores: Tensor) -> Tensor:
+        """Scores [*shape] summed over each block: [*shape] for single weights, else [block rows, block columns]."""
+        return scores if self.block_size == 1 else self._layout.to_blocks(self._layout.to_matrix(scores), self.block)
 
-    def cells_of_mask(self) -> Tensor:
-        """Which cells are active."""
-        return self.mask if self.size == 1 else self.cells(self.mask.float()) == self.size
+    def active_blocks(self) -> Tensor:
+        """Which blocks are active: bool [*shape] for single weights, else [block rows, block columns]."""
+        return self.mask if self.block_size == 1 else self.block_scores(self.mask.float()) == self.block_size
 
-    def mask_of_cells(self, cells: Tensor) -> Tensor:
-        """The mask [*shape] with these active cells."""
-        return cells if self.size == 1 else self._layout.from_matrix(self._layout.from_blocks(cells, self.block))
+    def mask_of_blocks(self, blocks: Tensor) -> Tensor:
+        """The mask [*shape] with these active blocks, as `active_blocks` has them."""
+        if self.block_size == 1:
+            return blocks
+        return self._layout.from_matrix(self._layout.from_blocks(blocks, self.block))
 
     @torch.no_grad()
-    def become(self, cells: Tensor, state: Iterable[Tensor] = (), nnz: int | None = None) -> None:
-        """Give the weight the mask with these active cells, `nnz` weights in all where the caller knows it.
+    def set_mask(self, blocks: Tensor, state: Iterable[Tensor] = (), nnz: int | None = None) -> None:
+        """Give the weight the mask with these active blocks.
 
-        What it loses becomes zero, in the optimiser's `state` too. So does what it gains, which is zero already unless
-        the optimiser has just seen a gradient that was not masked.
+        A weight that is not active before and after becomes zero, in every tensor of the optimiser's `state` too. For one that
+        grows this matters only where the optimiser was given a gradient without the mask: else it is zero already.
+
+        Args:
+            blocks: as from `active_blocks`.
+            state: tensors [*shape] of the optimiser.
+            nnz: the weights that are active then, where the caller has counted them.
         """
-        new, lost = self.mask_of_cells(cells), torch.empty_like(self.mask)
-        before, after, inactive = as_words(self.mask, new, lost)
-        self.churned_now = count(after & (after ^ before))
-        invert_(torch.bitwise_and(before, after, out=inactive))
+        new, inactive = self.mask_of_blocks(blocks), torch.empty_like(self.mask)
+        before, after, words = as_words(self.mask, new, inactive)
+        self.num_grown = count(after & (after ^ before))
+        invert_(torch.bitwise_and(before, after, out=words))
         for tensor in (self.parameter, *state):
-            tensor.masked_fill_(lost, 0)
-        self._take(new, nnz)
+            tensor.masked_fill_(inactive, 0)
+        self._store(new, nnz)
 
     @torch.no_grad()
-    def clear(self, state: Iterable[Tensor] = ()) -> None:
-        """Zero at every inactive place: after an optimiser that does not leave it so."""
+    def apply_mask(self, state: Iterable[Tensor] = ()) -> None:
+        """Zero at every inactive place, in `state` [*shape] too: behind an optimiser that does not leave it so."""
         tensors = [self.parameter, *state]
-        multiply_(tensors, [self.factor] * len(tensors))
+        multiply_(tensors, [self.mask_float] * len(tensors))
 
     @torch.no_grad()
-    def restore(self, mask: Tensor, ever: Tensor, churned: int) -> None:
-        """The masks of a saved state, into the tensors that everybody holds; weights outside the mask become zero."""
-        self._take(mask.to(self.mask.device))
-        self.ever.copy_(ever)
-        self.churned_now = churned
+    def restore(self, mask: Tensor, ever_active: Tensor, num_grown: int) -> None:
+        """Copy saved masks, bool [*shape], into the tensors in use; weights outside the mask are zeroed."""
+        self._store(mask.to(self.mask.device))
+        self.ever_active.copy_(ever_active)
+        self.num_grown = num_grown
         self.parameter.masked_fill_(~self.mask, 0)
 
     @torch.no_grad()
-    def open(self, cells: Tensor, fill: Fill, seed: int) -> None:
-        """Take a mask that has all active cells and more; the weights that this adds, all zero, get their first values.
+    def densify(self, blocks: Tensor, fill: Fill, seed: int) -> None:
+        """Take a mask that has all active blocks and more; the weights that this adds get their first values.
 
-        `fill`: `normal`, of the root mean square of the weights that are active; `zeros`; or a function of (name, weight)
-        that gives values [*shape], of which those are taken. A weight that is not zero keeps its value.
+        Args:
+            blocks: as from `active_blocks`.
+            fill: `normal`, of the root mean square of the weights that are active now; `zeros`; or a function of (name,
+                weight [*shape]) to values [*shape], of which those are taken. A weight that is not zero keeps its value.
+            seed: of `normal`.
         """
-        new = self.mask_of_cells(cells)
+        new = self.mask_of_blocks(blocks)
         added = new & ~self.mask & (self.parameter == 0)
         if callable(fill):
             values = fill(self.name, self.parameter.detach()).to(self.parameter)
@@ -132,25 +142,25 @@ class SparseWeight:
             scale = float(self.parameter.double().square().sum() / self.nnz) ** 0.5
             draw = torch.randn(self.parameter.shape, generator=generator_for(seed, self.name, "fill"))
             self.parameter.copy_(torch.where(added, draw.mul_(scale).to(self.parameter), self.parameter))
-        self._take(new)
+        self._store(new)
 
-    def _take(self, new: Tensor, nnz: int | None = None) -> None:
+    def _store(self, new: Tensor, nnz: int | None = None) -> None:
         self.mask.copy_(new)
-        self.factor.copy_(new.view(torch.uint8))  # several times as fast as from booleans
-        ever, active = as_words(self.ever, new)
+        self.mask_float.copy_(new.view(torch.uint8))  # several times as fast as from booleans
+        ever, active = as_words(self.ever_active, new)
         ever |= active
         self.nnz = int(new.count_nonzero()) if nnz is None else nnz
-
-
-# The sparse weights of a model, as a Sparsifier handles them.
 
 
 def find_weights(
     model: nn.Module, optimizer: Optimizer, pattern: str | None, layouts: Mapping[str, MaskLayout], *, moves: bool
 ) -> list[SparseWeight]:
-    """Every weight with a mask, in the order of the modules; `layouts` over what the module itself tells.
+    """Every weight with a mask, in the order of the modules.
 
-    `pattern`: of all masks; None for the one that lies beside each.
+    Args:
+        pattern: of all masks; None for the one kept beside each mask.
+        layouts: pattern, groups and transposition of single weights, in place of what their modules have.
+        moves: whether any mask will change.
 
     Raises:
         UsageError: a weight that is trained but not by this optimiser; a layout of a name that is no sparse weight; a

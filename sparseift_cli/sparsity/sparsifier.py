@@ -1,4 +1,4 @@
-"""Sparse training in anyone's loop: one object beside the optimiser, one line between `backward` and the optimiser's step.
+"""Sparse training in any loop: one object beside the optimiser, one line between `backward` and the optimiser's step.
 
     sparsifier = Sparsifier(model, optimizer, algorithm="rigl", total_steps=N)
     for x, y in loader:
@@ -7,9 +7,12 @@
         optimizer.step()
         optimizer.zero_grad()
 
-Zeros are stored in the weights, so the forward pass knows nothing of masks. `step` multiplies gradients by their masks; then
-weights and optimiser state of inactive places stay exactly zero under SGD, Adam and AdamW. At a mask update `step` keeps
-the dense gradient, and a hook on the optimiser exchanges weights as soon as it has made its step.
+Zeros are stored in the weights, so the forward pass needs no masks. `step` multiplies gradients by their masks; then weights
+and optimiser state of inactive places stay exactly zero under SGD, Adam and AdamW. At a mask update `step` keeps the dense
+gradient, and a hook behind the optimiser's step drops and grows weights: by their new values, and by that gradient.
+
+    step t:  backward ─► Sparsifier.step(): keep dense gradients, prune for step t + 1, mask gradients
+                      ─► clip ─► optimizer.step() ─► hook: observe, drop and grow, zero what changed
 
 A grown weight starts at zero with zero state, so Adam's first step on it is large: with betas .9, .999 and many steps behind
 it (1 - .9) / sqrt(1 - .999) = 3.16 times the learning rate, whatever the gradient.
@@ -31,9 +34,9 @@ from ..errors import UsageError, one_of
 from ..mask.attached import unwrapped
 from ..mask.mask import generator_for
 from ..mask.saliency import MaskLayout
-from .algorithms import ALGORITHMS, DropAndGrow, MaskAlgorithm, WeightView, make_algorithm, name_of, own_options
-from .drop_and_grow import Regrow, exchange, extend, prune
-from .gpu.fast_exchange import Exchange, exchange_numbers, in_groups, on_device, quick_exchange
+from .algorithms import ALGORITHMS, DropAndGrow, MaskAlgorithm, Regrow, WeightView, make_algorithm, name_of, own_options
+from .drop_and_grow import drop_and_grow, extend, prune
+from .gpu.fast_drop_and_grow import FastUpdate, fast_drop_and_grow, in_groups, on_device, update_numbers
 from .guard import (
     all_finite,
     clear_unwritten,
@@ -49,8 +52,8 @@ from .sparse_weight import Fill, SparseWeight, find_weights
 from .statistics import WeightStatistics, check_ranks, statistics_of
 
 SCHEMA = "sparseift.sparsifier/1"
-QUICK_ON = frozenset({"cuda"})
-"""Devices where masks are exchanged by `quick_exchange`; a CPU has nobody to wait for."""
+FAST_ON = frozenset({"cuda"})
+"""Devices on which masks are updated by `fast_drop_and_grow`. It saves waits for the device, and a CPU has none to save."""
 Arguments = tuple[Tensor, int, Tensor, Tensor, int, int, Regrow]
 
 
@@ -68,7 +71,7 @@ class Planned(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """What a step computed with, for adding up the FLOPs that were spent."""
+    """What a step computed with, for adding up the FLOPs of a run."""
 
     step: int
     nnz: Mapping[str, int]
@@ -94,23 +97,22 @@ class Sparsifier:
     Args:
         model: with masks beside its weights (`sparseift_cli.transform`, `sparsity.attached.attach`), on its final device and
             in its final dtype; DistributedDataParallel and torch.compile wrappers are looked through.
-        plan: may stand before the optimiser or be left out; the pattern of the masks, in place of the one that they came with.
+        plan: its pattern replaces the one that the masks came with. May be left out: `Sparsifier(model, optimizer)`.
         optimizer: holds every trained sparse weight.
-        algorithm: dense, static, set, rigl, gmp or granet.
+        algorithm: a name in `ALGORITHMS`, `package.module:Name`, or a `MaskAlgorithm` with its options.
         total_steps: optimiser steps of the whole run; needed by every algorithm that moves masks.
-        delta_t, stop: masks change at steps t with 0 < t < stop * total_steps, delta_t | t (`isoflop.Schedule`).
-        drop_fraction, schedule: share of a layer's weights exchanged at an update, and how it falls: cosine, linear,
-            inverse_power, constant.
-        regrow: may what was just dropped return at once (`allow`, as RigL; it then keeps value and state), or `forbid`.
         seed: of random growth and of ties. Random choices are functions of (seed, weight name, step).
-        layouts: pattern, groups and transposition of single weights where plan and module do not tell (`MaskLayout`).
-        fill: first values of the weights that gmp, granet and dense add to the attached masks: `normal`, with the root mean
-            square of the active ones, `zeros`, or a function of (name, weight [*shape]). Only zeros are filled.
-        check_finite: let `step` look for NaN and infinity in every gradient (one pass, one wait for the device).
+        layouts: pattern, groups and transposition of single weights (`MaskLayout`), in place of those of plan and module.
+        fill: first values of the weights that an algorithm with a start density (gmp, granet, dense) adds to the planned
+            masks: `normal`, with the root mean square of the active ones, `zeros`, or a function of (name, weight [*shape]) to
+            values [*shape]. Only zeros are filled.
+        check_finite: let `step` check every gradient for NaN and infinity (one pass, one wait for the device).
         state: a `state_dict()` to go on from; nothing is filled then.
+        options: those of the algorithm, as delta_t, stop, drop_fraction, decay and regrow of rigl. These five may be given with
+            every algorithm, so that one call serves a loop over algorithms.
 
     Raises:
-        UsageError: no masks; an algorithm, schedule or option that does not exist; an N:M pattern with masks that move.
+        UsageError: no masks; an algorithm, option or value that does not exist; an N:M pattern with masks that move.
     """
 
     def __init__(
@@ -154,21 +156,21 @@ class Sparsifier:
             raise UsageError("the model has no sparse weights", hint="transform it first, or use algorithm dense")
         self._remask = bool(self.weights) and not keeps_zeros(optimizer)
         self.steps = 0
-        """Steps begun so far: the index of the next one."""
+        """Steps counted so far: the index of the next one."""
         self.last: StepRecord | None = None
         self._pending: _Pending | None = None
-        self._first_step = self._heard = self._doubted = False
+        self._first_step = self._stepped = self._missed = False
         self._states: dict[str, dict[str, Tensor]] = {
             w.name: {name: torch.zeros_like(w.parameter, dtype=torch.float32) for name in self.algorithm.state}
             for w in self.weights
             if w.moves
         }
-        self._final = {w.name: w.active for w in self.weights}
-        self._start = {w.name: self._first(w) for w in self.weights}
+        self._final = {w.name: w.num_active for w in self.weights}
+        self._start = {w.name: self._initial_blocks(w) for w in self.weights}
         if state is not None:
             self.load_state_dict(state)
         else:
-            self._open(fill)
+            self._densify(fill)
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -190,14 +192,14 @@ class Sparsifier:
             NonFiniteError: a weight that is to be pruned is NaN or infinite; no weight or mask has changed then. At a mask
                 update by gradient the optimiser's step raises it, before it changes a weight.
         """
-        t, self._pending, self._heard = self.steps, None, True
+        t, self._pending, self._stepped = self.steps, None, True
         self.steps += 1
         updates, dense = self.algorithm.updates_at(t, self.schedule), self._needs_dense_gradient(t)
         self.last = StepRecord(t, self._nnz, dense)
         finite = not found_inf and not (self.check_finite and not all_finite(self._gradients()))
         if finite and (updates or dense or self.algorithm.state):
             self._pending = _Pending(t, updates, self._dense_gradients() if dense else {})
-        self._prune(t + 1)
+        self._prune(t + 1, self._pending.gradients if self._pending else {})
         if finite:
             self.mask_gradients()
         return finite
@@ -219,29 +221,31 @@ class Sparsifier:
 
     @torch.no_grad()
     def mask_gradients(self, but: Collection[SparseWeight] = ()) -> None:
-        """Multiply every gradient by its mask, in place; `but` those of these weights."""
-        self._heard = True
-        live = [
-            (w.parameter.grad, w.factor) for w in self.weights if (w.nnz < w.factor.numel() or w.moves) and w not in but
+        """Multiply every gradient by its mask, in place, except those of the weights in `but`."""
+        self._stepped = True
+        masked = [
+            (w.parameter.grad, w.mask_float)
+            for w in self.weights
+            if (w.nnz < w.mask_float.numel() or w.moves) and w not in but
         ]
-        pairs = [(g, factor) for g, factor in live if g is not None]
-        multiply_([g for g, _ in pairs], [factor for _, factor in pairs])
+        pairs = [(g, mask) for g, mask in masked if g is not None]
+        multiply_([g for g, _ in pairs], [mask for _, mask in pairs])
 
     def count_still_step(self) -> None:
-        """A step whose gradients were masked without this object: all that `step` does for a `still` one besides."""
+        """All that `step` does for a `still` step beside masking gradients, which a CUDA graph has done."""
         self.count_step(dense_gradients=False)
 
     def count_step(self, *, dense_gradients: bool) -> None:
-        """The bookkeeping of a step that leaves every number of non-zeros as it is."""
+        """Record a step that changed no number of non-zeros."""
         self.last = StepRecord(self.steps, self._nnz, dense_gradients)
         self.steps += 1
 
     def close(self) -> None:
-        """Take the hooks off the optimiser; masks stay as they are."""
+        """Remove the hooks from the optimiser; masks stay as they are."""
         for hook in self._hooks:
             hook.remove()
 
-    # --- what it knows ---
+    # --- state ---
 
     @property
     def nnz(self) -> Mapping[str, int]:
@@ -263,7 +267,7 @@ class Sparsifier:
     def state_dict(self) -> dict[str, Any]:
         """What a bit-exact resume needs beside weights and optimiser, between two steps: JSON values and copies of tensors.
 
-        An update waits only between `step` and the optimiser's step, so none is in here.
+        An update is pending only between `step` and the optimiser's step, so none is saved.
         """
         return {
             "schema": SCHEMA,
@@ -271,9 +275,9 @@ class Sparsifier:
             "step": self.steps,
             "final": dict(self._final),
             "start": dict(self._start),
-            "churned": {w.name: w.churned for w in self.weights},
+            "churned": {w.name: w.read_num_grown() for w in self.weights},
             "masks": {w.name: w.mask.clone() for w in self.weights},
-            "ever": {w.name: w.ever.clone() for w in self.weights},
+            "ever": {w.name: w.ever_active.clone() for w in self.weights},
             "state": {f"{key}/{name}": t.clone() for name, held in self._states.items() for key, t in held.items()},
         }
 
@@ -285,25 +289,25 @@ class Sparsifier:
         return {"algorithm": self.algorithm_name, "total_steps": self.total_steps, **options, "seed": self.seed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict()`, in the tensors that model and hooks hold already; weights outside masks become zero.
+        """Continue from a `state_dict()`, in the tensors that are in use; weights outside masks are zeroed.
 
-        Load the model's and the optimiser's state after the Sparsifier was made, or give it `state` when it is made: the
-        weights that gmp and granet add would else be filled over.
+        Load the model's and the optimiser's state after the Sparsifier was made, or give it `state` when it is made. Else
+        weights that gmp and granet add at the start would be filled again.
 
         Raises:
             UsageError: a state of another kind, other settings, or other weights.
         """
         if state.get("schema") != SCHEMA:
-            raise UsageError(f"no state of a Sparsifier: schema {state.get('schema')!r}, not {SCHEMA!r}")
+            raise UsageError(f"not the state of a Sparsifier: schema {state.get('schema')!r}, not {SCHEMA!r}")
         mine, theirs = self._settings(), {"decay": state["settings"].get("schedule"), **state["settings"]}
         changed = [f"{key} {theirs.get(key)!r} -> {mine[key]!r}" for key in mine if mine[key] != theirs.get(key)]
         if changed:
             raise UsageError(
-                f"the saved run was another one: {', '.join(changed)}", hint="resume with the same settings"
+                f"the saved run had other settings: {', '.join(changed)}", hint="resume with the same settings"
             )
         shapes = {w.name: tuple(w.mask.shape) for w in self.weights}
         if shapes != {name: tuple(mask.shape) for name, mask in state["masks"].items()}:
-            raise UsageError("the saved masks are of other weights", hint="build the model as the saved run did")
+            raise UsageError("the saved masks are of other weights", hint="build the model as for the saved run")
         self.steps, self._pending, self.last = int(state["step"]), None, None
         self._final, self._start = dict(state["final"]), dict(state["start"])
         states = state.get("state", {})
@@ -318,12 +322,12 @@ class Sparsifier:
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Before the optimiser touches a weight: a gradient that is not finite ends the run at a mask update."""
-        if not self._heard:
+        if not self._stepped:
             warn_of_order([w.parameter for w in self.weights])
-        elif self._doubted:  # the step before was not heard of: this may be its masking, a step late
-            require_masked_gradients((w.parameter, w.factor) for w in self.weights)
-        self._doubted = not self._heard
-        self._first_step, self._heard = not optimizer.state, False
+        elif self._missed:  # step() may have been called one iteration late, behind the optimiser's step
+            require_masked_gradients((w.parameter, w.mask_float) for w in self.weights)
+        self._missed = not self._stepped
+        self._first_step, self._stepped = not optimizer.state, False
         if self._pending is not None and self._pending.updates and not skipped_inside(optimizer):
             require_finite(self._pending.gradients, "the gradient", self._pending.step)
             for key in self.algorithm.state:
@@ -337,7 +341,7 @@ class Sparsifier:
             clear_unwritten(optimizer)
         if self._remask:
             for w in self.weights:
-                w.clear(state_of(optimizer, w.parameter))
+                w.apply_mask(state_of(optimizer, w.parameter))
         if pending is None or skipped_inside(optimizer):
             return
         moving = [w for w in self.weights if w.moves]
@@ -349,66 +353,75 @@ class Sparsifier:
         if pending.updates:
             require_finite({w.name: w.parameter for w in moving}, "the weight", pending.step)
             for w in moving:
-                w.churned_now = 0  # by this update, unless the exchange says otherwise
-            self._exchange([w for w in moving if self._has_a_choice(w, pending)], pending)
+                w.num_grown = 0  # of weights that this update does not reach
+            self._drop_and_grow([w for w in moving if self._can_change(w, pending)], pending)
 
-    def _has_a_choice(self, w: SparseWeight, pending: _Pending) -> bool:
-        """Does the update move this weight? Not where nothing is dropped or free, or the layer had no part in this step."""
-        blind = self.algorithm.dense_gradient != "never" and w.name not in pending.gradients
-        return bool(self.drops(w, pending.step)) and w.active < w.places and not blind
+    def _can_change(self, w: SparseWeight, pending: _Pending) -> bool:
+        """Whether the update can change this mask: something is dropped, places are free, and the layer took part in the step."""
+        without_gradient = self.algorithm.dense_gradient != "never" and w.name not in pending.gradients
+        return bool(self.drops(w, pending.step)) and w.num_active < w.num_blocks and not without_gradient
 
-    def _exchange(self, weights: list[SparseWeight], pending: _Pending) -> None:
-        t, sure = pending.step, dict[SparseWeight, Tensor]()
+    def _drop_and_grow(self, weights: list[SparseWeight], pending: _Pending) -> None:
+        t, found = pending.step, dict[SparseWeight, Tensor]()
         for device in dict.fromkeys(w.parameter.device for w in weights):
-            if device.type in QUICK_ON:
-                sure |= self._exchange_quickly([w for w in weights if w.parameter.device == device], pending)
+            if device.type in FAST_ON:
+                found |= self._fast_drop_and_grow([w for w in weights if w.parameter.device == device], pending)
         for w in weights:
             gradient = pending.gradients.pop(w.name, None)
-            cells = sure[w] if w in sure else exchange(*self.exchange_of(w, t, gradient))
-            w.become(cells, state_of(self.optimizer, w.parameter), nnz=w.nnz)
+            blocks = found[w] if w in found else drop_and_grow(*self.update_of(w, t, gradient))
+            w.set_mask(blocks, state_of(self.optimizer, w.parameter), nnz=w.nnz)
 
-    def _exchange_quickly(self, weights: list[SparseWeight], pending: _Pending) -> dict[SparseWeight, Tensor]:
-        """The cells of those weights of which there is no doubt."""
+    def _fast_drop_and_grow(self, weights: list[SparseWeight], pending: _Pending) -> dict[SparseWeight, Tensor]:
+        """The new active blocks of weights on one device, without those that are uncertain."""
         t, regrow = pending.step, self.regrow
         keys, drops = [self.keys_of(w, t) for w in weights], [self.drops(w, t) for w in weights]
         rows = [
-            exchange_numbers(w.places, w.active, n, ties, regrow)
+            update_numbers(w.num_blocks, w.num_active, n, ties, regrow)
             for w, n, (_, ties) in zip(weights, drops, keys, strict=True)
         ]
         numbers = on_device(rows, weights[0].parameter.device)
-        cells, doubts = list[Tensor](), list[Tensor]()
-        for group in in_groups([w.places for w in weights]):
-            found, doubted = quick_exchange(
+        blocks, uncertain = list[Tensor](), list[Tensor]()
+        for group in in_groups([w.num_blocks for w in weights]):
+            made, flags = fast_drop_and_grow(
                 [
-                    self.quick_exchange_of(
+                    self.fast_update_of(
                         weights[i], pending.gradients.get(weights[i].name), keys[i][0], numbers[i], drops[i]
                     )
                     for i in group
                 ]
             )
-            cells += found
-            doubts.append(doubted)
-        told = torch.cat(doubts).tolist()  # the one wait for the device
-        return {w: found for w, found, doubt in zip(weights, cells, told, strict=True) if not doubt}
+            blocks += made
+            uncertain.append(flags)
+        failed = torch.cat(uncertain).tolist()  # the one wait for the device
+        return {w: made for w, made, fails in zip(weights, blocks, failed, strict=True) if not fails}
 
-    def exchange_of(self, w: SparseWeight, t: int, gradient: Tensor | None) -> Arguments:
-        """The arguments of `exchange` for a weight at the update of step `t`."""
+    def update_of(self, w: SparseWeight, t: int, gradient: Tensor | None) -> Arguments:
+        """The arguments of `drop_and_grow` for a weight at the update of step `t`; `gradient` [*shape] is the dense one."""
         view, (_, ties) = self.view_of(w, t, gradient), self.keys_of(w, t)
-        drop, grow = (w.cells(scores.float()) for scores in self._scores(view))
-        return w.cells_of_mask(), w.active, drop, grow, self.drops(w, t), ties, self.regrow
+        drop = w.block_scores(self.algorithm.drop_scores(view).float())
+        grow = w.block_scores(self.algorithm.grow_scores(view).float())
+        return w.active_blocks(), w.num_active, drop, grow, self.drops(w, t), ties, self.regrow
 
-    def quick_exchange_of(
+    def fast_update_of(
         self, w: SparseWeight, gradient: Tensor | None, key: int | Tensor, numbers: Tensor, most: int
-    ) -> Exchange:
-        """The same for `quick_exchange`; `key` is that of random growth."""
+    ) -> FastUpdate:
+        """The same for `fast_drop_and_grow`.
+
+        Args:
+            gradient: the dense one [*shape].
+            key: of random growth; in a CUDA graph an int64 scalar on the device.
+            numbers: int64 [NUMBERS], see `update_numbers`.
+            most: an upper bound of the blocks that are dropped.
+        """
         algorithm, view = self.algorithm, self._view(w, gradient, key)
-        by_magnitude = w.size == 1 and type(algorithm).drop_scores is MaskAlgorithm.drop_scores
-        drop = view.weight if by_magnitude else w.cells(algorithm.drop_scores(view).float())
-        return Exchange(
-            w.cells_of_mask(),
-            w.active,
+        by_magnitude = w.block_size == 1 and type(algorithm).drop_scores is MaskAlgorithm.drop_scores
+        # magnitudes of active weights alone are far fewer than those of all
+        drop = view.weight if by_magnitude else w.block_scores(algorithm.drop_scores(view).float())
+        return FastUpdate(
+            w.active_blocks(),
+            w.num_active,
             drop,
-            w.cells(algorithm.grow_scores(view).float()),
+            w.block_scores(algorithm.grow_scores(view).float()),
             numbers,
             most,
             self.regrow,
@@ -416,33 +429,30 @@ class Sparsifier:
         )
 
     def view_of(self, w: SparseWeight, t: int, gradient: Tensor | None) -> WeightView:
-        """What the algorithm sees of a weight behind the optimiser's step `t`."""
+        """What the algorithm sees of a weight behind the optimiser's step `t`; `gradient` is the dense one [*shape]."""
         return self._view(w, gradient, self.keys_of(w, t)[0])
 
     def _view(self, w: SparseWeight, gradient: Tensor | None, key: int | Tensor) -> WeightView:
         return WeightView(w.parameter.detach(), gradient, self._states.get(w.name, {}), key)
 
-    def _scores(self, view: WeightView) -> tuple[Tensor, Tensor]:
-        return self.algorithm.drop_scores(view), self.algorithm.grow_scores(view)
-
     def drops(self, w: SparseWeight, t: int) -> int:
         """How many blocks of a weight the update of step `t` drops and grows."""
-        return self.algorithm.drops(w.active, t, self.schedule)
+        return self.algorithm.drops(w.num_active, t, self.schedule)
 
     def keys_of(self, w: SparseWeight, t: int) -> tuple[int, int]:
-        """What random growth, and the choice between equal scores, are functions of."""
+        """The keys of step `t`: of random growth, and of the choice between equal scores."""
         return key_of(self.seed, w.name, "grow", t), key_of(self.seed, w.name, "ties", t)
 
-    def _prune(self, t: int) -> None:
-        """Bring every weight down to the non-zeros that step `t` computes with."""
+    def _prune(self, t: int, dense: Mapping[str, Tensor]) -> None:
+        """Prune every weight to the non-zeros that step `t` computes with; `dense` are gradients [*shape] to score by."""
         down = self._down(t)
         if not down:
             return
         require_finite({w.name: w.parameter for w in down}, "the weight", t)
         for w, n in down.items():
-            scores = w.cells(self.algorithm.drop_scores(self.view_of(w, t, None)).float())
-            cells = prune(w.cells_of_mask(), w.active, scores, n, self.keys_of(w, t)[1])
-            w.become(cells, state_of(self.optimizer, w.parameter))
+            scores = w.block_scores(self.algorithm.drop_scores(self.view_of(w, t, dense.get(w.name))).float())
+            blocks = prune(w.active_blocks(), w.num_active, scores, n, self.keys_of(w, t)[1])
+            w.set_mask(blocks, state_of(self.optimizer, w.parameter))
         self._count()
 
     def _down(self, t: int) -> dict[SparseWeight, int]:
@@ -454,7 +464,7 @@ class Sparsifier:
             for w in self.weights
             if w.moves
         }
-        return {w: n for w, n in wanted.items() if n < w.active}
+        return {w: n for w, n in wanted.items() if n < w.num_active}
 
     def _dense_gradients(self) -> dict[str, Tensor]:
         return {w.name: w.parameter.grad.clone() for w in self.weights if w.moves and w.parameter.grad is not None}
@@ -465,19 +475,20 @@ class Sparsifier:
 
     # --- the start ---
 
-    def _first(self, w: SparseWeight) -> int:
-        """The cells that are active at step 0: of the algorithm's start density rounded down, and all that are attached."""
+    def _initial_blocks(self, w: SparseWeight) -> int:
+        """The blocks that are active at step 0: of the algorithm's start density, rounded down, but all planned ones."""
         density = self.algorithm.start_density
         if density is None or not w.moves:
-            return w.active
-        return max(w.active, min(w.places, int(density * w.factor.numel() / w.size)))
+            return w.num_active
+        return max(w.num_active, min(w.num_blocks, int(density * w.mask_float.numel() / w.block_size)))
 
-    def _open(self, fill: Fill) -> None:
+    def _densify(self, fill: Fill) -> None:
+        """Give every weight the non-zeros that step 0 computes with."""
         for w in self.weights:
             n = self.algorithm.nonzeros(0, self._start[w.name], self._final[w.name], self.schedule)
-            if n > w.active:
-                cells = extend(w.cells_of_mask(), w.active, n, generator_for(self.seed, w.name, "start"))
-                w.open(cells, fill, self.seed)
+            if n > w.num_active:
+                generator = generator_for(self.seed, w.name, "start")
+                w.densify(extend(w.active_blocks(), w.num_active, n, generator), fill, self.seed)
         self._count()
 
     def _count(self) -> None:

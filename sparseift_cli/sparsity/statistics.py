@@ -1,4 +1,4 @@
-"""What masks did: density, how much of the weight was ever looked at, how much the last update moved."""
+"""What masks did: density, how much of a weight has ever been active, how much the last update replaced."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def fingerprint(mask: Tensor) -> Tensor:
 
 
 def check_ranks(masks: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Compare all masks over the ranks: one hash a mask, two small all-reduces. Nothing to do in a single process.
+    """Compare all masks (bool, any shape, by weight name) over the ranks: one hash a mask, two small all-reduces.
 
-    Every rank of the group must call it.
+    Every rank of the group must call it. In a single process there is nothing to do.
 
     Raises:
         CheckFailed: on every rank, naming the weights whose masks differ.
@@ -81,7 +81,7 @@ class WeightStatistics:
 
 def statistics_of(w: SparseWeight) -> WeightStatistics:
     """The counts of one weight; one pass over the record of where it has been active."""
-    return WeightStatistics(w.factor.numel(), w.nnz, int(w.ever.count_nonzero()), w.churned)
+    return WeightStatistics(w.mask_float.numel(), w.nnz, int(w.ever_active.count_nonzero()), w.read_num_grown())
 
 
 def total(parts: Iterable[WeightStatistics]) -> WeightStatistics:

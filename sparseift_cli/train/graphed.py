@@ -86,9 +86,9 @@ class GraphedStep:
                 if sparsifier is not None:
                     sparsifier.count_still_step()
             elif self._moving is not None:
-                self._moving.feed()
+                self._moving.load_numbers()
                 third.replay()
-                if not self._moving.settle():
+                if not self._moving.finish():
                     self.check()
             else:
                 self._update()
@@ -194,7 +194,7 @@ class GraphedStep:
             moving.mask_gradients(whole=run.spec.training.clip is None)
             clip(run)
             run.optimizer.step()
-            moving.exchange(self._bad)
+            moving.drop_and_grow(self._bad)
         return graph
 
     # --- the flag ---

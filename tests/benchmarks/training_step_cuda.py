@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparseift_cli.mask import generator_for, make_mask
 from sparseift_cli.mask.attached import attach
-from sparseift_cli.sparsity.drop_and_grow import exchange, extend
+from sparseift_cli.sparsity.drop_and_grow import drop_and_grow, extend
 from sparseift_cli.sparsity.sparsifier import Sparsifier
 from tests.helpers.sparse_net import STEPS, assert_zeros, make, sparse_net
 
@@ -25,13 +25,14 @@ EVERY = 5  # steps between the updates that are timed
 
 
 def equal_masks() -> None:
-    """One exchange of a large weight with many ties, on both devices."""
+    """One mask update of a large weight with many ties, on both devices."""
     for ties in (False, True):
         scores = torch.rand(1500, 1500, generator=generator_for(0))
         scores = scores.mul(500).floor() if ties else scores
         mask = extend(torch.zeros(1500, 1500, dtype=torch.bool), 0, 500_000, generator_for(1))
         found = [
-            exchange(mask.to(d), 500_000, scores.to(d), scores.flip(0).to(d), 150_000, 2).cpu() for d in ("cpu", CUDA)
+            drop_and_grow(mask.to(d), 500_000, scores.to(d), scores.flip(0).to(d), 150_000, 2).cpu()
+            for d in ("cpu", CUDA)
         ]
         assert torch.equal(*found)
     print("masks of cpu and cuda are equal, ties too")

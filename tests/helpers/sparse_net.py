@@ -67,6 +67,6 @@ def assert_zeros(sparsifier: Sparsifier) -> None:
         state = [v for v in sparsifier.optimizer.state[w.parameter].values() if isinstance(v, Tensor) and v.dim() > 0]
         for tensor in (w.parameter.detach(), *state):
             assert not tensor[~w.mask].any()
-        assert torch.equal(w.factor.bool(), w.mask)
+        assert torch.equal(w.mask_float.bool(), w.mask)
         assert w.nnz == int(w.mask.count_nonzero()) == sparsifier.nnz[w.name]
-        assert not (w.mask & ~w.ever).any()
+        assert not (w.mask & ~w.ever_active).any()

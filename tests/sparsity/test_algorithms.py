@@ -14,7 +14,7 @@ from sparseift_cli.base.randomness import key_of
 from sparseift_cli.errors import UsageError
 from sparseift_cli.mask.mask import generator_for
 from sparseift_cli.sparsity.algorithms import ALGORITHMS, GMP, MaskAlgorithm, RigL, make_algorithm, name_of
-from sparseift_cli.sparsity.drop_and_grow import best, exchange, extend, prune
+from sparseift_cli.sparsity.drop_and_grow import best, drop_and_grow, extend, prune
 from sparseift_cli.sparsity.schedule import Schedule, StepCost, drop_fraction, drops, nonzeros_at, updates_at
 
 
@@ -22,7 +22,7 @@ def bits(text: str) -> Tensor:
     return torch.tensor([c == "1" for c in text])
 
 
-# --- exchange ---
+# --- drop and grow ---
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_jaxpruners_fixture(fraction: float, regrow, expected: str) -> None:
     """Drop scores as they are, signs included; growth by their magnitude (jaxpruner, sparse_trainers_test.py)."""
     mask = bits("01010110")
     scores = torch.tensor([-9.0, 1, 4, -1, 5, 8, -2, 3])
-    new = exchange(mask, 4, scores, scores.abs(), drops(4, fraction), 0, regrow)
+    new = drop_and_grow(mask, 4, scores, scores.abs(), drops(4, fraction), 0, regrow)
     assert "".join(str(int(b)) for b in new) == expected
     assert torch.equal(mask, bits("01010110"))
 
@@ -57,7 +57,7 @@ def test_counts_are_exact(regrow, active: int, ties: bool) -> None:
     assert int(mask.sum()) == active
     scores = torch.zeros(6, 10) if ties else torch.rand(6, 10, generator=generator)
     for n in range(active + 1):
-        new = exchange(mask, active, scores, scores, n, n, regrow)
+        new = drop_and_grow(mask, active, scores, scores, n, n, regrow)
         assert int(new.sum()) == active
         moved = int((new & ~mask).sum())
         assert moved <= min(n, 60 - active)
@@ -86,7 +86,7 @@ def test_infinite_scores_are_scores() -> None:
 def test_large_masks_take_the_sampled_path() -> None:
     scores = torch.rand(700, 900, generator=generator_for(1)).mul_(1000).floor_()  # 630 ties a value
     mask = extend(torch.zeros(700, 900, dtype=torch.bool), 0, 63_000, generator_for(2))
-    new = exchange(mask, 63_000, scores, scores, 20_000, 3)
+    new = drop_and_grow(mask, 63_000, scores, scores, 20_000, 3)
     assert int(new.sum()) == 63_000
     kept = mask & new
     assert scores[mask & ~new].max() <= scores[kept].min()

@@ -14,7 +14,7 @@ from tests.helpers.sparse_net import STEPS, assert_zeros, make, sparse_net
 
 @pytest.fixture(autouse=True, params=[1 << 27, 1], ids=["at once", "one by one"])
 def _at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparseift_cli.sparsity.gpu.fast_exchange.AT_ONCE", request.param)
+    monkeypatch.setattr("sparseift_cli.sparsity.gpu.fast_drop_and_grow.AT_ONCE", request.param)
 
 
 WHOLE = pytest.mark.parametrize("whole", [False, True], ids=["masked", "whole"])
@@ -51,13 +51,13 @@ def test_equals_the_sparsifiers_own_update(algorithm: str, cls: Any, regrow: str
             optimizers[1].step()
             fed.count_still_step()
         else:
-            update.feed()
+            update.load_numbers()
             update.mask_gradients(whole=whole)
             optimizers[1].step()
-            churned = {w.name: w.churned_now for w in fed.weights}
-            update.exchange(unset)
-            assert {w.name: w.churned_now for w in fed.weights} == churned  # a recording would know nothing yet
-            assert update.settle()
+            churned = {w.name: w.num_grown for w in fed.weights}
+            update.drop_and_grow(unset)
+            assert {w.name: w.num_grown for w in fed.weights} == churned  # a recording would know nothing yet
+            assert update.finish()
         for o in optimizers:
             o.zero_grad()
         assert plain.last == fed.last
@@ -74,7 +74,7 @@ def test_equals_the_sparsifiers_own_update(algorithm: str, cls: Any, regrow: str
 
 @pytest.mark.parametrize("regrow", ["allow", "forbid"])
 @pytest.mark.parametrize("algorithm", ["rigl", "set"])
-def test_the_quick_exchange_is_the_exact_one(monkeypatch: pytest.MonkeyPatch, algorithm: str, regrow: str) -> None:
+def test_the_fast_update_is_the_exact_one(monkeypatch: pytest.MonkeyPatch, algorithm: str, regrow: str) -> None:
     """What a GPU does at an update of a loop without graphs, here on the CPU."""
     nets = [sparse_net(), sparse_net()]
     optimizers = [torch.optim.AdamW(net.parameters(), lr=0.01) for net in nets]
@@ -84,7 +84,7 @@ def test_the_quick_exchange_is_the_exact_one(monkeypatch: pytest.MonkeyPatch, al
     for _ in range(STEPS):
         before = both[0].masks()["fc.weight"].clone()
         for devices, net, sparsifier, o in zip((set(), {"cpu"}), nets, both, optimizers, strict=True):
-            monkeypatch.setattr("sparseift_cli.sparsity.sparsifier.QUICK_ON", devices)
+            monkeypatch.setattr("sparseift_cli.sparsity.sparsifier.FAST_ON", devices)
             nn.functional.cross_entropy(net(x), y).backward()
             sparsifier.step()
             o.step()
@@ -98,7 +98,7 @@ def test_the_quick_exchange_is_the_exact_one(monkeypatch: pytest.MonkeyPatch, al
 
 @WHOLE
 @pytest.mark.parametrize("algorithm", ["rigl", "set"])
-def test_a_layer_without_a_part_in_the_step_takes_nobody_elses_gradient(algorithm: str, whole: bool) -> None:
+def test_a_layer_without_a_part_in_the_step_takes_no_other_gradient(algorithm: str, whole: bool) -> None:
     nets = [sparse_net(), sparse_net()]
     optimizers = [torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9) for net in nets]
     plain, fed = (make(net, o, algorithm) for net, o in zip(nets, optimizers, strict=True))
@@ -111,11 +111,11 @@ def test_a_layer_without_a_part_in_the_step_takes_nobody_elses_gradient(algorith
         net.head(net.fc(x).relu()).square().sum().backward()
     plain.step()
     optimizers[0].step()
-    update.feed()
+    update.load_numbers()
     update.mask_gradients(whole=whole)
     optimizers[1].step()
-    update.exchange(torch.zeros(()))
-    update.settle()
+    update.drop_and_grow(torch.zeros(()))
+    update.finish()
     assert plain.statistics() == fed.statistics()
     assert fed.statistics()["fc.weight"].churned
     assert bool(fed.statistics()["conv.weight"].churned) == (algorithm == "set")
@@ -133,10 +133,10 @@ def test_a_step_that_diverged_moves_no_mask(whole: bool) -> None:
     for w in sparsifier.weights:
         w.parameter.grad = torch.full_like(w.parameter, torch.nan)
     before, steps = {name: mask.clone() for name, mask in sparsifier.masks().items()}, sparsifier.steps
-    update.feed()
+    update.load_numbers()
     update.mask_gradients(whole=whole)
-    update.exchange(torch.ones(()))
-    assert not update.settle()
+    update.drop_and_grow(torch.ones(()))
+    assert not update.finish()
     assert sparsifier.steps == steps
     assert all(torch.equal(mask, before[name]) for name, mask in sparsifier.masks().items())
 

@@ -234,8 +234,8 @@ def test_channels_last_and_bfloat16() -> None:
     net = sparse_net().to(memory_format=torch.channels_last).bfloat16()
     optimizer = ADAMW(net.parameters(), lr=0.01)
     sparsifier = make(net, optimizer)
-    assert sparsifier.weights[0].factor.stride() == net.conv.weight.stride()
-    assert sparsifier.weights[0].factor.dtype == torch.bfloat16
+    assert sparsifier.weights[0].mask_float.stride() == net.conv.weight.stride()
+    assert sparsifier.weights[0].mask_float.dtype == torch.bfloat16
     for _ in range(STEPS):
         nn.functional.cross_entropy(net(torch.randn(4, 3, 5, 5).bfloat16()).float(), torch.arange(4)).backward()
         sparsifier.step()

@@ -38,11 +38,11 @@ def test_resume_at_every_step_gives_equal_bytes(cls, options: dict, algorithm: s
         saved.append(copy.deepcopy(everything(*run)))
     for k in range(41):
         net, optimizer, sparsifier = fresh()
-        held = {w.name: (w.mask.data_ptr(), w.factor.data_ptr()) for w in sparsifier.weights}
+        held = {w.name: (w.mask.data_ptr(), w.mask_float.data_ptr()) for w in sparsifier.weights}
         net.load_state_dict(copy.deepcopy(saved[k]["model"]))
         optimizer.load_state_dict(copy.deepcopy(saved[k]["optimizer"]))
         sparsifier.load_state_dict(saved[k]["sparsifier"])
-        assert held == {w.name: (w.mask.data_ptr(), w.factor.data_ptr()) for w in sparsifier.weights}
+        assert held == {w.name: (w.mask.data_ptr(), w.mask_float.data_ptr()) for w in sparsifier.weights}
         stop = min(40, k + 8)  # over the next updates; equal states go on equally
         train(net, optimizer, sparsifier, k, stop)
         assert_equal(everything(net, optimizer, sparsifier), saved[stop])
