@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from fractions import Fraction
 
 import pytest
+import torch
 from scipy.optimize import linprog
+from torch import Tensor, nn
 
+import sparseift_cli as sparseift
 from sparseift_cli.errors import UsageError
 from sparseift_cli.models.source import Request, load_table
 from sparseift_cli.plan.members.wide import widen
+from sparseift_cli.plan.plan import Plan, make_plan
 from sparseift_cli.plan.spec import TransformSpec
 from sparseift_cli.plan.widths import Solution, solve
 from sparseift_cli.table.poly import Poly
-from sparseift_cli.table.table import Width
+from sparseift_cli.table.table import LayerTable, Width
 
 a, b, c, d, e = (Poly.var(i) for i in range(5))
 
@@ -129,3 +135,43 @@ def test_widths_that_do_not_grow_together_are_refused_in_words(monkeypatch: pyte
         UsageError, match=r"widths of resnet18 do not grow together at sparsity 0\.5: width 76 would become 0"
     ):
         widen(table, TransformSpec(sparsity="0.5"))
+
+
+class Residual(nn.Module):
+    """A stream of 8 features between an input layer, a head and a branch of linear layers of the given hidden widths."""
+
+    def __init__(self, *hidden: int) -> None:
+        super().__init__()
+        sizes = (8, *hidden, 8)
+        layers = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b, bias=False), nn.ReLU())]
+        self.stem, self.branch, self.head = nn.Linear(5, 8), nn.Sequential(*layers[:-1]), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(x + self.branch(x))
+
+
+def inner_plan(*hidden: int) -> Plan:
+    table = sparseift.inspect(Residual(*hidden), torch.zeros(1, 5))
+    assert isinstance(table, LayerTable)
+    return make_plan(table, TransformSpec(sparsity="0.75", scope="inner"))
+
+
+def test_a_width_whose_layers_grow_on_one_side_grows_by_the_whole_factor() -> None:
+    """Scope inner, m = 1: both layers of 8 x 12 weights have the stream on their other side, so 12 -> 12 / d = 48."""
+    plan = inner_plan(12)
+    assert plan.widening is not None
+    assert [(w.dense, w.size, w.sides) for w in plan.widening.widened] == [(12, 48, 1)]
+    rows = [row for row in plan.layers if row.status == "transformed"]
+    shapes = [(p.shape.inputs, p.shape.outputs, p.nnz) for row in rows for p in row.parts]
+    assert shapes == [(8, 48, 8 * 12), (48, 8, 12 * 8)]
+    assert [row.density for row in rows] == [Fraction(1, 4)] * 2
+
+
+def test_widths_that_a_layer_connects_grow_by_the_root_of_the_factor() -> None:
+    """Scope inner, m = 2: the layer of 12 x 20 grows on both sides, so both by 2; its neighbours have density sqrt(d)."""
+    plan = inner_plan(12, 20)
+    assert plan.widening is not None
+    assert sorted((w.dense, w.size, w.sides) for w in plan.widening.widened) == [(12, 24, 2), (20, 40, 2)]
+    densities = [row.density for row in plan.layers if row.status == "transformed"]
+    assert densities == [Fraction(1, 2), Fraction(1, 4), Fraction(1, 2)]
