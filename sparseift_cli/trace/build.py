@@ -273,12 +273,12 @@ class _Builder:
             own_activations=self._own_activations(rows),
             contracted_dims={
                 module: tuple(self._named(p) for p in dict.fromkeys(dims) if self._known(p))
-                for module, dims in recorder.contracted.items()
+                for module, dims in recorder.contracted_dims.items()
             },
-            query_parts=dict(recorder.queries),
+            query_parts=dict(recorder.query_parts),
             attention_scores={
                 key: AttentionScore(module, self._named(dim), by_size or self._named(dim) in floats)
-                for key, (module, dim, by_size) in recorder.scores.items()
+                for key, (module, dim, by_size) in recorder.attention_scores.items()
                 if self._known(dim)
             },
             norm_inputs=dict(flow.norm_inputs),
@@ -327,7 +327,7 @@ class _Builder:
     def _own_activations(self, rows: list[CountedOp]) -> dict[str, str]:
         """Row -> the activation that reads it, where the row's output is not added to or joined with another."""
         found = {
-            row_name(r): self.recorder.followers.get(r.weight)
+            row_name(r): self.recorder.own_activations.get(r.weight)
             for r in rows
             if r.weight and r.weight not in self.recorder.flow.merged
         }

@@ -119,12 +119,14 @@ class Recorder(TorchDispatchMode):
         self.attention: set[int] = set()  # variables of dims of attention products
         self.softmaxed: set[str] = set()  # modules that took a softmax: their next product is attention x values
         self.uncounted: dict[str, None] = {}  # a dict as an ordered set
-        self.activations: list[tuple[int, str]] = []  # (time, function name or module:path)
-        self.followers: dict[str, str] = {}  # weight key -> activation that reads its output, or a norm of it, directly
-        self.contracted: dict[str, list[Poly]] = {}  # module -> dims that its attention products sum over
-        self.queries: dict[str, int | None] = {}  # weight key -> which part of its output is the query
-        self.scores: dict[str, tuple[str, Poly, bool]] = {}  # weight key -> module, head dim, scaled by it?
-        self.shapes: dict[str, tuple[Poly, ...]] = {}  # weight key -> shape of its last product
+        self.activations: list[tuple[int, str]] = []  # (clock, function name or module:path)
+        self.own_activations: dict[
+            str, str
+        ] = {}  # weight key -> activation that reads its output, or a norm of it, directly
+        self.contracted_dims: dict[str, list[Poly]] = {}  # module -> dims that its attention products sum over
+        self.query_parts: dict[str, int | None] = {}  # weight key -> which part of its output is the query
+        self.attention_scores: dict[str, tuple[str, Poly, bool]] = {}  # weight key -> module, head dim, scaled by it?
+        self.product_shapes: dict[str, tuple[Poly, ...]] = {}  # weight key -> shape of its last product
         self.computes_more: set[str] = set()  # paths of layers whose forward is not one product of their weight
         self.flow = Flow()
 
@@ -137,6 +139,7 @@ class Recorder(TorchDispatchMode):
     # --- modules and parameters ---
 
     def enter_module(self, module: str) -> None:
+        """The module at this path is called."""
         self.clock += 1
         self.first_seen.setdefault(module, self.clock)
         self.stack.append(module)
@@ -145,12 +148,13 @@ class Recorder(TorchDispatchMode):
         """An activation runs on `args`. `name`: the function's name, or `module:` and the path of an activation module."""
         x = next((t for t in tree_leaves(args) if isinstance(t, Tensor)), None)
         if x is not None and (key := layer_of(x)):
-            self.followers.setdefault(key, name)  # a module comes before the function that it calls
+            self.own_activations.setdefault(key, name)  # a module comes before the function that it calls
         self.clock += 1
         if not (self.activations and name[:7] != "module:" and self.activations[-1][1] == f"module:{self.stack[-1]}"):
             self.activations.append((self.clock, name))
 
     def leave_module(self) -> None:
+        """The running module returned."""
         self.stack.pop()
 
     def note_layer_output(self, output: Any, *, by_input: bool) -> None:
@@ -166,7 +170,7 @@ class Recorder(TorchDispatchMode):
             and isinstance(output, Tensor)
             and summands_of(output) - {PARAMETER_PREFIX + bias} == frozenset([key])
         ):
-            made, shape = self.shapes[key], tuple(map(poly_of, output.shape))
+            made, shape = self.product_shapes[key], tuple(map(poly_of, output.shape))
             if shape[-1] == made[-1] and numel(output.shape) == math.prod(made, start=Poly.const(1)):
                 return  # x @ W.T may flatten x in between; but a transposed output ends with another dim
         self.computes_more.add(path)
@@ -187,7 +191,7 @@ class Recorder(TorchDispatchMode):
             return None
         return self.keys[storage].get(self.stack[-1], found[0]), found[1]
 
-    # --- rows ---
+    # --- counting ---
 
     def count_weighted(
         self,
@@ -206,29 +210,38 @@ class Recorder(TorchDispatchMode):
         `macs` of the forward pass; `inputs`, `outputs`, `kernel` and `groups` are those of the layer. A weight that is
         not a parameter (computed in forward) makes it a product of two activations.
         """
-        owned = self.parameter_of(weight)
-        owner = owned[0].rpartition(".")[0] if owned else self.stack[-1]
-        if owned and not owned[0].endswith(".weight") and owned[0] != "weight":
-            owner = owned[0].removesuffix("_weight")  # in_proj_weight of nn.MultiheadAttention, or a bare parameter
-        row = self._op(owner, kind, owned[0] if owned else None, inputs, outputs, kernel, groups)
-        row.macs += macs
-        row.activations += numel(out.shape)
-        into_x, into_weight = flags_of(x) & NEEDS_GRAD, flags_of(owned[1] if owned else weight) & NEEDS_GRAD
-        if torch.is_grad_enabled():
-            row.grad_inputs += macs * Poly.const(into_x + (0 if owned else into_weight))
-            row.grad_weight += macs * Poly.const(into_weight if owned else 0)
-        if owned and self.stack[-1] != owned[0].rpartition(".")[0]:
-            row.users.add(self.stack[-1])
-        if owned and _num_distinct(weight) != (whole := numel(owned[1].shape)):
-            row.partial, row.outputs = True, whole.divided_by(inputs) or outputs
-        row.projection |= ATTENTION in producers_of(x)
-        annotate(out, flags_of(out), frozenset([((owner, kind, owned[0] if owned else None), None)]))
-        set_summands(out, frozenset([owned[0] if owned else UNKNOWN]))
-        if owned:
-            self.flow.note_weight_input(owned[0], x)
-            self.shapes[owned[0]] = tuple(map(poly_of, out.shape))
-        row.first |= bool(flags_of(x) & FROM_INPUT) and not flags_of(x) & FROM_LAYER
-        return row
+        key, parameter = self.parameter_of(weight) or (None, None)
+        op = self._op(self._owner(key), kind, key, inputs, outputs, kernel, groups)
+        op.macs += macs
+        op.activations += numel(out.shape)
+        op.projection |= ATTENTION in producers_of(x)
+        op.first |= bool(flags_of(x) & FROM_INPUT) and not flags_of(x) & FROM_LAYER
+        into_x, into_weight = (
+            flags_of(x) & NEEDS_GRAD,
+            flags_of(weight if parameter is None else parameter) & NEEDS_GRAD,
+        )
+        if torch.is_grad_enabled():  # each gradient is a product of the same size as the forward one
+            op.grad_inputs += macs * Poly.const(into_x + (into_weight if parameter is None else 0))
+            op.grad_weight += macs * Poly.const(0 if parameter is None else into_weight)
+        annotate(out, flags_of(out), frozenset([((op.owner, kind, key), None)]))
+        set_summands(out, frozenset([UNKNOWN if key is None else key]))
+        if key is not None and parameter is not None:
+            if self.stack[-1] != key.rpartition(".")[0]:
+                op.users.add(self.stack[-1])
+            whole = numel(parameter.shape)
+            if _num_distinct(weight) != whole:
+                op.partial, op.outputs = True, whole.divided_by(inputs) or outputs
+            self.flow.note_weight_input(key, x)
+            self.product_shapes[key] = tuple(map(poly_of, out.shape))
+        return op
+
+    def _owner(self, key: str | None) -> str:
+        """What an op with the parameter `key` is named after: its module, or the parameter itself if it is no `weight`."""
+        if key is None:
+            return self.stack[-1]
+        if key == "weight" or key.endswith(".weight"):
+            return key.rpartition(".")[0]
+        return key.removesuffix("_weight")  # in_proj_weight of nn.MultiheadAttention, or a bare parameter
 
     def count_product(
         self,
@@ -245,20 +258,20 @@ class Recorder(TorchDispatchMode):
 
         `out` is None for the score matrix of a fused attention, which is never stored. `by_size`: see `AttentionScore`.
         """
-        row = self._op(self.stack[-1], part, None, Poly(), Poly(), (), None)
-        row.macs += macs
+        op = self._op(self.stack[-1], part, None, Poly(), Poly(), (), None)
+        op.macs += macs
         if out is not None:
-            row.activations += numel(out.shape)
+            op.activations += numel(out.shape)
             annotate(out, flags_of(out), frozenset([ATTENTION]))
             set_summands(out, frozenset([UNKNOWN]))
         if torch.is_grad_enabled():
-            row.grad_inputs += macs * Poly.const(sum(flags_of(t) & NEEDS_GRAD for t in (a, b)))
-        row.causal = causal
+            op.grad_inputs += macs * Poly.const(sum(flags_of(t) & NEEDS_GRAD for t in (a, b)))
+        op.causal = causal
         for producer, _ in producers_of(a) | producers_of(b):
             if producer in self.ops:
                 self.ops[producer].projection = True
         if part == "qk":
-            self.contracted.setdefault(self.stack[-1], []).append(poly_of(a.shape[-1]))
+            self.contracted_dims.setdefault(self.stack[-1], []).append(poly_of(a.shape[-1]))
             self._note_query(producers_of(a), producers_of(b), poly_of(a.shape[-1]), by_size)
         for tensor in (a, b):
             for dim in tensor.shape:
@@ -268,16 +281,16 @@ class Recorder(TorchDispatchMode):
         """`weight` [out, in] makes the query (part `part` of its output) of an attention that scales by head_dim ** -0.5."""
         owned = self.parameter_of(weight)
         if owned:
-            self.queries[owned[0]] = part
-            self.scores[owned[0]] = (self.stack[-1], head_dim, True)
+            self.query_parts[owned[0]] = part
+            self.attention_scores[owned[0]] = (self.stack[-1], head_dim, True)
 
     def _note_query(self, q: frozenset[Producer], k: frozenset[Producer], head_dim: Poly, by_size: bool) -> None:
         """Find which weight makes the query, and which part of its output the query is where it makes the key too."""
         keys = {producer for producer, _ in k}
         for producer, part in q:
             if producer in self.ops and producer[2] is not None and (producer not in keys or part is not None):
-                self.queries[producer[2]] = part if producer in keys else None
-                self.scores[producer[2]] = (self.stack[-1], head_dim, by_size)
+                self.query_parts[producer[2]] = part if producer in keys else None
+                self.attention_scores[producer[2]] = (self.stack[-1], head_dim, by_size)
 
     def _op(
         self,
@@ -289,13 +302,14 @@ class Recorder(TorchDispatchMode):
         kernel: tuple[int, ...],
         groups: Poly | None,
     ) -> CountedOp:
-        row = self.ops.get((owner, kind, weight))
-        if row is None:
+        """The op of this key, new or met before, with one call more."""
+        op = self.ops.get((owner, kind, weight))
+        if op is None:
             self.clock += 1
-            row = CountedOp(owner, kind, weight, inputs, outputs, kernel, groups or Poly.const(1), order=self.clock)
-            self.ops[owner, kind, weight] = row
-        row.calls += 1
-        return row
+            op = CountedOp(owner, kind, weight, inputs, outputs, kernel, groups or Poly.const(1), order=self.clock)
+            self.ops[owner, kind, weight] = op
+        op.calls += 1
+        return op
 
     def count_attention(
         self,
@@ -324,6 +338,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        """Run one primitive op; count it if it costs MACs, and annotate its results."""
         kwargs = kwargs or {}
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         flags, producers = 0, frozenset[Producer]()
@@ -338,12 +353,11 @@ class Recorder(TorchDispatchMode):
         if count is not None:
             count(self, args, kwargs, out)
             flags |= FROM_LAYER
-            first = next(t for t in tree_leaves(out) if isinstance(t, Tensor))
-            producers = producers_of(first)
+            producers = producers_of(next(t for t in tree_leaves(out) if isinstance(t, Tensor)))  # `count` set them
             self.flow.note_read(tensors)
         elif packet in (aten.add, aten.add_):
             if self._is_residual(args, out):
-                producers = frozenset[Producer]()
+                producers = frozenset[Producer]()  # a residual stream is not the product of one layer
         elif packet in (aten._softmax, aten._safe_softmax):
             self.softmaxed.add(self.stack[-1])
         elif not costs_no_macs(func):
@@ -369,10 +383,9 @@ class Recorder(TorchDispatchMode):
     def _is_residual(self, args: Sequence[Any], out: Tensor) -> bool:
         """Whether an addition adds the outputs of two layers; then its dims are those of a residual stream."""
         both = [t for t in args[:2] if isinstance(t, Tensor) and flags_of(t) & FROM_LAYER]
-        one_stream = len({frozenset(m for m, _ in producers_of(t)) for t in both}) == 1 and producers_of(both[0])
-        if (
-            len(both) == 2 and both[0].dim() == both[1].dim() and not one_stream
-        ):  # rotary embeddings add a projection to itself
+        # rotary embeddings add a projection to itself, rotated: that is no residual stream
+        same = len({frozenset(m for m, _ in producers_of(t)) for t in both}) == 1 and producers_of(both[0])
+        if len(both) == 2 and both[0].dim() == both[1].dim() and not same:
             for dim in out.shape:
                 self.residual |= poly_of(dim).variables
             return True
@@ -386,14 +399,14 @@ def matmul(rec: Recorder, a: Tensor, b: Tensor, out: Tensor) -> None:
     weight, x = (b, a) if rec.parameter_of(b) else (a, b)
     owned = rec.parameter_of(weight)
     if owned:
-        whole = numel(owned[1].shape)
+        key, parameter = owned
+        whole = numel(parameter.shape)
         outputs = whole.divided_by(inner) or poly_of(weight.shape[-1] if weight is b else weight.shape[-2])
         # any other parameter is no layer: a table of relative positions, say
-        layer = owned[1].dim() == 2 and "weight" in owned[0].rpartition(".")[2]
-        stacked = owned[1].dim() == a.dim() == 3  # experts in one tensor, each with its own batch
-        rec.count_weighted(
-            "linear" if layer else "experts" if stacked else "matmul", x, weight, out, macs, inner, outputs
-        )
+        layer = parameter.dim() == 2 and "weight" in key.rpartition(".")[2]
+        stacked = parameter.dim() == a.dim() == 3  # experts in one tensor, each with its own batch
+        kind = "linear" if layer else "experts" if stacked else "matmul"
+        rec.count_weighted(kind, x, weight, out, macs, inner, outputs)
     elif a.dim() == 3:
         part = "av" if rec.stack[-1] in rec.softmaxed else "qk"
         rec.count_product(part, a, b, out if part == "av" else None, macs)

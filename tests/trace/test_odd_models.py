@@ -266,7 +266,7 @@ def test_a_weight_that_other_code_reads_stays(member: str) -> None:
     plan = make_plan(traced(model, TOKENS), TransformSpec(member=member, sparsity="0.75"))
     status = {p.layer.name: (p.status, p.reason) for p in plan.layers}
     assert status["b"][0] == "transformed"
-    assert status["read"] == ("untouched", "its weight is used by Net: only Sparse Wide reaches it")
+    assert status["read"] == ("untouched", "its weight is used by Net: only Sparse Wide can transform it")
 
 
 def test_a_layer_called_without_hooks_is_no_weight_that_other_code_reads() -> None:
