@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from ..trace.verify import Verification
     from .gates import Limits, Problem
 
-HELP = """Count a model's FLOPs exactly, dense and transformed, layer by layer.
-
+HELP = """\
 Examples:
 
   sparseift flops resnet18 --sparsity 0.9
@@ -48,6 +47,10 @@ class OutputChoices:
     summary: bool
 
 
+app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+
+
+@app.command(cls=options.Command, help=options.help_of("flops", HELP))
 @options.takes(
     spec=options.Declared(TransformSpec, help={"sparsity": _SPARSITY}), training=options.Declared(TrainingSpec)
 )

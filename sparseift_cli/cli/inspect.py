@@ -12,8 +12,7 @@ from ..errors import UsageError
 from . import options
 from .options import Format, without_github
 
-HELP = """Show what a checkpoint holds, what the layers of a model are, or how far a training run got.
-
+HELP = """\
 A checkpoint is opened by its header: nothing in it is executed, and tensor data is read only with --values or --spectral.
 SOURCE is a file (.safetensors, *.index.json, .pt, .pth, .th, .bin), a model name, a recipe, package.module:callable, a
 folder of `sparseift transform`, a run directory of `sparseift train`, or a run that `report keep` wrote.
@@ -42,6 +41,10 @@ _CHECKPOINT = "For a checkpoint"
 _MODEL = "For a model"
 
 
+app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+
+
+@app.command(cls=options.Command, help=options.help_of("inspect", HELP))
 def inspect(
     source: Annotated[
         str, typer.Argument(help="A checkpoint file, model name, recipe, package.module:callable, or a folder of ours.")

@@ -1,6 +1,6 @@
 """The options of the commands: those that a spec declares, made from its declarations, and those that several commands share.
 
-Imports nothing heavy: `--help` imports this module and every command's.
+Imports nothing heavy: every command's `--help` imports it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,24 @@ from typer.core import TyperCommand
 
 from ..base.options import DeclaredOption, options_of
 from ..errors import UsageError
+
+SUMMARIES = {
+    "flops": "Count a model's FLOPs exactly, dense and transformed, layer by layer.",
+    "transform": "Transform a model or checkpoint, and write it: weights, masks, plan and audit.",
+    "inspect": "Show what a checkpoint holds, what the layers of a model are, or how far a training run got.",
+    "train": "Train by a recipe: dense, or transformed with static or moving masks.",
+    "report": "Report from run directories whether a transform helped, by how much, how sure that is, and at what cost.",
+    "recipe": "List, show, copy, check and import recipes: a model, its data, its transform and how it is trained, in YAML.",
+}
+"""The subcommands, each a module of this folder with a typer `app`, and the first line of its help."""
+
+
+def help_of(command: str, details: str) -> str:
+    """The help of a subcommand: its summary, then `details`, whose paragraphs of prose are joined to one line each."""
+    paragraphs = details.rstrip().split("\n\n")
+    written = [text if text.startswith("  ") else " ".join(text.split()) for text in paragraphs]
+    return "\n\n".join([SUMMARIES[command], *written])
+
 
 # The headings of `--help`, in the order in which commands list them; specs name those of their options.
 INPUT = "Model and input"

@@ -13,8 +13,7 @@ from .options import Format, without_github
 if TYPE_CHECKING:
     from ..recipe.load import Recipe
 
-HELP = """List, show, copy, check and import recipes: a model, its data, its transform and how it is trained, in YAML.
-
+HELP = """\
 Examples:
 
   sparseift recipe ls
@@ -29,7 +28,7 @@ Examples:
 """
 
 app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}
+    help=options.help_of("recipe", HELP), no_args_is_help=True, add_completion=False, rich_markup_mode="rich"
 )
 
 Name = Annotated[

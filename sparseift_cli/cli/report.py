@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from ..report.make import Options
     from ..report.report import Report
 
-HELP = """Say from run directories whether a transform helped, by how much, how sure that is, and at what cost.
-
+HELP = """\
 Runs that differ in the seed alone are one group: n is its finished runs, the interval is Student's t at 95 %. A comparison
 needs equal audited training FLOPs. `sparseift report diff A B` compares two runs, `report keep` keeps finished ones without
 checkpoints, `report figure4` holds published results against audited FLOPs; each has its own --help.
@@ -91,10 +90,10 @@ class ReportCommand(TyperCommand):
         return " ".join(super().get_usage(ctx).split())
 
 
-app = typer.Typer(cls=ReportGroup, add_completion=False, rich_markup_mode="rich")
+app = typer.Typer(help=options.help_of("report", HELP), cls=ReportGroup, add_completion=False, rich_markup_mode="rich")
 
 
-@app.command(_DEFAULT, help=HELP, hidden=True, cls=ReportCommand)
+@app.command(_DEFAULT, help=options.help_of("report", HELP), hidden=True, cls=ReportCommand)
 def report(
     paths: Annotated[
         list[Path] | None,

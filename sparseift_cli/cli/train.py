@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
     Jobs = Sequence[tuple[Recipe, int]]
 
-HELP = """Train by a recipe: dense, or transformed with static or moving masks.
-
+HELP = """\
 Examples:
 
   sparseift train quickstart/digits_cnn_wide75_rigl              # a minute on a laptop
@@ -45,6 +44,10 @@ NO_COMPILE = ("training.compile=false", "training.cuda_graph=false")
 """What --no-compile sets: no torch.compile, and no step that is replayed as a CUDA graph."""
 
 
+app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+
+
+@app.command(cls=options.Command, help=options.help_of("train", HELP))
 def train(
     recipes: Annotated[
         list[str],

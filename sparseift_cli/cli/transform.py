@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from ..models.request import Request
     from ..transforms.transformation import Transformation
 
-HELP = """Transform a model or checkpoint, and write it: weights, masks, plan and audit.
-
+HELP = """\
 SOURCE is what `sparseift flops` takes, or a checkpoint file. OUT is a folder; `sparseift_cli.load(OUT)` gives the module,
 and `sparseift flops OUT` and `sparseift inspect OUT` read it.
 
@@ -39,6 +38,10 @@ _START = ("start", "slack", "weights", "masks", "connect")
 _NEED_DATA = ("snip", "grasp", "force")
 
 
+app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+
+
+@app.command(cls=options.Command, help=options.help_of("transform", HELP))
 @options.takes(spec=options.Declared(TransformSpec), start=options.Declared(InitSpec, only=_START))
 def transform(
     source: Annotated[str, typer.Argument(help="As for flops, or a checkpoint file.", show_default=False)],

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer.main
 
-from sparseift_cli.cli.app import app
+from sparseift_cli.cli.app import SUMMARIES, subcommand
 from tests.tools import docs
 
 
@@ -58,8 +57,7 @@ def options_of(command: Any) -> set[str]:
 
 @pytest.mark.parametrize("name", docs.PAGES)
 def test_every_option_shown_exists(name: str, root: Path) -> None:
-    group: Any = typer.main.get_command(app)
-    options = {name: options_of(command) for name, command in group.commands.items()}
+    options = {name: options_of(subcommand(name)) for name in SUMMARIES}
     shown = [words[1:] for words in shown_commands((root / name).read_text("utf-8"))]
     assert shown
     assert {words[0] for words in shown} <= {*options, "--help", "--version"}
