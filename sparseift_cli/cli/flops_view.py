@@ -220,12 +220,12 @@ def _notes(result: Audit) -> list[str]:
     plan = result.plan
     if result.control:
         notes.append(CONTROL)
-    if result.training.algorithm == "rigl" and result.training_while_updating is not None:
+    if result.training.method.costs_more_while_updating and result.training_while_updating is not None:
         still = float(result.training_while_updating / result.dense.training_macs)
         notes.append(
             f"Training: {ratio(still)}x dense while masks update, {ratio(float(result.training_ratio or 0))}x over the run."
         )
-    if result.training.algorithm == "dense":
+    if not result.training.method.masked:
         notes.append(WITHOUT_MASKS)
     if plan.scale is not None:
         notes.append(f"Matched: the transformed layers cost {float(plan.scale):.5f}x their dense FLOPs.")

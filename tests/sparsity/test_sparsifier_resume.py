@@ -86,7 +86,7 @@ def test_a_state_of_another_run_is_refused() -> None:
     sparsifier = make(net, SGD(net.parameters(), lr=0.1))
     state = sparsifier.state_dict()
     for changed, message in (
-        ({"schema": "x"}, "no state of a Sparsifier"),
+        ({"schema": "x"}, "not the state of a Sparsifier"),
         ({"settings": state["settings"] | {"delta_t": 7, "seed": 1}}, "delta_t 7 -> 3, seed 1 -> 0"),
         ({"masks": {}}, "other weights"),
     ):

@@ -12,6 +12,7 @@ from typing import Any
 
 from ...base.durations import part_of_run
 from ...errors import UsageError
+from ...sparsity.algorithms import ALGORITHMS
 from .foreign import Foreign, Imported
 
 _ADAM = {"betas": "betas", "eps": "eps", "weight_decay": "weight_decay"}
@@ -115,7 +116,7 @@ LAYERS = {  # of ours, and the parameters of the Model Zoo's decoder that it hol
     "*.mlp.c_fc": ["ffn.ffn.0.linear_layer"],
     "*.mlp.c_proj": ["ffn.ffn.1.linear_layer"],
 }
-ALGORITHMS = {"static": "static", "set": "set", "rigl": "rigl", "gmp": "gmp"}
+THEIR_ALGORITHMS = ("static", "set", "rigl", "gmp")
 MASKS = {"random": "random", "topk": "magnitude"}
 
 
@@ -173,12 +174,14 @@ def _mask(file: Foreign, at: str, block: str, steps: int) -> Mask | None:
     where = lambda key: [f"{at}.{key}", f"{at}.params.{key}", *([f"{block}.{key}"] if block != at else [])]  # noqa: E731
     path = lambda *keys: next((p for k in keys for p in where(k) if file.find(p) is not None), None)  # noqa: E731
     name = str(file.take(*where("algorithm"), *where("type")) or "static").lower()
-    if name not in ALGORITHMS:
+    if name not in THEIR_ALGORITHMS:
         file.note(path("algorithm", "type") or at, f"{name!r} is not there; static masks are written")
-    algorithm: dict[str, Any] = {"name": ALGORITHMS.get(name, "static")}
-    if algorithm["name"] != "static":
+    algorithm: dict[str, Any] = {"name": name if name in THEIR_ALGORITHMS else "static"}
+    takes = ALGORITHMS.get(algorithm["name"]).option_names()
+    if "delta_t" in takes:
         algorithm |= _update(file, path("update"), steps)
-        algorithm |= _drop(file, path("drop_fraction"), algorithm, steps) if algorithm["name"] != "gmp" else {}
+    if "drop_fraction" in takes:
+        algorithm |= _drop(file, path("drop_fraction"), algorithm, steps)
     scheduled = path("sparsity_schedule")
     include = _filter(file, path("param_filter"), path("param_name_patterns"))
     inside = path("param_name_patterns")
@@ -188,6 +191,7 @@ def _mask(file: Foreign, at: str, block: str, steps: int) -> Mask | None:
     )
     if scheduled:
         value, algorithm = _scheduled(file, scheduled, algorithm, steps)
+        algorithm = {k: v for k, v in algorithm.items() if k == "name" or k in takes}
     elif sparsity is None:
         raise UsageError(f"{file.path}: {at} has no sparsity")
     else:

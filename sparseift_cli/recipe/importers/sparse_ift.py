@@ -18,6 +18,7 @@ from math import sqrt
 from typing import Any
 
 from ...errors import UsageError, one_of
+from ...sparsity.algorithms import ALGORITHMS
 from .foreign import Foreign, Imported, Note
 
 MARKS = {"maskopt", "maskopt_sparsity", "sift_family", "sift_scaling", "block_name"}
@@ -164,7 +165,8 @@ def _algorithm(name: str, take: Any, note: Any) -> dict[str, Any]:
         note("maskopt_begin_iteration", "mask updates start with the run")
     if take("maskopt_mask_distribution", "uniform") != "uniform":
         note("maskopt_mask_distribution", "set transform.distribution yourself; it needs transform.match: model")
-    return {"name": name} if name == "static" else {"name": name, "delta_t": 100, "drop_fraction": 0.3, "stop": 0.8}
+    ran = {"delta_t": 100, "drop_fraction": 0.3, "stop": 0.8}
+    return {"name": name, **{k: v for k, v in ran.items() if k in ALGORITHMS.get(name).option_names()}}
 
 
 def _training(take: Any, note: Any, *, cifar: bool) -> dict[str, Any]:
