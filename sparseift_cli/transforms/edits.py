@@ -1,4 +1,4 @@
-"""What surgery does to a module, as plain data: it can be written to disk and done again to a freshly built dense model."""
+"""The edits of a module as plain data: written to disk, they can be repeated on a newly built dense model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SCHEMA = "sparseift.surgery/1"
 
 @dataclass(frozen=True, slots=True)
 class Resize:
-    """Give a parameter or buffer a new shape. `rotary` frequencies follow from their number and are computed anew."""
+    """Give a parameter or buffer a new shape. With `rotary` it holds frequencies, which are computed for the new number."""
 
     key: str
     shape: tuple[int, ...]
@@ -22,7 +22,7 @@ class Resize:
 
 @dataclass(frozen=True, slots=True)
 class SetAttribute:
-    """Set a number that a module (or a configuration object at that path) holds; `index`: one item of a tuple."""
+    """Set an attribute of the module, or of the configuration object, at the path `owner`; with `index` one item of a tuple."""
 
     owner: str
     name: str
@@ -32,11 +32,13 @@ class SetAttribute:
 
 @dataclass(frozen=True, slots=True)
 class Replace:
-    """Put a member of the family in the place of the layer at `path`.
+    """Replace the layer at `path` by a member.
 
-    `size` is the number of branches (Parallel) or the rank per group (Factorized, Doped). `norm` and `activation` stand
-    inside the member: a norm's kind with eps and momentum, and a function of torch.nn.functional or `module:` and the path
-    of the activation module to copy. `every_branch`: both per branch, else only one bias.
+    Args:
+        size: the number of branches (Parallel), or the rank per group (Factorized, Doped).
+        norm: the kind of norm inside the member, with `eps` and `momentum`; None: no norm.
+        activation: inside the member: a function of torch.nn.functional, or `module:` and the path of a module to copy.
+        every_branch: each branch has a norm, an activation and a bias of its own; otherwise only the first has a bias.
     """
 
     path: str
@@ -51,10 +53,15 @@ class Replace:
 
 @dataclass(frozen=True, slots=True)
 class Masked:
-    """A weight that is sparse: `key` in the transformed model, the row and part of the plan it belongs to, its non-zeros.
+    """A weight that is sparse.
 
-    `transposed`: [in, out] instead of [out, in]. `heads`: equal blocks of rows (or with `heads_on_inputs` of columns)
-    that get equal shares of the non-zeros, one for every head of an attention projection.
+    Args:
+        layer, part: the row and the part of the plan that it belongs to.
+        key: its state_dict key in the transformed model.
+        nnz: its non-zeros.
+        transposed: it is [in, out] instead of [out, in].
+        heads: number of equal blocks of rows (with `heads_on_inputs`: of columns) with equal shares of the non-zeros,
+            one for each head of an attention projection.
     """
 
     layer: str
@@ -69,7 +76,7 @@ class Masked:
 
 @dataclass(frozen=True)
 class Surgery:
-    """Everything that turns the dense module into the planned one, weights' values and masks apart."""
+    """All edits that turn the dense module into the planned one. Values of weights and masks are not part of it."""
 
     resizes: tuple[Resize, ...] = ()
     attributes: tuple[SetAttribute, ...] = ()
@@ -77,7 +84,7 @@ class Surgery:
     masked: tuple[Masked, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return {"schema": SCHEMA} | {f.name: [_brief(e) for e in getattr(self, f.name)] for f in fields(self)}
+        return {"schema": SCHEMA} | {f.name: [_changed_fields(e) for e in getattr(self, f.name)] for f in fields(self)}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Surgery:
@@ -89,7 +96,7 @@ class Surgery:
         )
 
 
-def _brief(edit: Any) -> dict[str, Any]:
-    """Only what differs from the defaults."""
+def _changed_fields(edit: Any) -> dict[str, Any]:
+    """The fields that differ from their defaults."""
     defaults = {f.name: f.default for f in fields(edit)}
     return {k: v for k, v in asdict(edit).items() if v != defaults[k]}

@@ -1,12 +1,14 @@
-"""Fresh weights for the layers that surgery made, drawn as the dense model's own weights were.
+"""The first weights of a transformed module: fresh ones (`initialise`), or those of the dense model (`preserve`).
 
-A module does not store how it was initialised, but its weights show it: a rule such as Kaiming's (He et al. 2015, arXiv
-1502.01852) sets the standard deviation from the fans, and a few hundred weights are enough to estimate it. Every tensor
-of the dense model votes for the rules that fit its deviation. Of the rules that fit a tensor, the one with the most
-votes is used, with the fans of the new shape. Constant tensors (norms, zero biases, layer scales) stay constant; a
-deviation that no rule explains (0.02 in transformers) is used as it is.
+Fresh weights are drawn as the dense model's own weights were. A module does not store how it was initialised, but its
+weights show it: a rule such as Kaiming's (He et al. 2015, arXiv 1502.01852) sets the standard deviation from the fans,
+and a few hundred weights are enough to estimate it. Every tensor of the dense model votes for the rules that fit its
+deviation. Of the rules that fit a tensor, the one with the most votes is used, with the fans of the new shape. Constant
+tensors (norms, zero biases, layer scales) stay constant; a deviation that no rule explains (0.02 in transformers) is
+used as it is.
 
-`zero_residuals` is an option on top: residual branches of a ResNet that start at zero.
+How a function is preserved is described in the folder `preserve`. `zero_residuals` is an option on top: residual
+branches of a ResNet that start at zero.
 """
 
 from __future__ import annotations
@@ -23,9 +25,12 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..mask.attached import is_transposed
 from ..mask.mask import generator_for
+from ..plan.plan import Plan
+from ..trace.structure import Structure
 from .edits import Surgery
 from .layers import weight_of
-from .members.base import MemberModule
+from .members import torch_half
+from .members.base import MemberModule, Preserved
 
 Init = Literal["dense", "density_scaled"]
 Rule = tuple[str, str]  # distribution (normal or uniform), and a name in _DEVIATIONS or the deviation itself
@@ -180,6 +185,53 @@ def _draw(s: _Drawn, rule: Rule | None, scale: float, generator: torch.Generator
         target.normal_(0.0, deviation, generator=generator)
     if target is not s.new:
         s.new.copy_(target)
+
+
+# --- the dense model's weights ---
+
+
+def preserve(
+    new: nn.Module,
+    dense: nn.Module,
+    plan: Plan,
+    surgery: Surgery,
+    structure: Structure,
+    *,
+    seed: int = 0,
+    slack: float = 0.1,
+) -> Preserved:
+    """Overwrite the weights of `new` so that it computes what `dense` computes, as nearly as its layers allow.
+
+    The hidden layer of 2 x 2 weights becomes 4 x 4; the mask has the dense positions, and the outputs are the same:
+
+    >>> from sparseift_cli import Options, masks, transform
+    >>> dense = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 5))
+    >>> x = torch.ones(1, 3)
+    >>> wide, plan = transform(dense, x, sparsity=0.75, options=Options(start="preserve", preserve_slack=0))
+    >>> masks(wide)["2.weight"].int().tolist()
+    [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    >>> torch.allclose(dense(x), wide(x))
+    True
+
+    Args:
+        new: made from `dense` by the surgery, and initialised.
+        seed: decides which random weights the slack adds.
+        slack: Sparse Wide: the share of each layer's non-zeros, in [0, 1), that is taken from its smallest weights and
+            given to added channels. Without it they have no gradient. Scope none ignores it.
+
+    Returns:
+        The masks and, as sentences in `notes`, where the function is not exact.
+
+    Raises:
+        UsageError: a slack outside [0, 1); a pattern, an order of channels or a member that dense weights do not fit.
+    """
+    if not 0 <= slack < 1:
+        raise UsageError(f"preserve slack {slack:g} is not in [0, 1)", hint="0.1 replaces a tenth of the weights")
+    with torch.no_grad():
+        return torch_half(plan.member).preserve(new, dense, plan, surgery, structure, seed=seed, slack=slack)
+
+
+# --- residual branches ---
 
 
 @torch.no_grad()

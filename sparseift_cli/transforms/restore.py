@@ -15,7 +15,7 @@ from .artifact import BUFFERS, MASKS, WEIGHTS, Artifact
 from .check import Measured
 from .edits import Surgery
 from .masking import require_masked
-from .surgery import operate
+from .surgery import apply_surgery
 from .transformation import Options, Transformation, record
 
 
@@ -32,7 +32,7 @@ def restore(stored: Artifact, into: nn.Module | None) -> nn.Module:
     """
     dense = unwrapped(into) if into is not None else _build_dense(stored)
     surgery = Surgery.from_json(stored.surgery)
-    new = operate(dense, surgery)
+    new = apply_surgery(dense, surgery)
     if stored.weights.is_file():
         _load_weights(new, stored, surgery)
     buffers = _read_tensors(stored, BUFFERS) if (stored.path / BUFFERS).is_file() else {}

@@ -2,7 +2,7 @@
 
     trace -> plan -> surgery -> weights -> masks -> check
 
-`trace` finds the layers and the widths, `make_plan` decides sizes and non-zeros, `surgery_for` and `operate` make a
+`trace` finds the layers and the widths, `make_plan` decides sizes and non-zeros, `surgery_for` and `apply_surgery` make a
 module of these sizes, `initialise` or `preserve` give it weights, `draw_masks` the sparsity. The result is traced and
 counted again.
 """
@@ -23,10 +23,10 @@ from ..trace.build import TraceResult, trace
 from ..trace.structure import Structure
 from .check import Measured, deviation, measure, require_as_planned
 from .edits import Surgery
-from .initialise import Init, initialise
+from .initialise import Init, initialise, preserve
 from .masking import count_unconnected, draw_masks
-from .preserve import Preserved, preserve
-from .surgery import operate, surgery_for
+from .members.base import Preserved
+from .surgery import apply_surgery, surgery_for
 
 Start = Literal["fresh", "preserve"]
 M = TypeVar("M", bound=nn.Module)
@@ -146,7 +146,7 @@ def transform_module(
     before = trace(model, inputs, kwargs, name=name, input_shape=input_shape)
     plan = make_plan(before.table, spec, training)
     surgery = surgery_for(plan, before.structure, model)
-    new = operate(model, surgery)
+    new = apply_surgery(model, surgery)
     started = Preserved({}, ()) if on_meta else _start(new, model, plan, surgery, before.structure, options)
     surgery = replace(surgery, attributes=(*surgery.attributes, *started.attributes))
     masks = None if on_meta else started.masks

@@ -1,4 +1,4 @@
-"""Every model of the zoo becomes what was planned: operated on meta, traced again, equal to the MAC."""
+"""Every model of the zoo becomes what was planned: transformed on meta, traced again, equal to the MAC."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sparseift_cli.plan.plan import make_plan
 from sparseift_cli.plan.spec import TransformSpec
 from sparseift_cli.trace.build import trace
 from sparseift_cli.transforms.check import measure, require_as_planned
-from sparseift_cli.transforms.surgery import operate, surgery_for
+from sparseift_cli.transforms.surgery import apply_surgery, surgery_for
 
 SMALLER = [
     "resnet18",
@@ -37,7 +37,7 @@ def test_measured_is_planned(name: str) -> None:
         for options in ({"sparsity": "0.75"}, {"sparsity": "0.3", "match": "model"}):
             plan = make_plan(before.table, TransformSpec(member=member, **options))
             surgery = surgery_for(plan, before.structure, built.model)
-            new = operate(built.model, surgery)
+            new = apply_surgery(built.model, surgery)
             measured, after = measure(new, built.args, built.kwargs, plan, surgery, None)
             require_as_planned(measured, plan, before, after)
             assert measured.forward_macs == sum(row.macs for row in plan.layers)
@@ -53,7 +53,7 @@ def test_doped_spends_its_whole_budget(sparsity: str) -> None:
     before = trace(built.model, built.args, name="resnet18", input_shape=built.input_shape)
     plan = make_plan(before.table, TransformSpec(member="sparse_doped", sparsity=sparsity))
     surgery = surgery_for(plan, before.structure, built.model)
-    new = operate(built.model, surgery)
+    new = apply_surgery(built.model, surgery)
     for row in plan.layers:
         if row.status == "transformed":
             member = new.get_submodule(row.layer.name)

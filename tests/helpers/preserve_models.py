@@ -18,9 +18,9 @@ from sparseift_cli.plan.spec import TransformSpec
 from sparseift_cli.trace.build import trace
 from sparseift_cli.transforms.check import deviation
 from sparseift_cli.transforms.edits import Surgery
-from sparseift_cli.transforms.initialise import initialise
-from sparseift_cli.transforms.preserve import Preserved, preserve
-from sparseift_cli.transforms.surgery import operate, surgery_for
+from sparseift_cli.transforms.initialise import initialise, preserve
+from sparseift_cli.transforms.members.base import Preserved
+from sparseift_cli.transforms.surgery import apply_surgery, surgery_for
 
 EXACT = 1e-5
 
@@ -41,7 +41,7 @@ def widened(dense: Any, *inputs: Tensor, slack: float = 0.0, **spec: Any) -> Wid
     traced = trace(dense, inputs, name="model", input_shape=tuple(inputs[0].shape))
     plan = make_plan(traced.table, TransformSpec(**{"sparsity": "0.9", **spec}))
     surgery = surgery_for(plan, traced.structure, dense)
-    new = operate(dense, surgery)
+    new = apply_surgery(dense, surgery)
     initialise(new, dense, surgery)
     preserved = preserve(new, dense, plan, surgery, traced.structure, slack=slack)
     return Widened(dense, new, preserved, plan, surgery)

@@ -19,9 +19,8 @@ from sparseift_cli.plan.plan import make_plan
 from sparseift_cli.plan.spec import TransformSpec
 from sparseift_cli.trace.build import trace
 from sparseift_cli.transforms.check import deviation
-from sparseift_cli.transforms.initialise import initialise
-from sparseift_cli.transforms.preserve import preserve
-from sparseift_cli.transforms.surgery import operate, surgery_for
+from sparseift_cli.transforms.initialise import initialise, preserve
+from sparseift_cli.transforms.surgery import apply_surgery, surgery_for
 from tests.helpers.preserve_models import (
     EXACT,
     MODELS,
@@ -301,7 +300,7 @@ def test_hugging_face_gpt2() -> None:
     traced = trace(dense, (), {"input_ids": tokens()}, name="gpt2", input_shape=(2, 16))
     plan = make_plan(traced.table, TransformSpec(sparsity="0.9"))
     surgery = surgery_for(plan, traced.structure, dense)
-    new = operate(dense, surgery)
+    new = apply_surgery(dense, surgery)
     initialise(new, dense, surgery)
     preserve(new, dense, plan, surgery, traced.structure, slack=0)
     assert deviation(new, dense, (), {"input_ids": tokens()}) <= EXACT

@@ -15,11 +15,11 @@ from sparseift_cli.plan.spec import TransformSpec
 from sparseift_cli.trace.build import trace
 from sparseift_cli.transforms.check import deviation
 from sparseift_cli.transforms.edits import Surgery
-from sparseift_cli.transforms.initialise import initialise
+from sparseift_cli.transforms.initialise import initialise, preserve
+from sparseift_cli.transforms.members.base import Preserved
 from sparseift_cli.transforms.members.parallel import distribute
-from sparseift_cli.transforms.preserve import Preserved, preserve
-from sparseift_cli.transforms.preserve.factors import factorizations, singular
-from sparseift_cli.transforms.surgery import operate, surgery_for
+from sparseift_cli.transforms.preserve.factors import factorizations, truncated_svd
+from sparseift_cli.transforms.surgery import apply_surgery, surgery_for
 
 
 class Net(nn.Module):
@@ -47,7 +47,7 @@ def made(**spec: Any) -> tuple[Any, Any, Preserved, Surgery]:
     traced = trace(dense, (X,), name="net", input_shape=tuple(X.shape))
     plan = make_plan(traced.table, TransformSpec(**spec))
     surgery = surgery_for(plan, traced.structure, dense)
-    new = operate(dense, surgery)
+    new = apply_surgery(dense, surgery)
     initialise(new, dense, surgery)
     preserved = preserve(new, dense, plan, surgery, traced.structure)
     for m in surgery.masked:
@@ -125,7 +125,7 @@ def test_factorized_reports_what_it_leaves_out(sparsity: str) -> None:
 def test_every_factorization_is_the_matrix_before_masks() -> None:
     matrix = torch.randn(2, 4, 6, dtype=torch.float64)
     ways = factorizations(matrix, 7)
-    assert [w.way for w in ways] == [
+    assert [w.method for w in ways] == [
         "U V is a truncated singular value decomposition",
         "the factors have an identity in U",
         "the factors have an identity in V",
@@ -133,7 +133,7 @@ def test_every_factorization_is_the_matrix_before_masks() -> None:
     for way in ways:
         assert torch.allclose(way.v @ way.u, matrix)
     assert len(factorizations(matrix, 5)) == 2 and len(factorizations(matrix, 3)) == 1
-    truncated = singular(matrix, 2)
+    truncated = truncated_svd(matrix, 2)
     assert torch.linalg.matrix_rank(truncated.v @ truncated.u).tolist() == [2, 2]
 
 

@@ -1,7 +1,7 @@
-"""What a member of the family is to a module: the contract of this folder's classes, and of members from outside.
+"""The torch half of a member: the base classes of this folder, and of members from outside the package.
 
-A member's plan is carried out by its `TorchHalf`. Members that replace single layers need no class of that kind: they
-give the `MemberModule` that stands in a layer's place, and `layerwise.py` does the rest.
+A `TorchHalf` carries out the plan of its member on a module. Members that replace single layers need none of their own:
+they provide the `MemberModule` that replaces a layer, and `layerwise.py` does the rest.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Preserved:
     Args:
         masks: a boolean mask for every sparse weight, in the weight's shape, by the weight's key.
         notes: what the user should know, a sentence each.
-        attributes: numbers of modules that differ from what the surgery sets. They are set already; whoever makes the
-            module again from its surgery and its state dict needs them.
+        attributes: numbers of modules that differ from what the surgery sets. They are set already; they are needed to
+            make the module again from its surgery and its state dict.
         buffers: the same of buffers that a state dict leaves out, by key.
     """
 
@@ -147,7 +147,8 @@ class Decomposition:
 class MemberModule(nn.Module, ABC):
     """A module in the place of a linear or convolution: same input, same output shape, the same FLOPs once masked.
 
-    Input [..., in] and output [..., out] of a linear layer; [batch, in, *space] and [batch, out, *space] of a convolution.
+    Input [..., in] and output [..., out] of a linear layer; [batch, in, *space] and [batch, out, *space] of a
+    convolution.
     """
 
     sums_parts: ClassVar[bool] = False

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..edits import Replace
 from ..layers import bias_of, groups_of, like, outputs_of, pointwise, weight_of
-from ..preserve.factors import matrices, singular
+from ..preserve.factors import group_matrices, truncated_svd
 from .base import Decomposition, DenseWeight, MemberModule
 
 
@@ -60,10 +60,10 @@ class SparseDoped(MemberModule):
     def decompose(cls, dense: DenseWeight) -> Decomposition:
         """The best product of this rank, and the largest of what it leaves in the sparse copy."""
         weight = dense.weight
-        matrix = matrices(weight, dense.groups)
-        f = singular(matrix, dense.size)
+        matrix = group_matrices(weight, dense.groups)
+        f = truncated_svd(matrix, dense.size)
         rest = (matrix - f.v @ f.u).reshape(weight.shape)
         mask = dense.largest(2, rest.abs(), weight.shape)
-        method = f"{f.way}, and the sparse copy holds the largest residuals"
+        method = f"{f.method}, and the sparse copy holds the largest residuals"
         lost = dense.share_of(rest * ~mask)
         return Decomposition((f.u, f.v, rest * mask), (None, None, mask), 2, lost, method)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..edits import Replace
 from ..layers import bias_of, groups_of, like, pointwise
-from ..preserve.factors import factorizations, matrices
+from ..preserve.factors import factorizations, group_matrices
 from .base import Decomposition, DenseWeight, MemberModule, non_linearity
 
 
@@ -48,12 +48,12 @@ class SparseFactorized(MemberModule):
     def decompose(cls, dense: DenseWeight) -> Decomposition:
         """The factorization that loses least once both factors have their planned counts."""
         weight, groups, rank = dense.weight, dense.groups, dense.size
-        matrix = matrices(weight, groups)
+        matrix = group_matrices(weight, groups)
         u_shape, v_shape = (groups * rank, *weight.shape[1:]), (weight.shape[0], rank)
         tried = []
         for f in factorizations(matrix, rank):
             u_mask, v_mask = dense.largest(0, f.u_score, u_shape), dense.largest(1, f.v_score, v_shape)
             u, v = f.u * u_mask.reshape(f.u.shape), f.v * v_mask.reshape(f.v.shape)
             lost = dense.share_of(matrix - v @ u)
-            tried.append(Decomposition((u, v), (u_mask, v_mask), 1, lost, f.way))
+            tried.append(Decomposition((u, v), (u_mask, v_mask), 1, lost, f.method))
         return min(tried, key=lambda made: made.lost)

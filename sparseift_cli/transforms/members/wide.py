@@ -1,8 +1,8 @@
-"""Sparse Wide: every dim of every parameter, and every number that a module holds, follows the new widths.
+"""Sparse Wide: the edits that set every dim of every parameter, and every attribute that holds a width, to the new widths.
 
-The paper (Sparse-IFT, section 3.1) multiplies all widths by sqrt(1/density). Which numbers those are, the trace found;
-here they are written down as edits. Some numbers follow from a width without being one: an attention scale head_dim ** -0.5
-kept as a float, the frequencies of a rotary embedding, the sizes in a Hugging Face configuration.
+The paper (Sparse-IFT, section 3.1) multiplies all widths by sqrt(1/density). The trace finds which dims and attributes
+are widths. Other numbers depend on a width without being one: an attention scale head_dim ** -0.5 stored as a float,
+the frequencies of a rotary embedding, the sizes in a Hugging Face configuration.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ...table.poly import Poly
 from ...trace.structure import Structure
 from ...trace.symbolise import NOT_WIDTHS, is_config
 from ..edits import Masked, Resize, SetAttribute, Surgery
+from ..preserve.wide import fill_wide, keep_largest
 from .base import Preserved, TorchHalf
 
 _SCALES = ("scal", "norm_factor", "temperature", "inv_")
@@ -66,8 +67,6 @@ class SparseWide(TorchHalf):
         Raises:
             UsageError: a pattern or an order of channels that no dense weights fit.
         """
-        from ..preserve.wide import fill_wide, keep_largest
-
         if plan.spec.scope == "none":
             masks, notes = keep_largest(new, dense, plan, surgery, seed)
             return Preserved(masks, tuple(notes))
@@ -78,7 +77,7 @@ class SparseWide(TorchHalf):
 
 
 def _masked(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[Masked]:
-    """Every weight that gets a mask, with the heads that lie side by side along an attention projection."""
+    """Every weight that gets a mask; for an attention projection with its number of heads."""
     blocks = HeadBlocks(plan, structure)
     for row in plan.layers:
         if row.status != "transformed":
@@ -109,7 +108,7 @@ def _resizes(plan: Plan, structure: Structure) -> Iterator[Resize]:
 
 
 def _attributes(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[SetAttribute]:
-    """Every number held by a module or configuration that changes with the widths."""
+    """Every attribute of a module or configuration that changes with the widths."""
     if plan.sizes == plan.table.sizes:
         return
     for (owner, name, index), width in structure.attributes.items():
@@ -121,7 +120,7 @@ def _attributes(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[
 
 
 def _scales(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[SetAttribute]:
-    """Floats that are a width to the power of 1/2 or -1/2, as attention scales are: no shape shows them."""
+    """Floats that equal a width to the power of 1/2 or -1/2, as attention scales do. They appear in no shape."""
     for path, module in model.named_modules():
         floats = {k: v for k, v in _floats(module).items() if any(part in k.lower() for part in _SCALES)}
         if not floats:
@@ -136,7 +135,7 @@ def _scales(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[SetA
 
 
 def _floats(module: nn.Module) -> dict[str, float]:
-    """Floats that a module keeps, as attributes or as buffers of one element (Gemma's embedding scale)."""
+    """Floats of a module: attributes, and buffers of one element (Gemma's embedding scale)."""
     found = {k: v for k, v in module.__dict__.items() if type(v) is float}
     for key, buffer in module._buffers.items():
         if buffer is not None and buffer.numel() == 1 and buffer.is_floating_point() and not buffer.is_meta:
@@ -145,7 +144,7 @@ def _floats(module: nn.Module) -> dict[str, float]:
 
 
 def _sizes_around(path: str, plan: Plan, structure: Structure) -> Iterator[tuple[int, int]]:
-    """(dense, new) of the widths a module may scale by: what its attention sums over, its own numbers, its parameters."""
+    """(dense, new) of the widths that a module may scale by: dims that its attention sums over, its attributes, its shapes."""
     below = f"{path}." if path else ""
     contracted = [
         d
@@ -160,13 +159,13 @@ def _sizes_around(path: str, plan: Plan, structure: Structure) -> Iterator[tuple
 
 
 def _untied(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[SetAttribute]:
-    """Sizes that the forward never compared with a shape: in a Hugging Face configuration, or used in a formula alone.
+    """Sizes that the forward never compares with a shape: in a Hugging Face configuration, or used only in a formula.
 
-    They are known by what they are called and by their value. A name of the residual stream takes the width of the token
-    embedding, a name of the head dim that of attention; in configurations any other size is written where every width of
-    that dense size has the same new one.
+    They are recognised by name and value. A name of the residual stream gets the width of the token embedding, a name
+    of the head dim that of attention. In configurations any other size is changed if all widths of that dense size have
+    the same new size.
     """
-    sizes = _Becomes(plan, structure)
+    sizes = _NewSizes(plan, structure)
     seen: set[int] = set()
     for path, module in model.named_modules():
         yield from sizes.of(path, module.__dict__, by_value=False)
@@ -176,8 +175,8 @@ def _untied(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[SetA
                 yield from sizes.of(f"{path}.{key}" if path else key, config.__dict__, by_value=True)
 
 
-class _Becomes:
-    """What a dense size becomes, by the name it has."""
+class _NewSizes:
+    """The new size for an attribute, by its name and its dense size."""
 
     def __init__(self, plan: Plan, structure: Structure) -> None:
         self.tied = {(owner, name) for owner, name, _ in structure.attributes}
@@ -199,7 +198,7 @@ class _Becomes:
             elif name in _HEAD_DIM:
                 new = self.head_dim.get(value)
             elif by_value and not any(word in name for word in _COUNTS):
-                sizes = self.by_value.get(value, set())  # with that of a width that stayed there is no telling
+                sizes = self.by_value.get(value, set())  # also those of widths that stay
                 new = next(iter(sizes)) if len(sizes) == 1 else None
             else:
                 continue
@@ -216,10 +215,11 @@ def _pairs(dims: Iterable[Poly], plan: Plan) -> dict[int, int]:
 
 
 class HeadBlocks:
-    """How many heads (times the parts of a fused projection) lie side by side along a dim of an attention projection.
+    """The number of equal blocks along a dim of an attention projection: heads, times the parts of a fused projection.
 
-    Views know it: (3, heads, head_dim) of a fused QKV, (heads, head_dim) of what an output projection reads. Equations may
-    name a dim otherwise than the view did, so dims are told apart by their value at a probe.
+    The forward's views show it: (3, heads, head_dim) for a fused QKV, (heads, head_dim) for the input of an output
+    projection. A view and the trace may write one dim as two different polynomials, so dims are compared by their value
+    at a probe.
     """
 
     def __init__(self, plan: Plan, structure: Structure) -> None:
@@ -229,7 +229,7 @@ class HeadBlocks:
         self.layouts = {whole.evaluate(self.probe): layout for whole, layout in structure.layouts.items()}
 
     def along(self, width: Poly) -> int:
-        """1 where no view took the dim apart, or one that has another order."""
+        """Blocks along `width`; 1 where no view splits it, or where one splits it in another order."""
         layout = self.layouts.get(width.evaluate(self.probe))
         if layout is None:
             return 1

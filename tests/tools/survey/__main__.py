@@ -4,7 +4,7 @@
     python -m tests.tools.survey transformers --real all
     python -m tests.tools.survey zoo
 
-For each model, member and sparsity: traced, planned, operated and counted again on the meta device. A model passes when its
+For each model, member and sparsity: traced, planned, transformed and counted again on the meta device. A model passes when its
 output shape is the dense one's, every transformed row costs at most the dense row and less than one non-zero below it, and
 measured MACs, parameters and non-zeros equal the planned ones. Sparse Wide is *strict* when both sides of every transformed
 layer grew. `--real` also runs a forward and a backward on CPU tensors for the named models (`all`, or names).
@@ -31,7 +31,7 @@ from sparseift_cli.plan.spec import TransformSpec
 from sparseift_cli.table.table import LayerTable
 from sparseift_cli.trace.build import trace
 from sparseift_cli.transforms.check import measure, require_as_planned
-from sparseift_cli.transforms.surgery import operate, surgery_for
+from sparseift_cli.transforms.surgery import apply_surgery, surgery_for
 from sparseift_cli.transforms.transformation import transform_module
 
 from .families import SETS, Subject
@@ -64,7 +64,7 @@ def examine(subject: Subject) -> Outcome:
             try:
                 plan = make_plan(before.table, TransformSpec(member=member, sparsity=sparsity))
                 surgery = surgery_for(plan, before.structure, model)
-                new = operate(model, surgery)
+                new = apply_surgery(model, surgery)
                 measured, after = measure(new, args, kwargs, plan, surgery, None)
                 require_as_planned(measured, plan, before, after)
                 off = [
