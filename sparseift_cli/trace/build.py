@@ -159,11 +159,13 @@ class _Builder:
         return TraceResult(table, self._structure())
 
     def _named(self, poly: Poly) -> Poly:
+        """A polynomial over variables as one over width ids."""
         return poly.rename(self.renaming)
 
     # --- variables to widths ---
 
     def _widths(self) -> tuple[Width, ...]:
+        """One width for each group of equal variables that is used, named after its first parameter dim."""
         members = self.variables.groups()
         used = self._used(members)
         widths: list[Width] = []
@@ -175,12 +177,16 @@ class _Builder:
             for v in variables:
                 self.width_ids[v] = len(widths)
             origins = [p for v in variables for p in self.run.origins.get(v, ())]
-            reason = next((fixed[v] for v in variables if v in fixed), None)
             first = next((p for p in origins if p.kind == "parameter"), origins[0] if origins else None)
-            label = "" if first is None else first.path + ("" if first.index is None else f"[{first.index}]")
-            size = self.run.facts.sizes[root]
-            kind = self._kind(variables, origins)
-            widths.append(Width(label or f"quotient {root}", size, kind, reason, root in residual, root in attention))
+            width = Width(
+                name=f"quotient {root}" if first is None else first.label,
+                size=self.run.facts.sizes[root],
+                kind=self._kind(variables, origins),
+                fixed=next((fixed[v] for v in variables if v in fixed), None),
+                residual=root in residual,
+                attention=root in attention,
+            )
+            widths.append(width)
         return tuple(widths)
 
     def _kind(self, variables: list[int], origins: list[Origin]) -> WidthKind:
@@ -194,6 +200,7 @@ class _Builder:
         return named if origins else "head_dim"
 
     def _divides_by_head_dim(self, divisor: Poly) -> bool:
+        """Whether some attribute with the size of `divisor` is named as a head_dim."""
         roots = self.variables.roots(divisor.variables)
         members = [v for v in self.run.origins if self.variables.find(v) in roots]
         return _kind_by_name([p for v in members for p in self.run.origins[v]]) == "head_dim"
@@ -208,9 +215,7 @@ class _Builder:
         }
         used |= {find(v) for e in self.variables.equations for v in e.variables}
         polys = [
-            p
-            for row in self.recorder.ops.values()
-            for p in (row.macs, row.inputs, row.outputs, row.groups, row.activations)
+            p for op in self.recorder.ops.values() for p in (op.macs, op.inputs, op.outputs, op.groups, op.activations)
         ]
         return used | {find(v) for p in polys for v in p.variables}
 
@@ -226,6 +231,7 @@ class _Builder:
         return fixed
 
     def _output_variables(self) -> set[int]:
+        """Variables of the dims of all outputs."""
         variables: set[int] = set()
         for tensor in tree_leaves(_output_containers(self.run.outputs)):
             if isinstance(tensor, Tensor):
@@ -235,23 +241,19 @@ class _Builder:
 
     def _output_weights(self) -> set[str]:
         """Keys of the weights of output layers: their output dim is a dim of the model's output, and no residual stream."""
-        rows = sorted(self.recorder.ops.values(), key=lambda r: r.order)
+        weighted = [op for op in sorted(self.recorder.ops.values(), key=lambda op: op.order) if op.weight is not None]
         outputs = self.variables.roots(self._output_variables())
         residual = self.variables.roots(self.recorder.residual)
-        found: dict[int, str] = {}
-        for row in rows:
-            width = row.outputs.as_variable
-            if row.weight and width is not None and self.variables.find(width) in outputs - residual:
-                found[self.variables.find(width)] = row.weight  # later layers replace earlier ones
-        if not found and rows:  # plain sizes, or a reshaped output: the last weight that runs
-            last = next((r for r in reversed(rows) if r.weight), None)
-            if (
-                last
-                and last.outputs.variables <= residual | outputs
-                and not self.variables.roots(last.outputs.variables) & residual
-            ):
-                found[-1] = last.weight or ""
-        return set(found.values())
+        found: dict[int, str | None] = {}  # width of the output -> the last weight that writes it
+        for op in weighted:
+            width = op.outputs.as_variable
+            if width is not None and self.variables.find(width) in outputs - residual:
+                found[self.variables.find(width)] = op.weight
+        if not found and weighted:  # plain sizes, or a reshaped output: the last weight that runs
+            variables = weighted[-1].outputs.variables
+            if variables <= residual | outputs and not self.variables.roots(variables) & residual:
+                found[-1] = weighted[-1].weight
+        return {key for key in found.values() if key is not None}
 
     # --- the second result ---
 

@@ -94,6 +94,11 @@ class Origin:
     size: int
 
     @property
+    def label(self) -> str:
+        """As a table shows it: "layer1.0.conv1.weight[0]"."""
+        return self.path if self.index is None else f"{self.path}[{self.index}]"
+
+    @property
     def owner(self) -> str:
         """Path of the module that has it."""
         return self.path.rpartition(".")[0]

@@ -204,7 +204,7 @@ def test_the_foreign_checkpoints(sparseift, shared: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
-def test_tensors_of_other_layouts_are_told_apart_from_none(sparseift, tmp_path: Path) -> None:
+def test_tensors_of_unreadable_layouts_are_named(sparseift, tmp_path: Path) -> None:
     eye = torch.eye(4)
     torch.save({"a": eye.to_sparse(), "b": eye.to_sparse_csr()}, tmp_path / "sparse.pt")
     code, out, err = sparseift("inspect", str(tmp_path / "sparse.pt"))

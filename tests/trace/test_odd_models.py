@@ -375,7 +375,7 @@ def test_a_call_that_needs_no_input_gradient_pays_for_none() -> None:
 
 
 def test_a_weight_used_in_parts_is_left_alone_by_name() -> None:
-    """Cross-attention takes the query from one slice of in_proj and key and value from another: no price per weight."""
+    """Cross-attention takes the query from one slice of in_proj and key and value from another: its weights differ in cost."""
     model = Net(
         lambda n, x: n.out(n.a(y := n.stem(x), y.flip(1), y.flip(1), need_weights=False)[0]),
         stem=nn.Linear(16, 16),
