@@ -14,7 +14,7 @@ from ..errors import ArtifactError
 
 
 @contextmanager
-def told(what: str, path: Path) -> Iterator[None]:
+def explain_os_errors(what: str, path: Path) -> Iterator[None]:
     """Turn what the file system refuses into an error for people: `cannot write runs/x: No space left on device`."""
     try:
         yield
@@ -49,7 +49,7 @@ def write_file(path: Path, content: bytes) -> None:
     Raises:
         ArtifactError: it cannot be written.
     """
-    with told("write", path):
+    with explain_os_errors("write", path):
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(handle, "wb") as stream:

@@ -32,6 +32,14 @@ def key_of(seed: int, *names: str | int) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
+def generator_for(seed: int, *names: str | int) -> torch.Generator:
+    """A CPU generator for what `names` name (a layer, a part of it, ...), seeded by `key_of` them.
+
+    The key has 64 bits and is the same on every machine; torch's Mersenne twister uses the lower 32 of them.
+    """
+    return torch.Generator().manual_seed(key_of(seed, *names) & ((1 << 64) - 1))
+
+
 def words(key: int | Tensor, counters: Tensor) -> Tensor:
     """int64 words [*], uniform over all 64 bits: one for each of `counters` [*], on their device.
 

@@ -83,7 +83,7 @@ def train(
     ] = False,
     events: Annotated[bool, typer.Option("--events", hidden=True)] = False,
     at_once: Annotated[int, typer.Option("--at-once", hidden=True, min=1)] = 1,
-    seat: Annotated[int, typer.Option("--seat", hidden=True, min=0)] = 0,
+    slot: Annotated[int, typer.Option("--slot", hidden=True, min=0)] = 0,
     fmt: options.FormatOption = Format.table,
     json: options.Json = False,
 ) -> None:
@@ -116,7 +116,7 @@ def train(
         if parallel > 1 and len(jobs) > 1:
             _run_parallel(jobs, sets, parallel, runs, resume, fmt, tensorboard)
         elif events:
-            _run_child(jobs, runs, resume, fmt, tensorboard, (seat, at_once))
+            _run_child(jobs, runs, resume, fmt, tensorboard, (slot, at_once))
         else:
             _run(jobs, runs, resume, fmt, tensorboard)
     except InterruptedRun as stopped:
@@ -161,17 +161,17 @@ def _run(jobs: Jobs, runs: Path, resume: str | None, fmt: Format, tensorboard: b
 
 
 def _run_child(
-    jobs: Jobs, runs: Path, resume: str | None, fmt: Format, tensorboard: bool, seat: tuple[int, int]
+    jobs: Jobs, runs: Path, resume: str | None, fmt: Format, tensorboard: bool, slot: tuple[int, int]
 ) -> None:
     from ..train.parallel import Events
-    from ..train.processes import Seat
+    from ..train.processes import Slot
     from ..train.run import run_jobs
     from .train_view import show_runs
 
     told = Events()
     try:
         results = run_jobs(
-            jobs, runs, resume, told.row, told.note, tick=told.tick, tensorboard=tensorboard, seat=Seat(*seat)
+            jobs, runs, resume, told.row, told.note, tick=told.tick, tensorboard=tensorboard, slot=Slot(*slot)
         )
     except SparseiftError as error:
         told.error(error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..base.randomness import counters, key_of, words
+from ..base.randomness import counters, generator_for, key_of, words
 from ..errors import UsageError
 
 CHUNK = 1 << 16  # samples whose words are computed at a time: two tensors of 512 KB, and few launches on a GPU
@@ -15,7 +15,7 @@ VERSION = "randperm"
 
 def permutation(n: int, *names: str | int, seed: int = 0) -> Tensor:
     """A permutation of 0..n-1, int64 [n], that depends on `seed` and `names` alone: drawn by a generator of its own."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(key_of(seed, *names)))
+    return torch.randperm(n, generator=generator_for(seed, *names))
 
 
 class Order:

@@ -1,7 +1,7 @@
 """Which weights are zero: masks with exact counts, at random or by saliency at initialisation."""
 
 from .layout import Block, Layout, NofM, parse_pattern, room
-from .mask import disjoint_masks, empty_rows_and_columns, generator_for, make_mask
+from .mask import disjoint_masks, empty_rows_and_columns, make_mask
 from .n_of_m import has_pattern
 from .saliency import MaskLayout, force_masks, scores
 
@@ -13,7 +13,6 @@ __all__ = [
     "disjoint_masks",
     "empty_rows_and_columns",
     "force_masks",
-    "generator_for",
     "has_pattern",
     "make_mask",
     "parse_pattern",

@@ -6,8 +6,6 @@ of its own name, whatever else is drawn before it. Scores, masks and generators 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 
 import torch
@@ -17,15 +15,6 @@ from ..errors import UsageError
 from .layout import Block, Layout, NofM, parse_pattern, room
 from .n_of_m import n_of_m_masks
 from .select import at_random, disjoint
-
-
-def generator_for(seed: int, *names: str) -> torch.Generator:
-    """A CPU generator for what `names` name (a layer, a part of it, ...), whose seed is a hash of them and of `seed`.
-
-    The hash has 64 bits and is the same on every machine; torch's Mersenne twister takes in the lower 32 of them.
-    """
-    digest = hashlib.blake2b(json.dumps([seed, *names]).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 def make_mask(

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..base.randomness import generator_for
 from ..errors import UsageError, did_you_mean
 from .layout import Block, NofM, parse_pattern, room
-from .mask import generator_for, make_mask
+from .mask import make_mask
 
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 

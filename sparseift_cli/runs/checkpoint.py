@@ -91,7 +91,7 @@ class Checkpoints:
         """
         _require_text_keys(state)
         content = atomic.as_json(state)
-        with atomic.told("write", self.folder):
+        with atomic.explain_os_errors("write", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._sweep()
             temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=f".step-{step:08d}."))

@@ -80,7 +80,7 @@ class RunDirectory:
             ArtifactError: it cannot be written.
         """
         stamp = f"{(now or datetime.now(UTC)):%Y%m%dT%H%M%SZ}-{recipe_hash(recipe)}"
-        with atomic.told("make", root / name / stamp):
+        with atomic.explain_os_errors("make", root / name / stamp):
             (root / name).mkdir(parents=True, exist_ok=True)
             path = _make_free(root / name, stamp)
         run = RunDirectory(path, keep, better)
@@ -88,7 +88,7 @@ class RunDirectory:
             if content is not None:
                 atomic.write_json(path / file, content)
         atomic.write_file(path / RECIPE, recipe.encode())  # the last one: with it the directory is a run
-        with atomic.told("make", path):
+        with atomic.explain_os_errors("make", path):
             atomic.sync_folder(path.parent)
         return run
 
@@ -153,7 +153,7 @@ class RunDirectory:
     @property
     def recipe(self) -> str:
         """The whole recipe's text."""
-        with atomic.told("read", self.path / RECIPE):
+        with atomic.explain_os_errors("read", self.path / RECIPE):
             return (self.path / RECIPE).read_text(encoding="utf-8")
 
     @property
@@ -197,7 +197,7 @@ class RunDirectory:
         from filelock import FileLock, Timeout
 
         held = FileLock(self.path / LOCK, timeout=0)
-        with atomic.told("lock", self.path):
+        with atomic.explain_os_errors("lock", self.path):
             try:
                 held.acquire()
             except Timeout:  # an OSError too, so it is told apart here

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..base.atomic import sync_folder, told
+from ..base.atomic import explain_os_errors, sync_folder
 from ..errors import ArtifactError
 
 
@@ -23,7 +23,7 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         ArtifactError: a line before the last is no JSON object.
     """
-    with told("read", path):
+    with explain_os_errors("read", path):
         content = path.read_bytes() if path.exists() else b""
     for number, line in enumerate(content.split(b"\n")[:-1], 1):
         try:
@@ -45,10 +45,10 @@ class Metrics:
     def __init__(self, path: Path, *, position: int | None = None) -> None:
         """Open to append, after cutting the file to `position` bytes (a checkpoint's), or to its last whole line."""
         self.path = path
-        with told("open", path):
+        with explain_os_errors("open", path):
             self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            with told("open", path):
+            with explain_os_errors("open", path):
                 sync_folder(path.parent)
                 self._cut(self._whole() if position is None else position)
         except BaseException:
@@ -58,13 +58,13 @@ class Metrics:
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a line. Its values are JSON; a NaN or infinity is written as the word that Python reads back."""
         line = json.dumps(row, separators=(",", ":")).encode() + b"\n"
-        with told("write", self.path):
+        with explain_os_errors("write", self.path):
             while line:  # one system call as a rule: a line is never mixed up with another process's
                 line = line[os.write(self._handle, line) :]
 
     def sync(self) -> int:
         """Wait until every line is on disk. Returns the length of the file in bytes, which the checkpoint keeps."""
-        with told("write", self.path):
+        with explain_os_errors("write", self.path):
             os.fsync(self._handle)
             return os.fstat(self._handle).st_size
 

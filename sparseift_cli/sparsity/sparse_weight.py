@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..base.randomness import generator_for
 from ..errors import UsageError
 from ..mask.attached import SUFFIX, is_transposed, masks_of, pattern_of
 from ..mask.layout import Block, Layout, NofM, parse_pattern
-from ..mask.mask import generator_for
 from ..mask.saliency import MaskLayout
 from .gpu.primitives import as_words, count, invert_
 from .guard import multiply_

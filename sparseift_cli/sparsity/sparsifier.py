@@ -29,10 +29,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..base.randomness import key_of
+from ..base.randomness import generator_for, key_of
 from ..errors import UsageError, one_of
 from ..mask.attached import unwrapped
-from ..mask.mask import generator_for
 from ..mask.saliency import MaskLayout
 from .algorithms import ALGORITHMS, DropAndGrow, MaskAlgorithm, Regrow, WeightView, make_algorithm, name_of, own_options
 from .drop_and_grow import drop_and_grow, extend, prune

@@ -21,7 +21,7 @@ from .evaluate import logits_of
 FEW = 2  # samples: one alone could be taken for a dimension that is not there
 
 
-def require_fit(
+def check_compatibility(
     model: nn.Module,
     name: str,
     dataset: DataSet,

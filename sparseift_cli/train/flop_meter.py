@@ -1,4 +1,4 @@
-"""FLOPs that a run has really spent: what each step computed with, added up in exact integers.
+"""The FLOPs of a run as it happened: those of every step, from the non-zeros it had, added up in exact integers.
 
 The audit says beforehand what a run will cost; this adds up what happened, from the non-zeros of every step and the steps
 that needed dense weight gradients. Both are equal to the FLOP at the end of a run.
@@ -17,7 +17,7 @@ from ..sparsity.sparsifier import StepRecord
 from ..transforms.edits import Masked
 
 
-class Spent:
+class FlopMeter:
     """Adds up a run. `total` counts FLOPs of the whole global batch, forward, backward and mask updates."""
 
     def __init__(

@@ -1,17 +1,18 @@
-"""The step as CUDA graphs: no kernel of a small network waits for Python, and Python for the device at mask updates alone.
+"""The step as CUDA graphs. Of a small network Python launches kernels more slowly than a GPU runs them; a graph replays all of
+them with one launch. Python waits for the device at mask updates alone.
 
-The first steps of a run are made operation by operation: they compile the model and give every tensor its place. Then
-the step is recorded once, without being executed, and replayed from there on:
+The first steps of a run are made operation by operation: they compile the model and allocate every tensor, because a graph
+reads and writes fixed addresses. Then the step is recorded once, without being executed, and replayed from there on:
 
-    first graph     batch out of the resident data, augmentation, forward, backward, look for NaN
+    first graph     batch out of the resident data, augmentation, forward, backward, flag for NaN
     second graph    mask the gradients, clip, optimiser
     third graph     the same with a mask update, for the steps that have one (RigL, SET)
 
-What changes from step to step lies in tensors that the graphs read: the picks of the batch, the learning rate. Where
+What changes from step to step is copied into tensors that the graphs read: the samples of the batch, the learning rate. Where
 an algorithm thins masks out (GMP, GraNet), the rest of such a step happens operation by operation.
 
-A loss or gradient that is no number sets a flag on the device, and the fused optimisers leave every weight alone from that
-step on. The host looks at the flag later, so weights and checkpoints are those before that step all the same.
+A loss or gradient that is not finite sets a flag on the device (`found_inf` of the fused optimisers), and from that step on
+they change no weight. So the host may read the flag some steps later: weights and checkpoints are those before that step.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .processes import Processes
 from .step import clip, compiled, diverged, set_rate
 
 WARM_UP = 3  # steps before recording: the first compiles and makes the optimiser's state, and cuDNN settles on kernels
-LOOK = 100  # steps after which the host asks the device for the flag, and reads the answer to the last question
+FLAG_INTERVAL = 100  # steps after which the host starts a copy of the flag, and reads the copy that it started before
 
 
 def can_be_graphed(run: Prepared, processes: Processes) -> bool:
@@ -54,12 +55,14 @@ class GraphedStep:
     def __init__(self, run: Prepared) -> None:
         self._run, self._device = run, run.device
         self._rate = torch.zeros((), device=self._device)
-        self._bad = torch.zeros((), device=self._device)  # the fused optimisers' `found_inf`: 1 stops every update
+        self._bad = torch.zeros((), device=self._device)  # `found_inf` of the fused optimisers: 1 stops every update
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=self._device)
         self._number = torch.zeros((), dtype=torch.int64, device=self._device)  # of the step being made
-        self._answer = torch.full((), -1, dtype=torch.int64).pin_memory()
-        self._asked: Any = None
-        torch.backends.cudnn.benchmark = not run.spec.training.deterministic  # shapes never change: the search pays
+        self._flag_copy = torch.full((), -1, dtype=torch.int64).pin_memory()
+        self._copied: Any = None
+        torch.backends.cudnn.benchmark = (
+            not run.spec.training.deterministic
+        )  # shapes never change, so the search for the fastest kernel pays
         run.optimizer.found_inf = self._bad  # pyright: ignore[reportAttributeAccessIssue]
         self._inputs: tuple[Tensor, Tensor] | None = None
         self._loss = torch.zeros((), device=self._device)
@@ -76,7 +79,7 @@ class GraphedStep:
     def __call__(self, step: int) -> Tensor:
         self._feed(step)
         if self._graphs is None:
-            self._aside(step)
+            self._on_side_stream(step)
         else:
             first, second, third = self._graphs
             first.replay()
@@ -92,7 +95,7 @@ class GraphedStep:
                     self.check()
             else:
                 self._update()
-        self._look(step)
+        self._read_flag(step)
         return self._loss.clone()
 
     def check(self) -> None:
@@ -103,7 +106,7 @@ class GraphedStep:
     # --- what a step reads ---
 
     def _feed(self, step: int) -> None:
-        """Put what is particular to `step` where the graphs read it."""
+        """Copy what is particular to `step` into the tensors that the graphs read."""
         run = self._run
         place = divmod(step, run.train.steps_per_epoch)
         made = run.train.batch(*place) if self._assembly is None else self._assembly.picks(*place)
@@ -151,7 +154,7 @@ class GraphedStep:
 
     # --- recording ---
 
-    def _aside(self, step: int) -> None:
+    def _on_side_stream(self, step: int) -> None:
         """A step on another stream, as graphs are recorded on one; after the last of them the graphs are."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -166,7 +169,7 @@ class GraphedStep:
         if self._made >= WARM_UP:
             try:
                 self._record()
-            except RuntimeError as error:  # the model asks the device for a value, or allocates what a graph cannot
+            except RuntimeError as error:  # the model reads a value on the host, or allocates what a graph cannot
                 reason = str(error).strip().splitlines()[0]
                 raise UsageError(
                     f"the step of this model cannot be recorded as a CUDA graph: {reason}",
@@ -199,14 +202,14 @@ class GraphedStep:
 
     # --- the flag ---
 
-    def _look(self, step: int) -> None:
-        """Ask the device for the flag now and then; the answer is read at the next question, when it is long there."""
-        if step % LOOK:
+    def _read_flag(self, step: int) -> None:
+        """Start a copy of the flag to the host now and then; read the one started before, so that no step waits for it."""
+        if step % FLAG_INTERVAL:
             return
-        if self._asked is not None:
-            self._asked.synchronize()
-            if (bad := int(self._answer)) >= 0:
+        if self._copied is not None:
+            self._copied.synchronize()
+            if (bad := int(self._flag_copy)) >= 0:
                 raise diverged(bad)
-        self._answer.copy_(self._first_bad, non_blocking=True)
-        self._asked = torch.cuda.Event()
-        self._asked.record()
+        self._flag_copy.copy_(self._first_bad, non_blocking=True)
+        self._copied = torch.cuda.Event()
+        self._copied.record()

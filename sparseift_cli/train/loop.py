@@ -1,13 +1,13 @@
-"""The loop. One optimiser step a turn; everything random is a function of (seed, step), so a run can stop and go on anywhere.
+"""The training loop. All randomness is a function of (seed, step), so a run can stop after any step and go on from there.
 
-for step in range(start, steps):
-    backward of every micro-batch          gradients averaged over all processes
-    a loss or gradient that is no number   ends the run before a weight is touched
-    sparsifier.step()                      masks the gradients, keeps dense ones at a mask update
-    clip, optimizer.step()                 a hook exchanges weights at a mask update
-    now and then: evaluate, write a line of metrics, write a checkpoint
+    for step in range(start, steps):
+        make_step(step)            forward and backward of every micro-batch, gradients averaged over all processes;
+                                   a loss or gradient that is not finite ends the run before a weight changes;
+                                   masks on the gradients, clipping, the optimiser, and at a mask update the exchange
+        now and then               evaluate and write a line of metrics, write a checkpoint
 
-A signal that comes before an evaluation or in the midst of it saves at once: the evaluation is `due` when the run goes on.
+A signal is noticed after a step, and within an evaluation: the run saves at once, and an evaluation that was not finished is
+`due` when the run goes on. So a job that a cluster stops loses no step.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 from ..base.metrics import TEST
+from ..base.randomness import generator_for
 from ..data import Batches, order
 from ..errors import ArtifactError, InterruptedRun
 from ..runs.checkpoint import Loaded
@@ -41,11 +42,11 @@ Report = Callable[[Mapping[str, Any]], None]
 
 @dataclass
 class Progress:
-    """What a run carries along beside its tensors."""
+    """What a run keeps beside its tensors; a checkpoint has all of it."""
 
     step: int = 0
     due: bool = False
-    """The evaluation after `step` is still to be made."""
+    """The evaluation after `step` has not been made yet."""
     seconds: float = 0.0
     best: float | None = None
     losses: list[Tensor] = field(default_factory=list)  # of the steps since the last line of metrics
@@ -55,40 +56,44 @@ class Progress:
 def train(
     run: Prepared, folder: RunDirectory, processes: Processes, report: Report, tick: Callable[[int], None] | None = None
 ) -> dict[str, Any]:
-    """Train from the newest checkpoint of `folder` (or from step 0) to the end; the summary of the run.
+    """Train from the newest checkpoint of `folder` (or from step 0) to the end.
 
     The held-out split is measured now and then and at the end, the test split (where the recipe wants it) at the end alone.
 
-    `report` hears of every line of metrics, `tick` of the number of steps made, after each. Rank 0 alone writes.
+    Args:
+        run: what `prepare` made.
+        folder: where rank 0 writes checkpoints and metrics.
+        processes: this process among those of torchrun.
+        report: called with every line of metrics.
+        tick: called after every step with the number of steps made.
+
+    Returns:
+        The summary of the run, as summary.json has it.
 
     Raises:
-        DivergedError: a loss, gradient or weight is no number. Weights and checkpoints are those before that step.
+        DivergedError: a loss, gradient or weight is not finite. Weights and checkpoints are those before that step.
         InterruptedRun: SIGTERM or SIGINT; a checkpoint was written first.
         ArtifactError: the run directory cannot be read or written.
         CheckFailed: masks differ between ranks.
     """
     loaded, metrics = folder.resume() if processes.first else (folder.checkpoints.newest(), None)
     progress = Progress()
-    model, settings = run.model, run.spec.training
-    scaler = GradScaler(processes.device.type, enabled=settings.precision == "fp16")
+    scaler = GradScaler(processes.device.type, enabled=run.spec.training.precision == "fp16")
     if loaded is not None:
         _require_same_order(run, loaded)
-        unpack(loaded, model, run.optimizer, run.sparsifier)
+        unpack(loaded, run.model, run.optimizer, run.sparsifier)
         _restore(progress, run, scaler, loaded.state, processes)
     make_step = GraphedStep(run) if can_be_graphed(run, processes) else EagerStep(run, scaler, processes)
-    evaluate_every = run.every(run.spec.evaluation.every)
-    save_every = run.every(run.spec.checkpoint.every)
+    evaluate_every, save_every = run.every(run.spec.evaluation.every), run.every(run.spec.checkpoint.every)
     began = time.perf_counter() - progress.seconds
     while progress.step < run.steps or progress.due:
-        if not progress.due:
-            step = progress.step
-            torch.manual_seed(_stream(run.seed, step, processes.rank))
-            loss = make_step(step)
-            run.spent.add(run.sparsifier.last if run.sparsifier else None)
-            progress.step = step + 1
+        if not progress.due:  # True only where a run goes on that was stopped before an evaluation
+            torch.manual_seed(_forward_seed(run.seed, progress.step, processes.rank))
+            progress.losses.append(make_step(progress.step))
+            run.flop_meter.add(run.sparsifier.last if run.sparsifier else None)
+            progress.step += 1
             if tick is not None:
                 tick(progress.step)
-            progress.losses.append(loss)
             progress.due = progress.step == run.steps or progress.step % evaluate_every == 0
         stopping = stop_requested(processes)
         saving = progress.step == run.steps or progress.step % save_every == 0
@@ -103,29 +108,32 @@ def train(
         if stopping or saving:
             _save(run, progress, folder, metrics, scaler, processes)
         if stopping:
-            before = ", before its evaluation" if progress.due else ""
-            raise InterruptedRun(
-                f"stopped after step {progress.step} of {run.steps}{before}; the checkpoint is in {folder.path}",
-                stopping,
-            )
+            raise _interrupted(run, progress, folder, stopping)
     return _summary(run, progress)
 
 
-def _measure(run: Prepared, progress: Progress, metrics: Metrics | None, processes: Processes, report: Report) -> bool:
-    """Evaluate, and write one line; the last of a run has the test split beside, where the recipe wants it.
+def _interrupted(run: Prepared, progress: Progress, folder: RunDirectory, signal: int) -> InterruptedRun:
+    before = ", before its evaluation" if progress.due else ""
+    where = f"stopped after step {progress.step} of {run.steps}{before}"
+    return InterruptedRun(f"{where}; the checkpoint is in {folder.path}", signal)
 
-    False where a signal came before the end of it: then nothing is written, and `progress` is as before.
+
+def _measure(run: Prepared, progress: Progress, metrics: Metrics | None, processes: Processes, report: Report) -> bool:
+    """Evaluate and write one line of metrics; at the end of a run also on the test split, where the recipe wants it.
+
+    Returns:
+        False where a signal came before the evaluation was finished: nothing is written, and `progress` is as before.
     """
 
-    def on(batches: Batches) -> dict[str, float] | None:
+    def measured(batches: Batches) -> dict[str, float] | None:
         wanted = run.spec.evaluation.metrics
         return evaluate(run.model, batches, wanted, processes, run.autocast, lambda: stop_requested(processes))
 
-    found = on(run.held_out)
+    found = measured(run.held_out)
     if found is None:
         return False
     if run.test is not None and progress.step == run.steps:
-        tested = on(run.test)
+        tested = measured(run.test)
         if tested is None:
             return False
         found |= {TEST + name: value for name, value in tested.items()}
@@ -139,7 +147,7 @@ def _measure(run: Prepared, progress: Progress, metrics: Metrics | None, process
         "lr": run.rate(progress.step - 1),
         "train_loss": float(train_loss),
         **found,
-        "flops": run.spent.total,
+        "flops": run.flop_meter.total,
         "seconds": round(progress.seconds, 3),
         **_memory(run, processes.device),
     }
@@ -187,7 +195,7 @@ def _save(
         "step": progress.step,
         "due": progress.due,
         "shuffle": order.VERSION,
-        "spent": run.spent.state(),
+        "spent": run.flop_meter.state(),
         "seconds": progress.seconds,
         "best": progress.best,
         "losses": [loss / processes.world for loss in losses],
@@ -222,7 +230,7 @@ def _restore(
     progress.losses = [torch.tensor(share * loss, device=device) for loss in state["losses"]]
     progress.last = dict(state["last"])
     progress.due = bool(state.get("due", False))  # checkpoints of older versions were all made after the evaluation
-    run.spent.restore(state["spent"])
+    run.flop_meter.restore(state["spent"])
     if scaler.is_enabled():
         scaler.load_state_dict(dict(state["scaler"]))
 
@@ -237,7 +245,7 @@ def _summary(run: Prepared, progress: Progress) -> dict[str, Any]:
         "metrics": progress.last,
         "best": progress.best,
         "flops": {
-            "spent": run.spent.total,
+            "spent": run.flop_meter.total,
             "audited": round(2 * audited.training_macs * run.steps * run.spec.training.batch_size),
             "dense": round(2 * run.audit.dense.training_macs * run.steps * run.spec.training.batch_size),
         },
@@ -260,8 +268,6 @@ def _memory(run: Prepared, device: torch.device) -> dict[str, int]:
     return {"peak_bytes": peak, "optimizer_bytes": held}
 
 
-def _stream(seed: int, step: int, rank: int) -> int:
+def _forward_seed(seed: int, step: int, rank: int) -> int:
     """The seed of what is random inside a forward pass (dropout) at a step."""
-    from ..mask.mask import generator_for
-
     return generator_for(seed, "forward", str(step), str(rank)).initial_seed()

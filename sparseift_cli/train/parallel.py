@@ -1,11 +1,12 @@
-"""Several runs at once, each a process of its own; this one watches, passes signals on and collects. No torch here.
+"""Several runs at once, each in a child process: start them, pass signals on, show progress, collect summaries. No torch.
 
-    sparseift train RECIPE --seeds K --events --at-once=N --seat=I --json     what a child is; its progress: JSON on stderr
+    sparseift train RECIPE --seeds K --events --at-once=N --slot=I --json     is a child; its stderr has progress
 
-The child takes the GPU of its seat, of the N among which they are dealt: this process never asks what GPUs there are.
+There are N slots, one for each run at a time. A child takes GPU number I modulo the number of GPUs: the parent need not ask
+CUDA how many there are, which would hold memory on one of them.
 
-A child has a session of its own, so Ctrl-C reaches it once, from here. When this process dies, a child notices at its next
-line of progress, saves and stops.
+A child has a process group of its own, so Ctrl-C reaches it once, through the parent. When the parent dies, a child notices
+at its next line of progress, saves and stops.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from ..base.machine import cores
 from ..errors import InterruptedRun, SparseiftError, UsageError
 
 MARK = "@sparseift "
-"""How a line of progress begins; every other line on a child's stderr is somebody else's and is shown as it is."""
-BEAT = 0.5  # seconds between two words about the step
+"""How a line of progress begins; every other line on a child's stderr is shown as it is."""
+TICK_INTERVAL = 0.5  # seconds between two lines about the step
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +47,8 @@ class Child:
     """training.threads, where the recipe has it."""
 
 
-class Watch(Protocol):
-    """Who is told of the progress of runs, by their labels; from several threads."""
+class ProgressListener(Protocol):
+    """Shows the progress of runs, which their labels name. Called from several threads."""
 
     def note(self, text: str, steps: int = 0, begins: int = 0, run: str = "") -> None: ...
     def row(self, row: Mapping[str, Any], run: str = "") -> None: ...
@@ -102,7 +103,13 @@ def require_parallel(at_once: int) -> None:
 
 
 def run_parallel(
-    children: Sequence[Child], at_once: int, root: Path, resume: str | None, watch: Watch, *, tensorboard: bool = False
+    children: Sequence[Child],
+    at_once: int,
+    root: Path,
+    resume: str | None,
+    listener: ProgressListener,
+    *,
+    tensorboard: bool = False,
 ) -> list[dict[str, Any]]:
     """Train `at_once` of them at a time, in their order; their summaries in the same order.
 
@@ -114,13 +121,13 @@ def run_parallel(
     threads = max(1, cores() // at_once)
     divided = "OMP_NUM_THREADS" not in os.environ and any(c.threads is None for c in children)
     each = f", {threads} CPU thread{'s'[: threads > 1]} each (on a CPU, bits depend on their number)" if divided else ""
-    watch.note(f"{len(children)} runs, {at_once} at a time{each}")
+    listener.note(f"{len(children)} runs, {at_once} at a time{each}")
     more = ["--runs", str(root), *(["--resume", resume] if resume else []), *(["--tensorboard"] if tensorboard else [])]
-    crew = _Crew(more, at_once, threads, watch)
-    with crew.forwarding(), ThreadPoolExecutor(at_once) as pool:
-        futures = [pool.submit(crew.run, child) for child in children]
+    running = _Children(more, at_once, threads, listener)
+    with running.forwarding(), ThreadPoolExecutor(at_once) as pool:
+        futures = [pool.submit(running.run, child) for child in children]
         wait(futures)  # signals are handled in between
-    return _collected(children, [f.result() for f in futures], crew.stopped)
+    return _collected(children, [f.result() for f in futures], running.stopped)
 
 
 def _collected(children: Sequence[Child], outcomes: Sequence[_Outcome], stopped: int) -> list[dict[str, Any]]:
@@ -128,21 +135,21 @@ def _collected(children: Sequence[Child], outcomes: Sequence[_Outcome], stopped:
     bad = [(child, o) for child, o in zip(children, outcomes, strict=True) if o.summary is None]
     if not bad:
         return finished
-    told = [f"  {child.label}: {o.message}".replace("\n", "\n  ") for child, o in bad]
-    message = "\n".join([f"{len(bad)} of {len(outcomes)} runs {'stopped' if stopped else 'failed'}", *told])
+    reasons = [f"  {child.label}: {o.message}".replace("\n", "\n  ") for child, o in bad]
+    message = "\n".join([f"{len(bad)} of {len(outcomes)} runs {'stopped' if stopped else 'failed'}", *reasons])
     if stopped:
         raise InterruptedRun(message, stopped)
     raise FailedRuns(message, bad[0][1].hint, bad[0][1].code, finished)
 
 
-class _Crew:
-    """The children that run now."""
+class _Children:
+    """The child processes that run now, and the free slots."""
 
-    def __init__(self, more: Sequence[str], at_once: int, threads: int, watch: Watch) -> None:
+    def __init__(self, more: Sequence[str], at_once: int, threads: int, listener: ProgressListener) -> None:
         self.stopped = 0
         """The first signal that came."""
-        self._more, self._threads, self._watch = [*more, f"--at-once={at_once}"], threads, watch
-        self._seats = list(range(at_once))
+        self._more, self._threads, self._progress = [*more, f"--at-once={at_once}"], threads, listener
+        self._free_slots = list(range(at_once))
         self._running: set[subprocess.Popen[str]] = set()
         self._lock = threading.RLock()  # a second signal may come while the first is handled
 
@@ -170,32 +177,34 @@ class _Crew:
             with self._lock:
                 if self.stopped:
                     return _Outcome(128 + self.stopped, message="not begun")
-                seat = min(self._seats)  # as many as threads of the pool: one is free
-                self._seats.remove(seat)
+                slot = min(self._free_slots)  # as many as threads of the pool: one is free
+                self._free_slots.remove(slot)
                 try:
-                    process = self._start(child, seat, result)
+                    process = self._start(child, slot, result)
                 except BaseException:
-                    self._seats.append(seat)
+                    self._free_slots.append(slot)
                     raise
                 self._running.add(process)
             assert process.stderr is not None
-            listener = threading.Thread(target=self._listen, args=(child, process.stderr, outcome), daemon=True)
-            listener.start()
+            reader = threading.Thread(target=self._listen, args=(child, process.stderr, outcome), daemon=True)
+            reader.start()
             code = process.wait()
             with self._lock:
                 self._running.discard(process)
-                self._seats.append(seat)
-            listener.join(5)  # what the child itself started may hold its stderr open
+                self._free_slots.append(slot)
+            reader.join(5)  # a process that the child started may keep its stderr open
             result.seek(0)
             self._close(outcome, code, result.read())
-        self._watch.end(child.label)
+        self._progress.end(child.label)
         if outcome.summary is None and not self.stopped:
-            self._watch.note(f"failed, exit code {outcome.code}", run=child.label)
-        elif outcome.summary is not None and code < 0:  # a library that crashes when the process ends: the run is whole
-            self._watch.note(f"{outcome.message} when all was done", run=child.label)
+            self._progress.note(f"failed, exit code {outcome.code}", run=child.label)
+        elif (
+            outcome.summary is not None and code < 0
+        ):  # a library crashed at the end of the process: the run is complete
+            self._progress.note(f"{outcome.message} after the run was complete", run=child.label)
         return outcome
 
-    def _start(self, child: Child, seat: int, result: IO[str]) -> subprocess.Popen[str]:
+    def _start(self, child: Child, slot: int, result: IO[str]) -> subprocess.Popen[str]:
         sets = [word for pair in child.sets for word in ("--set", pair)]
         command = [
             sys.executable,
@@ -206,7 +215,7 @@ class _Crew:
             "--seeds",
             str(child.seed),
             *self._more,
-            f"--seat={seat}",
+            f"--slot={slot}",
             "--json",
             "--events",
             "--",
@@ -225,7 +234,7 @@ class _Crew:
         )
 
     def _listen(self, child: Child, stream: IO[str], outcome: _Outcome) -> None:
-        """Pass on what a child says, until it closes its stderr."""
+        """Pass the lines of a child on, until it closes its stderr."""
         with stream:
             for line in stream:
                 event = _event(line)
@@ -233,10 +242,10 @@ class _Crew:
                 if kind == "error":
                     outcome.message, outcome.hint = event["message"], event["hint"]
                 elif kind in ("note", "row", "tick"):
-                    getattr(self._watch, kind)(**event, run=child.label)
+                    getattr(self._progress, kind)(**event, run=child.label)
                 elif line.strip():
                     outcome.last = line.strip()
-                    self._watch.note(line.rstrip(), run=child.label)
+                    self._progress.note(line.rstrip(), run=child.label)
 
     def _close(self, outcome: _Outcome, code: int, printed: str) -> None:
         """The exit code as a shell gives it, and what the child printed."""
@@ -252,35 +261,35 @@ class _Crew:
 
 
 class Events:
-    """The child's side: `Watch` of its one run, told to the parent."""
+    """The child's side: writes the progress of its one run to stderr, where the parent reads it."""
 
     def __init__(self) -> None:
         self._next = 0.0
 
     def note(self, text: str, steps: int = 0, begins: int = 0, run: str = "") -> None:
-        self._tell("note", text=text, steps=steps, begins=begins)
+        self._send("note", text=text, steps=steps, begins=begins)
 
     def row(self, row: Mapping[str, Any], run: str = "") -> None:
-        self._tell("row", row={k: v for k, v in row.items() if k != "masks"})
+        self._send("row", row={k: v for k, v in row.items() if k != "masks"})
 
     def tick(self, step: int, run: str = "") -> None:
         now = time.perf_counter()
         if now >= self._next:
-            self._next = now + BEAT
-            self._tell("tick", step=step)
+            self._next = now + TICK_INTERVAL
+            self._send("tick", step=step)
 
     def end(self, run: str) -> None:
-        """The end of the process says it."""
+        """Nothing to send: the process ends."""
 
     def error(self, error: SparseiftError) -> None:
         """Why the run ended."""
-        self._tell("error", message=error.message, hint=error.hint)
+        self._send("error", message=error.message, hint=error.hint)
 
-    def _tell(self, kind: str, **content: Any) -> None:
+    def _send(self, kind: str, **content: Any) -> None:
         try:
             sys.stderr.write(f"{MARK}{json.dumps({'kind': kind, **content})}\n")
             sys.stderr.flush()
-        except BrokenPipeError:  # nobody watches any more: save and stop
+        except BrokenPipeError:  # the parent has died: save and stop
             sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
             os.kill(os.getpid(), signal.SIGTERM)
 

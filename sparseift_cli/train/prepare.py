@@ -32,9 +32,9 @@ from ..transforms.convert import convert
 from ..transforms.edits import Masked
 from ..transforms.initialise import zero_residuals
 from ..transforms.transformation import Options, Transformation
-from .compatibility import require_fit
+from .compatibility import check_compatibility
 from .evaluate import logits_of, loss_of
-from .flop_meter import Spent
+from .flop_meter import FlopMeter
 from .processes import Processes
 from .recompute import recompute
 
@@ -61,7 +61,7 @@ class Prepared:
     sparsifier: Sparsifier | None
     rate: Callable[[int], float]
     audit: Audit
-    spent: Spent
+    flop_meter: FlopMeter
     transformation: Transformation | None
 
     def every(self, duration: float | str) -> int:
@@ -115,7 +115,7 @@ def prepare(recipe: Recipe, seed: int, processes: Processes) -> Prepared:
     assert steps is not None
     training = _counting(recipe, steps)
     micro = spec.training.batch_size // (processes.world * spec.training.accumulate)
-    fit = partial(require_fit, name=spec.model.name, dataset=dataset, batch_size=micro, seq=_seq(spec, dataset))
+    fit = partial(check_compatibility, name=spec.model.name, dataset=dataset, batch_size=micro, seq=_seq(spec, dataset))
     model, done, counted = _model(recipe, dataset, train, seed, training, fit)
     if spec.init.zero_residual:
         zero_residuals(model, spec.model.name)
@@ -140,7 +140,7 @@ def prepare(recipe: Recipe, seed: int, processes: Processes) -> Prepared:
         )
     masked: tuple[Masked, ...] = done.surgery.masked if done else ()
     layers = counted.plan.layers if counted.plan else _dense_rows(counted)
-    spent = Spent(layers, masked, spec.training.batch_size, recompute=training.recompute)
+    flop_meter = FlopMeter(layers, masked, spec.training.batch_size, recompute=training.recompute)
     in_run = partial(in_steps, run_steps=steps, epoch_steps=train.steps_per_epoch, unit=spec.training.unit)
     rate = learning_rates(spec.schedule.options(), spec.optimizer.lr, steps, in_run)
     return Prepared(
@@ -157,7 +157,7 @@ def prepare(recipe: Recipe, seed: int, processes: Processes) -> Prepared:
         sparsifier,
         rate,
         counted,
-        spent,
+        flop_meter,
         done,
     )
 
@@ -197,7 +197,7 @@ def _with_validation(dataset: DataSet, spec: Spec) -> DataSet:
 
 
 def _test(dataset: DataSet) -> str:
-    """The split called test, which nobody has watched.
+    """The name of the test split, where training watches another one.
 
     Raises:
         UsageError: there is none, or it is what evaluations look at during training.

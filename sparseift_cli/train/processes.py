@@ -1,4 +1,4 @@
-"""One process or several: what torchrun's environment says, and the few things that have to be said between them."""
+"""One process or several: what torchrun's environment variables say, and the communication between the processes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _asked: list[int] = []
 
 
 @contextmanager
-def listening() -> Iterator[None]:
-    """Note signals instead of dying of them, while inside.
+def catching_signals() -> Iterator[None]:
+    """Record SIGTERM and SIGINT instead of ending at once, while inside.
 
     Raises:
         InterruptedRun: a second signal, which ends at once whatever is being done.
@@ -57,14 +57,14 @@ def stop_requested(processes: Processes) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class Slot:
     """A run's place among the `of` that `train --parallel` keeps going at once. Seats are dealt to the GPUs in turn."""
 
     index: int = 0
     of: int = 1
 
     def local(self, gpus: int) -> int:
-        """Which of `gpus` this seat is at."""
+        """The GPU of this slot, among `gpus`."""
         return self.index % gpus
 
     def neighbours(self, gpus: int) -> int:
@@ -72,7 +72,7 @@ class Seat:
         return len(range(self.local(gpus), self.of, gpus))
 
 
-ALONE = Seat()
+ALONE = Slot()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +90,13 @@ class Processes:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """`values` added up over all processes."""
+        """`values` [*] added up in place over all processes, [*]."""
         if self.world > 1:
             dist.all_reduce(values)
         return values
 
     def agree(self, flag: bool) -> bool:
-        """Whether any process says yes, told to all of them."""
+        """Whether `flag` is true in any process; every process gets the same answer."""
         if self.world == 1:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
@@ -135,15 +135,15 @@ class Processes:
 
 
 def _masks(model: nn.Module) -> list[str]:
-    """The buffers that no process sends to another."""
+    """Names of the masks, which no process sends to another: each computes the same ones."""
     return [name + SUFFIX for name in masks_of(model)]
 
 
 @contextmanager
-def processes(wanted: str, seat: Seat = ALONE) -> Iterator[Processes]:
+def processes(wanted: str, slot: Slot = ALONE) -> Iterator[Processes]:
     """Join the other processes, where torchrun started several; `wanted` is the recipe's device.
 
-    `auto` and `cuda` are the GPU of the local rank or, where runs go on beside each other, of the `seat`.
+    `auto` and `cuda` are the GPU of the local rank or, where several runs go on at once, of the `slot`.
 
     Raises:
         UsageError: no such device.
@@ -151,11 +151,11 @@ def processes(wanted: str, seat: Seat = ALONE) -> Iterator[Processes]:
     world, rank = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", "1"), ("RANK", "0")))
     local = os.environ.get("LOCAL_RANK")
     gpus = torch.cuda.device_count() if wanted in ("auto", "cuda") and torch.cuda.is_available() else 1
-    device = pick_device(wanted, seat.local(gpus) if local is None else int(local))
+    device = pick_device(wanted, slot.local(gpus) if local is None else int(local))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world == 1:
-        yield Processes(device, at_once=seat.neighbours(gpus))
+        yield Processes(device, at_once=slot.neighbours(gpus))
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..errors import InterruptedRun, SparseiftError
+from ..errors import InterruptedRun, SparseiftError, UsageError
 from ..models.source import source_hash
 from ..plan.audit import to_json
 from ..recipe.load import Recipe, load
@@ -23,8 +24,7 @@ from ..runs.provenance import session
 from .loop import Report, train
 from .parallel import require_one_run
 from .prepare import Prepared, prepare, with_seed
-from .processes import ALONE, Processes, Seat, listening, processes, stop_requested
-from .tensorboard import TensorBoard
+from .processes import ALONE, Processes, Slot, catching_signals, processes, stop_requested
 
 Note = Callable[..., None]
 """`note(text)`; where a run begins `note(text, steps, first_step, label)`."""
@@ -35,7 +35,7 @@ Job = tuple[Recipe, int]
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """What the runs of one call share: where they go, and who hears of them."""
+    """What the runs of one call share: their folder, and the callbacks for their progress."""
 
     root: Path
     resume: str | None
@@ -68,15 +68,16 @@ def run_jobs(
     *,
     tick: Tick | None = None,
     tensorboard: bool = False,
-    seat: Seat = ALONE,
+    slot: Slot = ALONE,
 ) -> list[dict[str, Any]]:
     """Train one after the other; the summaries (empty on all ranks but the first).
 
     Runs that are done already are read, not repeated.
 
     `resume`: None begins new runs; `latest` goes on with the newest run of each recipe and seed where there is one; a
-    folder names one run. `report` hears of every line of metrics, `note` of what begins and what was skipped, `tick` of
-    every step. `seat`: which of the runs that go on beside each other, each in a process of its own, this process makes.
+    folder names one run. `report` is called with every line of metrics, `note` with
+    what begins and what was skipped, `tick` after every step. `slot`: the place of this process among those of
+    `train --parallel`.
 
     Raises:
         UsageError, CheckFailed: as `prepare`.
@@ -86,17 +87,17 @@ def run_jobs(
     """
     require_one_run(resume, len(jobs))
     call, results = _Call(root, resume, report, note, tick, tensorboard), []
-    with listening():
+    with catching_signals():
         for device, group in groupby(jobs, key=lambda job: job[0].spec.training.device):
-            with processes(device, seat) as ours:
+            with processes(device, slot) as ours:
                 before: Recipe | None = None
                 for recipe, seed in group:
                     _stop_here(ours, recipe, seed)
-                    _let_go(ours.device, compiled=before not in (None, recipe) and bool(recipe.spec.training.compile))
+                    _free(ours.device, compiled=before not in (None, recipe) and bool(recipe.spec.training.compile))
                     before = recipe
                     with _settings(recipe.spec.training.threads, recipe.spec.training.deterministic):
                         results.append(_one(with_seed(recipe, seed), seed, call, ours))
-                _let_go(ours.device, compiled=False)  # while the device is there, not at the interpreter's end
+                _free(ours.device, compiled=False)  # while the device is there, not at the interpreter's end
     return results
 
 
@@ -108,7 +109,9 @@ def _settings(threads: int | None, deterministic: bool) -> Iterator[None]:
         torch.set_num_threads(threads)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product on a GPU
-        torch.backends.cudnn.benchmark = False  # whoever called may search, and which kernel a search finds is chance
+        torch.backends.cudnn.benchmark = (
+            False  # a caller may have turned the search on, and which kernel it finds varies
+        )
         torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -130,7 +133,7 @@ def _stop_here(ours: Processes, recipe: Recipe, seed: int) -> None:
         raise InterruptedRun(f"stopped before {recipe.name} seed {seed} was begun; runs before it are done", stopping)
 
 
-def _let_go(device: torch.device, *, compiled: bool) -> None:
+def _free(device: torch.device, *, compiled: bool) -> None:
     """Free what the run before still holds: its model and graphs are in cycles, which only the collector finds.
 
     `compiled`: forget compiled code too. torch.compile keeps eight versions of a function, and then compiles no more: seeds
@@ -139,7 +142,7 @@ def _let_go(device: torch.device, *, compiled: bool) -> None:
     if compiled:
         torch.compiler.reset()
     if device.type == "cuda":
-        torch.cuda.init()  # before the first run nothing is there yet
+        torch.cuda.init()  # before the first run CUDA is not initialised
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -174,7 +177,7 @@ def _train(run: Prepared, found: RunDirectory | None, text: str, call: _Call, ou
     folder = RunDirectory.open(path, **_keeping(run))
     if not ours.first:
         train(run, folder, ours, call.report)
-        return {}  # rank 0 speaks for all
+        return {}  # rank 0 returns the summary
     with folder.lock():
         newest = folder.checkpoints.newest()
         begins = newest.step if newest else 0
@@ -197,12 +200,12 @@ def _train(run: Prepared, found: RunDirectory | None, text: str, call: _Call, ou
         note(f"{path} (seed {seed}, {run.steps:,} steps, {ours.device}): {where}", run.steps, begins, f"seed {seed}")
         board = TensorBoard(path) if call.tensorboard else None
 
-        def tell(row: Mapping[str, Any]) -> None:
+        def write_row(row: Mapping[str, Any]) -> None:
             call.report(row)
             if board is not None:
                 board(row)
 
-        summary = train(run, folder, ours, tell, tick=call.tick)
+        summary = train(run, folder, ours, write_row, tick=call.tick)
         summary |= {"recipe": name, "path": str(path)}
         folder.finish(summary)
     return summary
@@ -225,3 +228,30 @@ def _as_written_today(path: Path) -> str:
 def _keeping(run: Prepared) -> Mapping[str, Any]:
     better = "lowest" if run.primary_metric.lower_is_better else "highest"
     return {"keep": run.spec.checkpoint.keep, "better": better}
+
+
+class TensorBoard:
+    """Writes the numbers of every line of metrics under `folder/tensorboard`, at the step of the line.
+
+    Raises:
+        UsageError: tensorboard is not installed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            module = importlib.import_module("torch.utils.tensorboard")
+        except ImportError:
+            raise UsageError(
+                "--tensorboard needs the package tensorboard",
+                hint="pip install tensorboard; metrics.jsonl is written in any case",
+            ) from None
+        self.writer = module.SummaryWriter(str(folder / "tensorboard"))
+
+    def __call__(self, row: Mapping[str, Any]) -> None:
+        for name, value in row.items():
+            if isinstance(value, int | float) and name != "step":
+                self.writer.add_scalar(name, value, row["step"])
+        for weight, numbers in row.get("masks", {}).items():
+            for name, value in numbers.items():
+                self.writer.add_scalar(f"{name}/{weight}", value, row["step"])
+        self.writer.flush()

@@ -22,9 +22,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..base.randomness import generator_for
 from ..errors import UsageError
 from ..mask.attached import is_transposed
-from ..mask.mask import generator_for
 from ..plan.plan import Plan
 from ..trace.structure import Structure
 from .edits import Surgery

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from ..base.randomness import generator_for
 from ..errors import CheckFailed
-from ..mask import disjoint_masks, empty_rows_and_columns, generator_for, has_pattern, make_mask
+from ..mask import disjoint_masks, empty_rows_and_columns, has_pattern, make_mask
 from ..plan.plan import Plan
 from .edits import Masked, Surgery
 

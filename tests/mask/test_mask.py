@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sparseift_cli.base.randomness import generator_for
 from sparseift_cli.checkpoint import open_checkpoint, scan
 from sparseift_cli.errors import UsageError
-from sparseift_cli.mask import disjoint_masks, empty_rows_and_columns, generator_for, make_mask, room
+from sparseift_cli.mask import disjoint_masks, empty_rows_and_columns, make_mask, room
 from sparseift_cli.mask.select import nth_largest, top
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sparseift_cli.base.randomness import generator_for
 from sparseift_cli.errors import UsageError
-from sparseift_cli.mask import force_masks, generator_for, make_mask, scores
+from sparseift_cli.mask import force_masks, make_mask, scores
 
 LOSS = functional.cross_entropy
 KEYS = ["0.weight", "2.weight"]

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sparseift_cli.base.randomness import generator_for
 from sparseift_cli.errors import UsageError
-from sparseift_cli.mask import disjoint_masks, empty_rows_and_columns, generator_for, make_mask, room
+from sparseift_cli.mask import disjoint_masks, empty_rows_and_columns, make_mask, room
 
 
 @dataclass(frozen=True)

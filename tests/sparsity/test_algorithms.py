@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparseift_cli.base.randomness import key_of
+from sparseift_cli.base.randomness import generator_for, key_of
 from sparseift_cli.errors import UsageError
-from sparseift_cli.mask.mask import generator_for
 from sparseift_cli.sparsity.algorithms import ALGORITHMS, GMP, MaskAlgorithm, RigL, make_algorithm, name_of
 from sparseift_cli.sparsity.drop_and_grow import best, drop_and_grow, extend, prune
 from sparseift_cli.sparsity.schedule import Schedule, StepCost, drop_fraction, drops, nonzeros_at, updates_at

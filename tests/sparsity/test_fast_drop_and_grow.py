@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparseift_cli.mask.mask import generator_for
+from sparseift_cli.base.randomness import generator_for
 from sparseift_cli.sparsity.drop_and_grow import Regrow, drop_and_grow
 from sparseift_cli.sparsity.gpu.fast_drop_and_grow import (
     FastUpdate,

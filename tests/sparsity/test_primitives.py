@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparseift_cli.mask.mask import generator_for
+from sparseift_cli.base.randomness import generator_for
 from sparseift_cli.sparsity.gpu.primitives import as_words, count, invert_
 
 SHAPES = [(0,), (7,), (8,), (72,), (3, 5), (40, 50), (16, 8, 3, 3), (5, 3, 3, 3), (256, 1024)]

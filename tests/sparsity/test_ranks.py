@@ -8,7 +8,7 @@ from subprocess import PIPE, STDOUT, Popen
 
 import torch
 
-from sparseift_cli.mask import generator_for
+from sparseift_cli.base.randomness import generator_for
 from sparseift_cli.sparsity.statistics import check_ranks, fingerprint
 
 RANK = """

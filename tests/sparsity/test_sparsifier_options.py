@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from sparseift_cli import transform
+from sparseift_cli.base.randomness import generator_for
 from sparseift_cli.errors import UsageError
-from sparseift_cli.mask import generator_for, make_mask
+from sparseift_cli.mask import make_mask
 from sparseift_cli.mask.attached import attach
 from sparseift_cli.sparsity.sparsifier import Sparsifier
 from sparseift_cli.sparsity.statistics import total

@@ -10,7 +10,7 @@ import torch
 
 from sparseift_cli.data import open_data
 from sparseift_cli.recipe.load import load
-from sparseift_cli.train.compatibility import require_fit
+from sparseift_cli.train.compatibility import check_compatibility
 from sparseift_cli.train.prepare import prepare
 from sparseift_cli.train.processes import Processes
 from tests.helpers.misfits import classifier
@@ -104,7 +104,7 @@ def test_looking_changes_nothing() -> None:
     model[1].eval()  # a norm that somebody froze
     before = {name: t.clone() for name, t in model.state_dict().items()}
     random = torch.get_rng_state()
-    require_fit(model, "net", open_data("synthetic-images", size=8), batch_size=4, seq=None)
+    check_compatibility(model, "net", open_data("synthetic-images", size=8), batch_size=4, seq=None)
     assert [m.training for m in model] == [i != 1 for i in range(len(model))]
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
     assert torch.equal(random, torch.get_rng_state())

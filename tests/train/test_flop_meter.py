@@ -14,7 +14,7 @@ from sparseift_cli.errors import CheckFailed
 from sparseift_cli.plan.audit import audit
 from sparseift_cli.plan.spec import TrainingSpec
 from sparseift_cli.sparsity.algorithms import ALGORITHMS
-from sparseift_cli.train.flop_meter import Spent
+from sparseift_cli.train.flop_meter import FlopMeter
 from sparseift_cli.transforms.transformation import transformation_of
 
 MEMBERS = ("wide", "parallel", "factorized", "doped")
@@ -55,7 +55,7 @@ def both(model: nn.Module, algorithm: Any, training: TrainingSpec, **spec: Any) 
     optimizer = torch.optim.SGD(trained, lr=0.01)
     schedule = {"total_steps": steps, "delta_t": training.delta_t, "stop": str(training.stop)}
     sparsifier = sparseift.Sparsifier(new, plan, optimizer, algorithm=algorithm, **schedule)
-    spent = Spent(plan.layers, done.surgery.masked, len(x), recompute=False)
+    spent = FlopMeter(plan.layers, done.surgery.masked, len(x), recompute=False)
     for _ in range(steps):
         optimizer.zero_grad()
         new(x).square().mean().backward()

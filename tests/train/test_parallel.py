@@ -85,7 +85,7 @@ def test_runs_at_once_have_the_bits_of_runs_in_turn(write_recipe: Write, tmp_pat
         assert [n for n, t in newest[0].tensors.items() if not torch.equal(t, newest[1].tensors[n])] == []
         assert [session_of(r)["at_once"] for r in (one, other)] == [1, 2]
         assert one["metrics"]["loss"] == other["metrics"]["loss"] and one["flops"] == other["flops"]
-    assert {w for r in at_once for w in session_of(r)["command"] if "--seat" in w} == {"--seat=0", "--seat=1"}
+    assert {w for r in at_once for w in session_of(r)["command"] if "--slot" in w} == {"--slot=0", "--slot=1"}
     assert "\x1b" not in done.stderr and "\r" not in done.stderr and "@sparseift" not in done.stderr
     assert "\nseed 1: step 8/8  train_loss" in done.stderr and "\nseed 0: step 8/8  train_loss" in done.stderr
 
@@ -166,23 +166,23 @@ def test_a_changed_recipe_is_held_against_the_run_of_its_own_seed(write_recipe: 
 
 
 def test_a_run_that_cannot_be_started_gives_its_seat_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    seats: list[int] = []
+    slots: list[int] = []
 
-    def start(crew: Any, child: parallel.Child, seat: int, result: Any) -> Any:
-        seats.append(seat)
+    def start(crew: Any, child: parallel.Child, slot: int, result: Any) -> Any:
+        slots.append(slot)
         raise BlockingIOError("no more processes")
 
-    monkeypatch.setattr(parallel._Crew, "_start", start)
+    monkeypatch.setattr(parallel._Children, "_start", start)
     children = [parallel.Child(Path("x.yaml"), [], seed, f"seed {seed}") for seed in range(5)]
     with pytest.raises(BlockingIOError, match="no more processes"):
         parallel.run_parallel(children, 2, tmp_path, None, SimpleNamespace(note=quiet, end=quiet))
-    assert len(seats) == 5 and set(seats) <= {0, 1}
+    assert len(slots) == 5 and set(slots) <= {0, 1}
 
 
 def test_what_a_child_says_last_does_not_hide_why_it_failed() -> None:
     told: list[str] = []
     watch: Any = SimpleNamespace(note=lambda text, run: told.append(text))
-    crew, child = parallel._Crew([], 1, 1, watch), parallel.Child(Path("x.yaml"), [], 0, "seed 0")
+    crew, child = parallel._Children([], 1, 1, watch), parallel.Child(Path("x.yaml"), [], 0, "seed 0")
     error = f'{parallel.MARK}{{"kind": "error", "message": "x is in use", "hint": "wait"}}'
     for lines, message in (
         (["Traceback", "ValueError: 3"], "ValueError: 3"),
@@ -200,10 +200,10 @@ def test_a_child_that_crashes_when_all_is_done_has_finished(monkeypatch: pytest.
     """On a GPU a library's own clean-up can crash at the very end: what is written is written."""
     told: list[str] = []
     watch: Any = SimpleNamespace(note=lambda text, run: told.append(text), end=lambda run: None)
-    crew, child = parallel._Crew([], 1, 1, watch), parallel.Child(tmp_path / "x.yaml", [], 0, "seed 0")
+    crew, child = parallel._Children([], 1, 1, watch), parallel.Child(tmp_path / "x.yaml", [], 0, "seed 0")
     crash = "import os, signal, sys; sys.stdout.flush(); os.kill(os.getpid(), signal.SIGSEGV)"
     for printed, summary, said in (
-        ('{"runs": [{"seed": 0}]}', {"seed": 0}, "ended by SIGSEGV when all was done"),
+        ('{"runs": [{"seed": 0}]}', {"seed": 0}, "ended by SIGSEGV after the run was complete"),
         ("", None, "failed, exit code 139"),
     ):
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparseift_cli.train.processes import Seat, processes
+from sparseift_cli.train.processes import Slot, processes
 
 
 @pytest.fixture
@@ -16,10 +16,10 @@ def three_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def taken(wanted: str, of: int) -> list[tuple[str, int]]:
-    """Device and number of runs on it, for each of `of` seats."""
+    """Device and number of runs on it, for each of `of` slots."""
     found = []
-    for seat in range(of):
-        with processes(wanted, Seat(seat, of)) as ours:
+    for slot in range(of):
+        with processes(wanted, Slot(slot, of)) as ours:
             found.append((str(ours.device), ours.at_once))
     return found
 

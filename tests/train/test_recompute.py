@@ -45,7 +45,7 @@ def trained(recipe: Path, *sets: str, steps: int = 7) -> Prepared:
     for step in range(steps):
         torch.manual_seed(step)
         make_step(step)
-        run.spent.add(run.sparsifier.last if run.sparsifier else None)
+        run.flop_meter.add(run.sparsifier.last if run.sparsifier else None)
     return run
 
 

@@ -22,7 +22,7 @@ from sparseift_cli.runs.directory import RunDirectory
 from sparseift_cli.runs.metrics import read_metrics
 from sparseift_cli.train import loop
 from sparseift_cli.train.evaluate import evaluate
-from sparseift_cli.train.processes import listening
+from sparseift_cli.train.processes import catching_signals
 from sparseift_cli.train.run import run_jobs
 
 Write = Callable[..., Path]
@@ -38,7 +38,7 @@ def signal_myself(number: int) -> None:
 
 
 def asked_twice(first: int) -> None:
-    with listening():
+    with catching_signals():
         signal_myself(first)
         signal_myself(signal.SIGTERM)
         time.sleep(5)

@@ -45,7 +45,8 @@ _HEADINGS = {
     "left-out": "Left out, and warnings",
     "repeat": "Repeat it",
 }
-_INTERNAL_OPTIONS = ("--events", "--at-once=", "--seat=", "--json", "--")  # how `train --parallel` starts a run
+# How `train --parallel` starts a run; --seat= is what older versions called --slot=.
+_INTERNAL_OPTIONS = ("--events", "--at-once=", "--seat=", "--slot=", "--json", "--")
 
 Cells = Sequence[str | None]
 

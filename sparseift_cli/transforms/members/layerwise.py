@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ...base.randomness import generator_for
 from ...errors import UsageError
-from ...mask import generator_for
 from ...mask.attached import is_transposed
 from ...plan.layer_plan import LayerPlan
 from ...plan.members import Member, written_name

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from ...base.randomness import generator_for
 from ...errors import UsageError
-from ...mask import generator_for
 from ...plan.plan import Plan
 from ...trace.flow import PARAMETER_PREFIX, is_layer_norm
 from ...trace.structure import Structure
