@@ -1,8 +1,8 @@
-"""Where masks live: a boolean buffer `weight_mask` beside each sparse `weight`, outside the state dict.
+"""Where masks are kept: a boolean buffer `weight_mask` beside each sparse `weight`, outside the state dict.
 
-Beside it lies its pattern, `weight_mask_pattern`, which whoever moves the mask keeps. A buffer follows its module through
-`.to`, `deepcopy` and replication; being no part of the state dict, it leaves checkpoints as any PyTorch code expects them.
-Zeros are stored in the weight itself, so a forward pays nothing for the mask.
+The attribute `weight_mask_pattern` beside it is the mask's pattern, which mask updates keep. A buffer follows its module
+through `.to`, `deepcopy` and replication. Being no part of the state dict, it leaves checkpoints as any PyTorch code expects.
+Zeros are stored in the weight itself, so a forward pass costs nothing more for the mask.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ _PATTERN = "_mask_pattern"
 
 
 def attach(model: nn.Module, masks: Mapping[str, Tensor], pattern: str = "unstructured") -> None:
-    """Put each mask, which has that pattern, beside its weight, on the same device; weights that it leaves out become zero.
+    """Put each mask [*shape of its weight], of that pattern, beside its weight, on the same device; masked weights are zeroed.
+
+    Args:
+        masks: bool, by the name of the parameter.
+        pattern: of all of these masks; not checked here.
 
     Raises:
         KeyError: `model` has no parameter of that name.
@@ -34,7 +38,7 @@ def attach(model: nn.Module, masks: Mapping[str, Tensor], pattern: str = "unstru
         mask = mask.to(weight.device, torch.bool)
         module.register_buffer(name + SUFFIX, mask, persistent=False)
         setattr(module, name + _PATTERN, pattern)
-        with torch.no_grad():  # turned round and back in place: a copy of a large mask is memory for nothing
+        with torch.no_grad():  # inverted and back in place: a copy of a large mask would need as much memory again
             weight.masked_fill_(mask.logical_not_(), 0)
             mask.logical_not_()
 
@@ -45,7 +49,7 @@ def pattern_of(module: nn.Module, name: str) -> str:
 
 
 def masks_of(model: nn.Module) -> dict[str, Tensor]:
-    """Weight key -> its boolean mask, of the same shape; in the order of the modules."""
+    """The boolean mask [*shape] of every weight that has one, by the weight's name; in the order of the modules."""
     found = {}
     for path, module in model.named_modules():
         for name, mask in module._buffers.items():
@@ -67,5 +71,5 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Does the weight lie as [in, out]: Hugging Face's Conv1D, a transposed convolution?"""
+    """Whether the weight is [in, out, ...]: Hugging Face's Conv1D, or a transposed convolution."""
     return type(module).__name__ == "Conv1D" or bool(getattr(module, "transposed", False))

@@ -2,7 +2,11 @@
 
 A linear layer or convolution [out, in / groups, *kernel] is `weight.flatten(1)`: one column per input channel of the
 group and tap, taps innermost. Weights whose first dimension is the inputs, Hugging Face's Conv1D [in, out] and
-transposed convolutions [in, out / groups, *kernel], are turned round first (`transposed`).
+transposed convolutions [in, out / groups, *kernel], are transposed first (`transposed`).
+
+    >>> layout = Layout((4, 6, 3, 3), groups=2)  # a convolution of 4 outputs, of which each group of 2 reads 6 inputs
+    >>> layout.rows, layout.columns, room((4, 6, 3, 3), "2x9", groups=2)
+    (4, 54, 216)
 """
 
 from __future__ import annotations
@@ -61,7 +65,7 @@ def parse_pattern(pattern: str) -> NofM | Block:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The shape of a weight and how it lies: `groups` of a convolution, `transposed` where inputs come first.
+    """The shape of a weight and the meaning of its dimensions: `groups` of a convolution, `transposed` where inputs come first.
 
     Raises:
         UsageError: not the shape of a weight matrix or kernel, or groups that do not divide it.
@@ -114,11 +118,11 @@ class Layout:
         return grouped.transpose(1, 2).reshape(self.shape).contiguous()
 
     def by_tap(self, matrix: Tensor) -> Tensor:
-        """Columns of [rows, columns] in the order taps x channels, where neighbours are inputs at the same tap."""
+        """[rows, columns] with the columns in the order taps x channels, where neighbours are inputs at the same tap."""
         return matrix.reshape(self.rows, self.channels, self.taps).transpose(1, 2).reshape(self.rows, -1)
 
     def by_channel(self, matrix: Tensor) -> Tensor:
-        """The inverse of `by_tap`."""
+        """The inverse of `by_tap`: [rows, columns] with the columns in the order channels x taps again."""
         return matrix.reshape(self.rows, self.taps, self.channels).transpose(1, 2).reshape(self.rows, -1)
 
     def grid(self, block: Block) -> tuple[int, int]:
@@ -126,7 +130,7 @@ class Layout:
         return self.groups * (self.rows // self.groups // block.rows), self.columns // block.columns
 
     def to_blocks(self, matrix: Tensor, block: Block) -> Tensor:
-        """Sums [block rows, block columns] over the blocks of [rows, columns]; what fills no block is left out."""
+        """Sums [block rows, block columns] over the blocks of [rows, columns], without what fills no block."""
         if block.size == 1:
             return matrix
         down, across = self.grid(block)
@@ -134,13 +138,13 @@ class Layout:
         whole = whole[:, : down // self.groups * block.rows, : across * block.columns]
         return whole.reshape(down, block.rows, across, block.columns).sum((1, 3))
 
-    def from_blocks(self, cells: Tensor, block: Block) -> Tensor:
+    def from_blocks(self, blocks: Tensor, block: Block) -> Tensor:
         """A mask [block rows, block columns] as [rows, columns]; places outside every block stay empty."""
         if block.size == 1:
-            return cells
+            return blocks
         down, across = self.grid(block)
-        matrix = cells.new_zeros(self.groups, self.rows // self.groups, self.columns)
-        spread = cells.repeat_interleave(block.rows, 0).repeat_interleave(block.columns, 1)
+        matrix = blocks.new_zeros(self.groups, self.rows // self.groups, self.columns)
+        spread = blocks.repeat_interleave(block.rows, 0).repeat_interleave(block.columns, 1)
         matrix[:, : down // self.groups * block.rows, : across * block.columns] = spread.reshape(
             self.groups, down // self.groups * block.rows, across * block.columns
         )

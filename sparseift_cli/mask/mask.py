@@ -1,7 +1,11 @@
 """Masks with exactly the non-zeros that the plan gives a layer.
 
-What is random depends on a generator alone: `generator_for(seed, layer, part)` makes every mask a function of the seed and
-of its own name, whatever else is drawn before it. Scores, masks and generators live on the CPU.
+Random choices depend on a generator alone: `generator_for(seed, layer, part)` makes every mask a function of the seed and its
+own name, whatever else was drawn before it. Scores, masks and generators are on the CPU.
+
+    >>> mask = make_mask((4, 6), 8, generator=generator_for(0, "fc"))
+    >>> int(mask.sum()), empty_rows_and_columns(mask)[0]
+    (8, 0)
 """
 
 from __future__ import annotations
@@ -57,11 +61,11 @@ def make_mask(
         balance = _balance(layout, kind, row_balance, column_balance)
         keys = None if matrix is None else _without_nan(layout.to_blocks(matrix, kind))
         if keys is None and balance == (1, 1):
-            cells = at_random(layout.grid(kind), nnz // kind.size, generator)
-            if not connect or not cells.numel() or cells.view(torch.uint8).amax(1).all():
-                return layout.from_matrix(layout.from_blocks(cells, kind))
-        (cells,) = disjoint(layout.grid(kind), [nnz // kind.size], generator, keys, connect=connect, balance=balance)
-        mask = layout.from_blocks(cells, kind)
+            blocks = at_random(layout.grid(kind), nnz // kind.size, generator)
+            if not connect or not blocks.numel() or blocks.view(torch.uint8).amax(1).all():
+                return layout.from_matrix(layout.from_blocks(blocks, kind))
+        (blocks,) = disjoint(layout.grid(kind), [nnz // kind.size], generator, keys, connect=connect, balance=balance)
+        mask = layout.from_blocks(blocks, kind)
     return layout.from_matrix(mask)
 
 
@@ -80,8 +84,8 @@ def disjoint_masks(
     """Random masks [*shape], one per entry of `nnzs` and with exactly that many True, no place in two of them.
 
     For the branches of Sparse Parallel that are summed before the activation: together they are one weight, so a place
-    in two branches would be spent twice. Arguments as in `make_mask`; `connect` holds in every branch as far as there are
-    places, and sets places of each row aside for the branches to come.
+    in two branches would be computed twice for one weight. Arguments as in `make_mask`; `connect` holds in every branch as far
+    as there are places, and reserves places of each row for later branches.
 
     Raises:
         UsageError: the weight has fewer places than sum(nnzs), or one of the counts is impossible by itself.
@@ -92,12 +96,12 @@ def disjoint_masks(
         return [layout.from_matrix(m) for m in n_of_m_masks(layout, kind, len(nnzs), generator)]
     balance = _balance(layout, kind, row_balance, column_balance)
     counts = [nnz // kind.size for nnz in nnzs]
-    cells = disjoint(layout.grid(kind), counts, generator, connect=connect, balance=balance)
-    return [layout.from_matrix(layout.from_blocks(c, kind)) for c in cells]
+    chosen = disjoint(layout.grid(kind), counts, generator, connect=connect, balance=balance)
+    return [layout.from_matrix(layout.from_blocks(blocks, kind)) for blocks in chosen]
 
 
 def empty_rows_and_columns(mask: Tensor, groups: int = 1, transposed: bool = False) -> tuple[int, int]:
-    """(outputs without a weight, input channels that no output reads) of a mask or weight, over all groups.
+    """(outputs without a weight, input channels that no output reads) of a mask or weight [*shape], over all groups.
 
     Raises:
         UsageError: not the shape of a weight, or groups that do not divide it.

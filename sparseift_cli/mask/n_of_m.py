@@ -23,7 +23,7 @@ def n_of_m_masks(
 ) -> list[Tensor]:
     """`branches` pairwise disjoint masks [rows, columns], the first of the best by `scores` [rows, columns], or at random.
 
-    The caller sees to it that branches * N <= M.
+    The caller makes sure that branches * N <= M.
     """
     rows, columns = layout.rows, layout.columns
     keys = None if scores is None else layout.by_tap(scores)
@@ -68,11 +68,8 @@ def _ranked(groups: int, m: int, scores: Tensor | None, generator: torch.Generat
     return order.gather(1, shuffled.sort(dim=1, descending=True, stable=True).indices)
 
 
-# Does a mask have the pattern that it was planned with?
-
-
 def has_pattern(mask: Tensor, pattern: str, groups: int = 1, transposed: bool = False) -> bool:
-    """Is every block of `mask` [*shape] full or empty, and nothing outside of them; or has every group of M inputs its N?
+    """Whether `mask` [*shape] has the pattern: every block full or empty and none outside of them, or N of every M inputs.
 
     Raises:
         UsageError: a pattern that does not exist, or not the shape of a weight.

@@ -1,4 +1,8 @@
-"""Gradients and Hessian-gradient products of a model that is left exactly as it was."""
+"""Which weights matter before training: SNIP, GraSP, FORCE and iterative SNIP, on a few batches at initialisation.
+
+A score is large where a weight should be kept, for every method. The papers rank the weights of all layers together, which also
+decides each layer's density; an iso-FLOP plan has fixed every layer's non-zeros already, so the ranking is within each layer.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +24,11 @@ _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropou
 
 
 class Probe:
-    """Runs a model on batches with stand-ins for its parameters and copies of its buffers.
+    """Gradients and Hessian-gradient products of a model, computed on copies of its parameters and buffers.
 
-    Nothing of the model changes: not its weights, gradients, requires_grad or running statistics, nor the modes of its
-    modules and the global random state, which are put back. Modules run in train mode, because running statistics mean
-    nothing before training; dropout modules in eval mode, because their noise would be in the scores. `weights` are the
-    parameters by the names asked for.
+    Nothing of the model changes: not its weights, gradients, requires_grad or running statistics; the modes of its modules and
+    the global random state are restored. Modules run in train mode, because running statistics mean nothing before training;
+    dropout modules in eval mode, because their noise would be in the scores. `weights` are the parameters by name.
 
     Raises:
         UsageError: a name that is no parameter of the model, or two names of one.
@@ -40,15 +43,15 @@ class Probe:
             if key not in parameters:
                 raise UsageError(f"the model has no parameter {key!r}", hint=did_you_mean(key, parameters))
         self.weights = {key: parameters[key].detach() for key in keys}
-        first = {id(p): name for name, p in model.named_parameters()}  # tied ones once, by the name that stands for all
+        first = {id(p): name for name, p in model.named_parameters()}  # tied parameters once, by their first name
         self._names = {key: first[id(parameters[key])] for key in keys}
         if len(set(self._names.values())) < len(keys):
-            raise UsageError(f"of {', '.join(keys)} two are one parameter", hint="name every parameter once")
+            raise UsageError(f"of {', '.join(keys)} two are the same parameter", hint="name every parameter once")
 
     def gradients(
         self, pairs: Sequence[tuple[Any, Any]], masks: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """dL/d(w * mask) of every key, dense where the mask is zero too; the mean over `pairs`, which are (input, target)."""
+        """dL/d(w * mask) [*shape] by key, at masked places too; the mean over `pairs` of (input, target)."""
         leaves = self._leaves(masks)
         total = {key: torch.zeros_like(leaf, dtype=torch.float32) for key, leaf in leaves.items()}
         unused = set(leaves)
@@ -66,10 +69,10 @@ class Probe:
     def hessian_gradients(
         self, pairs: Sequence[tuple[Any, Any]], masks: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """H g of every key, with g the mean gradient over `pairs` and H the mean Hessian, both over all keys.
+        """H g [*shape] by key, with g the mean gradient over `pairs` and H the mean Hessian, both over all keys.
 
-        Double backward: H g = d/dw (g(w) . g) with the second g held fixed. Attention takes its plain form, the fused
-        kernels having no second derivative.
+        Double backward: H g = d/dw (g(w) . g) with the second g held fixed. Attention runs without its fused kernels,
+        which have no second derivative.
         """
         leaves = self._leaves(masks)
         total = {key: torch.zeros_like(leaf, dtype=torch.float32) for key, leaf in leaves.items()}
@@ -96,7 +99,7 @@ class Probe:
         return leaves
 
     def _losses(self, pairs: Sequence[tuple[Any, Any]], leaves: Mapping[str, Tensor]) -> Iterator[Tensor]:
-        """The loss of each pair, its graph alive until the next is asked for."""
+        """The loss of each pair, a scalar; its graph is freed when the next one is computed."""
         if not pairs:
             raise UsageError("no batches to score the weights on")
         parameters = {name: p.detach() for name, p in self.model.named_parameters()}
@@ -106,7 +109,7 @@ class Probe:
             args, kwargs = _arguments(given)
             loss = self.loss_fn(functional_call(self.model, state, args, kwargs), target)
             if loss.numel() != 1:
-                raise UsageError(f"the loss is no number but a tensor of shape {tuple(loss.shape)}")
+                raise UsageError(f"the loss is not a scalar but a tensor of shape {tuple(loss.shape)}")
             if not loss.requires_grad:
                 raise UsageError(f"the loss does not depend on any of {', '.join(leaves)}")
             if not bool(loss.detach().isfinite()):
@@ -140,11 +143,6 @@ def _arguments(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (), dict(given)
     return (tuple(given) if isinstance(given, tuple | list) else (given,)), {}
 
-
-# Which weights matter before training: SNIP, GraSP, and FORCE or iterative SNIP, on a few batches at initialisation.
-# A score here is large where a weight should be *kept*, for every method. The papers rank the weights of all layers
-# together, which also decides each layer's density; an iso-FLOP plan has fixed every layer's non-zeros already, so the
-# ranking is within each layer.
 
 LossFn = Callable[[Any, Any], Tensor]
 

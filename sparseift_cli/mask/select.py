@@ -1,7 +1,8 @@
-"""A uniformly random mask with an exact count, at the price of one random number a place.
+"""Choosing exactly n places: at random, by scores, without empty rows, in equal shares for heads, in disjoint masks.
 
-Independent coin flips give a mask that, whatever its count came out to be, is uniform among all masks with that count; adding
-places one at a time, uniformly, keeps it so. The coin is a little too low, so that nearly always some are missing and few.
+Which layer the places belong to is not known here. A random choice is a choice by random scores. Scores are float32 without NaN;
+random ones have 24 bits, so ties are common in large layers, and all places of a tie must be equally likely. No function
+holds indices of every place: one int64 index is twice the size of a score.
 """
 
 from __future__ import annotations
@@ -11,11 +12,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_DRAWN_TOGETHER = 1 << 15  # places drawn at a time, into one buffer: few enough that no thread has to wait for another
+_DRAWN_TOGETHER = (
+    1 << 15
+)  # places drawn at a time, into one buffer: few enough that torch does not split them over threads
 
 
 def at_random(grid: tuple[int, int], n: int, generator: torch.Generator) -> Tensor:
-    """Mask [*grid] with exactly n True, every such mask equally likely."""
+    """Mask [*grid] with exactly n True, every such mask equally likely; about one random number a place.
+
+    Independent coin flips give a mask that, given its count, is uniform among all masks with that count, and adding or removing
+    places uniformly keeps it so. The coin is a little below n / places, so that nearly always a few places are added.
+    """
     places = grid[0] * grid[1]
     if n > places // 2:
         return at_random(grid, places - n, generator).logical_not_()
@@ -41,20 +48,17 @@ def _hits(mask: Tensor, value: bool, n: int, generator: torch.Generator) -> Tens
     return found[torch.randperm(len(found), generator=generator)[:n]]
 
 
-# Choosing exactly n places by their scores, with every tie broken at random. Which layer they belong to is not known here.
-# A random choice is a choice by random scores. Scores are float32 without NaN; random ones have 24 bits, so that ties are
-# common in large layers, and all of a tie's places must be equally likely. Nothing here holds indices of every place: one
-# int64 index is twice the size of a score.
+# --- by scores, ties at random ---
 
-_SMALL = 1 << 18  # places from which a partial sort is as good as anything
+_SMALL = 1 << 18  # up to this size torch's own selection is used
 _SAMPLE = 1 << 16
 _CHUNK = 1 << 20  # places that are looked at together where temporary copies are needed
 
 
 def top(keys: Tensor, n: int, generator: torch.Generator, within: Tensor | None = None) -> Tensor:
-    """Mask of the n largest of `keys` (any shape), of those in the mask `within` where given; ties at random.
+    """Mask [*shape] of the n largest of `keys` [*shape], of those in the mask `within` [*shape] if given; ties at random.
 
-    The caller sees to it that there are n places.
+    The caller makes sure that there are n places.
     """
     places = keys.numel() if within is None else int(within.count_nonzero())
     if n == places:
@@ -76,9 +80,8 @@ def top(keys: Tensor, n: int, generator: torch.Generator, within: Tensor | None 
 def nth_largest(values: Tensor, n: int) -> Tensor:
     """The n-th largest of `values` [N], 1 <= n <= N, as a scalar.
 
-    Floyd and Rivest's SELECT: a sample gives two pivots that almost surely enclose the answer, and only what lies
-    between them is searched on. Where they do not, the side that holds the answer is. torch.kthvalue alone would hold
-    12 bytes a value beside the values.
+    Floyd and Rivest's SELECT: a sample gives two pivots that almost surely enclose the answer, and only what is
+    between them is searched further, or else the side that holds the answer. torch.kthvalue alone would need 12 bytes a value.
     """
     while (size := values.numel()) > _SMALL:
         sample = values[:: size // _SAMPLE | 1].sort(descending=True).values
@@ -122,7 +125,7 @@ def row_best(keys: Tensor, allowed: Tensor | None, generator: torch.Generator) -
 
 
 def rows_at_once(columns: int) -> int:
-    """How many rows make a piece small enough to copy."""
+    """How many rows of a matrix make a piece that is small enough to copy."""
     return max(1, _CHUNK // max(1, columns))
 
 
@@ -132,7 +135,7 @@ def _compress(values: Tensor, mask: Tensor) -> Tensor:
     return torch.cat([part[where] for part, where in zip(values.split(step), mask.split(step), strict=True)])
 
 
-# Places of a matrix chosen by their scores: no empty rows, equal shares for heads, several masks without a common place.
+# --- in a matrix: no empty rows, equal shares for heads, several disjoint masks ---
 
 
 def disjoint(
@@ -144,7 +147,7 @@ def disjoint(
     connect: bool = True,
     balance: tuple[int, int] = (1, 1),
 ) -> list[Tensor]:
-    """Masks [*grid] with `counts` places each, from one order of all places: the first takes the best, and so on.
+    """Disjoint masks [*grid] with `counts` places each, from one order of all places: the first takes the best, and so on.
 
     Args:
         keys: the scores [*grid]; at random where not given.
@@ -153,7 +156,7 @@ def disjoint(
     """
     keys = torch.rand(grid, generator=generator) if keys is None else keys
     down, across = balance
-    shares = _deal(counts, down * across)
+    shares = _equal_shares(counts, down * across)
     if down == 1:
         return _branches(keys, shares, generator, connect)
     heads = [
@@ -163,17 +166,18 @@ def disjoint(
     return [torch.cat(masks) for masks in zip(*heads, strict=True)]
 
 
-def _deal(counts: Sequence[int], blocks: int) -> list[list[int]]:
-    """Each count over equal blocks, as evenly as integers go; what is over goes on where the last count stopped.
+def _equal_shares(counts: Sequence[int], blocks: int) -> list[list[int]]:
+    """Each count split over equal blocks, as evenly as integers allow: [len(counts)][blocks].
 
-    Going on, rather than always from the first, is what lets disjoint masks fill a weight.
+    A remainder goes to the blocks that follow those which got the last one. Always starting from the first block would give it
+    more places than it has, where disjoint masks fill a weight.
     """
-    start, dealt = 0, list[list[int]]()
+    start, shares = 0, list[list[int]]()
     for n in counts:
         base, over = divmod(n, blocks)
-        dealt.append([base + ((i - start) % blocks < over) for i in range(blocks)])
+        shares.append([base + ((i - start) % blocks < over) for i in range(blocks)])
         start = (start + over) % blocks
-    return dealt
+    return shares
 
 
 def _branches(keys: Tensor, shares: Sequence[Sequence[int]], generator: torch.Generator, connect: bool) -> list[Tensor]:
@@ -181,18 +185,18 @@ def _branches(keys: Tensor, shares: Sequence[Sequence[int]], generator: torch.Ge
     masks: list[Tensor] = []
     free: Tensor | None = None
     for b, share in enumerate(shares):
-        waiting = len(shares) - b - 1
-        late = _set_aside(keys, free, waiting) if connect and waiting else None
+        later = len(shares) - b - 1
+        late = _reserved(keys, free, later) if connect and later else None
         masks.append(select(keys, share, generator, free=free, late=late, connect=connect))
-        if waiting:
+        if later:
             free = ~masks[-1] if free is None else free & ~masks[-1]
     return masks
 
 
-def _set_aside(keys: Tensor, free: Tensor | None, waiting: int) -> Tensor:
-    """The worst free places of each row, one for every branch that waits, but never a row's last: mask [R, C]."""
-    aside = torch.zeros(keys.shape, dtype=torch.bool)
-    step, some = rows_at_once(keys.shape[1]), min(waiting, keys.shape[1])
+def _reserved(keys: Tensor, free: Tensor | None, branches: int) -> Tensor:
+    """The worst free places of each row, one for every later branch, but never a row's last: mask [R, C]."""
+    reserved = torch.zeros(keys.shape, dtype=torch.bool)
+    step, some = rows_at_once(keys.shape[1]), min(branches, keys.shape[1])
     for start in range(0, len(keys), step):
         part = keys[start : start + step]
         places = torch.full((len(part),), keys.shape[1])
@@ -200,8 +204,8 @@ def _set_aside(keys: Tensor, free: Tensor | None, waiting: int) -> Tensor:
             here = free[start : start + step]
             part, places = part.masked_fill(~here, torch.inf), here.sum(1)
         worst = part.topk(some, dim=1, largest=False).indices
-        aside[start : start + step].scatter_(1, worst, torch.arange(some) < places[:, None] - 1)
-    return aside
+        reserved[start : start + step].scatter_(1, worst, torch.arange(some) < places[:, None] - 1)
+    return reserved
 
 
 def select(
@@ -246,7 +250,7 @@ def _connect(keys: Tensor, mask: Tensor, free: Tensor | None, generator: torch.G
         return
     _, column, kept = row_best(keys, mask, generator)
     safe = kept.nonzero()[:, 0], column[kept]
-    mask[safe] = False  # what remains may leave
+    mask[safe] = False  # only places that are not a row's best may leave
     spans = _blocks(keys.shape[1], blocks)
     spare = [int(mask[:, a:b].count_nonzero()) for a, b in spans]
     best = [
@@ -276,8 +280,8 @@ def _match(values: Tensor, open_: Tensor, spare: Sequence[int], generator: torch
         if not exists.any():
             return chosen
         for q, n in enumerate(left):
-            suitors = exists & (wish == q)
-            taken = top(values[:, q], min(n, int(suitors.count_nonzero())), generator, suitors)
+            wanting = exists & (wish == q)
+            taken = top(values[:, q], min(n, int(wanting.count_nonzero())), generator, wanting)
             chosen[taken] = q
             left[q] -= int(taken.count_nonzero())
 

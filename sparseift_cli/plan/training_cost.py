@@ -6,8 +6,8 @@ gradients, is the mask algorithm's to say (`MaskAlgorithm.mean_step`).
 No dX where nothing upstream trains (the first layer), no dW for frozen weights; both come from the table, where tracing
 `requires_grad` put them. Optimiser steps and elementwise work are not counted, as in the forward pass.
 
-With activation checkpointing (`recompute`) every layer inside a repeated block (`Layer.block`) makes a second forward; what
-lies outside of blocks, such as stem and head, keeps its activations and makes one. `train.recompute` executes just that.
+With activation checkpointing (`recompute`) every layer inside a repeated block (`Layer.block`) is computed a second time; layers
+outside of blocks, such as stem and head, keep their activations and are computed once. `train.recompute` does just that.
 """
 
 from __future__ import annotations

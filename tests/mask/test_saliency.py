@@ -244,7 +244,7 @@ def test_refusals() -> None:
         scores(model, KEYS, batches, LOSS, method="force")
     with pytest.raises(UsageError, match=r"does not depend on 1\.spare$"):
         scores(Spare(model), ["0.0.weight", "1.spare"], batches, LOSS)
-    with pytest.raises(UsageError, match="two are one parameter"):
+    with pytest.raises(UsageError, match="two are the same parameter"):
         scores(nn.Sequential(model, model), ["0.0.weight", "1.0.weight"], batches, LOSS)
     with pytest.raises(UsageError, match=r"does not depend on any of 0\.weight, 2\.weight"):
         scores(model, KEYS, batches, lambda out, y: LOSS(out.detach(), y))
