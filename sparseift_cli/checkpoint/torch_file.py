@@ -103,10 +103,10 @@ def check_stored(archive: Archive, file_size: int) -> None:
                 f"({member.packed:,} bytes in the archive, {member.size:,} unpacked); torch.save does neither",
                 hint="if it is an archive of checkpoints, unpack it first",
             )
-    _check_apart(archive.members.values(), archive.directory, file_size)
+    _check_no_overlap(archive.members.values(), archive.directory, file_size)
 
 
-def _check_apart(members: Iterable[ZipMember], directory: int, file_size: int) -> None:
+def _check_no_overlap(members: Iterable[ZipMember], directory: int, file_size: int) -> None:
     ordered = sorted(members, key=lambda m: m.offset)
     for member in ordered:
         if member.offset + _LOCAL.size + member.size > directory:
@@ -203,7 +203,7 @@ class TorchFile:
 def read_zip(path: Path, file: BinaryIO, size: int) -> TorchFile:
     """A checkpoint in the zip format. Raises Malformed for any other archive, and for a damaged one."""
     archive = read_archive(file, size)
-    root = _root(archive)
+    root = _root_folder(archive)
     check_stored(archive, size)
     begin, length = archive.data(file, f"{root}data.pkl")
     if length > MAX_BYTES:
@@ -238,7 +238,7 @@ def _byteorder(archive: Archive, file: BinaryIO, root: str) -> bytes:
     return order
 
 
-def _root(archive: Archive) -> str:
+def _root_folder(archive: Archive) -> str:
     """The folder in the archive that holds data.pkl, with its slash. The error says what else the archive seems to be."""
     names = archive.members.keys()
     files = [name for name in names if not name.endswith("/")]

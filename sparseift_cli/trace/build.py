@@ -320,7 +320,7 @@ class _Builder:
 
     def _all_layouts(self) -> dict[Poly, tuple[DimLayout, ...]]:
         found: dict[Poly, dict[DimLayout, None]] = {}
-        for whole, seen in self.run.facts.orders.items():
+        for whole, seen in self.run.facts.all_layouts.items():
             for kind, parts in seen:
                 if layout := self._layout(whole, kind, parts):
                     found.setdefault(self._named(whole), {})[layout] = None

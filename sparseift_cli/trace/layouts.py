@@ -5,7 +5,7 @@ rows are ordered as [3, heads, head_dim] or [heads, 3, head_dim]; only the view 
 `transforms/preserve` needs the order to put the rows of a dense weight at their places in a wider one.
 
 The functions here are called by `shape_rules` for the functions in WATCHED: they call PyTorch's function and record
-what it shows in `Facts.layouts` (the most telling layout of a dim) and `Facts.orders` (all that were seen). At the end
+what it shows in `Facts.layouts` (the most telling layout of a dim) and `Facts.all_layouts` (all that were seen). At the end
 of the file is `IndexTracker`, for widths that must not change because an entry is chosen by its index.
 """
 
@@ -34,13 +34,18 @@ def concrete(dim: Dim) -> int:
 def note_reshape(facts: Facts, before: Sequence[Dim], after: Sequence[Dim]) -> None:
     """Record which dims a reshape splits or joins, from the shapes before and after it.
 
-    Dims are matched from the left: [B, T, E] -> [B, T, heads, head_dim] leaves E = heads * head_dim. Sizes of 1 match
-    anything.
+    Dims are matched from the left, by their values in this run; sizes of 1 are skipped.
+
+    >>> facts = Facts()
+    >>> heads, head_dim = (facts.symint(facts.new_variable(size)) for size in (4, 16))
+    >>> note_reshape(facts, (32, heads * head_dim), (32, 1, heads, head_dim))
+    >>> facts.layouts
+    {w0*w1: ('product', (w0, w1))}
     """
     if not any(isinstance(d, torch.SymInt) for d in (*before, *after)):
         return
     left, right = ([d for d in dims if not (isinstance(d, int) and d == 1)] for dims in (before, after))
-    while left and right:
+    while left and right:  # take dims from both sides until the products of the taken ones are equal
         a, b = [left.pop(0)], [right.pop(0)]
         x, y = concrete(a[0]), concrete(b[0])
         while x != y:
@@ -51,7 +56,7 @@ def note_reshape(facts: Facts, before: Sequence[Dim], after: Sequence[Dim]) -> N
                 b.append(right.pop(0))
                 y *= concrete(b[-1])
             else:
-                return
+                return  # e.g. [6, 4] -> [4, 6]: no dim is a product of others
         for whole, parts in ((a, b), (b, a)):
             if len(whole) == 1 and len(parts) > 1:
                 _note_view(facts, "product", whole[0], [p for p in parts if concrete(p) != 1])
@@ -72,10 +77,11 @@ def note_layout(facts: Facts, kind: Any, whole: Dim, parts: Sequence[Dim]) -> No
     `kind` is "product" or "sum", as in `DimLayout`.
     """
     if isinstance(whole, torch.SymInt) and len(parts) > 1:
-        facts.orders.setdefault(poly_of(whole), {}).setdefault((kind, tuple(poly_of(p) for p in parts)))
+        facts.all_layouts.setdefault(poly_of(whole), {}).setdefault((kind, tuple(poly_of(p) for p in parts)))
 
 
 def _note_view(facts: Facts, kind: Any, whole: Dim, parts: Sequence[Dim]) -> None:
+    """The same where a view or slice shows it: then it is a candidate for the one layout of `whole`, too."""
     if isinstance(whole, torch.SymInt) and len(parts) > 1:
         note_layout(facts, kind, whole, parts)
         key = poly_of(whole)
@@ -85,8 +91,12 @@ def _note_view(facts: Facts, kind: Any, whole: Dim, parts: Sequence[Dim]) -> Non
 
 
 def _dim(tensor: Tensor, kwargs: dict[str, Any], rest: tuple[Any, ...], at: int) -> int:
+    """The argument `dim` of a function, by name or at position `at` of `rest`, as a non-negative number."""
     dim = kwargs.get("dim", rest[at] if len(rest) > at else 0)
     return dim % tensor.dim() if isinstance(dim, int) else 0
+
+
+# --- the watched functions: each calls `func` and records what the result shows ---
 
 
 def _reshaped(facts: Facts, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -39,6 +39,8 @@ from torch.fx.experimental.sym_node import SymNode
 
 from ..table.poly import Poly
 
+_Layout = tuple[Literal["product", "sum"], tuple[Poly, ...]]  # see `structure.DimLayout`
+
 
 class Facts:
     """The width variables of one trace, and the facts about them. Passed to FakeTensorMode in place of a ShapeEnv."""
@@ -57,11 +59,9 @@ class Facts:
         self.frozen: dict[int, str] = {}  # variable -> why its value must stay
         self.quotients: dict[tuple[Poly, Poly], Poly] = {}  # (a, b) -> a / b
         self.divisors: dict[int, Poly] = {}  # variable of a quotient -> its divisor
-        self.layouts: dict[Poly, tuple[Literal["product", "sum"], tuple[Poly, ...]]] = {}  # how a dim is made of others
-        self.orders: dict[
-            Poly, dict[tuple[Literal["product", "sum"], tuple[Poly, ...]], None]
-        ] = {}  # all that was seen
-        self.floats: dict[Poly, None] = {}  # what the forward computed with as a float, as head_dim ** -0.5
+        self.layouts: dict[Poly, _Layout] = {}  # dim -> the most telling way in which it was seen to be made of others
+        self.all_layouts: dict[Poly, dict[_Layout, None]] = {}  # dim -> all ways that were seen
+        self.floats: dict[Poly, None] = {}  # sizes that a float was computed from, as head_dim ** -0.5
         self.fake_tensor_cache = {}
 
     def new_variable(self, size: int) -> Poly:
