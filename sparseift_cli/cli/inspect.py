@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from ..base.options import options_of
 from ..errors import UsageError
+from ..plan.spec import InitSpec, TransformSpec
 from . import options
 from .options import Format, without_github
 
@@ -39,26 +42,27 @@ RECIPES = (".yaml", ".yml")
 
 _CHECKPOINT = "For a checkpoint"
 _MODEL = "For a model"
-
+_EXPLAINED = ("member", "sparsity", "scope", "include", "exclude")
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
 
 @app.command(cls=options.Command, help=options.help_of("inspect", HELP))
+@options.takes(
+    state_dict=options.Declared(InitSpec, only=("key",), panel=_CHECKPOINT),
+    spec=options.Declared(
+        TransformSpec, only=_EXPLAINED, panel=_MODEL, help={"sparsity": "Share of zeros to explain: 0.9."}
+    ),
+)
 def inspect(
     source: Annotated[
         str, typer.Argument(help="A checkpoint file, model name, recipe, package.module:callable, or a folder of ours.")
     ],
+    *,
     values: Annotated[
-        bool,
-        typer.Option("--values", help="Scan the values: zeros, NaN, inf, patterns.", rich_help_panel=_CHECKPOINT),
+        bool, typer.Option("--values", help="Scan the values: zeros, NaN, inf, patterns.", rich_help_panel=_CHECKPOINT)
     ] = False,
-    key: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH", help="Dotted path of the state dict in the file, as in 'ema'.", rich_help_panel=_CHECKPOINT
-        ),
-    ] = None,
+    state_dict: dict[str, Any],
     model: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Compare with this zoo model, name by name.", rich_help_panel=_CHECKPOINT),
@@ -67,90 +71,81 @@ def inspect(
         bool,
         typer.Option(
             "--spectral",
-            help="Spectral and Ramanujan gaps of the masks: also of a transformed model's folder, a run directory, "
-            "or one checkpoint of a run.",
+            help="Spectral and Ramanujan gaps of the masks, also of a transformed model's folder or a run.",
             rich_help_panel=_CHECKPOINT,
         ),
     ] = False,
     every_checkpoint: Annotated[
         bool,
-        typer.Option(
-            "--every-checkpoint",
-            help="With --spectral, of a run: all checkpoints it has kept.",
-            rich_help_panel=_CHECKPOINT,
-        ),
+        typer.Option("--every-checkpoint", help="With --spectral: all kept checkpoints.", rich_help_panel=_CHECKPOINT),
     ] = False,
     why: Annotated[
         bool,
-        typer.Option("--why", help="What each transform would touch, and why not the rest.", rich_help_panel=_MODEL),
+        typer.Option("--why", help="What each transform would change, and why not the rest.", rich_help_panel=_MODEL),
     ] = False,
-    transform: Annotated[
-        str | None,
-        typer.Option("--transform", "-t", help="wide, parallel, factorized or doped.", rich_help_panel=_MODEL),
+    spec: dict[str, Any],
+    num_classes: options.NumClasses = None,
+    input_: options.Input = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Samples in the input.", rich_help_panel=options.INPUT)
     ] = None,
-    sparsity: Annotated[
-        str | None,
-        typer.Option("--sparsity", "-s", metavar="S", help="Sparsity of the transform: 0.9.", rich_help_panel=_MODEL),
-    ] = None,
-    scope: Annotated[
-        str | None, typer.Option(help="Widths that Sparse Wide grows: all or inner.", rich_help_panel=_MODEL)
-    ] = None,
-    include: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="Only layers of these names.", rich_help_panel=_MODEL)
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="No layers of these names.", rich_help_panel=_MODEL)
-    ] = None,
-    input_: Annotated[
-        str | None, typer.Option("--input", metavar="CxHxW", help="Input of one sample.", rich_help_panel=_MODEL)
-    ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Samples per forward.", rich_help_panel=_MODEL)] = None,
-    seq: Annotated[int | None, typer.Option(min=1, help="Tokens per sequence.", rich_help_panel=_MODEL)] = None,
-    num_classes: Annotated[int | None, typer.Option(min=1, help="Size of the head.", rich_help_panel=_MODEL)] = None,
-    depth: Annotated[int | None, typer.Option(min=1, help="Fold the table to this many name parts.")] = None,
-    sort: Annotated[
-        str | None,
-        typer.Option(
-            help="Checkpoint: name, parameters, bytes, and with --values zeros, density. Default: file order."
-        ),
-    ] = None,
+    seq: options.Seq = None,
     fmt: options.FormatOption = Format.table,
     as_json: options.Json = False,
     output: options.Output = None,
+    depth: options.Depth = None,
+    sort: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN",
+            help="Sort rows. Checkpoint: name, parameters, bytes, zeros or density.",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
 ) -> None:
     fmt = without_github(fmt, as_json, "inspect")
-    of_model = {
-        "--why": why,
-        "--transform": transform,
-        "--sparsity": sparsity,
-        "--scope": scope,
-        "--include": include,
-        "--exclude": exclude,
-        "--input": input_,
-        "--batch": batch,
-        "--seq": seq,
-        "--num-classes": num_classes,
-    }
-    if spectral or every_checkpoint:
-        _refuse({} if spectral else {"--every-checkpoint": True}, "masks are looked at by --spectral", "for it")
-        _refuse(
-            {**of_model, "--values": values, "--model": model, "--depth": depth, "--sort": sort},
-            "--spectral looks at masks",
-            "not for it",
-        )
-        from .inspect_spectral import inspect_spectral
+    size = {"--input": input_, "--batch": batch, "--seq": seq, "--num-classes": num_classes}
+    asked = Asked(values, state_dict.get("key"), model, spectral, every_checkpoint, why, spec, size, depth, sort)
+    _inspect(source, asked, fmt, output)
 
-        inspect_spectral(source, is_file=is_checkpoint(source), every=every_checkpoint, key=key, fmt=fmt, output=output)
-        return
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the command line asks of a source, apart from the format. Most options are for one kind of source."""
+
+    values: bool
+    key: str | None
+    model: str | None
+    spectral: bool
+    every_checkpoint: bool
+    why: bool
+    spec: Mapping[str, Any]
+    size: Mapping[str, Any]
+    """Options of the model's input, by their flags."""
+    depth: int | None
+    sort: str | None
+
+    def of_models(self) -> dict[str, object]:
+        flags = {name: declared.flags[0] for name, declared in options_of(TransformSpec).items()}
+        return {"--why": self.why, **{flags[name]: value for name, value in self.spec.items()}, **self.size}
+
+    def of_checkpoints(self) -> dict[str, object]:
+        return {"--values": self.values, "--key": self.key, "--model": self.model}
+
+    def of_rows(self) -> dict[str, object]:
+        return {"--depth": self.depth, "--sort": self.sort}
+
+
+def _inspect(source: str, asked: Asked, fmt: Format, output: Path | None) -> None:
+    """Find out what `source` is, refuse the options that are not for it, and show it."""
     from ..report.read import is_kept_file
     from ..transforms.artifact import is_artifact, is_run, open_artifact
 
+    if asked.spectral or asked.every_checkpoint:
+        _spectral(source, asked, fmt, output)
+        return
     if is_run(source) or is_kept_file(Path(source)):
-        _refuse(
-            {**of_model, "--values": values, "--key": key, "--model": model, "--depth": depth, "--sort": sort},
-            f"{source} is a run",
-            "not for it",
-        )
+        _refuse(asked.of_models() | asked.of_checkpoints() | asked.of_rows(), f"{source} is a run", "not for it")
         from .inspect_run import inspect_run
 
         inspect_run(source, fmt, output)
@@ -164,40 +159,39 @@ def inspect(
             )
         source = str(transformed.weights)
     if is_checkpoint(source):
-        _refuse(of_model, f"{source} is a checkpoint", "for models")
+        _refuse(asked.of_models(), f"{source} is a checkpoint", "for models")
         from .inspect_checkpoint import inspect_checkpoint
 
         inspect_checkpoint(
             source,
-            values=values,
-            key=key,
-            model=model,
-            depth=depth,
-            sort=sort,
+            values=asked.values,
+            key=asked.key,
+            model=asked.model,
+            depth=asked.depth,
+            sort=asked.sort,
             fmt=fmt,
             output=output,
             transformed=transformed,
         )
         return
-    _refuse({"--values": values, "--key": key, "--model": model}, f"{source} is a model", "for checkpoint files")
+    _refuse(asked.of_checkpoints(), f"{source} is a model", "for checkpoint files")
+    from ..models.request import Request, parse_input
     from .inspect_model import inspect_model
 
-    inspect_model(
-        source,
-        why=why,
-        transform=transform,
-        sparsity=sparsity,
-        scope=scope,
-        include=tuple(include or ()),
-        exclude=tuple(exclude or ()),
-        input_=input_,
-        batch=batch or 1,
-        seq=seq,
-        num_classes=num_classes,
-        depth=depth,
-        sort=sort,
-        fmt=fmt,
-        output=output,
+    size = asked.size
+    request = Request(source, size["--num-classes"], parse_input(size["--input"]), size["--seq"], size["--batch"] or 1)
+    inspect_model(request, why=asked.why, spec=asked.spec, depth=asked.depth, sort=asked.sort, fmt=fmt, output=output)
+
+
+def _spectral(source: str, asked: Asked, fmt: Format, output: Path | None) -> None:
+    """The masks of a checkpoint, a folder of ours or a run."""
+    _refuse({} if asked.spectral else {"--every-checkpoint": True}, "masks are read with --spectral", "for it")
+    others = {**asked.of_models(), "--values": asked.values, "--model": asked.model, **asked.of_rows()}
+    _refuse(others, "--spectral reads masks", "not for it")
+    from .inspect_spectral import inspect_spectral
+
+    inspect_spectral(
+        source, is_file=is_checkpoint(source), every=asked.every_checkpoint, key=asked.key, fmt=fmt, output=output
     )
 
 

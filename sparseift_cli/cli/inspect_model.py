@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import SparseiftError, UsageError
-from ..models.source import Request, load_table, parse_input, resolve
+from ..models.request import Request
+from ..models.source import load_table, resolve
 from ..plan.audit import audit, row_json, rows
 from ..plan.layer_plan import LayerPlan
 from ..plan.members import MEMBERS
@@ -23,37 +25,31 @@ DEFAULT_SPARSITY = "0.75"
 
 
 def inspect_model(
-    source: str,
+    request: Request,
     *,
     why: bool,
-    transform: str | None,
-    sparsity: str | None,
-    scope: str | None,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-    input_: str | None,
-    batch: int | None,
-    seq: int | None,
-    num_classes: int | None,
+    spec: Mapping[str, Any],
     depth: int | None,
     sort: str | None,
     fmt: Format,
     output: Path | None,
 ) -> None:
-    """Print the layers of a model; with `why` one column per member says what it would do to each layer."""
-    request, recipe = resolve(Request(source, num_classes, parse_input(input_), seq, batch or 1))
-    if not why and (transform or sparsity or scope or include or exclude):
+    """Print the layers of a model; with `why` one column per member has what it would do to each layer.
+
+    Raises:
+        UsageError: options in `spec` without `why`, or a member, layer or column that does not exist.
+    """
+    request, recipe = resolve(request)
+    if not why and spec:
         raise UsageError(
-            "--transform, --sparsity, --scope, --include and --exclude say what to explain",
+            "--transform, --sparsity, --scope, --include and --exclude are options of --why",
             hint="add --why, or use sparseift flops for the numbers",
         )
     table = load_table(request)
-    given = dict(recipe.transform) if recipe else {}
-    asked = MEMBERS.canonical(transform) if transform else given.get("member") if recipe else None
+    options: dict[str, Any] = {"sparsity": DEFAULT_SPARSITY} | (dict(recipe.transform) if recipe else {}) | dict(spec)
+    asked = MEMBERS.canonical(options["member"]) if "member" in options else None
     members = [asked] if asked else list(MEMBERS)
-    options: dict[str, Any] = given | {"sparsity": sparsity or given.get("sparsity", DEFAULT_SPARSITY)}
-    options |= {k: v for k, v in {"scope": scope, "include": include, "exclude": exclude}.items() if v}
-    if scope == "none":  # the control of wide alone: it holds no budget
+    if spec.get("scope") == "none":  # the control of wide alone: it keeps no FLOPs
         options["match"], members = "off", [asked or "wide"]
     result = audit(table)
     entries = [row_json(row) | {"shape": shape_text(row, result)} for row in rows(result)]

@@ -42,7 +42,11 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
 
 @app.command(cls=options.Command, help=options.help_of("transform", HELP))
-@options.takes(spec=options.Declared(TransformSpec), start=options.Declared(InitSpec, only=_START))
+@options.takes(
+    state_dict=options.Declared(InitSpec, only=("key",), panel=options.INPUT),
+    spec=options.Declared(TransformSpec),
+    start=options.Declared(InitSpec, only=_START),
+)
 def transform(
     source: Annotated[str, typer.Argument(help="As for flops, or a checkpoint file.", show_default=False)],
     *,
@@ -54,14 +58,7 @@ def transform(
             rich_help_panel=options.INPUT,
         ),
     ] = None,
-    key: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH",
-            help="Dotted path of the state dict in the checkpoint, as in 'ema'.",
-            rich_help_panel=options.INPUT,
-        ),
-    ] = None,
+    state_dict: dict[str, Any],
     num_classes: options.NumClasses = None,
     input_shape: options.Input = None,
     batch: options.Batch = 1,
@@ -108,13 +105,13 @@ def transform(
     from ..models.request import Request, parse_input
 
     fmt = without_github(fmt, json, "transform")
-    init = InitSpec(**start)
+    init = InitSpec(**start, **state_dict)
     _require_output(output, init, force=force, plan_only=plan_only, export=export)
     checkpoint = source if _is_checkpoint_file(source) else None
-    if checkpoint is None and (model or key):
+    if checkpoint is None and (model or init.key):
         raise UsageError("--model and --key are for checkpoint files", hint=f"{source} is a model")
     request = Request(model or "" if checkpoint else source, num_classes, parse_input(input_shape), seq, batch)
-    new, done = _convert(request, spec, init, checkpoint, key, seed, plan_only=plan_only)
+    new, done = _convert(request, spec, init, checkpoint, seed, plan_only=plan_only)
     if output is not None:
         from ..api import save
 
@@ -150,7 +147,6 @@ def _convert(
     spec: dict[str, Any],
     init: InitSpec,
     checkpoint: str | None,
-    key: str | None,
     seed: int,
     *,
     plan_only: bool,
@@ -172,7 +168,7 @@ def _convert(
         request,
         wanted,
         checkpoint=checkpoint,
-        key=key,
+        key=init.key,
         plan_only=plan_only,
         training=TrainingSpec(**recipe.training) if recipe else None,
         options=Options(
