@@ -8,10 +8,11 @@ model = load("out")
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from .base.text import shape_text
 from .checkpoint import Checkpoint
 from .errors import CheckFailed, UsageError
 from .models.source import Request, as_call, build, load_table, resolve, shape_of
@@ -239,7 +240,7 @@ def copy_masks(source: nn.Module, target: nn.Module) -> None:
     for key, mask in masks.items():  # all of them before one is laid
         if key not in theirs or theirs[key].shape != mask.shape:
             raise UsageError(
-                f"{type(target).__name__} has no {key} of shape {_by(mask.shape)}",
+                f"{type(target).__name__} has no {key} of shape {shape_text(mask.shape)}",
                 hint="give a copy of the model that has the masks, as AveragedModel(model).module",
             )
     for key, mask in masks.items():
@@ -309,7 +310,7 @@ def _require_planned_input(done: Transformation, example_input: Any) -> None:
     planned, at = tuple(done.plan.table.input), tuple(shape_of(*as_call(example_input)))
     if at != planned:
         raise UsageError(
-            f"this {done.plan.table.model} was planned at input {_by(planned)}, not {_by(at)}",
+            f"this {done.plan.table.model} was planned at input {shape_text(planned)}, not {shape_text(at)}",
             hint="transform the dense model at that input",
         )
 
@@ -331,10 +332,6 @@ def _documents(done: Transformation) -> dict[str, dict[str, Any]]:
             notes=list(done.notes),
         ),
     }
-
-
-def _by(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
 
 
 def _require_no_input(source: str, example_input: Any) -> None:

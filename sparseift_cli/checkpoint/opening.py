@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Literal
 
+from ..base.text import some_of
 from ..errors import CheckpointError, did_you_mean
 from .facts import Checkpoint, OtherEntry, Storage, TensorInfo, looks_like_buffer
 from .safetensors_file import read_header
@@ -177,8 +178,7 @@ def _finished(checkpoint: Checkpoint, tensors: Sequence[TensorInfo]) -> Checkpoi
 
 
 def _some(names: Sequence[str], n: int = 5) -> str:
-    more = f" and {len(names) - n} more" if len(names) > n else ""
-    return ", ".join(printable(name, 120) for name in names[:n]) + more
+    return some_of((printable(name, 120) for name in names), n)
 
 
 # --- what a file is, judged by its first bytes and never by its name ---

@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..base.text import shape_text
 from ..errors import CheckFailed, UsageError, did_you_mean
 from ..plan.audit import Audit, row_json, rows, to_json
 from ..plan.layer_plan import LayerPlan
@@ -97,8 +98,7 @@ def _layers(result: Audit, depth: int | None, sort: str | None) -> Sheet:
 
 
 def _title(result: Audit) -> str:
-    shape = "x".join(map(str, result.table.input))
-    title = f"{result.table.model}, input {shape}"
+    title = f"{result.table.model}, input {shape_text(result.table.input)}"
     if result.plan:
         spec = result.plan.spec
         title += f": {result.plan.member.title.lower()}, sparsity {spec.sparsity}, match {spec.match}"
@@ -109,11 +109,11 @@ def _title(result: Audit) -> str:
 
 def _entry(row: LayerPlan, result: Audit) -> dict[str, Any]:
     entry = row_json(row)
-    entry["shape"] = shape_text(row, result)
+    entry["shape"] = layer_shape_text(row, result)
     return entry
 
 
-def shape_text(row: LayerPlan, result: Audit) -> str:
+def layer_shape_text(row: LayerPlan, result: Audit) -> str:
     """`64>128 3x3 -> 202>405 3x3`: inputs > outputs, kernel, groups, before and after."""
     layer = row.layer
     if not layer.weighted:

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..base.text import shape_text, some_of
 from ..checkpoint.facts import Checkpoint, OtherEntry, TensorInfo
 from ..checkpoint.opening import open_checkpoint
 from ..checkpoint.recognise import Match, Shapes, closest, load_catalogue, recognise
@@ -117,7 +118,7 @@ def _rows(checkpoint: Checkpoint, scanned: Sequence[TensorValues] | None) -> lis
     for i, tensor in enumerate(checkpoint.tensors):
         row = {
             "tensor": printable(tensor.name),
-            "shape": "x".join(map(str, tensor.shape)) or "scalar",
+            "shape": shape_text(tensor.shape),
             "dtype": tensor.dtype,
             "elements": tensor.numel,
             "parameters": _parameters(tensor),
@@ -328,8 +329,7 @@ def _count(n: int, what: str) -> str:
 
 
 def _some(items: Sequence[str]) -> str:
-    more = f" and {len(items) - SHOWN:,} more" if len(items) > SHOWN else ""
-    return ", ".join(items[:SHOWN]) + more
+    return some_of(items, SHOWN)
 
 
 def _payload(

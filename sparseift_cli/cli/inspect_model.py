@@ -16,7 +16,7 @@ from ..plan.plan import make_plan
 from ..plan.spec import TransformSpec
 from ..plan.widths import solve
 from ..table.table import LayerTable
-from .flops_view import fold, shape_text, sorted_entries
+from .flops_view import fold, layer_shape_text, sorted_entries
 from .options import Format
 from .output import Column, Sheet, integer, render
 
@@ -52,7 +52,7 @@ def inspect_model(
     if spec.get("scope") == "none":  # the control of wide alone: it keeps no FLOPs
         options["match"], members = "off", [asked or "wide"]
     result = audit(table)
-    entries = [row_json(row) | {"shape": shape_text(row, result)} for row in rows(result)]
+    entries = [row_json(row) | {"shape": layer_shape_text(row, result)} for row in rows(result)]
     notes = _notes(table)
     if why:
         for member in members:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..base.text import shape_text, some_of
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.reading import TensorReader, Unreadable
 from ..checkpoint.recognise import Match, closest, load_catalogue, recognise
@@ -14,7 +15,7 @@ from ..errors import CheckpointError, UsageError
 if TYPE_CHECKING:
     from torch import nn
 
-SHOWN = 4
+_MAX_NAMES = 4  # of each kind, in one message
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,14 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, match: Match | None = No
     missing = [n for n in parameters if not any(other in names for other in tied[id(state[n])])]
     unexpected = [n for n, t in names.items() if n not in state and not t.buffer]
     shapes = [
-        f"{n} is {_dims(t.shape)}, the model's is {_dims(state[n].shape)}"
+        f"{n} is {shape_text(t.shape)}, the model's is {shape_text(state[n].shape)}"
         for n, t in names.items()
         if n in state and tuple(t.shape) != tuple(state[n].shape)
     ]
     problems = [
-        *([f"missing: {_some(sorted(missing))}"] if missing else []),
-        *([f"not in the model: {_some(unexpected)}"] if unexpected else []),
-        *([f"of another shape: {_some(shapes)}"] if shapes else []),
+        *([f"missing: {some_of(sorted(missing), _MAX_NAMES)}"] if missing else []),
+        *([f"not in the model: {some_of(unexpected, _MAX_NAMES)}"] if unexpected else []),
+        *([f"of another shape: {some_of(shapes, _MAX_NAMES)}"] if shapes else []),
     ]
     if problems:
         raise CheckpointError(
@@ -90,12 +91,3 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, match: Match | None = No
                     state[name].copy_(reader.read(info))
                 except Unreadable as error:
                     raise CheckpointError(f"{checkpoint.path}: {name!r} cannot be read: {error}") from None
-
-
-def _dims(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "a scalar"
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

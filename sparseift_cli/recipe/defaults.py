@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..base.text import shape_text
 from ..data import DATASETS, DataSource
 from ..errors import SparseiftError, UsageError
 from ..models.zoo import registry
@@ -105,5 +106,5 @@ def _model(given: Mapping[str, Any], facts: DataSource | None) -> dict[str, Any]
     if facts.classes not in (None, info.num_classes):
         found["num_classes"] = facts.classes
     if facts.image not in (None, info.image):
-        found["input"] = "x".join(map(str, facts.image))
+        found["input"] = shape_text(facts.image)
     return found

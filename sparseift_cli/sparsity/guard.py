@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from ..base.text import some_of
 from ..errors import SparseiftError, UsageError
 
 KEEPS_ZEROS = (SGD, Adam, AdamW)
@@ -110,7 +111,7 @@ def require_finite(tensors: Mapping[str, Tensor], what: str, step: int) -> None:
         return
     bad = [name for name, t in tensors.items() if not all_finite([t])]
     raise NonFiniteError(
-        f"step {step}: {what} of {_listed(bad)} is not finite, so no mask can be updated by it",
+        f"step {step}: {what} of {some_of(bad)} is not finite, so no mask can be updated by it",
         hint="lower the learning rate, clip gradients, or check the input",
     )
 
@@ -125,9 +126,3 @@ def multiply_(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
 def _finite_norms(tensors: Sequence[Tensor], order: float) -> bool:
     norms = torch._foreach_norm(list(tensors), order)  # pyright: ignore[reportPrivateImportUsage]
     return bool(torch.stack([n.double().to(tensors[0].device) for n in norms]).isfinite().all())
-
-
-def _listed(names: Iterable[str], most: int = 5) -> str:
-    found = list(names)
-    more = f" and {len(found) - most} more" if len(found) > most else ""
-    return ", ".join(found[:most]) + more

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..base.text import some_of
 from ..errors import CheckFailed
 from .sparse_weight import SparseWeight
 
@@ -47,9 +48,8 @@ def check_ranks(masks: Mapping[str, Tensor], group: dist.ProcessGroup | None = N
     dist.all_reduce(high, dist.ReduceOp.MAX, group)
     differ = [name for name, same in zip(masks, (low == high).tolist(), strict=True) if not same]
     if differ:
-        more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
         raise CheckFailed(
-            f"masks differ between ranks: {', '.join(differ[:5])}{more}",
+            f"masks differ between ranks: {some_of(differ)}",
             hint="average gradients over all ranks before sparsifier.step(), and give every rank the same seed",
         )
 

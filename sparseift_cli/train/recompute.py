@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from ..base.text import some_of
 from ..errors import UsageError
 from ..table.table import LayerTable
 
 _ONCE = "_sparseift_once"  # the attribute of a wrapped block that holds its own forward
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-_SHOWN = 3
 COMPILES = torch.__version__ >= "2.11"
 """Older compilers write a batch norm's statistics once more when they recompute (seen with 2.6): there blocks stay eager."""
 
@@ -138,9 +138,8 @@ def _require_inside(model: nn.Module, blocks: dict[str, nn.Module], example: Ten
         model.train(was_training)
     wrong = [*outside, *(name for name, block in blocks.items() if block not in entered)]
     if wrong:
-        more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise UsageError(
-            f"training.recompute cannot be: {', '.join(wrong[:_SHOWN])}{more} of the model would not be computed "
+            f"training.recompute cannot be: {some_of(wrong, 3)} of the model would not be computed "
             "again, as the model does not call the blocks around them as modules",
             hint="leave training.recompute out",
         )

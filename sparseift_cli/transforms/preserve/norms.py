@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ...base.text import some_of
 from ...table.poly import Poly
 from ...trace.flow import NORM_PREFIX, PARAMETER_PREFIX, UNKNOWN, is_layer_norm
 from ...trace.structure import Structure
@@ -213,7 +214,8 @@ def plan_norms(
         inputs = _NormInputs(norm, coordinates, structure.shapes, weights, names, values, by_path, read_elsewhere)
         for problem in dict.fromkeys(inputs.classify(sources, plan)):
             inexact.setdefault(problem, []).append(norm.path)
-    plan.notes += [f"not exact at {_first_of(paths)}: {problem}" for problem, paths in inexact.items()]
+    for problem, paths in inexact.items():
+        plan.notes.append(f"not exact at {some_of((p or 'the model itself' for p in paths), 3)}: {problem}")
     exact = {n.path: n for n in norms if not any(n.path in paths for paths in inexact.values())}
     plan.zero_inputs = set(_with_zero_inputs(structure, coordinates, weights, names, exact, plan.filled, values))
     return plan
@@ -317,8 +319,3 @@ def _with_zero_inputs(
             for n in read
         ):
             yield key
-
-
-def _first_of(paths: list[str]) -> str:
-    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-    return ", ".join(p or "the model itself" for p in paths[:3]) + more
