@@ -1,4 +1,4 @@
-"""The Audit: what a plan costs, in exact integers, and who owns the difference to the dense model. Pure; no torch."""
+"""The Audit: what a plan costs, in exact integers, and which layers cause the difference to the dense model. Pure; no torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,15 @@ OWNERS: tuple[str, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Of a whole model: MACs and FLOPs of a forward pass and of the mean training step, parameters, activations."""
+    """Of a whole model, at the table's input shape.
+
+    Args:
+        forward_macs: MACs of a forward pass.
+        training_macs: MACs of the mean training step over a run: forward, backward and mask updates.
+        params: parameters, masked ones too.
+        activations: output elements of all counted layers.
+        nonzero_params: parameters that are not masked.
+    """
 
     forward_macs: int
     training_macs: Fraction
@@ -39,17 +47,29 @@ class Totals:
 
     @property
     def forward_flops(self) -> int:
+        """FLOPs of a forward pass: 2 a MAC."""
         return 2 * self.forward_macs
 
     @property
     def training_flops(self) -> int:
-        """To the nearest whole FLOP; only schedules with mask updates have fractions."""
+        """FLOPs of the mean training step, to the nearest whole one; only schedules with mask updates have fractions."""
         return round(2 * self.training_macs)
 
 
 @dataclass(frozen=True)
 class Audit:
-    """A dense model and, if a transform was asked for, what it becomes."""
+    """The cost of a dense model and, where there is a plan, of the transformed one.
+
+    Args:
+        table: the dense model, attention counted as `causal` says.
+        causal: how attention under a causal mask is counted: `full`, `half` or `exact`.
+        training: how training is counted.
+        dense: totals of the dense model.
+        plan: the plan that was counted; None for a dense model alone.
+        transformed: totals of the transformed model.
+        training_while_updating: MACs of the mean step while masks change, where dense gradients make it cost more (RigL);
+            else the mean of the whole run.
+    """
 
     table: LayerTable
     causal: str
@@ -58,10 +78,10 @@ class Audit:
     plan: Plan | None = None
     transformed: Totals | None = None
     training_while_updating: Fraction | None = None
-    """MACs of the mean step while masks change, where dense gradients make that dearer (RigL); else of the whole run."""
 
     @property
     def forward_ratio(self) -> Fraction | None:
+        """Forward MACs, transformed over dense; None without a plan."""
         return (
             Fraction(self.transformed.forward_macs, self.dense.forward_macs)
             if self.transformed and self.dense.forward_macs
@@ -70,6 +90,7 @@ class Audit:
 
     @property
     def training_ratio(self) -> Fraction | None:
+        """MACs of the mean training step, transformed over dense; None without a plan."""
         return (
             self.transformed.training_macs / self.dense.training_macs
             if self.transformed and self.dense.training_macs
@@ -78,7 +99,7 @@ class Audit:
 
     @property
     def activation_factor(self) -> float | None:
-        """Output elements of all counted layers, after over before: what no FLOP count shows."""
+        """Output elements of all counted layers, transformed over dense: memory, which no FLOP count shows."""
         return (
             self.transformed.activations / self.dense.activations
             if self.transformed and self.dense.activations
@@ -96,11 +117,11 @@ class Audit:
         return self.transformed.nonzero_params + more
 
     def owners(self) -> dict[str, int]:
-        """MACs above (or below) the dense model's by who causes them; they sum to the whole difference exactly."""
-        owed: dict[str, int] = dict.fromkeys(OWNERS, 0)
+        """Forward MACs above (or below) the dense model's, by what causes them; their sum is the whole difference, exactly."""
+        difference: dict[str, int] = dict.fromkeys(OWNERS, 0)
         for row in self.plan.layers if self.plan else ():
-            owed[_owner(row, self.plan)] += row.macs - row.dense_macs
-        return {k: v for k, v in owed.items() if v}
+            difference[_owner(row, self.plan)] += row.macs - row.dense_macs
+        return {k: v for k, v in difference.items() if v}
 
     @property
     def s_max(self) -> float | None:
@@ -111,7 +132,7 @@ class Audit:
 
     @property
     def control(self) -> bool:
-        """Is it no iso-FLOP transform, but the sparse model of the dense one's own widths (scope none)?"""
+        """Is the plan a control (scope none): sparse layers of the dense widths, at fewer FLOPs than the dense model?"""
         return self.plan is not None and self.plan.spec.scope == "none"
 
     @property
@@ -126,7 +147,7 @@ def audit(counted: Plan | LayerTable, training: TrainingSpec | None = None, *, c
     """Count a plan, or a dense model by its table.
 
     Args:
-        counted: a plan: the dense model beside what it becomes. A table: the dense model alone.
+        counted: a plan, to count the dense and the transformed model; or a table, to count the dense model alone.
         training: how training FLOPs are counted; a plan's own by default.
         causal: how attention under a causal mask is counted: `full` (as a dense kernel computes it), `half`, or `exact`
             (T (T + 1) / 2 query-key pairs). A plan's own by default; a table's default is `full`.
@@ -178,6 +199,7 @@ def _require_same_budget(planned: Plan | LayerTable, counted: Plan, training: Tr
 
 
 def _owner(row: LayerPlan, plan: Plan | None) -> str:
+    """What causes a row's difference to the dense model: one of OWNERS."""
     if row.status == "transformed" and plan and plan.spec.scope == "none":
         return "sparsity"
     if row.status == "transformed":
@@ -191,7 +213,7 @@ def _owner(row: LayerPlan, plan: Plan | None) -> str:
 
 
 def to_json(result: Audit) -> dict[str, Any]:
-    """The `sparseift.flops/1` document. Every row is in `layers`; fields may be added, none removed."""
+    """The `sparseift.flops/1` document. Every row is in `layers`. New versions may add fields and remove none."""
     t = result.transformed
     plan = result.plan
     data: dict[str, Any] = {

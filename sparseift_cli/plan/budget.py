@@ -277,7 +277,7 @@ def erdos_renyi(
     """Densities proportional to the Erdos-Renyi score, scaled so that the layers together cost `macs`; capped at 1.
 
     Score (in + out + sum of kernel sizes) / (in * out * product of kernel sizes) for ERK, without the kernel for ER
-    (Evci et al. 2020, "Rigging the Lottery", section 3(1)); layers that would exceed density 1 become dense and the scale
+    (Evci et al. 2020, "Rigging the Lottery", section 3(1)); layers that would exceed density 1 are dense, and the scale
     is solved again.
 
     Args:

@@ -72,7 +72,7 @@ class LayerPlan:
         activations: output elements.
         parts: its weights.
         detail: how it was transformed, for tables: "10 branches, realised sparsity 0.9", "rank 320".
-        new_shape: what stands in its place, where that is no single shape: "10 branches", "rank 320 + sparse".
+        new_shape: its new shape in words, where it is made of several parts: "10 branches", "rank 320 + sparse".
         rank: per group, of a low-rank pair.
         branches: how many copies are summed.
         inner_norm: the norm inside the layer's replacement.
@@ -148,7 +148,7 @@ class LayerPlan:
 
 
 def positions_of(macs: int, weights: int) -> int:
-    """How often each weight is used: MACs over weights, which no rounding may touch."""
+    """How often each weight is used in a forward pass: MACs over weights, always a whole number."""
     positions, rest = divmod(macs, weights)
     assert not rest, f"{macs} MACs are no multiple of {weights} weights"
     return positions

@@ -63,7 +63,8 @@ class Widening:
         widths = sorted(layer.inputs.variables | layer.outputs.variables)
         for i in widths:
             reason = next(
-                (self.solution.reasons[v] for v in [i, *self.solution.drivers(i)] if v in self.solution.reasons), None
+                (self.solution.reasons[v] for v in [i, *self.solution.free_widths(i)] if v in self.solution.reasons),
+                None,
             )
             if reason:
                 return f"its width {self.table.widths[i].name} is kept: {reason}"
@@ -119,4 +120,4 @@ def greatest_sparsity(fixed_at: Callable[[float], float], budget: float) -> floa
 
 def free_widths(solution: Solution, widths: Iterable[int]) -> set[int]:
     """The free widths that any of `widths` depends on."""
-    return {v for w in widths for v in solution.drivers(w)}
+    return {v for w in widths for v in solution.free_widths(w)}

@@ -1,10 +1,10 @@
-"""Solves the equations between widths, so that choosing a few free widths sets every size of the model.
+"""Solve the equations between widths, so that choosing a few free widths gives every size of the model.
 
 With the fixed sizes put in, the equations that layers ask of each other are linear: a fused QKV is 3 * 12 * head_dim, a
 concatenation a sum. Elimination leaves *free* widths; all others are affine in them with rational coefficients, and the
 denominators say in which steps a free width may move (a width split into 8 and 12 heads moves in steps of 24).
 
-No width may become smaller. So a sum of widths that is fixed (a concatenation added to the input) fixes its parts.
+No width may shrink. So a sum of widths that is fixed (a concatenation added to the input) fixes its parts.
 """
 
 from __future__ import annotations
@@ -58,29 +58,35 @@ class Solution:
         for name, form in zip(self.names, self.affine, strict=True):
             size, before = (sum(c * (1 if v is None else at[v]) for v, c in form.items()) for at in (value, dense))
             if Fraction(size).denominator != 1 or size < before:
-                raise ValueError(f"width {name} would become {size}, from {before}")
+                raise ValueError(f"width {name} would change from {before} to {size}")
             sizes.append(int(size))
         return sizes
 
     def probe(self, seed: int = 0) -> list[Fraction]:
         """A value for every width that obeys all equations, at random large values of the free ones.
 
-        Two expressions that agree here are, but for a chance of about 2^-40, equal for all sizes.
+        Two expressions that agree here are equal for all sizes; the probability of an error is about 2^-40.
         """
         draw = random.Random(seed)
         value = {f.id: draw.randrange(1 << 40, 1 << 41) for f in self.free}
         return [sum((c * (1 if v is None else value[v]) for v, c in form.items()), Fraction(0)) for form in self.affine]
 
-    def drivers(self, width: int) -> list[int]:
-        """The free widths that a width depends on."""
+    def free_widths(self, width: int) -> list[int]:
+        """The free widths that a width, given by its id, depends on."""
         return [v for v in self.affine[width] if v is not None]
 
 
 def solve(widths: Sequence[Width], equations: Sequence[Poly], heads: HeadScaling = "scale_dim") -> Solution:
-    """Eliminate. Numbers of heads (or, with `scale_count`, head dims) and other counts keep their size.
+    """Eliminate widths until those that are left are free.
 
-    An equation that multiplies two widths which are both free to move (a matrix times a matrix of another layer) cannot
-    be kept while scaling: its widths are fixed, and `reasons` says so; so are the parts of a sum that is fixed.
+    Numbers of heads (or, with `scale_count`, head dims) and other counts keep their size. An equation that multiplies two
+    free widths (a product of two layers' matrices) is not linear: its widths are fixed, and `reasons` gives that. So are
+    the parts of a sum that is fixed.
+
+    Args:
+        widths: of the table, by id.
+        equations: polynomials in the widths that are 0.
+        heads: whether attention grows by its head dim or by its number of heads.
     """
     reasons: dict[int, str] = {}
     known: dict[int, Affine] = {}
@@ -103,7 +109,7 @@ def solve(widths: Sequence[Width], equations: Sequence[Poly], heads: HeadScaling
             _eliminate(linear, known, widths, reasons)
         if not progress:
             for i in sorted({v for e in rest for v in e.variables}):
-                for v in _drivers(i, known):
+                for v in _depends_on(i, known):
                     known_value: Affine = {None: Fraction(widths[v].size)}
                     _substitute(v, known_value, known)
                     reasons.setdefault(v, "part of a product of two widths")
@@ -123,7 +129,7 @@ def _kept(width: Width, heads: HeadScaling) -> str | None:
     return None
 
 
-def _drivers(i: int, known: Mapping[int, Affine]) -> list[int]:
+def _depends_on(i: int, known: Mapping[int, Affine]) -> list[int]:
     return _variables(known[i]) if i in known else [i]
 
 
@@ -148,8 +154,8 @@ def _linear(equation: Poly, known: Mapping[int, Affine]) -> Affine | None:
 def _eliminate(zero: Affine, known: dict[int, Affine], widths: Sequence[Width], reasons: dict[int, str]) -> None:
     """Solve `zero == 0` for its largest width, so that small ones (a head dim) stay the free ones.
 
-    Beside a constant (a + b == c + 8) what is on both sides does not scale alike: there the width that is a sum of the
-    others goes first, because solved for a part, c + 8 - b, it would shrink as b grows.
+    With a constant in it (a == b + 8) a width that is a sum of the others is eliminated first: solved for a part, as in
+    b = a - 8 - c, that part would shrink while another one grows.
     """
     variables = _variables(zero)
     if not variables:
@@ -168,10 +174,10 @@ def _eliminate(zero: Affine, known: dict[int, Affine], widths: Sequence[Width], 
 def _fix_parts(
     equations: Sequence[Poly], known: dict[int, Affine], widths: Sequence[Width], reasons: dict[int, str]
 ) -> None:
-    """Fix the parts of sums that are fixed: one could only grow as another shrinks.
+    """Fix the parts of sums that are fixed, since one part could only grow while another shrinks.
 
-    They show in an equation, a + b == C, and where elimination left a width as C - a - b. Fixing some may leave a sum of
-    others fixed, so it goes on until there is none.
+    Such sums are equations, a + b == C, or widths that elimination left as C - a - b. Fixing some parts may leave another
+    sum fixed, so it is repeated until there is none.
     """
     while True:
         constants = {i: form for i, form in known.items() if not _variables(form)}

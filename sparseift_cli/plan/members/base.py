@@ -33,13 +33,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DenseLayer:
-    """One layer that may be transformed, the model around it, and what was asked for."""
+    """One layer that may be transformed, the model around it, and the options.
+
+    Args:
+        layer: its row of the table.
+        table: the dense model.
+        spec: the options of the transform.
+        widening: the new widths of the whole model, where the member changes widths.
+    """
 
     layer: Layer
     table: LayerTable
     spec: TransformSpec
     widening: Widening | None = None
-    """The new widths of the whole model, where the member chooses any."""
 
     @cached_property
     def shape(self) -> Shape:
@@ -62,7 +68,7 @@ class DenseLayer:
         return self.layer.activations.evaluate(self.table.sizes)
 
     def activations_of(self, part: Shape) -> int:
-        """Output elements of a part that stands at the same positions."""
+        """Output elements of a part that is computed at the same positions."""
         return self.activations * part.outputs // self.shape.outputs
 
     @property
@@ -100,11 +106,11 @@ class DenseLayer:
         Args:
             parts: its weights, each used as often as the dense weight was.
             detail: how, in a few words for tables: "rank 320".
-            new_shape: what stands where the dense shape stood; `detail` by default.
+            new_shape: the new shape in words, for tables; `detail` by default.
             extra_params: biases and parameters of norms inside; the dense bias by default.
             activations: output elements of all parts; those of the dense layer by default.
             rank, branches: the size that its module is built with.
-            inner_norm, inner_activation: what stands inside.
+            inner_norm, inner_activation: what is computed between or behind the parts.
         """
         macs = self.layer.macs.evaluate(self.table.sizes)
         return LayerPlan(
@@ -167,7 +173,7 @@ class Member(ABC):
 
 
 class LayerwiseMember(Member):
-    """A member that puts something in the place of single layers, and leaves every width of the model as it is.
+    """A member that replaces single layers, and leaves every width of the model as it is.
 
     A complete one, two sparse layers in sequence:
 
@@ -187,7 +193,7 @@ class LayerwiseMember(Member):
         return dense.untouched(reason) if reason else self.replace(dense)
 
     def why_untouched(self, dense: DenseLayer) -> str | None:
-        """Why nothing can stand in this layer's place, whatever the member puts there."""
+        """Why no member of this kind can replace the layer."""
         layer = dense.layer
         if layer.projection and dense.spec.projections == "untouched":
             return "attention projection: without a non-linearity its parts fold into one matrix"

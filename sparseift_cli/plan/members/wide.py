@@ -1,4 +1,4 @@
-"""Sparse Wide: every inner width grows, and the layers between them become sparse (Sparse-IFT, section 3.1).
+"""Sparse Wide: every inner width grows, and the layers between them are sparse (Sparse-IFT, section 3.1).
 
 Which widths may grow, and to what: `widen` solves the equations between the widths of the whole model (`plan.widths`) and
 gives every size of the widened one. With scope `all` each grows by k = sqrt(1/d), so that a layer widened on both sides has
@@ -117,7 +117,7 @@ def widen(table: LayerTable, spec: TransformSpec) -> Widening:
         )
     if spec.scope == "none":
         return Widening(table, spec, solution, (), list(table.sizes), frozenset(candidates))
-    sides = _sides(table, spec, solution, candidates)
+    sides = _widened_sides(table, spec, solution, candidates)
     base = _base(table) if spec.base_width else None
     widened = []
     for free in solution.free:
@@ -154,20 +154,20 @@ def _eligible(table: LayerTable, spec: TransformSpec, solution: Solution) -> set
         boundary = spec.scope == "inner" and layer.weighted and layer.role in ("input", "output")
         if deselected or boundary or layer.kind == "experts":  # experts stay dense, so wider ones would cost more
             for width in layer.inputs.variables | layer.outputs.variables:
-                free -= set(solution.drivers(width))
+                free -= set(solution.free_widths(width))
     if spec.scope == "inner":
         for i, width in enumerate(table.widths):
             if width.residual or width.attention:
-                free -= set(solution.drivers(i))
+                free -= set(solution.free_widths(i))
         for layer in table.layers:
             if layer.role == "embedding":
                 for width in layer.params.variables:
-                    free -= set(solution.drivers(width))
+                    free -= set(solution.free_widths(width))
     return free & _touching_weights(table, spec, solution)
 
 
 def _touching_weights(table: LayerTable, spec: TransformSpec, solution: Solution) -> set[int]:
-    """Free widths that some transformable layer has; the rest (a count nobody multiplies with) gain nothing by growing."""
+    """Free widths that the weight of some transformable layer has. Others (a count) gain nothing by growing."""
     rotary = [i for i, w in enumerate(table.widths) if w.name.rpartition(".")[2].startswith("inv_freq")]
     touched = free_widths(solution, rotary)  # a rotary part of a head keeps its proportion to the head
     for layer in table.layers:
@@ -176,8 +176,12 @@ def _touching_weights(table: LayerTable, spec: TransformSpec, solution: Solution
     return touched
 
 
-def _sides(table: LayerTable, spec: TransformSpec, solution: Solution, candidates: set[int]) -> dict[int, int]:
-    """m per free width: the most sides on which a transformed layer touching it grows, equal across connected widths."""
+def _widened_sides(table: LayerTable, spec: TransformSpec, solution: Solution, candidates: set[int]) -> dict[int, int]:
+    """On how many sides (inputs, outputs) the layers around each free width grow: m, and the width grows by d ** (-1/m).
+
+    A layer that grows on both sides has d ** (-2/m) times the weights, so m = 2 keeps its density at d. Widths that a
+    layer connects need one m: union-find over the layers gives groups of widths, and a group with such a layer has m = 2.
+    """
     if spec.scope == "all":
         return dict.fromkeys(candidates, 2)
     parent = {v: v for v in candidates}
