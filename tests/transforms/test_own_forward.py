@@ -124,7 +124,7 @@ def test_a_custom_forward_that_is_more_than_a_product_is_excluded_by_name(name: 
     layer = "odd.base" if name == "wrapping" else "odd"
     assert rows[layer] == (
         "untouched",
-        f"its weight is used by {type(model.odd).__name__}: only Sparse Wide reaches it",
+        f"its weight is used by {type(model.odd).__name__}: only Sparse Wide can transform it",
     )
     assert rows["b"][0] == "transformed"
     assert type(new.odd) is type(model.odd)
