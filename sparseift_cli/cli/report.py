@@ -1,4 +1,7 @@
-"""`sparseift report`: the signatures and the order of work; the tables are in report_view.py, the gates in report_gates.py."""
+"""`sparseift report` and its subcommands diff, keep and figure4: signatures, help, and the order of work.
+
+Tables are in report_view.py and report_subcommands_view.py, gates in report_gates.py.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from . import options, report_figure4, report_keep
+from ..base.metrics import metric_names
+from . import options
 from .options import Format, without_github
 from .ticker import Ticker
 
 if TYPE_CHECKING:
-    from ..report.make import Options
+    from ..report.compare import ComparisonRules
+    from ..report.filters import Expression
     from ..report.report import Report
 
 HELP = """\
 Runs that differ in the seed alone are one group: n is its finished runs, the interval is Student's t at 95 %. A comparison
 needs equal audited training FLOPs. `sparseift report diff A B` compares two runs, `report keep` keeps finished ones without
-checkpoints, `report figure4` holds published results against audited FLOPs; each has its own --help.
+checkpoints, `report figure4` shows published results with audited FLOPs; each has its own --help.
 
 Examples:
 
@@ -38,7 +43,7 @@ Examples:
 
   sparseift report runs/ --group-by run --columns path,state,step,top1,loss
 
-  sparseift report recipes/*/results --reference paper      # published numbers beside ours
+  sparseift report recipes/*/results --reference paper      # published numbers and ours
 
   sparseift report runs/ --fail-if "top1 < 76" --max-flops-ratio 1.001   # for CI: exit 1
 
@@ -58,6 +63,36 @@ Examples:
   sparseift report diff A B --json
 """
 
+KEEP_HELP = """Keep finished runs: recipe, metrics, summary, audit and provenance in one file each, without checkpoints.
+
+The files are FOLDER/<recipe>/<run>.json, and `sparseift report FOLDER` reads them. Of absolute paths only the last part is
+kept, so that no home folder or machine is named. Keeping a run twice changes nothing. If a run is not finished, it is named
+and nothing is kept. Folders of kept runs that older versions wrote are read too; kept again in place, they become files.
+
+Examples:
+
+  sparseift report keep runs/ -o kept/
+
+  sparseift report keep runs/resnet18_cifar100_* -o recipes/resnet18_cifar100/results
+"""
+
+FIGURE4_HELP = """The article's Figure 4: published results against training FLOPs as audited here.
+
+Nothing is trained for it, and torch is not needed. The rows are the models of the figure; below them are the article's claims
+about larger dense models and the audit's counts.
+
+Examples:
+
+  sparseift report figure4                        # the rows, and the claims
+
+  sparseift report figure4 -o figure4.svg         # the picture; .png too
+
+  sparseift report figure4 --json
+"""
+
+_RUNS = "Runs and groups"
+_COMPARISON = "Comparison"
+
 _DEFAULT = "show"
 
 
@@ -72,7 +107,7 @@ class ReportFormat(StrEnum):
 
 
 class ReportGroup(TyperGroup):
-    """`report PATH...` and `report diff A B`: what is no subcommand is a path, so `report ./diff` shows a folder diff."""
+    """`report PATH...` and `report diff A B`: a first word that is not a subcommand is a path, as in `report ./diff`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given = args if args and args[0] in self.commands and args[0] != _DEFAULT else [_DEFAULT, *args]
@@ -80,7 +115,7 @@ class ReportGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
-        return "" if name == _DEFAULT else name, command, rest  # its usage reads `sparseift report PATH...`
+        return "" if name == _DEFAULT else name, command, rest  # so that its usage is `sparseift report PATH...`
 
 
 class ReportCommand(TyperCommand):
@@ -98,58 +133,120 @@ def report(
     paths: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="PATH", help="Run directories, or folders that hold some at any depth.", show_default="runs"
+            metavar="PATH",
+            help="Run directories, kept runs, or folders that hold some at any depth.",
+            show_default="runs",
         ),
     ] = None,
-    baseline: Annotated[
-        str | None, typer.Option(help="Compare every group with this one: dense, a recipe, or the end of its name.")
+    where: Annotated[
+        str | None,
+        typer.Option(
+            "--filter",
+            metavar="EXPR",
+            help="Only these runs or groups: NAME OP VALUE, joined by and/or.",
+            rich_help_panel=_RUNS,
+        ),
     ] = None,
-    reference: Annotated[str | None, typer.Option(help="Put published numbers beside ours: paper.")] = None,
     group_by: Annotated[
-        str | None, typer.Option(help="Columns that make a group; run: a line for each.", show_default="group")
+        str | None,
+        typer.Option(
+            metavar="COLUMNS",
+            help="Columns that make a group; run: a line for each run.",
+            show_default="group",
+            rich_help_panel=_RUNS,
+        ),
     ] = None,
     metric: Annotated[
         str | None,
-        typer.Option(help="Judge all by this: top1, loss, test_top1, ...", show_default="each recipe's best"),
+        options.choice(names=metric_names(), help="Judge all runs by this, not by their recipe's.", panel=_RUNS),
     ] = None,
-    where: Annotated[
-        str | None, typer.Option("--filter", metavar="EXPR", help="Only these: NAME OP VALUE, joined by and/or.")
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GROUP",
+            help="Compare every group with this one: dense, a recipe, or the end of its name.",
+            rich_help_panel=_COMPARISON,
+        ),
     ] = None,
-    sort: Annotated[str | None, typer.Option(help="Columns to sort by; -name from the highest.")] = None,
-    columns: Annotated[str | None, typer.Option(help="Columns to show, in this order.")] = None,
-    fail_if: Annotated[
-        list[str] | None, typer.Option(metavar="EXPR", help="Exit 1 where this holds for a group. Repeatable.")
-    ] = None,
-    max_flops_ratio: Annotated[
-        float | None, typer.Option(help="Exit 1 above this ratio of training FLOPs to the baseline's, else to dense.")
-    ] = None,
-    flops_tolerance: Annotated[str, typer.Option(help="How far apart equal budgets may be: 0.001, or 0.1%.")] = "0.1%",
+    flops_tolerance: Annotated[
+        str,
+        typer.Option(
+            metavar="SHARE",
+            help="Largest difference of budgets that count as equal: 0.001, or 0.1%.",
+            rich_help_panel=_COMPARISON,
+        ),
+    ] = "0.1%",
     allow_unequal_flops: Annotated[
-        bool, typer.Option("--allow-unequal-flops", help="Compare in spite of unequal budgets.")
+        bool,
+        typer.Option("--allow-unequal-flops", help="Compare unequal budgets too.", rich_help_panel=_COMPARISON),
     ] = False,
-    fmt: Annotated[ReportFormat, typer.Option("--format", "-f", help="How to print the result.")] = ReportFormat.table,
-    json: options.Json = False,
-    output: options.Output = None,
-    plots: Annotated[Path | None, typer.Option(metavar="DIR", help="Draw the pictures into this folder.")] = None,
+    reference: Annotated[
+        str | None, options.choice(names=("paper",), help="Show published results and ours.", panel=_COMPARISON)
+    ] = None,
     spectral: Annotated[
         bool,
-        typer.Option("--spectral", help="Spectral and Ramanujan gaps of the masks in every kept checkpoint; slow."),
+        typer.Option(
+            "--spectral",
+            help="Spectral and Ramanujan gaps of the masks in every kept checkpoint; slow.",
+            rich_help_panel=_RUNS,
+        ),
     ] = False,
+    fail_if: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="EXPR", help="Exit 1 where this holds for a group. Repeatable.", rich_help_panel=options.GATES
+        ),
+    ] = None,
+    max_flops_ratio: Annotated[
+        float | None,
+        typer.Option(
+            help="Exit 1 above this ratio of training FLOPs to the baseline's, else to dense.",
+            rich_help_panel=options.GATES,
+        ),
+    ] = None,
+    fmt: Annotated[
+        ReportFormat, typer.Option("--format", "-f", help="How the result is printed.", rich_help_panel=options.OUTPUT)
+    ] = ReportFormat.table,
+    json: options.Json = False,
+    output: options.Output = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMNS", help="Columns to show, in this order.", rich_help_panel=options.OUTPUT),
+    ] = None,
+    sort: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMNS", help="Columns to sort by; -name from the highest.", rich_help_panel=options.OUTPUT
+        ),
+    ] = None,
+    plots: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Draw the pictures into this folder.", rich_help_panel=options.OUTPUT),
+    ] = None,
 ) -> None:
-    from ..report.make import make
+    from ..report.make import ReportOptions, make
     from . import report_gates, report_view
     from .output import ignore_broken_pipe, one_line
 
     fmt = ReportFormat.json if json else fmt
-    asked = _options(baseline, reference, group_by, metric, where, sort, flops_tolerance, allow_unequal_flops, spectral)
+    wanted = ReportOptions(
+        baseline,
+        _rules(flops_tolerance, allow_unequal_flops),
+        _reference(reference),
+        _group_columns(group_by, baseline),
+        _expression(where),
+        tuple(_names(sort) or ()),
+        spectral,
+        metric,
+    )
     gates = report_gates.parse(fail_if or [])
     with closing(Ticker()) if spectral else nullcontext() as ticker:
-        tell = ticker.show if ticker else None
-        made = make(paths or [Path("runs")], asked, ["sparseift", *sys.argv[1:]], tell)
-    view = report_view.View(made, _names(columns), asked)
+        progress = ticker.show if ticker else None
+        made = make(paths or [Path("runs")], wanted, ["sparseift", *sys.argv[1:]], progress)
+    view = report_view.ReportView(made, _names(columns), wanted)
     for gate in gates:
         gate.require(report_gates.known(made), "--fail-if")
-    with ignore_broken_pipe():  # a gate has its say even where nobody reads on
+    with ignore_broken_pipe():  # gates decide the exit code even if the reader of stdout has closed it
         if fmt is ReportFormat.html:
             _page(made, output)
         else:
@@ -161,91 +258,114 @@ def report(
             print(one_line(f"warning: {run.path}: {text}"), file=sys.stderr)
     if plots is not None:
         _draw(made, plots)
-    report_gates.stop_on(made, gates, max_flops_ratio)
+    report_gates.check(made, gates, max_flops_ratio)
 
 
 @app.command("diff", help=DIFF_HELP)
 def diff(
-    a: Annotated[Path, typer.Argument(metavar="A", help="A run directory.", show_default=False)],
+    a: Annotated[Path, typer.Argument(metavar="A", help="A run directory or kept run.", show_default=False)],
     b: Annotated[Path, typer.Argument(metavar="B", help="Another one.", show_default=False)],
-    exact: Annotated[bool, typer.Option("--exact", help="Bit for bit: exit 1 where anything differs.")] = False,
+    exact: Annotated[
+        bool,
+        typer.Option("--exact", help="Bit for bit: exit 1 where anything differs.", rich_help_panel=options.GATES),
+    ] = False,
     fmt: options.FormatOption = Format.table,
     json: options.Json = False,
     output: options.Output = None,
 ) -> None:
     from ..errors import CheckFailed
     from ..report.diff import diff as compare
-    from . import report_diff_view
+    from . import report_subcommands_view
     from .output import ignore_broken_pipe
 
     fmt = without_github(fmt, json, "report diff")
     found = compare(a, b, bit_for_bit=exact)
-    with ignore_broken_pipe():  # a check has its say even where nobody reads on
-        report_diff_view.show(found, fmt, output)
+    with ignore_broken_pipe():  # --exact decides the exit code even if the reader of stdout has closed it
+        report_subcommands_view.show_diff(found, fmt, output)
     if found.exact is not None and not found.exact.equal:
         raise CheckFailed("the runs are not equal bit for bit")
 
 
-app.command("figure4", help=report_figure4.HELP)(report_figure4.figure4)
-app.command("keep", help=report_keep.HELP)(report_keep.keep)
+@app.command("keep", help=KEEP_HELP)
+def keep(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="PATH", help="Run directories, or folders that hold some at any depth.", show_default=False
+        ),
+    ],
+    folder: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="FOLDER", help="Where to keep them.", rich_help_panel=options.OUTPUT),
+    ],
+    fmt: options.FormatOption = Format.table,
+    json: options.Json = False,
+) -> None:
+    from ..report.keep import keep as keep_runs
+    from .report_subcommands_view import show_kept
+
+    fmt = without_github(fmt, json, "report keep")
+    show_kept(keep_runs(paths, folder), folder, fmt)
 
 
-def _options(
-    baseline: str | None,
-    reference: str | None,
-    group_by: str | None,
-    metric: str | None,
-    where: str | None,
-    sort: str | None,
-    tolerance: str,
-    allow_unequal: bool,
-    spectral: bool,
-) -> Options:
-    from ..errors import UsageError
-    from ..report.compare import Rules
-    from ..report.filters import parse
-    from ..report.make import Options
+@app.command("figure4", help=FIGURE4_HELP)
+def figure4(
+    fmt: options.FormatOption = Format.table,
+    json: options.Json = False,
+    output: options.Output = None,
+) -> None:
+    from .report_subcommands_view import show_figure4
+
+    show_figure4(without_github(fmt, json, "report figure4"), output)
+
+
+def _reference(name: str | None) -> str | None:
+    """The reference, if there is one of that name: an error before any run is read."""
     from ..report.published import published
 
-    if reference is not None:
-        published(reference)  # a wrong name is told before anything is read
+    if name is not None:
+        published(name)
+    return name
+
+
+def _group_columns(group_by: str | None, baseline: str | None) -> tuple[str, ...]:
+    from ..errors import UsageError
+
     by = tuple("path" if name == "run" else name for name in _names(group_by) or ["group"])
     if "path" in by and baseline is not None:
         raise UsageError("--baseline compares groups, and --group-by run makes none", hint="leave one of them out")
-    rules = Rules(_share(tolerance), allow_unequal)
-    return Options(
-        baseline,
-        rules,
-        reference,
-        by,
-        parse(where) if where is not None else None,
-        tuple(_names(sort) or ()),
-        spectral,
-        metric,
-    )
+    return by
 
 
-def _share(text: str) -> float:
+def _expression(text: str | None) -> Expression | None:
+    from ..report.filters import parse
+
+    return None if text is None else parse(text)
+
+
+def _rules(tolerance: str, allow_unequal: bool) -> ComparisonRules:
+    """The rules of comparisons; `tolerance` is a share (0.001) or per cent (0.1%)."""
     from ..errors import UsageError
+    from ..report.compare import ComparisonRules
 
     try:
-        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        share = float(tolerance.removesuffix("%")) / (100 if tolerance.endswith("%") else 1)
     except ValueError:
         share = -1.0
     if not 0 <= share < 1:
-        raise UsageError(f"--flops-tolerance {text!r} is no share", hint="0.001, or 0.1%")
-    return share
+        raise UsageError(f"--flops-tolerance {tolerance!r} is not a share", hint="0.001, or 0.1%")
+    return ComparisonRules(share, allow_unequal)
 
 
 def _names(text: str | None) -> list[str] | None:
-    """`a, b` -> [a, b]; None where nothing was given."""
+    """`a, b` -> [a, b]; None for None."""
     from ..errors import UsageError
 
     if text is None:
         return None
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
-        raise UsageError("a list of columns is empty", hint="names with commas between them: group,n,mean")
+        raise UsageError("a list of columns is empty", hint="separate names by commas: group,n,mean")
     return names
 
 

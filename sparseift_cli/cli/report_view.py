@@ -1,4 +1,4 @@
-"""What `sparseift report` shows: groups (or runs), runs that are not finished, comparisons, and published numbers beside ours."""
+"""What `sparseift report` shows: groups (or runs), unfinished runs, comparisons, published numbers and spectra."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ..base.metrics import metric_names
-from ..report import curves
 from ..report import frame as frames
-from ..report.make import HIDDEN, Options, sort
-from ..report.published import Beside, evidence
+from ..report.make import ReportOptions, sort
+from ..report.published import PublishedRow, evidence
 from ..report.report import Comparison, Report
-from ..report.terminal import bar, sparkline, speaks_unicode
-from . import report_spectra
+from ..report.terminal import bar, can_show_blocks, curves_by_group, curves_by_run, sparkline
 from .options import Format
 from .output import Column, Sheet, integer, render
 
@@ -94,7 +92,7 @@ def _flops(value: float) -> str:
 
 _CURVE, _BAR = 12, 10  # characters of a learning curve, and of a bar
 _HEADS: Mapping[str, tuple[str, Callable[[Any], str], bool, int]] = {
-    # column: header, how it is shown, right-aligned, priority (the highest gives way first on a narrow terminal)
+    # column: header, how it is shown, right-aligned, priority (the highest is left out first on a narrow terminal)
     "group": ("group", str, False, 0),
     "path": ("run", str, False, 0),
     "recipe": ("recipe", str, False, 1),
@@ -123,8 +121,8 @@ _HEADS: Mapping[str, tuple[str, Callable[[Any], str], bool, int]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class View:
-    """A report, the columns asked for (None: the usual ones), and what it was asked.
+class ReportView:
+    """A report, the columns to show (None: the usual ones), and the options it was made with.
 
     Raises:
         UsageError: there is no such column.
@@ -132,7 +130,7 @@ class View:
 
     report: Report
     columns: Sequence[str] | None
-    options: Options
+    options: ReportOptions
 
     def __post_init__(self) -> None:
         for name in self.columns or ():
@@ -147,20 +145,20 @@ class View:
 
     def show(self, fmt: Format, output: Path | None) -> None:
         """Print it, or write it whole to `output`."""
-        plain = output is None and not speaks_unicode(sys.stdout.encoding)
+        plain = output is None and not can_show_blocks(sys.stdout.encoding)
         sheets = [self._main(fmt, plain)]
         if not self.by_run:
             sheets += [s for s in (self._unfinished(fmt, plain), self._comparisons(fmt)) if s.rows]
         if self.report.reference:
             sheets.append(self._reference(fmt))
         if self.report.spectra:
-            sheets.append(report_spectra.sheet(self.report))
+            sheets.append(_spectra_sheet(self.report))
         render(sheets, self.payload(), fmt, output)
 
     def payload(self) -> dict[str, Any]:
-        """The JSON of it: schema sparseift.report/1."""
+        """The JSON, schema sparseift.report/1."""
         rows = self._rows()
-        names = list(self.columns or [c for c in self._known() if c != HIDDEN])
+        names = list(self.columns or frames.visible(self._known()))
         report = self.report
         return {
             "schema": SCHEMA,
@@ -177,13 +175,13 @@ class View:
                             name: clean(row[name])
                             for name in ("path", "group", "seed", "state", "step", "steps", "metric", "value")
                         }
-                        for row in self._waiting()
+                        for row in self._unfinished_rows()
                     ]
                 }
             ),
             "comparisons": [comparison_json(c) for c in report.comparisons],
-            "reference": [beside_json(b) for b in report.reference],
-            **report_spectra.payload(report),
+            "reference": [published_row_json(b) for b in report.reference],
+            **_spectra_payload(report),
             "skipped": [{"path": str(path), "reason": reason} for path, reason in report.skipped],
             "notes": list(report.notes),
             "warnings": [f"{run.path}: {text}" for run in report.runs for text in run.warnings],
@@ -194,7 +192,7 @@ class View:
             return frames.records(self.report.groups)
         return frames.records(sort(self.report.frame, self.options.sort))
 
-    def _waiting(self) -> list[dict[str, Any]]:
+    def _unfinished_rows(self) -> list[dict[str, Any]]:
         return [row for row in frames.records(self.report.frame) if row["state"] != "finished"]
 
     def _main(self, fmt: Format, ascii_only: bool) -> Sheet:
@@ -210,9 +208,9 @@ class View:
                 "run's best. FLOPs: of training, audited."
             )
         columns = [_column(n, asked=self.columns is not None) for n in names]
-        if fmt is Format.table and self.columns is None:  # a picture, not a value: no other format has it
+        if fmt is Format.table and self.columns is None:  # a picture, so no other format has it
             key, found = (
-                ("path", curves.by_run(self.report)) if self.by_run else ("group", curves.by_group(self.report))
+                ("path", curves_by_run(self.report)) if self.by_run else ("group", curves_by_group(self.report))
             )
             rows = [{**row, "curve": found[row[key]]} for row in rows]
             at = next(i + 1 for i, column in enumerate(columns) if column.key == "best")
@@ -222,7 +220,7 @@ class View:
         return Sheet(title, columns, _for(fmt, rows), notes)
 
     def _unfinished(self, fmt: Format, ascii_only: bool) -> Sheet:
-        rows = self._waiting()
+        rows = self._unfinished_rows()
         columns = [
             Column("path", "run"),
             _column("state"),
@@ -234,10 +232,10 @@ class View:
         if fmt is Format.table:
             rows = [{**row, "progress": row["step"] / row["steps"] if row["steps"] else None} for row in rows]
             columns.append(Column("progress", "progress", lambda v: bar(v, _BAR, ascii_only=ascii_only), priority=3))
-        return Sheet("Not finished, so in no mean", columns, _for(fmt, rows))
+        return Sheet("Not finished, so not in any mean", columns, _for(fmt, rows))
 
     def _comparisons(self, fmt: Format) -> Sheet:
-        told = fmt in (Format.table, Format.md)  # sentences stand below the table, where they may wrap
+        for_reader = fmt in (Format.table, Format.md)  # sentences are below the table, where they may wrap
         rows = [comparison_row(c) for c in self.report.comparisons]
         columns = [
             Column("candidate", "group"),
@@ -250,16 +248,16 @@ class View:
             Column("flops_ratio", "FLOPs", _times, right=True),
             Column("outcome", "outcome", priority=2, style=lambda v: _OUTCOMES.get(v, "")),
         ]
-        if not told:
+        if not for_reader:
             shown = {column.key for column in columns}
             columns += [Column(key, key) for key in (rows[0] if rows else ()) if key not in shown]
-        notes = [line for c in self.report.comparisons for line in sentences(c)] if told else []
+        notes = [line for c in self.report.comparisons for line in sentences(c)] if for_reader else []
         title = f"Against {self.options.baseline}{_unequal(self.report.comparisons)}: difference, 95 % interval, FLOPs ratio"
         return Sheet(title, columns, _for(fmt, rows), notes)
 
     def _reference(self, fmt: Format) -> Sheet:
-        rows = [beside_json(b) for b in self.report.reference]
-        told = fmt in (Format.table, Format.md)
+        rows = [published_row_json(b) for b in self.report.reference]
+        for_reader = fmt in (Format.table, Format.md)
         columns = [
             Column("model", "model"),
             Column("data", "data"),
@@ -277,17 +275,17 @@ class View:
             Column("n", "n", _count, right=True, priority=4),
             Column("group", "group", priority=7),
         ]
-        if not told:
+        if not for_reader:
             columns += [Column("source", "source"), Column("note", "note")]
         name = self.options.reference or "paper"
         notes = [f"[{tag}] {meaning}" for tag, meaning in evidence(name).items()]
         notes += list(dict.fromkeys(b.published.source for b in self.report.reference))
         notes += [f"{b.published.model} on {b.published.data}: {b.note}" for b in self.report.reference if b.note]
-        return Sheet(f"Published beside ours: {name}", columns, _for(fmt, rows), notes if told else [])
+        return Sheet(f"Published results and ours: {name}", columns, _for(fmt, rows), notes if for_reader else [])
 
 
 def _unequal(comparisons: Sequence[Comparison]) -> str:
-    """What a headline must not hide: that budgets were compared which are not equal."""
+    """For the headline: how many comparisons are of unequal budgets."""
     unequal = sum(c.allowed and not c.equal_flops for c in comparisons)
     if not unequal:
         return ""
@@ -297,8 +295,8 @@ def _unequal(comparisons: Sequence[Comparison]) -> str:
 
 
 def sentences(c: Comparison) -> list[str]:
-    """The verdict, what both sides cost, and what to know before believing it."""
-    told = [f"{c.candidate} against {c.baseline}: {c.verdict}{c.pairing}"]
+    """The verdict, the costs of both groups, and the notes of the comparison."""
+    verdict = f"{c.candidate} against {c.baseline}: {c.verdict}{c.pairing}"
     costs = [
         ("training FLOPs", "flops", integer, ""),
         ("wall time", "seconds", _seconds, " s"),
@@ -314,11 +312,11 @@ def sentences(c: Comparison) -> list[str]:
         for name, values, show, unit in both
         if any(v is not None for v in values)
     ]
-    return [*told, *([f"  {'; '.join(known)}"] if known else []), *(f"  {note}" for note in c.notes)]
+    return [verdict, *([f"  {'; '.join(known)}"] if known else []), *(f"  {note}" for note in c.notes)]
 
 
 def comparison_row(c: Comparison) -> dict[str, Any]:
-    """A comparison as one flat row; costs of the baseline under their own names."""
+    """A comparison as one flat row; the costs of the baseline are baseline_flops, baseline_seconds, ..."""
     return {
         "candidate": c.candidate,
         "baseline": c.baseline,
@@ -353,8 +351,8 @@ def comparison_json(c: Comparison) -> dict[str, Any]:
     return {k: clean(v) for k, v in (comparison_row(c) | {"notes": list(c.notes)}).items()}
 
 
-def beside_json(b: Beside) -> dict[str, Any]:
-    """A published row, and ours with `our_` in front."""
+def published_row_json(b: PublishedRow) -> dict[str, Any]:
+    """A published result; the numbers of our group begin with `our_`."""
     p = b.published
     return {
         "model": p.model,
@@ -378,6 +376,45 @@ def beside_json(b: Beside) -> dict[str, Any]:
         "source": p.source,
         "note": b.note,
     }
+
+
+def _spectra_sheet(report: Report) -> Sheet:
+    """How well the masks connect: means over masked layers and runs. `sparseift inspect RUN --spectral` shows every layer."""
+
+    def number(key: str, header: str, priority: int = 0) -> Column:
+        return Column(key, header, lambda v: f"{v:,.4f}", right=True, priority=priority)
+
+    columns = [
+        Column("group", "group"),
+        Column("step", "step", integer, right=True),
+        Column("runs", "runs", integer, right=True, priority=4),
+        Column("layers", "layers", integer, right=True, priority=3),
+        number("spectral_gap", "spectral gap"),
+        number("ramanujan_gap", "Ramanujan gap"),
+        number("weighted_spectral_gap", "weighted gap", 2),
+        Column("ramanujan", "at 0 or above", lambda v: f"{100 * v:.0f} %", right=True, priority=1),
+    ]
+    notes = [
+        "Means over masked layers and runs. A layer whose Ramanujan gap is at least 0 is well connected; at 0 or above: "
+        "the share of them. sparseift inspect RUN --spectral shows every layer."
+    ]
+    return Sheet("How well the masks connect, at every kept checkpoint", columns, _summed(report), notes)
+
+
+def _spectra_payload(report: Report) -> dict[str, Any]:
+    """Rows of the sheet for JSON, and every layer of every run. Empty without --spectral."""
+    layers = [
+        {"path": str(one.path), "group": one.group, **row.to_json()} for one in report.spectra for row in one.rows
+    ]
+    return {"spectra": _summed(report), "spectra_layers": layers}
+
+
+def _summed(report: Report) -> list[dict[str, Any]]:
+    if not report.spectra:
+        return []
+    from ..report.spectral.history import summed  # NumPy and SciPy: only where spectra were asked for
+
+    return summed(report.spectra)
 
 
 def clean(value: Any) -> Any:

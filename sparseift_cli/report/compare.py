@@ -1,6 +1,6 @@
 """Groups against a baseline at equal training FLOPs, and what may be claimed of the difference.
 
-A difference is better or worse where its 95 % interval excludes 0, and at least three seeds (or pairs) stand behind it.
+A difference is called better or worse where its 95 % interval excludes 0 and it is of at least three seeds (or pairs of them).
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from . import statistics
 from .frame import records
 from .report import Comparison, Costs, Outcome
 
-FEWEST = 3  # seeds below which nothing is claimed: with two, t has one degree of freedom and the interval is 12.7 errors wide
+FEWEST_SEEDS = (
+    3  # below, nothing is claimed: with two, t has one degree of freedom and the interval is 12.7 errors wide
+)
 TOLERANCE = 1e-3
 
-Row = Mapping[str, Any]
+TableRow = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
-    """When two budgets count as equal, and how sure an interval is to be."""
+class ComparisonRules:
+    """When two budgets count as equal, and the confidence of intervals."""
 
     tolerance: float = TOLERANCE
     """Largest distance of the FLOPs ratio from 1."""
@@ -35,25 +37,25 @@ class Rules:
 
 
 def compare(
-    frame: pd.DataFrame, groups: pd.DataFrame, baseline: str, rules: Rules
+    frame: pd.DataFrame, groups: pd.DataFrame, baseline: str, rules: ComparisonRules
 ) -> tuple[list[Comparison], list[str]]:
-    """Every group with finished runs against the baseline of the same model, data and metric; and notes on those without.
+    """Every group with finished runs against the baseline of the same model, data and metric; and notes on the others.
 
     Raises:
         UsageError: no group is called `baseline`.
     """
     rows = records(groups)
-    named = baselines(rows, baseline)
-    runs: dict[str, list[Row]] = {}
+    candidates = baselines(rows, baseline)
+    runs: dict[str, list[TableRow]] = {}
     for run in records(frame):
         if run["counted"]:
             runs.setdefault(run["group"], []).append(run)
     found: list[Comparison] = []
     notes: list[str] = []
     for row in rows:
-        if any(row is base for base in named):
+        if any(row is base for base in candidates):
             continue
-        fitting = [base for base in named if base["subject"] == row["subject"]]
+        fitting = [base for base in candidates if base["comparison_key"] == row["comparison_key"]]
         ready = [base for base in fitting if base["n"]]
         if not row["n"] or not ready:
             lacks = (
@@ -70,27 +72,30 @@ def compare(
     return found, notes
 
 
-def baselines(rows: Sequence[Row], name: str) -> list[Row]:
-    """The groups that `name` means: a label or recipe; the end of a recipe's name; else a transform or algorithm."""
+def baselines(rows: Sequence[TableRow], name: str) -> list[TableRow]:
+    """The groups that `name` can mean: a label or recipe; else the end of a recipe's name; else a transform or algorithm."""
     wanted = name.removesuffix(".yaml").replace("/", "_")
-    tiers = (
+    by_precedence = (
         [row for row in rows if name == row["group"] or wanted == row["recipe"]],
         [row for row in rows if str(row["recipe"]).endswith(f"_{wanted}")],
         [row for row in rows if row["transform"] == row["algorithm"] == "dense"]
         if wanted == "dense"
         else [row for row in rows if wanted in (row["transform"], row["algorithm"])],
     )
-    found = next((tier for tier in tiers if tier), None)
+    found = next((rows for rows in by_precedence if rows), None)
     if found is None:
         known = sorted({str(row[k]) for row in rows for k in ("group", "recipe", "transform", "algorithm")})
         raise UsageError(
-            f"--baseline {name}: no group is called that",
+            f"--baseline {name}: there is no such group",
             hint=did_you_mean(wanted, known) or f"groups: {', '.join(str(r['group']) for r in rows)}",
         )
     return found
 
 
-def _compared(base: Row, row: Row, before: Sequence[Row], after: Sequence[Row], rules: Rules) -> Comparison:
+def _compared(
+    base: TableRow, row: TableRow, before: Sequence[TableRow], after: Sequence[TableRow], rules: ComparisonRules
+) -> Comparison:
+    """One comparison; `before` and `after` are the counted runs of the baseline and of the candidate."""
     ratio = row["flops"] / base["flops"] if row["flops"] and base["flops"] else None
     equal = ratio is not None and abs(ratio - 1) <= rules.tolerance
     allowed = equal or rules.allow_unequal
@@ -139,8 +144,8 @@ def _compared(base: Row, row: Row, before: Sequence[Row], after: Sequence[Row], 
     )
 
 
-def _pairs(before: Sequence[Row], after: Sequence[Row]) -> dict[int, tuple[float, float]]:
-    """Seed -> values of equal seeds, in the order of the seeds; none where a seed is there twice (groups of several recipes)."""
+def _pairs(before: Sequence[TableRow], after: Sequence[TableRow]) -> dict[int, tuple[float, float]]:
+    """Seed -> (baseline's value, candidate's), by seed; empty where a group has a seed twice (runs of several recipes)."""
     by_seed = [
         {run["seed"]: run["value"] for run in runs if run["seed"] is not None and run["value"] is not None}
         for runs in (before, after)
@@ -150,34 +155,35 @@ def _pairs(before: Sequence[Row], after: Sequence[Row]) -> dict[int, tuple[float
     return {seed: (by_seed[0][seed], by_seed[1][seed]) for seed in sorted(by_seed[0].keys() & by_seed[1].keys())}
 
 
-def _values(runs: Sequence[Row]) -> list[float]:
+def _values(runs: Sequence[TableRow]) -> list[float]:
     return [run["value"] for run in runs if run["value"] is not None]
 
 
-def costs(row: Row) -> Costs:
-    """What a run of a group costs."""
+def costs(row: TableRow) -> Costs:
+    """The mean costs of a group's runs."""
     return Costs(row["flops"], row["seconds"], row["peak_bytes"], row["optimizer_bytes"])
 
 
-def _distance(base: Row, row: Row) -> tuple[bool, float, int]:
+def _distance(base: TableRow, row: TableRow) -> tuple[bool, float, int]:
+    """Sorts baselines: equal steps first, then by how far FLOPs differ (in logarithms), then by the number of runs."""
     known = base["flops"] and row["flops"]
     return base["steps"] != row["steps"], abs(math.log(row["flops"] / base["flops"])) if known else math.inf, -base["n"]
 
 
 def _outcome(interval: statistics.Interval, lower: bool) -> tuple[Outcome, str]:
     if interval.mean is None or not math.isfinite(interval.mean):
-        return "no claim", "a run ended with a value that is no number"
+        return "no claim", "a run ended with a value that is not a number"
     if interval.low is None or interval.high is None:
         return "no claim", "one seed has no interval"
-    if interval.n < FEWEST:
+    if interval.n < FEWEST_SEEDS:
         freedom = (
             f"{interval.degrees_of_freedom:.3g} degree{'' if interval.degrees_of_freedom == 1 else 's'} of freedom"
         )
         return "no claim", f"{interval.n} seeds are too few (t with {freedom})"
     if interval.mean and interval.high - interval.low <= 1e-9 * abs(interval.mean):
-        return "no claim", "the seeds show no spread to judge it by"
+        return "no claim", "the seeds have no spread to judge it by"
     if interval.low <= 0 <= interval.high:
-        return "no difference shown", "the interval holds 0"
+        return "no difference shown", "the interval contains 0"
     return ("better", "") if (interval.high < 0) is lower else ("worse", "")
 
 
@@ -192,51 +198,55 @@ def _verdict(
     why: str,
 ) -> str:
     unit, digits = unit_of(metric), _digits(interval, percent=unit_of(metric) == "points")
-    told = [f"{_signed(interval.mean, digits)} {unit}"]
+    parts = [f"{_signed(interval.mean, digits)} {unit}"]
     if interval.low is not None and interval.high is not None:
-        told[0] += f" [{_number(interval.low, digits)}, {_number(interval.high, digits)}]"
-    told.append(f"n={interval.n}" if paired else f"n={n[0]} and {n[1]}")
-    told.append(f"at {'unknown' if ratio is None else f'{ratio:.4f}x'} training FLOPs{'' if equal else ' (unequal)'}")
-    return f"{', '.join(told)}: {outcome}{f', {why}' if why else ''}"
+        parts[0] += f" [{_number(interval.low, digits)}, {_number(interval.high, digits)}]"
+    parts.append(f"n={interval.n}" if paired else f"n={n[0]} and {n[1]}")
+    parts.append(f"at {'unknown' if ratio is None else f'{ratio:.4f}x'} training FLOPs{'' if equal else ' (unequal)'}")
+    return f"{', '.join(parts)}: {outcome}{f', {why}' if why else ''}"
 
 
-def _refusal(base: Row, row: Row, ratio: float | None, rules: Rules) -> str:
-    told = f"{_flops(row['flops'])} against {_flops(base['flops'])} training FLOPs"
+def _refusal(base: TableRow, row: TableRow, ratio: float | None, rules: ComparisonRules) -> str:
+    budgets = f"{_flops(row['flops'])} against {_flops(base['flops'])} training FLOPs"
     if ratio is None:
-        return f"refused: {told}, so nobody knows whether the budgets are equal"
-    return f"refused: {told} are {ratio:.4f}x, further from 1 than {100 * rules.tolerance:g} %"
+        return f"refused: {budgets}, so it is unknown whether the budgets are equal"
+    return f"refused: {budgets} are {ratio:.4f}x, further from 1 than {100 * rules.tolerance:g} %"
 
 
-def _notes(base: Row, row: Row, before: Sequence[Row], after: Sequence[Row], pairs: int) -> list[str]:
+def _notes(
+    base: TableRow, row: TableRow, before: Sequence[TableRow], after: Sequence[TableRow], pairs: int
+) -> list[str]:
     notes: list[str] = []
-    alone = len(before) + len(after) - 2 * pairs
-    if pairs >= 2 and alone:
+    unpaired = len(before) + len(after) - 2 * pairs
+    if pairs >= 2 and unpaired:
         notes.append(
-            f"{pairs} seeds are in both groups; {alone} {'run' if alone == 1 else 'runs'} of other seeds not in the difference"
+            f"{pairs} seeds are in both groups; the difference leaves out "
+            f"{unpaired} {'run' if unpaired == 1 else 'runs'} of other seeds"
         )
     if pairs < 2 and min(len(before), len(after)) > 1:
-        notes.append("seeds do not match: Welch's interval of two independent samples")
+        notes.append("the groups have different seeds: Welch's interval of two independent samples")
     for what in ("device", "threads", "torch"):
         sides = [sorted({str(run[what]) for run in runs if run[what] is not None}) for runs in (before, after)]
         if sides[0] and sides[1] and sides[0] != sides[1]:
             notes.append(
                 f"{what}: {', '.join(sides[1])} against {', '.join(sides[0])}; wall time and bits differ by it"
             )
-    crowds = [sorted({int(run["at_once"]) for run in runs if run["at_once"]}) for runs in (before, after)]
-    if all(crowds) and crowds[0] != crowds[1]:
-        here, there = (" or ".join(map(str, crowd)) for crowd in reversed(crowds))
+    at_once = [sorted({int(run["at_once"]) for run in runs if run["at_once"]}) for runs in (before, after)]
+    if all(at_once) and at_once[0] != at_once[1]:
+        here, there = (" or ".join(map(str, counts)) for counts in reversed(at_once))
         notes.append(f"runs at once (--parallel): {here} against {there}; wall time differs by it")
     for side in (base, row):
-        spent, audited = side["flops_spent"], side["flops"]
-        if spent and audited and abs(spent / audited - 1) > TOLERANCE:
-            notes.append(f"{side['group']} spent {spent / audited:.4f}x the FLOPs that its audit said")
+        measured, audited = side["flops_spent"], side["flops"]
+        if measured and audited and abs(measured / audited - 1) > TOLERANCE:
+            notes.append(f"{side['group']} used {measured / audited:.4f}x the FLOPs of its audit")
     return notes
 
 
 def _digits(interval: statistics.Interval, percent: bool) -> int:
-    """Decimals that show the half-width with two digits up to 3.5 of a power of ten, with one above (as PDG does).
+    """Decimals of a difference and its interval.
 
-    And no bound, nor the difference, as 0 that is not 0.
+    The half-width gets two significant digits up to 3.5 times a power of ten and one above, as in the tables of the Particle
+    Data Group; and a bound or difference that is not 0 never shows as 0.
     """
     low, high = interval.low, interval.high
     if low is None or high is None or not math.isfinite(high - low):
@@ -251,7 +261,7 @@ def _digits(interval: statistics.Interval, percent: bool) -> int:
 
 def _number(value: float, digits: int) -> str:
     text = f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.3e}"
-    if float(text) == 0:  # -0.00 is no number; what is tiny keeps its sign
+    if float(text) == 0:  # no -0.00; a tiny value keeps its sign
         return f"{value:.1g}" if value else text.removeprefix("-")
     return text
 

@@ -1,9 +1,10 @@
-"""The article's Figure 4 as numbers: published results beside training FLOPs that this project's own audit counted.
+"""The article's Figure 4 as numbers: published results and the training FLOPs that our audit counts.
 
 The FLOPs are ours, exact, of a whole training run, mask updates included, from the layer tables shipped with the package (no
-torch). The results are the article's (`published.py`) and marked so; nothing here was trained by us. ResNets: ImageNet, 90
+torch). The results are the article's (`published.py`) and labelled so; nothing here was trained by us. ResNets: ImageNet, 90
 epochs of 1,281,167 images at 224x224. GPT-3: 2,048 tokens a sequence, causal attention counted in full; the article does
-not say here for how long each was trained, so their rows are for one sequence, equal tokens for all. `plots.figure4` draws it.
+not say here how long each was trained, so their rows are for one sequence, the same number of tokens for all.
+`plots.figure4` draws the picture.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ STEPS = IMAGES // BATCH * EPOCHS
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class FigureRow:
     """One model of the figure."""
 
     model: str
@@ -42,7 +43,7 @@ class Row:
     """Over the same model's dense training FLOPs."""
     metric: str | None
     value: float | None
-    """The published result; None where the article gives none, or ours to read gives none."""
+    """The published result; None where none is known to us."""
     evidence: str | None
     """How good the evidence for `value` is: the letters of `published.evidence`."""
 
@@ -55,18 +56,18 @@ class Claim:
     claimed: float
     counted: float
     holds: bool
-    """Does our count round to the claimed number, to its digits?"""
+    """Whether our count, rounded to the digits of the claimed number, is that number."""
     answer: str
 
 
 def rows() -> list[dict[str, Any]]:
-    """The models of the figure as plain dicts, fields of `Row`: for a table, CSV or JSON."""
+    """The models of the figure as plain dicts, fields of `FigureRow`: for a table, CSV or JSON."""
     return [asdict(row) for row in models()]
 
 
 @cache
 def claims() -> tuple[Claim, ...]:
-    """The two sentences about larger dense models, held against the audit."""
+    """The two sentences about larger dense models, checked by the audit."""
     dense = {row.model: row.training_flops for row in models() if row.transform == "dense"}
     wide = {(row.model, row.sparsity): row for row in models() if row.match == "layer"}
     resnet, medium = dense["resnet34"] / dense["resnet18"], dense["gpt3_medium"] / dense["gpt3_small"]
@@ -98,14 +99,14 @@ def claims() -> tuple[Claim, ...]:
 
 
 @cache
-def models() -> tuple[Row, ...]:
-    """The models of the figure: dense ones and what they become, matched as in the article and as whole models."""
+def models() -> tuple[FigureRow, ...]:
+    """The models of the figure: dense ones and their transforms, matched by layer as in the article and as whole models."""
     made = [_row(model, *how) for model in ("resnet18", "resnet34") for how in ((), ("0.9", "layer"), ("0.9", "model"))]
     made += [_row("gpt3_small", *how) for how in ((), ("0.5", "layer"), ("0.75", "layer"))]
     return (*made, _row("gpt3_medium"))
 
 
-def _row(model: str, sparsity: str | None = None, match: str | None = None) -> Row:
+def _row(model: str, sparsity: str | None = None, match: str | None = None) -> FigureRow:
     image = model.startswith("resnet")
     # RigL as the recipes have it; the article's GPT-3 is counted with static masks, whose cost needs no number of steps
     algorithm = "dense" if sparsity is None else "rigl" if image else "static"
@@ -115,9 +116,9 @@ def _row(model: str, sparsity: str | None = None, match: str | None = None) -> R
     counted: Audit = audit(make_plan(table, spec, training) if spec else table, training)
     samples = IMAGES * EPOCHS if image else 1
     macs = (counted.transformed or counted.dense).training_macs
-    # the article matches layers: its result is not one of a model matched as a whole
+    # the article matches layer by layer, so it has no result of a model matched as a whole
     metric, value, evidence = _result(model, sparsity) if match != "model" else (None, None, None)
-    return Row(
+    return FigureRow(
         model,
         "wide" if spec else "dense",
         sparsity,

@@ -36,7 +36,7 @@ _TEXT_ONLY, _NUMBERS_ONLY = {"~"}, {"<", "<=", ">", ">="}
 
 
 @dataclass(frozen=True, slots=True)
-class Test:
+class Condition:
     """NAME OP VALUE."""
 
     name: str
@@ -48,7 +48,7 @@ class Test:
         return f"{self.name} {self.op} {value}"
 
     def on(self, row: Mapping[str, Any]) -> bool | None:
-        """What it says of a row; None where the row has no such value. A NaN is neither less nor more than anything.
+        """Whether it holds for a row; None where the row has no such value. A NaN is neither less nor more than anything.
 
         Raises:
             UsageError: a text is compared with a number.
@@ -66,54 +66,54 @@ class Test:
             kind = "text" if text else "a number"
             raise UsageError(
                 f"'{self}': {self.name} is {kind}, as in {found!r}",
-                hint="texts know ==, != and ~ (a glob); numbers know <, <=, >, >=, == and !=",
+                hint="texts can be compared by ==, != and ~ (a glob); numbers by <, <=, >, >=, == and !=",
             )
         return _COMPARE[self.op](found, wanted)
 
 
 @dataclass(frozen=True, slots=True)
 class Expression:
-    """An `or` of `and`s of tests."""
+    """An `or` of `and`s of conditions."""
 
     text: str
-    terms: Sequence[Sequence[Test]]
+    terms: Sequence[Sequence[Condition]]
 
     @property
     def names(self) -> list[str]:
         return list(dict.fromkeys(test.name for term in self.terms for test in term))
 
     def on(self, row: Mapping[str, Any]) -> bool:
-        """Whether it holds for a row; a test on a value that is missing does not."""
+        """Whether it holds for a row; a condition on a missing value does not hold."""
         return any(all(bool(test.on(row)) for test in term) for term in self.terms)
 
     @property
     def hint(self) -> str:
-        """What to try where it holds for nothing."""
+        """What to try where the expression holds for no row."""
         for test in (test for term in self.terms for test in term):
             if test.op == "~" and not set(str(test.value)) & set("*?["):
                 return f"~ matches a whole text: {test.name} ~ '*{test.value}*' finds it anywhere"
         return "without --filter every run is shown, with the values to filter by"
 
     def knows(self, row: Mapping[str, Any]) -> bool:
-        """Whether the row has every value that is asked for."""
+        """Whether the row has every value that the expression uses."""
         return all(row.get(name) is not None for name in self.names)
 
     def require(self, known: Sequence[str], where: str) -> None:
-        """Raise UsageError for the first name that is none of `known`."""
+        """Raise UsageError for the first name that is not in `known`."""
         for name in self.names:
             if name not in known:
                 hint = did_you_mean(name, known) or f"columns: {', '.join(known)}"
-                raise UsageError(f"{where} '{self.text}': no column is called {name!r}", hint=hint)
+                raise UsageError(f"{where} '{self.text}': there is no column {name!r}", hint=hint)
 
 
 def parse(text: str, where: str = "--filter") -> Expression:
     """Read an expression.
 
     Raises:
-        UsageError: it is none; the message says what was expected where.
+        UsageError: it cannot be read; the message says where.
     """
     tokens = _tokens(text, where)
-    terms: list[list[Test]] = [[]]
+    terms: list[list[Condition]] = [[]]
     i = 0
     while True:
         name, op, value = (tokens[i + k] if i + k < len(tokens) else ("end", "") for k in range(3))
@@ -124,14 +124,14 @@ def parse(text: str, where: str = "--filter") -> Expression:
                 f"{where} {text!r}: cannot be read at {got}",
                 hint='NAME OP VALUE, joined by and/or: "sparsity >= 0.5 and algorithm == rigl"',
             )
-        terms[-1].append(_test(name[1], op[1], value, where, text))
+        terms[-1].append(_condition(name[1], op[1], value, where, text))
         i += 3
         if i == len(tokens):
             return Expression(text, terms)
         joint = tokens[i][1].lower() if tokens[i][0] == "word" else ""
         if joint not in ("and", "or"):
             raise UsageError(
-                f"{where} {text!r}: {tokens[i][1]!r} stands where 'and' or 'or' should",
+                f"{where} {text!r}: there must be 'and' or 'or' in place of {tokens[i][1]!r}",
                 hint="quote a value that has spaces in it",
             )
         if joint == "or":
@@ -155,7 +155,7 @@ def _tokens(text: str, where: str) -> list[tuple[str, str]]:
     return tokens
 
 
-def _test(name: str, op: str, value: tuple[str, str], where: str, text: str) -> Test:
+def _condition(name: str, op: str, value: tuple[str, str], where: str, text: str) -> Condition:
     kind, raw = value
     op = "==" if op == "=" else op
     meant: float | bool | str | None = raw
@@ -165,5 +165,5 @@ def _test(name: str, op: str, value: tuple[str, str], where: str, text: str) -> 
         else:
             meant = {"true": True, "false": False, "none": None, "null": None}.get(raw.lower(), raw)
     if op in _NUMBERS_ONLY and not isinstance(meant, float):
-        raise UsageError(f"{where} {text!r}: {raw!r} is no number", hint=f"{name} {op} 0.5")
-    return Test(name, op, meant)
+        raise UsageError(f"{where} {text!r}: {raw!r} is not a number", hint=f"{name} {op} 0.5")
+    return Condition(name, op, meant)

@@ -10,7 +10,7 @@ import pandas as pd
 from ..base.metrics import lower_is_better, metric_names
 from ..errors import UsageError, did_you_mean
 from . import statistics
-from .grouping import labels, primary, subject
+from .grouping import comparison_key, labels, primary
 from .read import Run, number
 
 _ABOUT = (
@@ -60,7 +60,7 @@ RUN_COLUMNS = (
     "at_once",
     "torch",
     "commit",
-    "subject",
+    "comparison_key",
 )
 GROUP_COLUMNS = (
     "group",
@@ -76,21 +76,22 @@ GROUP_COLUMNS = (
     *_COSTS,
     "device",
     "at_once",
-    "subject",
+    "comparison_key",
 )
 """mean, std, low and high are of `metric` at the end of training, best is the mean of each run's best evaluation. All are
 over `n` runs: finished ones, one a seed; `runs` counts every directory. Costs are means too; FLOPs are of a whole run."""
 _MIXED = "mixed"
+HIDDEN = "comparison_key"  # a column for internal use, which no user sees or asks for
 
 
 def runs_frame(runs: Sequence[Run], metric: str | None = None) -> pd.DataFrame:
     """One row a run, columns RUN_COLUMNS, in the order of `runs`. Counts stay Python integers: FLOPs may exceed 64 bits.
 
-    `metric` is what they are judged by, if not what each recipe calls best.
+    `metric` is what they are judged by; None: the metric of each recipe (`grouping.primary`).
     """
     rows = [_row(run, group, metric or primary(run)) for run, group in zip(runs, labels(runs), strict=True)]
     newest: dict[tuple[Any, ...], int] = {}
-    for i, row in enumerate(rows):  # a seed that was run twice is one sample: the newest finished run of it
+    for i, row in enumerate(rows):  # a seed that was run twice is one sample: its newest finished run
         if row["state"] == "finished" and row["value"] is not None:
             key = (row["group"], row["seed"] if row["seed"] is not None else i)
             before = newest.get(key)
@@ -102,22 +103,22 @@ def runs_frame(runs: Sequence[Run], metric: str | None = None) -> pd.DataFrame:
 
 
 def regroup(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """The frame with other groups: runs that agree in the columns `by`, and in what they learned, how long, by which metric.
+    """The frame with other groups: runs that agree in the columns `by`, in model and data, number of steps, and metric.
 
     Raises:
-        UsageError: a column of `by` is none of RUN_COLUMNS.
+        UsageError: a column of `by` is not in RUN_COLUMNS.
     """
     for name in by:
         require_column(name, RUN_COLUMNS, "--group-by")
     rows = records(frame)
     varying = [c for c in ("model", "data", "steps", "metric") if c not in by and len({row[c] for row in rows}) > 1]
-    told: dict[tuple[Any, ...], str] = {}
+    label_of: dict[tuple[Any, ...], str] = {}
     for row in rows:
-        key = tuple(row[c] for c in (*by, "subject", "steps", "metric"))
+        key = tuple(row[c] for c in (*by, "comparison_key", "steps", "metric"))
         label = ", ".join(f"{c}={_plain(row[c])}" for c in (*by, *varying))
-        same = sum(other.split(" #")[0] == label for other in told.values()) if key not in told else 0
-        told.setdefault(key, f"{label} #{same + 1}" if same else label)
-    labelled = [told[tuple(row[c] for c in (*by, "subject", "steps", "metric"))] for row in rows]
+        same = sum(other.split(" #")[0] == label for other in label_of.values()) if key not in label_of else 0
+        label_of.setdefault(key, f"{label} #{same + 1}" if same else label)
+    labelled = [label_of[tuple(row[c] for c in (*by, "comparison_key", "steps", "metric"))] for row in rows]
     return frame.assign(group=pd.Series(labelled, index=frame.index, dtype=object))
 
 
@@ -129,10 +130,15 @@ def groups_frame(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
 
 def require_column(name: str, known: Sequence[str], where: str) -> None:
     """Raise UsageError unless `name` is one of `known`."""
-    shown = [k for k in known if k != "subject"]
+    shown = visible(known)
     if name not in shown:
         hint = did_you_mean(name, shown) or f"columns: {', '.join(shown)}"
-        raise UsageError(f"{where}: no column is called {name!r}", hint=hint)
+        raise UsageError(f"{where}: there is no column {name!r}", hint=hint)
+
+
+def visible(columns: Sequence[str]) -> list[str]:
+    """Columns that a user may ask for, each once."""
+    return [c for c in dict.fromkeys(columns) if c != HIDDEN]
 
 
 def keep(table: pd.DataFrame, wanted: Sequence[bool]) -> pd.DataFrame:
@@ -146,7 +152,7 @@ def column(table: pd.DataFrame, name: str) -> list[Any]:
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows as plain dicts: no NaN for what is missing, None instead; a NaN that was measured stays one."""
+    """Rows as plain dicts: a missing value is None; a NaN was measured."""
     names = [str(c) for c in frame.columns]
     return [dict(zip(names, values, strict=True)) for values in frame.to_numpy(object).tolist()]
 
@@ -154,7 +160,7 @@ def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
 def _row(run: Run, group: str, metric: str) -> dict[str, Any]:
     recipe, summary, last = run.recipe, run.summary or {}, run.last
     transform = recipe.get("transform") or {}
-    found = [v for line in run.metrics if (v := number(line.get(metric))) is not None and v == v]
+    found = [v for line in run.metrics if (v := number(line.get(metric))) is not None and v == v]  # v != v: NaN
     best = number(summary.get("best"))
     if found and (best is None or metric != (recipe.get("checkpoint") or {}).get("best", metric)):
         best = min(found) if lower_is_better(metric) else max(found)
@@ -196,21 +202,22 @@ def _row(run: Run, group: str, metric: str) -> dict[str, Any]:
         "at_once": max((s["at_once"] for s in sessions if s.get("at_once")), default=None),
         "torch": (session.get("versions") or {}).get("torch"),
         "commit": ((session.get("git") or {}).get("commit") or "")[:12] or None,
-        "subject": subject(run, metric),
+        "comparison_key": comparison_key(run, metric),
     }
 
 
 def planned_steps(run: Run) -> int | None:
-    """Optimiser steps of the whole run: its summary's, recipe's or audit's; None where none of them says it."""
+    """Optimiser steps of the whole run, from its summary, recipe or audit; None where none of them has it."""
     audit = (run.audit or {}).get("training") or {}
     known = (run.summary or {}).get("steps"), run.recipe["training"].get("steps"), audit.get("steps")
     return next((s for s in known if isinstance(s, int)), None)
 
 
 def transform_columns(transform: Mapping[str, Any]) -> dict[str, str | None]:
-    """What a recipe's transform is called: `sparse_wide` is wide, none is dense, and its control of scope none is sparse.
+    """The columns of a recipe's transform: sparse_wide is called wide, and a recipe without a transform dense.
 
-    The control holds no budget and widens nothing, so it is no `wide`. `widths` is None where every width is free.
+    Sparse Wide with scope none is called sparse: it widens nothing and matches no budget. `widths` is None where every width
+    is allowed.
     """
     member = transform.get("member")
     if not member:
@@ -224,11 +231,11 @@ def transform_columns(transform: Mapping[str, Any]) -> dict[str, str | None]:
 
 def _grouped(label: str, part: pd.DataFrame, confidence: float) -> dict[str, Any]:
     counted = keep(part, list(part["counted"]))
-    of = counted if len(counted) else part  # with no finished run there is still something to name
+    of = counted if len(counted) else part  # a group without finished runs is named by all of them
     interval = statistics.mean_interval(numbers(column(counted, "value")), confidence)
     return {
         "group": label,
-        **{name: _common(column(of, name)) for name in (*_ABOUT, "device", "at_once", "subject")},
+        **{name: _common(column(of, name)) for name in (*_ABOUT, "device", "at_once", "comparison_key")},
         "runs": len(part),
         "n": len(counted),
         "mean": interval.mean,
@@ -249,12 +256,12 @@ def _common(values: Sequence[Any]) -> Any:
 
 
 def numbers(values: Sequence[Any]) -> list[float]:
-    """The values of a column that are there, as floats."""
+    """The values of a column that are not missing, as floats."""
     return [float(v) for v in values if v is not None]
 
 
 def mean(values: Sequence[Any]) -> Any:
-    """Mean of the values that are there; the value itself, to the last integer, where all are equal; None without any."""
+    """Mean of the values that are not None; where all are equal that value, exactly, as FLOPs may exceed a float; else None."""
     values = [v for v in values if v is not None]
     if not values or all(v == values[0] for v in values):
         return values[0] if values else None
@@ -264,5 +271,5 @@ def mean(values: Sequence[Any]) -> Any:
 
 
 def _count(value: Any) -> int | None:
-    """A number of things; None for what is none: a text, less than nothing, more than a float can divide."""
+    """A number of things; None for a text, a negative number, and one that is too large to divide as a float."""
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**1000 else None

@@ -1,6 +1,6 @@
-"""Which runs belong together: the same recipe but for the seed and for what cannot change a result, and the same model.
+"""Which runs belong together: the same recipe but for the seed and for settings that cannot change a result, and the same model.
 
-A recipe may name a model of the user's own, whose code changes between runs: then the audits tell models apart.
+A recipe may name a model of the user's own, whose code changes between runs: then the audits show that models differ.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from ..base.metrics import metric_names
 from .read import Run
 
-NO_MATTER = frozenset(
+IRRELEVANT_SETTINGS = frozenset(
     {
         "training.seed",
         "training.seeds",
@@ -27,9 +27,9 @@ NO_MATTER = frozenset(
         "evaluation.test",
     }
 )
-"""Where and how often, not what: runs that differ in these alone are samples of one group."""
+"""Where a run takes place and how often it saves: runs that differ in these alone are samples of one group."""
 COUNTS = ("parameters", "non-zero parameters", "dense training FLOPs a sample", "training FLOPs a sample")
-_ANOTHER_MODEL = ": with the same settings these are not the same model (was its code edited in between?)"
+_DIFFERENT_MODELS = ": with the same settings these are different models (was the code edited in between?)"
 _SHOWN = 3  # differences in a label
 
 
@@ -49,12 +49,14 @@ def flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settings(run: Run) -> dict[str, Any]:
-    """What may change its result. A switch that is off is left out: recipes of older versions do not know of it."""
-    return {k: v for k, v in flat(run.recipe).items() if k not in NO_MATTER and v not in (None, False, [], {})}
+    """Settings that may change the result. One that is off is left out: recipes of older versions do not have it."""
+    return {
+        k: v for k, v in flat(run.recipe).items() if k not in IRRELEVANT_SETTINGS and v not in (None, False, [], {})
+    }
 
 
 def counts(run: Run) -> dict[str, int]:
-    """Parameters and FLOPs of its model by its audit: by settings alone a model whose code was edited is the same one."""
+    """Parameters and FLOPs of the model by its audit: they differ where settings are equal and the model's code was edited."""
     totals = (run.audit or {}).get("totals") or {}
     dense, made = totals.get("dense") or {}, totals.get("transformed") or totals.get("dense") or {}
     found = (made.get("params"), made.get("nonzero_params"), dense.get("training_flops"), made.get("training_flops"))
@@ -62,51 +64,53 @@ def counts(run: Run) -> dict[str, int]:
 
 
 def primary(run: Run) -> str:
-    """The metric that its recipe calls best: checkpoint.best, else the first of evaluation.metrics."""
+    """The metric by which the recipe judges: checkpoint.best, else the first of evaluation.metrics."""
     best = (run.recipe.get("checkpoint") or {}).get("best")
     metrics = (run.recipe.get("evaluation") or {}).get("metrics") or ["loss"]
     chosen = str(best or metrics[0])
-    if run.metrics and chosen not in run.last:  # bits_per_byte of text that is not bytes is asked for and not there
+    if run.metrics and chosen not in run.last:  # as bits_per_byte of text that is not bytes
         return next((m for m in [*map(str, metrics), *metric_names()] if m in run.last), chosen)
     return chosen
 
 
-def subject(run: Run, metric: str) -> str:
-    """What was learned from what, and how it was measured, as text that is equal exactly where results are comparable."""
-    data = {k: v for k, v in run.recipe["data"].items() if f"data.{k}" not in NO_MATTER}
+def comparison_key(run: Run, metric: str) -> str:
+    """Model, data and metric as text that is equal exactly where results are comparable."""
+    data = {k: v for k, v in run.recipe["data"].items() if f"data.{k}" not in IRRELEVANT_SETTINGS}
     limit = (run.recipe.get("evaluation") or {}).get("limit")
-    return json.dumps([_set(run.recipe["model"]), _set(data), limit, metric], sort_keys=True, default=str)
+    return json.dumps(
+        [_without_unset(run.recipe["model"]), _without_unset(data), limit, metric], sort_keys=True, default=str
+    )
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """The group of every run, in their order: its recipe's name, and in brackets what tells it from its namesakes."""
+    """The group of every run, in their order: the recipe's name, and in brackets what differs from groups of that name."""
     keys = _keys(runs)
     first = dict(zip(reversed(keys), reversed(runs), strict=True))
     by_name: dict[str, list[str]] = {}
     for key in dict.fromkeys(keys):
         by_name.setdefault(first[key].name, []).append(key)
-    named: dict[str, str] = {}
+    label_of: dict[str, str] = {}
     for name, same in by_name.items():
         if len(same) == 1:
-            named[same[0]] = name
+            label_of[same[0]] = name
             continue
         every = {key: {**counts(first[key]), **settings(first[key])} for key in same}
-        differing = _telling([first[key] for key in same])
+        differing = _distinguishing([first[key] for key in same])
         for key in same:
-            told = [f"{k}={_short(every[key].get(k))}" for k in differing[:_SHOWN]]
+            shown = [f"{k}={_short(every[key].get(k))}" for k in differing[:_SHOWN]]
             more = [f"{len(differing) - _SHOWN} more"] if len(differing) > _SHOWN else []
-            named[key] = f"{name} [{', '.join(told + more)}]"
-    taken = Counter(named.values())
-    again: Counter[str] = Counter()
-    for key, label in named.items():
-        if taken[label] > 1:  # they differ in what is not shown
-            again[label] += 1
-            named[key] = f"{label} #{again[label]}"
-    return [named[key] for key in keys]
+            label_of[key] = f"{name} [{', '.join(shown + more)}]"
+    uses = Counter(label_of.values())
+    numbered: Counter[str] = Counter()
+    for key, label in label_of.items():
+        if uses[label] > 1:  # they differ in what is not shown
+            numbered[label] += 1
+            label_of[key] = f"{label} #{numbered[label]}"
+    return [label_of[key] for key in keys]
 
 
 def _keys(runs: Sequence[Run]) -> list[str]:
-    """One text for every run, equal where runs are of one group. What a run does not tell of its model is as in the first."""
+    """One text for every run, equal where runs are of one group. Counts that a run does not record are those of the first."""
     known: dict[str, list[dict[str, int]]] = {}
     keys = []
     for run in runs:
@@ -121,8 +125,8 @@ def _keys(runs: Sequence[Run]) -> list[str]:
     return keys
 
 
-def _telling(firsts: Sequence[Run]) -> list[str]:
-    """Keys that tell groups of one name apart, by the first run of each: settings, and of their models no more than is needed."""
+def _distinguishing(firsts: Sequence[Run]) -> list[str]:
+    """Keys in which groups of one name differ, by the first run of each: settings, and one count where these do not suffice."""
     every = [settings(run) for run in firsts]
     found = _differing(every)
     if len({json.dumps(one, sort_keys=True, default=str) for one in every}) == len(every):
@@ -130,40 +134,40 @@ def _telling(firsts: Sequence[Run]) -> list[str]:
     return [*_differing([counts(run) for run in firsts])[:1], *found]
 
 
-def namesakes(runs: Sequence[Run], groups: Sequence[str]) -> list[str]:
-    """A sentence for every recipe's name that several groups share: runs of different settings are kept apart."""
+def duplicate_names(runs: Sequence[Run], groups: Sequence[str]) -> list[str]:
+    """A sentence for every recipe's name that several groups share, because their runs have different settings."""
     found: dict[str, dict[str, Run]] = {}
     for run, group in zip(runs, groups, strict=True):
         found.setdefault(run.name, {}).setdefault(group, run)
-    said = []
+    notes = []
     for name, same in found.items():
         if len(same) > 1:
-            keys = _telling(list(same.values()))
-            said.append(
+            keys = _distinguishing(list(same.values()))
+            notes.append(
                 f"{name}: {len(same)} groups, because runs differ in {', '.join(keys)}"
-                + (_ANOTHER_MODEL if set(keys) & set(COUNTS) else "")
+                + (_DIFFERENT_MODELS if set(keys) & set(COUNTS) else "")
             )
-    return said
+    return notes
 
 
 def pooled(runs: Sequence[Run], groups: Sequence[str]) -> list[str]:
-    """A sentence for every group whose runs differ in more than the seed: its spread is of that too."""
+    """A sentence for every group whose runs differ in more than the seed: its spread has that cause too."""
     found: dict[str, list[Run]] = {}
     for run, group in zip(runs, groups, strict=True):
         found.setdefault(group, []).append(run)
-    said = {
+    differences = {
         group: _differing(list(map(settings, every))) or _differing(list(map(counts, every)))
         for group, every in found.items()
     }
     return [
-        f"{group}: its {len(found[group])} runs differ in {_listed(keys)}, so they are not samples of one thing"
-        for group, keys in said.items()
+        f"{group}: its {len(found[group])} runs differ in {_listed(keys)}, so they are not repetitions of one experiment"
+        for group, keys in differences.items()
         if keys
     ]
 
 
 def edited(runs: Sequence[Run], groups: Sequence[str]) -> list[str]:
-    """A sentence for every group whose runs name one module of the user's, and found other code in its file."""
+    """A sentence for every group whose runs used one module of the user's with different source code."""
     found: dict[tuple[str, str], set[str]] = {}
     for run, group in zip(runs, groups, strict=True):
         for session in (run.provenance or {}).get("sessions") or ():
@@ -181,7 +185,7 @@ def _listed(keys: Sequence[str]) -> str:
 
 
 def _differing(every: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Keys in which settings differ: the length of the run first, then in the order of the recipe."""
+    """Keys in which mappings differ: the length of the run first, then in the order of the recipe."""
     keys = dict.fromkeys(k for one in every for k in one)
     found = [k for k in keys if len({json.dumps(one.get(k), default=str) for one in every}) > 1]
     return sorted(found, key=lambda k: k not in ("training.steps", "training.epochs"))
@@ -192,5 +196,5 @@ def _short(value: Any) -> str:
     return text if len(text) <= 20 else f"{text[:17]}..."
 
 
-def _set(section: Mapping[str, Any]) -> dict[str, Any]:
+def _without_unset(section: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in section.items() if v not in (None, False, [], {})}

@@ -1,4 +1,4 @@
-"""The report itself: collect, filter, group, compare, put the published numbers beside."""
+"""Make a report: collect runs, filter, group, compare them, and add the published numbers."""
 
 from __future__ import annotations
 
@@ -12,112 +12,88 @@ import pandas as pd
 from ..base.metrics import metric_names
 from ..errors import ArtifactError, UsageError, did_you_mean
 from . import frame as frames
-from . import published
 from .collect import collect
-from .compare import Rules, compare
+from .compare import ComparisonRules, compare
 from .filters import Expression
-from .grouping import edited, namesakes, pooled
-from .report import Comparison, Report
+from .grouping import duplicate_names, edited, pooled
+from .published import published_rows
+from .read import Run
+from .report import Report
 
 if TYPE_CHECKING:
     from .spectral.history import RunSpectra
 
-HIDDEN = "subject"  # of our own bookkeeping: neither shown nor asked for
-
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """What a report is asked for. `by` of ("group",) is recipe, transform, sparsity, algorithm, and every other setting."""
+class ReportOptions:
+    """What a report should contain."""
 
     baseline: str | None = None
-    rules: Rules = field(default_factory=Rules)
+    rules: ComparisonRules = field(default_factory=ComparisonRules)
     reference: str | None = None
     by: Sequence[str] = ("group",)
+    """Columns that make a group; ("group",): by recipe, transform, sparsity, algorithm, and every other setting."""
     filter: Expression | None = None
     sort: Sequence[str] = ()
     """Columns of groups; a minus in front sorts from the highest."""
     spectral: bool = False
-    """Look at the masks of every kept checkpoint: slow for large models."""
+    """Compute the spectra of the masks in every kept checkpoint: slow for large models."""
     metric: str | None = None
-    """What all runs are judged by; None: what each recipe calls best."""
-
-
-def _known_metric(name: str | None) -> str | None:
-    if name is not None and name not in metric_names():
-        raise UsageError(
-            f"--metric {name}: no metric is called that",
-            hint=did_you_mean(name, metric_names()) or f"metrics: {', '.join(metric_names())}",
-        )
-    return name
+    """The metric by which all runs are judged; None: the metric of each recipe."""
 
 
 def make(
-    paths: Sequence[Path], options: Options, command: Sequence[str], tell: Callable[[str], None] | None = None
+    paths: Sequence[Path], options: ReportOptions, command: Sequence[str], progress: Callable[[str], None] | None = None
 ) -> Report:
-    """The report of every run below `paths`. `tell` hears what is at work where that takes long.
+    """The report of every run below `paths`.
+
+    Args:
+        paths: run directories, files of kept runs, or folders that hold some at any depth.
+        options: what the report should contain.
+        command: the command line, which the report shows.
+        progress: called with the name of what is computed, where that takes long.
 
     Raises:
-        UsageError: a path is not there, no run is left, or a column or baseline has a name that nothing has.
+        UsageError: a path is not there, no run is left, or there is no such column, metric or baseline.
         ArtifactError: every run is damaged.
     """
     found = collect(paths)
     if not found.runs:
         kind = ArtifactError if found.damaged else UsageError
+        reasons = "".join(f"\n  {path}: {reason}" for path, reason in found.skipped[:20])
         raise kind(
-            f"no run could be read in {', '.join(map(str, paths))}{_reasons(found.skipped)}",
+            f"no run could be read in {', '.join(map(str, paths))}{reasons}",
             hint="give run directories, or folders that hold some: runs/",
         )
-    runs = list(found.runs)
-    frame = frames.runs_frame(runs, _known_metric(options.metric))
-    wanted = options.filter
-    late = None
-    if wanted is not None:
-        known = visible([*frames.RUN_COLUMNS, *frames.GROUP_COLUMNS])
-        wanted.require(known, "--filter")
-        if all(name in frames.RUN_COLUMNS for name in wanted.names):
-            keep = [wanted.on(row) for row in frames.records(frame)]
-            frame = frames.keep(frame, keep)
-            runs = [run for run, kept in zip(runs, keep, strict=True) if kept]
-        else:
-            late = wanted
-    if not runs:
-        raise UsageError(
-            f"--filter '{wanted.text if wanted else ''}' leaves no run of {len(found.runs)}",
-            hint=wanted.hint if wanted else None,
-        )
+    frame = frames.runs_frame(found.runs, _known_metric(options.metric))
+    runs, frame, by_group = _filter_runs(found.runs, frame, options.filter)
     if "group" not in options.by:
         frame = frames.regroup(frame, options.by)
     groups = frames.groups_frame(frame, options.rules.confidence)
-    comparisons: list[Comparison] = []
-    notes: list[str] = []
-    if options.baseline is not None:
-        comparisons, notes = compare(frame, groups, options.baseline, options.rules)
+    comparisons, notes = (
+        compare(frame, groups, options.baseline, options.rules) if options.baseline is not None else ([], [])
+    )
     rows = frames.records(groups)
-    beside = published.beside(rows, options.reference) if options.reference else []
-    if late is not None:
-        late.require(visible(frames.GROUP_COLUMNS), "--filter")  # a group has no seed or state
-        groups = frames.keep(groups, [late.on(row) for row in rows])
-        if groups.empty:
-            raise UsageError(f"--filter '{late.text}' leaves no group of {len(rows)}", hint="see them without --filter")
+    reference = published_rows(rows, options.reference) if options.reference else []
+    if by_group is not None:
+        groups = _filter_groups(groups, by_group)
         comparisons = [c for c in comparisons if c.candidate in set(groups["group"])]
-    if options.sort and "path" not in options.by:  # whoever shows runs sorts runs
+    if options.sort and "path" not in options.by:  # where runs are shown, `sort` is of runs
         groups = sort(groups, options.sort)
         place = {label: i for i, label in enumerate(groups["group"])}
         comparisons.sort(key=lambda c: place.get(c.candidate, len(place)))
-    told = namesakes if "group" in options.by else pooled
-    labels = list(frame["group"])
-    notes = [*told(runs, labels), *edited(runs, labels), *(_not_counted(frame) if told is namesakes else ()), *notes]
+    notes = [*_group_notes(runs, frame, options), *notes]
     spectra: list[RunSpectra] = []
     if options.spectral:
-        from .spectral.spectra import spectra as of_masks
+        from .spectral.history import spectra_of_runs
 
-        spectra, said = of_masks(runs, frames.records(frame), tell)
-        notes = [*notes, *said]
-    return Report(runs, found.skipped, groups, comparisons, command, frame, beside, notes, spectra)
+        spectra, unread = spectra_of_runs(runs, frames.records(frame), progress)
+        notes += unread
+    return Report(runs, found.skipped, groups, comparisons, command, frame, reference, notes, spectra)
 
 
 def sort(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    """A table by columns, each ascending, or descending with a minus in front; what has no value comes last.
+    """A table by columns, each ascending, or descending with a minus in front; rows without a value come last.
 
     Raises:
         UsageError: there is no such column.
@@ -126,32 +102,63 @@ def sort(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
         name = column.removeprefix("-")
         frames.require_column(name, list(table.columns), "--sort")
         values: list[Any] = list(table[name])
-        there = [i for i, v in enumerate(values) if v is not None]
-        text = any(isinstance(values[i], str) for i in there)
-        there.sort(key=lambda i: str(values[i]) if text else values[i], reverse=column.startswith("-"))
-        table = table.iloc[[*there, *(i for i, v in enumerate(values) if v is None)]]
+        known = [i for i, v in enumerate(values) if v is not None]
+        text = any(isinstance(values[i], str) for i in known)
+        known.sort(key=lambda i: str(values[i]) if text else values[i], reverse=column.startswith("-"))
+        table = table.iloc[[*known, *(i for i, v in enumerate(values) if v is None)]]
     return table
 
 
-def visible(columns: Sequence[str]) -> list[str]:
-    """Columns that may be asked for, each once."""
-    return [c for c in dict.fromkeys(columns) if c != HIDDEN]
+def _known_metric(name: str | None) -> str | None:
+    if name is not None and name not in metric_names():
+        raise UsageError(
+            f"--metric {name}: there is no such metric",
+            hint=did_you_mean(name, metric_names()) or f"metrics: {', '.join(metric_names())}",
+        )
+    return name
+
+
+def _filter_runs(
+    runs: Sequence[Run], frame: pd.DataFrame, wanted: Expression | None
+) -> tuple[list[Run], pd.DataFrame, Expression | None]:
+    """The runs that fit, their rows, and the expression if it is about groups, which are filtered later."""
+    if wanted is None:
+        return list(runs), frame, None
+    wanted.require(frames.visible([*frames.RUN_COLUMNS, *frames.GROUP_COLUMNS]), "--filter")
+    if any(name not in frames.RUN_COLUMNS for name in wanted.names):
+        return list(runs), frame, wanted
+    keep = [wanted.on(row) for row in frames.records(frame)]
+    if not any(keep):
+        raise UsageError(f"--filter '{wanted.text}' leaves no run of {len(runs)}", hint=wanted.hint)
+    return [run for run, kept in zip(runs, keep, strict=True) if kept], frames.keep(frame, keep), None
+
+
+def _filter_groups(groups: pd.DataFrame, wanted: Expression) -> pd.DataFrame:
+    wanted.require(frames.visible(frames.GROUP_COLUMNS), "--filter")  # a group has no seed or state
+    kept = frames.keep(groups, [wanted.on(row) for row in frames.records(groups)])
+    if kept.empty:
+        raise UsageError(f"--filter '{wanted.text}' leaves no group of {len(groups)}", hint="see them without --filter")
+    return kept
+
+
+def _group_notes(runs: Sequence[Run], frame: pd.DataFrame, options: ReportOptions) -> list[str]:
+    """What a reader should know of how the runs were grouped."""
+    labels = list(frame["group"])
+    if "group" in options.by:
+        return [*duplicate_names(runs, labels), *edited(runs, labels), *_not_counted(frame)]
+    return [*pooled(runs, labels), *edited(runs, labels)]
 
 
 def _not_counted(frame: pd.DataFrame) -> list[str]:
-    """A sentence for seeds that were run more than once in one group."""
-    said = []
+    """A sentence for seeds that were run more than once in one group, and for finished runs without the metric."""
+    notes = []
     rows = [row for row in frames.records(frame) if row["state"] == "finished" and not row["counted"]]
     for label in dict.fromkeys(row["group"] for row in rows):
-        again = [row for row in rows if row["group"] == label]
-        if twice := [row["seed"] for row in again if row["value"] is not None]:
-            seeds = ", ".join(map(str, dict.fromkeys(twice)))
-            earlier = "1 earlier one does" if len(twice) == 1 else f"{len(twice)} earlier ones do"
-            said.append(f"{label}: the newest run of seed {seeds} counts, {earlier} not")
-        if lacking := [row for row in again if row["value"] is None]:
-            said.append(f"{label}: finished without {lacking[0]['metric']}, so not counted: {len(lacking)}")
-    return said
-
-
-def _reasons(skipped: Sequence[tuple[Path, str]]) -> str:
-    return "".join(f"\n  {path}: {reason}" for path, reason in skipped[:20])
+        same = [row for row in rows if row["group"] == label]
+        if repeated := [row["seed"] for row in same if row["value"] is not None]:
+            seeds = ", ".join(map(str, dict.fromkeys(repeated)))
+            earlier = "1 earlier one does" if len(repeated) == 1 else f"{len(repeated)} earlier ones do"
+            notes.append(f"{label}: the newest run of seed {seeds} counts, {earlier} not")
+        if lacking := [row for row in same if row["value"] is None]:
+            notes.append(f"{label}: finished without {lacking[0]['metric']}, so not counted: {len(lacking)}")
+    return notes

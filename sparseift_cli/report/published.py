@@ -1,4 +1,4 @@
-"""Published results beside ours: published.json holds every number with its source and how good the evidence for it is."""
+"""Published results and ours. published.json has every number with its source and how good the evidence for it is."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..errors import one_of
 
 _FILE = Path(__file__).with_name("published.json")
 _SAME_DATA = {"tokens": "wikitext103"}
-"""What a data set of ours may hold, where its name does not say: token files are made by the user."""
+"""The published name of what a data set may contain: token files are prepared by the user, so their name does not say it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
-    """One row. None where it is not published: a sparsity or algorithm of None matches any."""
+class PublishedResult:
+    """One row of published.json. None: not published; a sparsity or algorithm of None matches any."""
 
     model: str
     data: str
@@ -38,13 +38,13 @@ class Published:
 
 
 @dataclass(frozen=True, slots=True)
-class Beside:
-    """A published row, and a group of ours that trained the same model, transform, sparsity and algorithm on the same data.
+class PublishedRow:
+    """A published result, and a group of ours that trained the same model, transform, sparsity and algorithm on the same data.
 
-    Without such a group, all of ours but the dense mean is None.
+    Without such a group, all of our fields but the dense mean are None.
     """
 
-    published: Published
+    published: PublishedResult
     group: str | None = None
     n: int | None = None
     dense: float | None = None
@@ -53,11 +53,11 @@ class Beside:
     difference: float | None = None
     epochs: float | None = None
     note: str | None = None
-    """What makes the two hard to compare: shorter training, a variant of the model, the published row's own note."""
+    """What makes the two hard to compare: shorter training, a variant of the model, the note of the published result."""
 
 
 @cache
-def published(reference: str = "paper") -> tuple[Published, ...]:
+def published(reference: str = "paper") -> tuple[PublishedResult, ...]:
     """Every row of a reference.
 
     Raises:
@@ -66,31 +66,33 @@ def published(reference: str = "paper") -> tuple[Published, ...]:
     everything: Mapping[str, Any] = json.loads(_FILE.read_text("utf-8"))
     one_of("reference", reference, list(everything))
     found = everything[reference]
-    return tuple(Published(source=found["source"], **row) for row in found["rows"])
+    return tuple(PublishedResult(source=found["source"], **row) for row in found["rows"])
 
 
 def evidence(reference: str = "paper") -> Mapping[str, str]:
-    """What the letters of `Published.evidence` mean."""
+    """The meaning of the letters of `PublishedResult.evidence`."""
     return json.loads(_FILE.read_text("utf-8"))[reference]["evidence"]
 
 
-def beside(groups: Sequence[Mapping[str, Any]], reference: str = "paper") -> list[Beside]:
+def published_rows(groups: Sequence[Mapping[str, Any]], reference: str = "paper") -> list[PublishedRow]:
     """Every published row in the order of the file, once for each group of ours that matches, once alone where none does.
 
     `groups` are rows with the columns of `frame.GROUP_COLUMNS`.
     """
-    found: list[Beside] = []
+    found: list[PublishedRow] = []
     for row in published(reference):
         ours = [_ours(row, group, groups) for group in groups if _matches(row, group)]
-        found += ours or [_dense_alone(row, groups)]
+        found += ours or [_without_match(row, groups)]
     return found
 
 
-def _matches(row: Published, group: Mapping[str, Any]) -> bool:
-    """Another scope, pattern or base width is another transform; one trained without masks spends another budget."""
+def _matches(row: PublishedResult, group: Mapping[str, Any]) -> bool:
+    """Whether a group is the published experiment. Another scope, pattern or base width is another transform, and training
+    without masks has another budget.
+    """
     return (
         group["n"] > 0
-        and same_subject(row, group)
+        and same_task(row, group)
         and group["transform"] == row.transform
         and (group["scope"], group["pattern"]) == ("all", "unstructured")
         and not str(group["widths"]).startswith("base")
@@ -100,7 +102,7 @@ def _matches(row: Published, group: Mapping[str, Any]) -> bool:
     )
 
 
-def _ours(row: Published, group: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> Beside:
+def _ours(row: PublishedResult, group: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> PublishedRow:
     dense = next(
         (
             g
@@ -108,7 +110,7 @@ def _ours(row: Published, group: Mapping[str, Any], groups: Sequence[Mapping[str
             if g["transform"] == "dense"
             and g["algorithm"] == "dense"
             and g["n"]
-            and g["subject"] == group["subject"]
+            and g["comparison_key"] == group["comparison_key"]
             and g["steps"] == group["steps"]
         ),
         None,
@@ -124,27 +126,25 @@ def _ours(row: Published, group: Mapping[str, Any], groups: Sequence[Mapping[str
     if ours:
         notes.insert(0, f"ours has {' and '.join(ours)}, the published row matches layers with any width")
     difference = None if base is None else value - base
-    return Beside(row, group["group"], group["n"], base, value, difference, group["epochs"], "; ".join(notes) or None)
+    return PublishedRow(
+        row, group["group"], group["n"], base, value, difference, group["epochs"], "; ".join(notes) or None
+    )
 
 
-def _dense_alone(row: Published, groups: Sequence[Mapping[str, Any]]) -> Beside:
-    """No group of ours is this row; a dense one of the same model and data may still stand beside its dense number."""
+def _without_match(row: PublishedResult, groups: Sequence[Mapping[str, Any]]) -> PublishedRow:
+    """The row of a result that no group of ours matches; our dense mean of the same model and data is shown if there is one."""
     dense = next(
-        (
-            g
-            for g in groups
-            if g["transform"] == "dense" and g["algorithm"] == "dense" and g["n"] and same_subject(row, g)
-        ),
+        (g for g in groups if g["transform"] == "dense" and g["algorithm"] == "dense" and g["n"] and same_task(row, g)),
         None,
     )
     return (
-        Beside(row, note=row.note, dense=dense[row.metric], epochs=dense["epochs"])
+        PublishedRow(row, note=row.note, dense=dense[row.metric], epochs=dense["epochs"])
         if dense
-        else Beside(row, note=row.note)
+        else PublishedRow(row, note=row.note)
     )
 
 
-def same_subject(row: Published, group: Mapping[str, Any]) -> bool:
+def same_task(row: PublishedResult, group: Mapping[str, Any]) -> bool:
     """Whether a group (a row of `frame.GROUP_COLUMNS`) has the model, the data and the metric of a published row."""
     return (
         _model(group["model"]) == row.model

@@ -1,4 +1,4 @@
-"""What a report says, before anything prints it: runs, groups of them, comparisons, and the published numbers beside."""
+"""What a report contains, before it is printed: runs, groups of them, comparisons, and published numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .read import Run
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from .published import Beside
+    from .published import PublishedRow
     from .spectral.history import RunSpectra
 
 Outcome = Literal["better", "worse", "no difference shown", "no claim", "refused"]
@@ -20,14 +20,14 @@ Outcome = Literal["better", "worse", "no difference shown", "no claim", "refused
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What one run of a group costs: the mean over its finished runs; None where no run says it."""
+    """What one run of a group costs: the mean over its finished runs; None where no run records it."""
 
     flops: int | None
     """Audited training FLOPs of the whole run: forward, backward and mask updates (summary's flops.audited)."""
     seconds: float | None
-    """Wall time of training and evaluation."""
+    """Wall time of training and evaluation, in seconds."""
     peak_bytes: float | None
-    """Largest memory of the process (CPU) or of the GPU's allocator."""
+    """Peak memory in bytes, of the process (CPU) or of the GPU's allocator."""
     optimizer_bytes: float | None
 
 
@@ -36,7 +36,7 @@ class Comparison:
     """A group against its baseline in one metric: the difference of means is candidate minus baseline.
 
     `low` and `high` bound the difference at `confidence`, by Student's t: of the pairs of equal seeds where `paired`, by
-    Welch's otherwise. Where the budgets are too far apart it is not `allowed`: then there is no difference, only the costs.
+    Welch's otherwise. Where budgets differ too much the comparison is not `allowed`: it has the costs and no difference.
     """
 
     baseline: str
@@ -66,15 +66,15 @@ class Comparison:
     degrees_of_freedom: float | None = None
     confidence: float = 0.95
     equal_flops: bool = True
-    """Whether the budgets are equal within the tolerance; a comparison that is `allowed` without it must say so."""
+    """Whether the budgets are equal within the tolerance; where an unequal comparison is `allowed`, every output says so."""
     notes: Sequence[str] = field(default=())
-    """What a reader should know before believing it."""
+    """Facts that limit what the difference means."""
     seeds: Sequence[int] = field(default=())
-    """Those that both groups have, where `paired`."""
+    """The seeds that both groups have, where `paired`."""
 
     @property
     def pairing(self) -> str:
-        """` (paired by seed)`, with the seeds where some runs have no partner: their means differ by something else."""
+        """` (paired by seed)`, with the seeds where other runs have no partner, and means are over more runs than pairs."""
         if not (self.paired and self.allowed and self.n > 1):
             return ""
         if self.n == self.candidate_n == self.baseline_n or not self.seeds:
@@ -103,11 +103,11 @@ class Report:
     comparisons: Sequence[Comparison]
     command: Sequence[str]
     frame: DataFrame
-    reference: Sequence[Beside] = field(default=())
-    """The published rows, with ours where we have them."""
+    reference: Sequence[PublishedRow] = field(default=())
+    """The published rows, each with a group of ours where one matches."""
     notes: Sequence[str] = field(default=())
     spectra: Sequence[RunSpectra] = field(default=())
-    """Of the masks that runs have kept, where they were asked for."""
+    """Of the masks in the checkpoints of the runs, where they were asked for."""
 
     def runs_of(self, label: str) -> list[Run]:
         """The runs of a group, whether in its means or not."""

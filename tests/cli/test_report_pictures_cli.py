@@ -109,7 +109,7 @@ def test_figure4_is_told_and_drawn(sparseift, tmp_path: Path) -> None:
     ("words", "told"),
     [
         (("-o", "f.pdf"), ".svg or .png"),
-        (("-o", "f.svg", "--json"), "has no format json"),
+        (("-o", "f.svg", "--json"), "--format json does not apply"),
         (("-f", "github"), "no gates to annotate"),
         (("-o", "no/f.svg"), "cannot write no/f.svg"),
     ],

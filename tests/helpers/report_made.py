@@ -98,7 +98,7 @@ def report(runs: list[Run], **more: Any) -> Report:
                 "model": "pkg:net",
                 "data": "toy",
                 "metric": "top1",
-                "subject": "s",
+                "comparison_key": "s",
                 "n": len(values),
                 "transform": "dense" if "dense" in name else "wide",
                 "algorithm": "rigl",

@@ -248,7 +248,7 @@ def test_regrouping_never_mixes_data_or_lengths(tmp_path: Path) -> None:
     make_run(tmp_path, "d", 0, epochs=9)
     frame = regroup(runs_frame(collect([tmp_path]).runs), ["seed"])
     assert sorted(row["n"] for row in records(groups_frame(frame))) == [1, 1, 2]
-    with pytest.raises(UsageError, match="no column is called 'algo'"):
+    with pytest.raises(UsageError, match="there is no column 'algo'"):
         regroup(frame, ["algo"])
 
 

@@ -11,9 +11,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from sparseift_cli.errors import ArtifactError, UsageError
-from sparseift_cli.report.compare import Rules
+from sparseift_cli.report.compare import ComparisonRules
 from sparseift_cli.report.diff import diff
-from sparseift_cli.report.make import Options, make
+from sparseift_cli.report.make import ReportOptions, make
 from sparseift_cli.report.published import published
 from sparseift_cli.report.report import Comparison, Report
 from sparseift_cli.runs.checkpoint import sha256
@@ -21,7 +21,7 @@ from tests.helpers.report_runs import make_run, seeds, write
 
 
 def report(root: Path, baseline: str | None = "dense", **how: object) -> Report:
-    return make([root], Options(baseline, **how), ["sparseift", "report"])
+    return make([root], ReportOptions(baseline, **how), ["sparseift", "report"])
 
 
 def compared(root: Path, baseline: str = "dense", **how: object) -> Comparison:
@@ -127,7 +127,7 @@ def test_a_run_that_is_no_number_claims_nothing(tmp_path: Path) -> None:
     seeds(tmp_path, "net_wide75_rigl", [71.0, math.nan, 75.5], member="wide")
     found = compared(tmp_path)
     assert found.outcome == "no claim"
-    assert "no number" in found.verdict
+    assert "not a number" in found.verdict
 
 
 def test_unequal_budgets_are_refused_and_both_printed(tmp_path: Path) -> None:
@@ -136,10 +136,10 @@ def test_unequal_budgets_are_refused_and_both_printed(tmp_path: Path) -> None:
     found = compared(tmp_path)
     assert (found.allowed, found.outcome, found.difference, found.low) == (False, "refused", None, None)
     assert "1,002,000,000,000,000 against 1,000,000,000,000,000" in found.verdict
-    allowed = compared(tmp_path, rules=Rules(allow_unequal=True))
+    allowed = compared(tmp_path, rules=ComparisonRules(allow_unequal=True))
     assert allowed.outcome == "better"
     assert "1.0020x training FLOPs (unequal)" in allowed.verdict
-    assert compared(tmp_path, rules=Rules(tolerance=0.003)).allowed
+    assert compared(tmp_path, rules=ComparisonRules(tolerance=0.003)).allowed
 
 
 def test_the_tolerance_itself_is_equal_enough(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_other_machines_and_overspent_budgets_are_noted(tmp_path: Path) -> None:
     notes = compared(tmp_path).notes
     assert any(note.startswith("device: cuda:0 against cpu") for note in notes)
     assert "runs at once (--parallel): 3 against 1; wall time differs by it" in notes
-    assert any("spent 2.0000x" in note for note in notes)
+    assert any("used 2.0000x" in note for note in notes)
 
 
 def test_published_rows_are_those_of_the_design() -> None:
@@ -264,7 +264,7 @@ def test_sorting_and_filtering(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         report(tmp_path, None, filter=parse("model ~ resnet"))
     assert caught.value.hint == "~ matches a whole text: model ~ '*resnet*' finds it anywhere"
-    with pytest.raises(UsageError, match="no column is called 'maen'"):
+    with pytest.raises(UsageError, match="there is no column 'maen'"):
         report(tmp_path, None, sort=("-maen",))
 
 

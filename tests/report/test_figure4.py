@@ -34,9 +34,9 @@ def gpt_training_flops(layers: int, width: int, tokens: int = 2048, vocabulary: 
     return 2 * 3 * tokens * (layers * (12 * width * width + 2 * tokens * width) + vocabulary * width)
 
 
-def row(model: str, sparsity: str | None = None, match: str | None = None) -> figure4.Row:
+def row(model: str, sparsity: str | None = None, match: str | None = None) -> figure4.FigureRow:
     (found,) = (r for r in figure4.rows() if (r["model"], r["sparsity"], r["match"]) == (model, sparsity, match))
-    return figure4.Row(**found)
+    return figure4.FigureRow(**found)
 
 
 def test_dense_resnets_by_hand() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from sparseift_cli.report.collect import collect
 from sparseift_cli.report.html.page import page
-from sparseift_cli.report.make import Options, make
+from sparseift_cli.report.make import ReportOptions, make
 from sparseift_cli.report.plots.pictures import save_all
 from sparseift_cli.report.read import Run
 from tests.helpers.report_runs import make_run, seeds, write
@@ -66,7 +66,7 @@ def test_odd_content_beside_a_run_is_a_warning(tmp_path: Path, what: str) -> Non
     changed(make_run(tmp_path), name, **values)
     (run,) = collect([tmp_path]).runs
     assert run.warnings == (f"{name} is not what a run writes",)
-    page(make([tmp_path], Options(), []))
+    page(make([tmp_path], ReportOptions(), []))
 
 
 def control_characters(root: Path) -> Run:
@@ -82,7 +82,7 @@ def test_no_name_reaches_the_terminal_as_a_command_to_it(tmp_path: Path) -> None
     assert run.name == "net\\x1b[31m"
     assert run.recipe["model"]["name"] == "net\\x1b[1m"
     assert run.audit and run.audit["layers"][0]["name"] == "conv\\x07"
-    made = make([tmp_path], Options(), [])
+    made = make([tmp_path], ReportOptions(), [])
     assert "\x1b" not in page(made) and "\x07" not in page(made)
     assert save_all(made, tmp_path / "figures")
 
@@ -98,7 +98,7 @@ def test_numbers_beyond_a_float_break_nothing(tmp_path: Path) -> None:
     make_run(tmp_path, "net_dense", 2, (1e308, -1e308))
     make_run(tmp_path, "net_wide", 0, member="wide", more={"flops": [1]})
     seeds(tmp_path, "net_far", [1e308, -1e308, 1e308], member="wide", sparsity=0.5)
-    made = make([tmp_path], Options("dense"), [])
+    made = make([tmp_path], ReportOptions("dense"), [])
     dense = made.groups.iloc[0]
     assert dense["flops"] == 10**15  # of the runs that say it
     assert page(made)

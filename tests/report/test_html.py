@@ -13,7 +13,7 @@ import pytest
 from sparseift_cli.base.locations import recipes_dir
 from sparseift_cli.recipe.load import find
 from sparseift_cli.report.html.page import OUTCOMES, command, page
-from sparseift_cli.report.published import beside
+from sparseift_cli.report.published import published_rows
 from sparseift_cli.report.read import Run
 from sparseift_cli.report.report import Comparison, Costs, Report
 from tests.helpers.report_made import report, run
@@ -111,7 +111,7 @@ def with_provenance(one: Run) -> Run:
 def full() -> Report:
     runs = [run(name, seed, dense="dense" in name) for name in ("net_dense", EVIL) for seed in (0, 1, 2)]
     made = report([with_provenance(one) for one in runs])
-    made = report([with_provenance(one) for one in runs], notes=["a <b>note</b>"], reference=beside([]))
+    made = report([with_provenance(one) for one in runs], notes=["a <b>note</b>"], reference=published_rows([]))
     return Report(
         made.runs,
         [(Path("runs/<broken>"), "no recipe.yaml")],

@@ -1,4 +1,4 @@
-"""Kept runs: the same bytes every time, nothing of a machine in them, nothing kept that is not finished, pages that are current."""
+"""Kept runs: the same bytes every time, no name of a machine in them, only finished ones; and their pages are current."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def private(run: Path) -> None:
     """Give a run everything that a machine may leave in it."""
-    told = json.loads((run / "provenance.json").read_text())
-    told["sessions"][0]["command"] = [
+    facts = json.loads((run / "provenance.json").read_text())
+    facts["sessions"][0]["command"] = [
         "/opt/me/env/bin/sparseift",
         "train",
         "/opt/me/src/recipes/net/dense.yaml",
@@ -40,9 +40,9 @@ def private(run: Path) -> None:
         "--seeds",
         "0..2",
     ]
-    write(run / "provenance.json", told)
-    told = json.loads((run / "summary.json").read_text())
-    write(run / "summary.json", told | {"path": str(run)})
+    write(run / "provenance.json", facts)
+    facts = json.loads((run / "summary.json").read_text())
+    write(run / "summary.json", facts | {"path": str(run)})
     recipe = (run / "recipe.yaml").read_text()
     (run / "recipe.yaml").write_text(recipe.replace("  root: null", '  root: "/opt/me/data/c100"'))
     (run / "checkpoints").mkdir()
@@ -122,8 +122,8 @@ def old_kept_folder(run: Path, place: Path) -> Path:
     folder = place / run.parent.name / run.name
     (folder / "metrics.jsonl.gz").write_bytes(gzip.compress((folder / "metrics.jsonl").read_bytes(), mtime=0))
     (folder / "metrics.jsonl").unlink()
-    told = json.loads((run / "summary.json").read_text())
-    write(folder / "summary.json", told | {"path": f"{run.parent.name}/{run.name}"})
+    facts = json.loads((run / "summary.json").read_text())
+    write(folder / "summary.json", facts | {"path": f"{run.parent.name}/{run.name}"})
     return folder
 
 
@@ -155,7 +155,7 @@ def test_a_folder_with_more_than_a_kept_run_is_not_replaced(tmp_path: Path) -> N
 def test_a_file_that_was_edited_is_damaged(tmp_path: Path) -> None:
     (kept,) = keep([make_run(tmp_path / "runs", "net_dense", 0, (50.0, 71.25))], tmp_path / "kept")
     text = kept.path.read_text()
-    for changed, told in (
+    for changed, facts in (
         (text.replace("71.25", "72.25"), "its SHA-256 differs"),
         (text.replace('"seed": 0', '"seed": 1'), "its SHA-256 differs"),
         (text[: len(text) // 2], "is no JSON"),
@@ -164,7 +164,7 @@ def test_a_file_that_was_edited_is_damaged(tmp_path: Path) -> None:
         assert changed != text
         kept.path.write_text(changed)
         ((path, reason),) = collect([tmp_path / "kept"]).skipped
-        assert path == kept.path and told in reason
+        assert path == kept.path and facts in reason
         assert collect([kept.path]).skipped == [(path, reason)]
     kept.path.write_text(text)
     assert len(collect([kept.path]).runs) == 1
@@ -219,9 +219,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr("sys.argv", ["sparseift", "report", "keep", "runs", "-o", "kept", "--json"])
     with pytest.raises(SystemExit):
         main()
-    told = json.loads(capsys.readouterr().out)
-    assert told["schema"] == "sparseift.report-keep/1"
-    assert [(row["kept"], row["state"]) for row in told["runs"]] == [
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["schema"] == "sparseift.report-keep/1"
+    assert [(row["kept"], row["state"]) for row in facts["runs"]] == [
         ("kept/net_dense/20260101T120000Z-00000000.json", "new")
     ]
 
@@ -250,8 +250,8 @@ def test_the_picture_of_the_readme_is_drawn_from_kept_runs(root: Path, tmp_path:
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> Path:
-    """A repository with results of ResNet-18 on CIFAR-100: dense, wide at 90 %, and one that no shipped recipe is called."""
+def repository(tmp_path: Path) -> Path:
+    """A repository with results of ResNet-18 on CIFAR-100: dense, wide at 90 %, and one of a recipe that is not shipped."""
     seeds(tmp_path / "runs", "resnet18_cifar100_dense", [76.5, 77.0, 77.5], epochs=200)
     wide = {"member": "wide", "sparsity": 0.9, "epochs": 200, "flops": 11 * 10**14}
     seeds(tmp_path / "runs", "resnet18_cifar100_wide90_rigl", [79.5, 80.0, 80.5], **wide)
@@ -260,8 +260,8 @@ def house(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_page_says_what_the_runs_say(house: Path) -> None:
-    (folder,) = results.folders(house)
+def test_page_says_what_the_runs_say(repository: Path) -> None:
+    (folder,) = results.folders(repository)
     text = results.page(folder, "recipes/resnet18_cifar100/results")
     assert "## resnet18_cifar on cifar100, 200 epochs, 78,000 steps" in text
     assert (
@@ -278,26 +278,26 @@ def test_page_says_what_the_runs_say(house: Path) -> None:
     assert text.splitlines().count("sparseift") >= 1  # the recorded command of the other one
 
 
-def test_page_names_the_seeds_of_a_difference(house: Path) -> None:
-    """It is that of the pairs, where means of the table are over other seeds too and may lie the other way round."""
-    runs = house / "more" / "runs"
+def test_page_names_the_seeds_of_a_difference(repository: Path) -> None:
+    """The difference is that of the pairs; the means of the table are over other seeds too, and may have the other order."""
+    runs = repository / "more" / "runs"
     seeds(runs, "net_dense", [70.0, 72.0, 77.0])
     seeds(runs, "net_wide75_rigl", [70.2, 72.1], member="wide")
-    folder = house / "recipes" / "net" / "results"
+    folder = repository / "recipes" / "net" / "results"
     keep([runs], folder)
     (line,) = (s for s in results.page(folder, "recipes/net/results").splitlines() if s.startswith("- net_wide75"))
     assert line.startswith("- net_wide75_rigl: +0.1") and line.endswith("(paired by seed, over seeds 0 and 1)")
 
 
-def test_page_tells_which_runs_shared_a_device(house: Path) -> None:
-    (folder,) = results.folders(house)
+def test_page_names_runs_that_shared_a_device(repository: Path) -> None:
+    (folder,) = results.folders(repository)
     assert "shared the device" not in results.page(folder, "recipes/x/results")
-    seeds(house / "beside", "resnet18_cifar100_wide75_set", [79.0], member="wide", epochs=200, at_once=3)
-    keep([house / "beside"], folder)
-    seeds(house / "mixed", "resnet18_cifar100_wide75_rigl", [79.0], member="wide", epochs=200)
-    seeds(house / "mixed", "resnet18_cifar100_wide75_rigl", [79.5], member="wide", epochs=200, at_once=3, stamp=1)
+    seeds(repository / "beside", "resnet18_cifar100_wide75_set", [79.0], member="wide", epochs=200, at_once=3)
+    keep([repository / "beside"], folder)
+    seeds(repository / "mixed", "resnet18_cifar100_wide75_rigl", [79.0], member="wide", epochs=200)
+    seeds(repository / "mixed", "resnet18_cifar100_wide75_rigl", [79.5], member="wide", epochs=200, at_once=3, stamp=1)
     seeds(
-        house / "mixed",
+        repository / "mixed",
         "resnet18_cifar100_wide75_static",
         [78.0],
         member="wide",
@@ -305,9 +305,9 @@ def test_page_tells_which_runs_shared_a_device(house: Path) -> None:
         epochs=200,
         at_once=3,
     )
-    keep([house / "beside", house / "mixed"], folder)
+    keep([repository / "beside", repository / "mixed"], folder)
     page = results.page(folder, "recipes/x/results")
-    assert "longer where so many runs (in brackets) shared the device" in page
+    assert "longer where several runs (their number in brackets) shared the device" in page
     rows = {
         name.strip(): line
         for line in page.splitlines()
@@ -320,10 +320,10 @@ def test_page_tells_which_runs_shared_a_device(house: Path) -> None:
     assert "(3)" not in rows["resnet18_cifar100_dense"]
 
 
-def test_published_number_stands_beside_training_of_its_length_only(house: Path) -> None:
-    (folder,) = results.folders(house)
-    seeds(house / "long", "resnet18_cifar100_dense_long", [78.0], epochs=400)
-    keep([house / "long"], folder)
+def test_published_number_is_shown_for_training_of_its_length_only(repository: Path) -> None:
+    (folder,) = results.folders(repository)
+    seeds(repository / "long", "resnet18_cifar100_dense_long", [78.0], epochs=400)
+    keep([repository / "long"], folder)
     lines = results.page(folder, "recipes/x/results").splitlines()
     dense, long = (
         [line for line in lines if line.startswith(f"| resnet18_cifar100_dense{more} |")] for more in ("", "_long")
@@ -331,28 +331,28 @@ def test_published_number_stands_beside_training_of_its_length_only(house: Path)
     assert len(dense) == len(long) == 1 and dense[0].endswith("| 77 [n] |") and long[0].endswith("|  |")
 
 
-def test_page_that_is_not_current_is_told(house: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder,) = results.folders(house)
-    assert results.main(False, house) == 1 and "as its runs say" in capsys.readouterr().out
-    assert results.main(True, house) == 0
-    assert results.stale(folder, house) == "" and results.main(False, house) == 0
+def test_page_that_is_not_current_is_named(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder,) = results.folders(repository)
+    assert results.main(False, repository) == 1 and "as made from its runs" in capsys.readouterr().out
+    assert results.main(True, repository) == 0
+    assert results.stale(folder, repository) == "" and results.main(False, repository) == 0
     page = folder / "README.md"
     page.write_text(page.read_text("utf-8").replace("80.1", "82.1"), "utf-8")
-    assert "-| resnet18_cifar100_wide90_rigl" in results.stale(folder, house)
+    assert "-| resnet18_cifar100_wide90_rigl" in results.stale(folder, repository)
 
 
-def test_kept_recipes_are_no_shipped_ones(house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog, "recipes_dir", lambda: house / "recipes")
+def test_recipes_of_kept_runs_are_not_shipped_ones(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog, "recipes_dir", lambda: repository / "recipes")
     assert list(catalog.shipped()) == []
-    (house / "recipes" / "net").mkdir()
-    (house / "recipes" / "net" / "dense.yaml").write_text("# A net.\nmodel: x\n")
+    (repository / "recipes" / "net").mkdir()
+    (repository / "recipes" / "net" / "dense.yaml").write_text("# A net.\nmodel: x\n")
     assert [entry.name for entry in catalog.shipped()] == ["net/dense"]
 
 
-def test_a_page_takes_in_what_was_written_about_it(house: Path) -> None:
-    (folder,) = results.folders(house)
-    assert "What to make of it" not in results.page(folder, "recipes/x/results")
+def test_a_page_includes_the_notes(repository: Path) -> None:
+    (folder,) = results.folders(repository)
+    assert "Discussion" not in results.page(folder, "recipes/x/results")
     (folder / "notes.md").write_text("It was the learning rate.\n", "utf-8")
-    assert "## What to make of it\n\nIt was the learning rate.\n\n## Repeat it" in results.page(
+    assert "## Discussion\n\nIt was the learning rate.\n\n## How to repeat the runs" in results.page(
         folder, "recipes/x/results"
     )

@@ -11,7 +11,7 @@ import pytest
 from sparseift_cli.report.collect import collect
 from sparseift_cli.report.frame import groups_frame, records, runs_frame
 from sparseift_cli.report.grouping import labels
-from sparseift_cli.report.make import Options, make
+from sparseift_cli.report.make import ReportOptions, make
 from tests.helpers.report_runs import make_run, seeds, write
 
 
@@ -31,7 +31,7 @@ def test_an_edited_model_is_another_group(sparseift, tmp_path: Path) -> None:
     assert code == 0
     assert "net_dense [parameters=1000]   2" in out and "net_dense [parameters=2000]   1" in out
     assert (
-        "net_dense: 2 groups, because runs differ in parameters: with the same settings these are not the same model"
+        "net_dense: 2 groups, because runs differ in parameters: with the same settings these are different models"
         in out
     )
 
@@ -47,11 +47,14 @@ def test_an_edited_model_is_another_group(sparseift, tmp_path: Path) -> None:
 def test_whatever_is_counted_tells_models_apart(tmp_path: Path, one: Any, other: Any, told: str) -> None:
     make_run(tmp_path, seed=0, audit=one)
     make_run(tmp_path, seed=1, audit=other)
-    report = make([tmp_path], Options(), [])
+    report = make([tmp_path], ReportOptions(), [])
     assert len(report.groups) == 2
     assert report.notes[0].startswith(f"net_dense: 2 groups, because runs differ in {told}: ")
-    (note,) = make([tmp_path], Options(by=("recipe",)), []).notes
-    assert note.startswith(f"recipe=net_dense: its 2 runs differ in {told}") and "not samples of one thing" in note
+    (note,) = make([tmp_path], ReportOptions(by=("recipe",)), []).notes
+    assert (
+        note.startswith(f"recipe=net_dense: its 2 runs differ in {told}")
+        and "not repetitions of one experiment" in note
+    )
 
 
 def test_a_run_that_does_not_tell_its_counts_stays_with_the_first(tmp_path: Path) -> None:
@@ -69,7 +72,7 @@ def test_code_that_was_edited_without_other_counts_is_noted(tmp_path: Path) -> N
         if digest:
             content["sessions"][0]["source"] = {"mym": digest}
         write(run / "provenance.json", content)
-    report = make([tmp_path], Options(), [])
+    report = make([tmp_path], ReportOptions(), [])
     assert len(report.groups) == 1
     assert report.notes == ["net_dense: the source of mym was edited between its runs, or in one of them"]
 

@@ -16,13 +16,12 @@ from matplotlib.container import BarContainer
 
 from sparseift_cli.errors import UsageError
 from sparseift_cli.report import terminal
-from sparseift_cli.report.make import Options, make
+from sparseift_cli.report.make import ReportOptions, make
 from sparseift_cli.report.plots import curves, layers, style, tradeoff
-from sparseift_cli.report.plots.families import Family, families, scaled
+from sparseift_cli.report.plots.families import Family, as_trained, families, scaled
 from sparseift_cli.report.plots.pictures import pictures, save_all
 from sparseift_cli.report.read import Run
 from sparseift_cli.report.report import Report
-from sparseift_cli.report.unmasked import as_trained
 from tests.helpers.report_made import audit, layer, report, run
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -48,12 +47,12 @@ def test_families_are_sorted_and_named(two: Report) -> None:
     found = family(two)
     assert (found.title, found.slug, found.axis) == ("net on toy", "net-on-toy", "top-1 accuracy\n(%)")
     assert [g.label for g in found.groups] == ["dense (n = 3)", "wide75 (n = 3)"]
-    assert found.groups[0].look is style.BASELINE
+    assert found.groups[0].line_style is style.BASELINE
     assert [g.name for g in found.transformed] == ["net_wide75"]
 
 
 def test_looks_are_told_apart_without_colour() -> None:
-    looks = [style.BASELINE, *map(style.look, range(12))]
+    looks = [style.BASELINE, *map(style.line_style, range(12))]
     assert len({(one.marker, one.dashes) for one in looks}) == len(looks)
     assert len({(one.color, one.marker) for one in looks}) == len(looks)
     assert len({hatch for _, hatch in layers.STATUS.values()}) == len(layers.STATUS)
@@ -93,7 +92,7 @@ def test_runs_without_masks_are_shown_as_they_trained(root: Path) -> None:
     assert [list(line.get_xdata()) for line in axes.lines] == [[0.0, 75.0], [0.0, 0.0]]
     assert "wide75 unmasked: all 2 dense" in layers.sparsity_described(found)
     assert curves.moving(found) == [masked]
-    kept = make([root / "recipes/resnet18_cifar100/results/resnet18_cifar100_wide75_unmasked"], Options(), [])
+    kept = make([root / "recipes/resnet18_cifar100/results/resnet18_cifar100_wide75_unmasked"], ReportOptions(), [])
     (group,) = family(kept).groups
     assert group.audit and group.audit["totals"]["transformed"]["nonzero_params"] == group.row["nonzero_params"]
 
@@ -117,7 +116,7 @@ def test_accuracy_against_flops(two: Report) -> None:
     assert names == ["dense\n3.000 GFLOPs, n = 3", "wide75\n3.000 GFLOPs, n = 3"]
     assert ends.get_ylim() == (1.5, -0.5) and ends.get_xlabel() == "top-1 accuracy (%)"
     assert list(lines_of(ways)["dense budget"].get_xdata()) == [3.0, 3.0]
-    assert ways.get_xlabel() == "training FLOPs spent (GFLOPs)"
+    assert ways.get_xlabel() == "training FLOPs so far (GFLOPs)"
     assert ways.get_xlim()[0] == 0
     assert "wide75 (n = 3): 83.00 at 3 GFLOPs" in tradeoff.described(family(two))
 
@@ -279,6 +278,6 @@ def test_bar() -> None:
         assert terminal.bar(share, 3) == "   "
 
 
-def test_who_speaks_unicode() -> None:
-    assert terminal.speaks_unicode("utf-8")
-    assert not any(map(terminal.speaks_unicode, ("ascii", "latin-1", None, "no such thing")))
+def test_who_can_show_blocks() -> None:
+    assert terminal.can_show_blocks("utf-8")
+    assert not any(map(terminal.can_show_blocks, ("ascii", "latin-1", None, "no such thing")))

@@ -1,8 +1,8 @@
 """The page of every folder of kept results, recipes/<model>/results/README.md, and its pictures, made from the runs in it.
 
 `python -m tests.tools.results --write` (or `make results`) writes them anew; without --write it prints what differs and exits 1.
-Nothing on a page is typed by hand, but for what stands in the folder's notes.md: means and spreads are the report's own,
-and the commands name every value in which a kept run differs from the shipped recipe of its name.
+Nothing on a page is written by hand except the text of the folder's notes.md: means and spreads are those of the report, and
+the commands name every setting in which a kept run differs from the shipped recipe of its name.
 """
 
 from __future__ import annotations
@@ -18,51 +18,47 @@ from typing import Any
 import yaml
 
 from sparseift_cli.base.durations import in_words
-from sparseift_cli.base.metrics import lower_is_better
+from sparseift_cli.base.metrics import label_of, lower_is_better
 from sparseift_cli.recipe.catalog import shipped
 from sparseift_cli.recipe.load import load
 from sparseift_cli.recipe.write import flow, resolved_yaml
 from sparseift_cli.report import frame as frames
-from sparseift_cli.report.compare import Rules
-from sparseift_cli.report.grouping import NO_MATTER, flat
+from sparseift_cli.report.compare import ComparisonRules
+from sparseift_cli.report.grouping import IRRELEVANT_SETTINGS, flat
 from sparseift_cli.report.html.page import command
-from sparseift_cli.report.make import Options, make
+from sparseift_cli.report.make import ReportOptions, make
 from sparseift_cli.report.plots.pictures import pictures
 from sparseift_cli.report.plots.style import to_svg
-from sparseift_cli.report.published import evidence, published, same_subject
+from sparseift_cli.report.published import evidence, published, same_task
 from sparseift_cli.report.read import Run, is_kept_file
 from sparseift_cli.report.report import Report
 from sparseift_cli.report.statistics import mean_interval
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE = "README.md"
-NAMES = {"top1": "top-1 (%)", "top5": "top-5 (%)", "loss": "validation loss", "bits_per_byte": "bits per byte"}
-BESIDE = {
-    "perplexity": "perplexity",
-    "test_top1": "test top-1 (%)",
-    "test_loss": "test loss",
-    "test_perplexity": "test perplexity",
-}
-"""What a page shows beside the metric that its recipes call best, where runs have measured it."""
-SHARED = ", longer where so many runs (in brackets) shared the device"
+OTHER_METRICS = ("perplexity", "test_top1", "test_loss", "test_perplexity")
+"""Metrics that a page shows in addition to that of the recipes, where runs have measured them."""
+SHARED = ", longer where several runs (their number in brackets) shared the device"
 
 
 def folders(root: Path = ROOT) -> list[Path]:
-    """Every folder of kept results that holds a run."""
+    """Every folder of kept results with a run in it."""
     return [f for f in sorted(root.glob("recipes/*/results")) if any(map(is_kept_file, f.glob("*/*.json")))]
 
 
 def made(folder: Path) -> Report:
     """The report that the page and the pictures of `folder` show."""
-    plain = make([folder], Options(), [])
+    plain = make([folder], ReportOptions(), [])
     has_baseline = any(row["transform"] == row["algorithm"] == "dense" for row in frames.records(plain.groups))
-    return make([folder], Options("dense" if has_baseline else None, Rules(allow_unequal=True), "paper"), [])
+    return make(
+        [folder], ReportOptions("dense" if has_baseline else None, ComparisonRules(allow_unequal=True), "paper"), []
+    )
 
 
 def figures(report: Report) -> dict[str, tuple[str, str]]:
-    """Name -> (title, SVG) of the metric against training FLOPs, for every model with something to compare.
+    """Name -> (title, SVG) of the metric against training FLOPs, for every model with a transformed group.
 
-    Letters stay letters, so that a picture is small; the bytes are those of the matplotlib of .ci/constraints.txt.
+    Letters are text, so that a picture is small; the bytes are those of the matplotlib of .ci/constraints.txt.
     """
     return {
         f"{picture.name}.svg": (
@@ -79,40 +75,43 @@ def figures(report: Report) -> dict[str, tuple[str, str]]:
 def page(folder: Path, shown: str) -> str:
     """The page of the runs in `folder`, which commands call `shown`."""
     report = made(folder)
-    return _page(report, figures(report), shown, _thoughts(folder))
+    return _page(report, figures(report), shown, _discussion(folder))
 
 
-def _thoughts(folder: Path) -> str:
-    """What somebody wrote about the results, in notes.md: the one part of a page that no tool can make."""
+def _discussion(folder: Path) -> str:
+    """The text of notes.md about the results: the only part of a page that is written by hand."""
     notes = folder / "notes.md"
     return notes.read_text("utf-8").strip() if notes.is_file() else ""
 
 
-def _page(report: Report, drawn: Mapping[str, tuple[str, str]], shown: str, thoughts: str = "") -> str:
+def _page(report: Report, drawn: Mapping[str, tuple[str, str]], shown: str, discussion: str = "") -> str:
     groups = frames.records(report.groups)
     parts = [
         f"# Results of {PurePosixPath(shown).parent.name}",
-        "Written by `make results` from the runs kept in this folder, which hold recipe, audit, provenance and every evaluation.\n"
-        "Means and sample deviations are over seeds, at the end of training; FLOPs are audited, of a whole run, mask updates\n"
-        "included; × dense: over those of the dense model in as many steps.",
+        "Written by `make results` from the runs kept in this folder, each a file with recipe, audit, provenance and every evaluation.\n"
+        "Means and sample deviations are over seeds, at the end of training. FLOPs are audited, of a whole run, mask updates\n"
+        "included; × dense is their ratio to those of the dense model in as many steps.",
     ]
-    for subject in dict.fromkeys((row["subject"], row["steps"]) for row in groups):
-        rows = [row for row in groups if (row["subject"], row["steps"]) == subject and row["n"]]
+    for task in dict.fromkeys((row["comparison_key"], row["steps"]) for row in groups):
+        rows = [row for row in groups if (row["comparison_key"], row["steps"]) == task and row["n"]]
         parts += [_heading(rows[0]), _table(report, rows)] if rows else []
     parts += [
         "\n".join(_notes(report, groups)),
         *(f"![{title}]({name})" for name, (title, _) in drawn.items()),
     ]
     if report.comparisons:
-        told = [
+        lines = [
             f"- {c.candidate}: {c.verdict}{c.pairing}"
             for c in sorted(report.comparisons, key=lambda c: not c.equal_flops)
         ]
         unequal = any(not c.equal_flops for c in report.comparisons)
-        how = "Differences with 95 % intervals by Student's t." + (" Unequal budgets are marked so." if unequal else "")
-        parts += ["## Against dense", how, "\n".join(told)]
-    parts += ["## What to make of it", thoughts] if thoughts else []
-    parts += ["## Repeat it", "```bash\n" + "\n".join([*commands(report.runs), *_after(report.runs, shown)]) + "\n```"]
+        how = "Differences with 95 % intervals by Student's t." + (" Unequal budgets are marked." if unequal else "")
+        parts += ["## Against dense", how, "\n".join(lines)]
+    parts += ["## Discussion", discussion] if discussion else []
+    parts += [
+        "## How to repeat the runs",
+        "```bash\n" + "\n".join([*commands(report.runs), *_after(report.runs, shown)]) + "\n```",
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -123,13 +122,13 @@ def _heading(row: Mapping[str, Any]) -> str:
 
 def _table(report: Report, rows: Sequence[Mapping[str, Any]]) -> str:
     metric = rows[0]["metric"]
-    beside = [name for name in BESIDE if name != metric and any(row[name] is not None for row in rows)]
+    others = [name for name in OTHER_METRICS if name != metric and any(row[name] is not None for row in rows)]
     head = [
         "recipe",
         "seeds",
-        f"{NAMES.get(metric, metric)} {'↓' if lower_is_better(metric) else '↑'}",
+        f"{_name(metric)} {'↓' if lower_is_better(metric) else '↑'}",
         "best",
-        *(BESIDE[name] for name in beside),
+        *map(_name, others),
         "training FLOPs",
         "× dense",
         "parameters",
@@ -146,16 +145,21 @@ def _table(report: Report, rows: Sequence[Mapping[str, Any]]) -> str:
             row["n"],
             _spread([run["value"] for run in counted]),
             _digits(row["best"]),
-            *(_spread([run[name] for run in counted]) for name in beside),
+            *(_spread([run[name] for run in counted]) for name in others),
             f"{row['flops']:#.4g}" if row["flops"] else "",
             ratio,
             f"{row['params'] or 0:,}",
             f"{row['nonzero_params'] or 0:,}",
-            f"{_clock(row['seconds'])}{_crowd(report, row)}",
+            f"{_clock(row['seconds'])}{_shared(report, row)}",
             _published(report, row),
         ]
         lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
+
+
+def _name(metric: str) -> str:
+    """`top-1 (%)`: as on an axis, but shorter."""
+    return label_of(metric).replace(" accuracy", "")
 
 
 def _spread(values: Sequence[float | None]) -> str:
@@ -167,7 +171,7 @@ def _spread(values: Sequence[float | None]) -> str:
 
 
 def _digits(value: float, digits: int = 4) -> str:
-    """So many of them, zeros at the end too."""
+    """So many significant digits, trailing zeros included."""
     return f"{value:#.{digits}g}".rstrip(".")
 
 
@@ -177,7 +181,7 @@ def _published(report: Report, row: Mapping[str, Any]) -> str:
         found = [
             (p.dense, p.evidence)
             for p in published()
-            if p.dense is not None and same_subject(p, row) and p.epochs in (None, round(row["epochs"] or 0))
+            if p.dense is not None and same_task(p, row) and p.epochs in (None, round(row["epochs"] or 0))
         ]
     else:
         found = [(b.published.value, b.published.evidence) for b in report.reference if b.group == row["group"]]
@@ -191,7 +195,7 @@ def _notes(report: Report, groups: Sequence[Mapping[str, Any]]) -> list[str]:
     most, *others = sorted(devices, key=lambda device: -len(devices[device]))
     others = [f"{', '.join(devices[device])}: {device}" for device in others]
     where = most + (f" (but {'; '.join(others)})" if others else "")
-    shared = any(_crowd(report, row) for row in groups)
+    shared = any(_shared(report, row) for row in groups)
     found = [f"- Ran on {where}. Wall time is of training and evaluation{SHARED if shared else ''}."]
     if any(_published(report, row) for row in groups if row["n"]):
         tags = ", ".join(f"[{tag}] {meaning}" for tag, meaning in evidence().items())
@@ -200,14 +204,14 @@ def _notes(report: Report, groups: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*found, *(f"- {note}." for note in report.notes)]
 
 
-def _crowd(report: Report, row: Mapping[str, Any]) -> str:
+def _shared(report: Report, row: Mapping[str, Any]) -> str:
     """How many runs shared the device with those of a group: ` (2)`; ` (1 or 2)` where seeds differ."""
     seen = sorted({run["at_once"] or 1 for run in frames.records(report.frame) if run["group"] == row["group"]})
     return "" if seen == [1] else f" ({' or '.join(map(str, seen))})"
 
 
 def commands(runs: Sequence[Run]) -> list[str]:
-    """What trains these runs again: the shipped recipe of that name and what was set otherwise, else the recorded command."""
+    """Commands that train these runs again: the shipped recipe with changed settings, or else the recorded command."""
     recipes = {entry.name.replace("/", "_"): entry for entry in shipped()}
     seeds: dict[str, list[int]] = {}
     for run in runs:
@@ -218,7 +222,7 @@ def commands(runs: Sequence[Run]) -> list[str]:
             continue
         now = flat(yaml.safe_load(resolved_yaml(load(entry.path).spec)))
         then = flat(run.recipe)
-        changed = {k: v for k, v in then.items() if k not in NO_MATTER and k in now and now[k] != v}
+        changed = {k: v for k, v in then.items() if k not in IRRELEVANT_SETTINGS and k in now and now[k] != v}
         words = [
             "sparseift",
             "train",
@@ -256,14 +260,14 @@ def _clock(seconds: float | None) -> str:
 
 
 def stale(folder: Path, root: Path = ROOT) -> str:
-    """How the page of `folder` and its pictures differ from what its runs say, as a unified diff; empty when they do not."""
+    """How the page of `folder` and its pictures differ from what its runs give, as a unified diff; empty if current."""
     shown = folder.relative_to(root).as_posix()
     difference = ""
     for file, new in _files(folder, shown).items():
         old = file.read_text("utf-8") if file.exists() else ""
         name = f"{shown}/{file.relative_to(folder).as_posix()}"
         difference += "".join(
-            difflib.unified_diff(old.splitlines(True), new.splitlines(True), name, "as its runs say", n=0)
+            difflib.unified_diff(old.splitlines(True), new.splitlines(True), name, "as made from its runs", n=0)
         )
     return difference
 
@@ -272,17 +276,17 @@ def _files(folder: Path, shown: str) -> dict[Path, str]:
     report = made(folder)
     drawn = figures(report)
     pictured = {folder / name: svg for name, (_, svg) in drawn.items()}
-    return {folder / PAGE: _page(report, drawn, shown, _thoughts(folder))} | (pictured if _draws_as_pinned() else {})
+    return {folder / PAGE: _page(report, drawn, shown, _discussion(folder))} | (pictured if _draws_as_pinned() else {})
 
 
 def _draws_as_pinned() -> bool:
-    """Another matplotlib places letters elsewhere, which makes no picture stale."""
+    """Whether this is the pinned matplotlib: another one places letters differently, and its pictures are not compared."""
     pins = (ROOT / ".ci" / "constraints.txt").read_text("utf-8")
     return f"matplotlib=={version('matplotlib')}\n" in pins
 
 
 def main(write: bool, root: Path = ROOT) -> int:
-    """Bring every page up to date, or say how it differs. Returns the exit code."""
+    """Write every page anew, or print how it differs. Returns the exit code."""
     for folder in folders(root):
         if difference := stale(folder, root):
             if not write:

@@ -24,7 +24,7 @@ from ..plots.pictures import Picture, pictures
 from ..published import evidence
 from ..read import Run
 from ..report import Comparison, Report
-from ..spectral.spectra import by_layer, summed
+from ..spectral.history import by_layer, summed
 from .svg import inline
 
 OUTCOMES = {  # a mark beside the word, so that an outcome is not shown by colour alone
@@ -40,10 +40,10 @@ _HEADINGS = {
     "pictures": "Pictures",
     "masks": "How well the masks connect",
     "audit": "Where the FLOPs go",
-    "published": "Beside the published results",
+    "published": "Published results and ours",
     "provenance": "Provenance",
     "left-out": "Left out, and warnings",
-    "repeat": "Repeat it",
+    "repeat": "How to repeat it",
 }
 # How `train --parallel` starts a run; --seat= is what older versions called --slot=.
 _INTERNAL_OPTIONS = ("--events", "--at-once=", "--seat=", "--slot=", "--json", "--")
@@ -252,7 +252,7 @@ def _masks(report: Report) -> dict[str, Any] | None:
             None if row["ramanujan"] is None else f"{100 * row['ramanujan']:.0f} %",
             _gap(row["weighted_spectral_gap"]),
         ]
-        for row in summed(report)
+        for row in summed(report.spectra)
     ]
     caption = (
         "Means over masked layers and runs at every kept checkpoint; a Ramanujan gap of at least 0 is well connected"
@@ -262,7 +262,7 @@ def _masks(report: Report) -> dict[str, Any] | None:
 
 
 def _mask_layers(report: Report, group: str) -> tuple[str, Table]:
-    found = by_layer(report, group)
+    found = by_layer(report.spectra, group)
     newest = max(step for step, _ in found)
     columns = [
         *_columns("layer"),

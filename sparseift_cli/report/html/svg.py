@@ -1,4 +1,4 @@
-"""A matplotlib SVG made fit to stand inside a page: own ids, own words, and the page's colours instead of its own."""
+"""A matplotlib SVG changed for use inside a page: unique ids, a description, and the page's colours."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _PAGE_COLORS = {
 }
 _COLOR = re.compile("|".join(_PAGE_COLORS), re.IGNORECASE)
 _PAINT = ("fill", "stroke")
-_GONE = (
+_REMOVED = (
     "metadata",
     "style",
     "title",
-)  # matplotlib's style would reach every SVG of the page; the title is written anew
+)  # matplotlib's style would apply to every SVG of the page; the title is replaced
 
 
 def inline(picture: Picture, described_by: str) -> str:
     """The picture as an `<svg role="img">` with title and description; every id in it begins with the picture's name.
 
-    It says the same to a screen reader as the element whose id is `described_by`. Its colours are the page's variables
-    (`--ink`, `--blue`, ...), so it is dark where the page is.
+    A screen reader gets the description of the element with the id `described_by`. Colours are the page's variables (`--ink`,
+    `--blue`, ...), so that the picture is dark where the page is.
     """
     root = ElementTree.fromstring(style.to_svg(picture.figure, picture.title, text=True))
     prefix = f"{picture.name}-"
@@ -42,7 +42,7 @@ def inline(picture: Picture, described_by: str) -> str:
         node.attrib = dict(_attribute(key.rpartition("}")[2], value, prefix) for key, value in node.attrib.items())
         _paint_by_style(node)
         for child in list(node):
-            if child.tag.rpartition("}")[2] in _GONE:
+            if child.tag.rpartition("}")[2] in _REMOVED:
                 node.remove(child)
     title, words = ElementTree.Element("title", id=f"{prefix}title"), ElementTree.Element("desc")
     title.text, words.text = picture.title, picture.described
@@ -68,8 +68,8 @@ def _attribute(key: str, value: str, prefix: str) -> tuple[str, str]:
 
 
 def _paint_by_style(node: ElementTree.Element) -> None:
-    """Colours into the style, as variables: an attribute cannot hold one in every browser."""
-    told = [f"{key}: {value}" for key in _PAINT if (value := node.attrib.pop(key, None))]
-    style_of = "; ".join([*told, *filter(None, [node.attrib.get("style")])])
+    """Move colours from attributes to the style, as variables: not every browser accepts a variable in an attribute."""
+    paint = [f"{key}: {value}" for key in _PAINT if (value := node.attrib.pop(key, None))]
+    style_of = "; ".join([*paint, *filter(None, [node.attrib.get("style")])])
     if style_of:
         node.attrib["style"] = _COLOR.sub(lambda found: f"var(--{_PAGE_COLORS[found[0].lower()]})", style_of)

@@ -1,4 +1,4 @@
-"""A report's groups sorted for drawing: a family shares a model, a data set and a metric; its dense groups come first."""
+"""A report's groups sorted for drawing: a family has one model, data set and metric; its dense groups come first."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from ...base.metrics import label_of, lower_is_better
+from ...table.shape import Shape
 from ..read import Run
 from ..report import Report
-from ..unmasked import as_trained, without_masks
-from .style import BASELINE, Look, look
+from .style import BASELINE, LineStyle, line_style
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +22,13 @@ class Group:
     name: str
     """The report's label."""
     short: str
-    """`name` without what the whole family shares: `wide75 rigl`."""
+    """`name` without the words that all names of the family begin with: `wide75 rigl`."""
     runs: Sequence[Run]
     counted: Sequence[Run]
-    """Those of `runs` in the group's means: finished, and the newest of their seed."""
+    """The `runs` in the group's means: finished, and the newest of their seed."""
     row: Mapping[str, Any]
     """The report's row."""
-    look: Look
+    line_style: LineStyle
     audit: Mapping[str, Any] | None
     """The FLOP audit, the same for all seeds: of the run as it trained, with masks or without."""
 
@@ -39,11 +39,11 @@ class Group:
 
     @property
     def unmasked(self) -> bool:
-        """Was it transformed, and trained without masks?"""
+        """Whether the model was transformed and trained without masks."""
         return self.audit is not None and without_masks(self.audit)
 
     def series(self, key: str) -> list[tuple[float, list[float]]]:
-        """(step, the runs' values of `key`) at every step that a run reports; drawn from the counted runs, if there are any."""
+        """(step, the runs' values of `key`) at every step that a run records; of the counted runs, or of all if none counts."""
         found: dict[float, list[float]] = {}
         for run in self.counted or self.runs:
             for line in run.metrics:
@@ -52,14 +52,14 @@ class Group:
         return sorted(found.items())
 
     def finals(self, key: str) -> list[tuple[float, float]]:
-        """(FLOPs spent, value of `key`) at the end of every counted run that has both."""
+        """(training FLOPs, value of `key`) at the end of every counted run that has both."""
         ends = (run.last for run in self.counted)
         return [(float(e["flops"]), float(e[key])) for e in ends if is_number(e.get("flops")) and is_number(e.get(key))]
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Groups of one model on one data set that are judged by one metric: the dense ones first, then by sparsity."""
+    """Groups of one model, data set and metric: the dense ones first, then by sparsity."""
 
     model: str
     data: str
@@ -83,17 +83,17 @@ class Family:
 
     @property
     def axis(self) -> str:
-        """The same, what is in brackets on a second line."""
+        """The same with the part in brackets on a second line."""
         return self.metric_name.replace(" (", "\n(", 1)
 
     @property
     def drawable(self) -> bool:
-        """Has any run been evaluated?"""
+        """Whether any run has been evaluated."""
         return any(group.series(self.metric) for group in self.groups)
 
     @property
     def transformed(self) -> list[Group]:
-        """The groups whose audit has a transform: the first of those that agree in every layer stands for all of them."""
+        """The groups whose audit has a transform; of those that agree in every layer only the first."""
         found: list[Group] = []
         for group in self.groups:
             if group.audit and group.audit.get("transform") and not any(_layers(g) == _layers(group) for g in found):
@@ -101,19 +101,24 @@ class Family:
         return found
 
     def plan_name(self, group: Group) -> str:
-        """One of `transformed`, and how many more groups it stands for."""
+        """The name of one of `transformed`, with the number of groups that agree with it in every layer."""
         more = sum(_layers(g) == _layers(group) for g in self.groups) - 1
         return f"{group.short} and {more} more" if more else group.short
 
 
 def families(report: Report) -> list[Family]:
-    """The report's groups by model, data set, metric and `subject` (what makes them comparable), in the order of names."""
-    kin: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
+    """The report's groups by model, data set, metric and `comparison_key`, in the order of names."""
+    by_key: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
     for row in report.groups.to_dict("records"):
         named = {str(key): value for key, value in row.items()}
-        key = (_bare(named["model"]), str(named["data"]), str(named["metric"]), str(named.get("subject")))
-        kin.setdefault(key, []).append(named)
-    return [Family(*key[:3], _groups(report, rows)) for key, rows in sorted(kin.items())]
+        key = (
+            _without_module(named["model"]),
+            str(named["data"]),
+            str(named["metric"]),
+            str(named.get("comparison_key")),
+        )
+        by_key.setdefault(key, []).append(named)
+    return [Family(*key[:3], _groups(report, rows)) for key, rows in sorted(by_key.items())]
 
 
 def slug(text: str) -> str:
@@ -122,21 +127,65 @@ def slug(text: str) -> str:
 
 
 def mean_and_range(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean, lowest, highest: what a curve and its band show."""
+    """Mean, lowest, highest: a curve and its band."""
     return statistics.fmean(values), min(values), max(values)
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """What can be drawn: a diverged run's NaN cannot, nor its 1e308, whose axis would overflow."""
+    """Whether a value can be drawn: not NaN, and not so large (as 1e308 of a diverged run) that the axis overflows."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def scaled(largest: float) -> tuple[float, str]:
-    """By what to divide FLOPs of this size, and the unit's name: (1e12, 'TFLOPs')."""
+    """The divisor for FLOPs of this size, and the unit's name: (1e12, 'TFLOPs')."""
     for power, prefix in ((24, "Y"), (21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if largest >= 10**power:
             return 10.0**power, f"{prefix}FLOPs"
     return 1.0, "FLOPs"
+
+
+def without_masks(audit: Mapping[str, Any]) -> bool:
+    """Whether the audit is of a transformed model that is trained without masks."""
+    trained = audit.get("training")
+    return bool(audit.get("transform")) and isinstance(trained, Mapping) and trained.get("algorithm") == "dense"
+
+
+def as_trained(audit: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The audit of the model as it was trained.
+
+    The audit of a transformed model has the plan's non-zeros, whatever trains it. Algorithm `dense` trains without masks: such
+    a run has the plan's widths, and neither its sparsity nor its FLOPs. Then `layers` and the forward `totals` are recomputed
+    with all weights.
+    """
+    if not without_masks(audit):
+        return audit
+    block = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", str(audit["transform"].get("pattern")))
+    unit = (int(block[1]), int(block[2])) if block else None
+    layers = [_with_all_weights(row, unit) for row in audit.get("layers", ())]
+    totals = dict(audit.get("totals") or {})
+    if after := totals.get("transformed"):
+        macs, nnz = (
+            sum((new.get(key) or 0) - (old.get(key) or 0) for new, old in zip(layers, audit["layers"], strict=True))
+            for key in ("transformed_macs", "nnz")
+        )
+        more = {"forward_macs": macs, "forward_flops": macs * audit.get("flops_per_mac", 2), "nonzero_params": nnz}
+        totals["transformed"] = {**after, **{key: after[key] + by for key, by in more.items() if key in after}}
+    return {**audit, "layers": layers, "totals": totals}
+
+
+def _with_all_weights(row: Mapping[str, Any], block: tuple[int, int] | None) -> Mapping[str, Any]:
+    """A transformed row with all its weights, or all in whole blocks; each weight is used as often as before."""
+    if row["status"] != "transformed" or not row.get("nnz") or not row.get("weights"):
+        return row
+    nnz = row["weights"] if block is None else sum(_weights_in_blocks(part, *block) for part in row["parts"])
+    macs = row["transformed_macs"] * nnz // row["nnz"]
+    ratio = macs / row["dense_macs"] if row["dense_macs"] else None
+    return {**row, "nnz": nnz, "transformed_macs": macs, "ratio": ratio, "density": nnz / row["weights"]}
+
+
+def _weights_in_blocks(part: Mapping[str, Any], rows: int, columns: int) -> int:
+    shape = Shape(*(part[key] for key in ("inputs", "outputs", "taps", "groups")))
+    return part["nnz"] if part["dense"] else shape.blocks(rows, columns) * rows * columns
 
 
 def _layers(group: Group) -> Any:
@@ -155,14 +204,14 @@ def _groups(report: Report, rows: Sequence[Mapping[str, Any]]) -> list[Group]:
         is_baseline = not groups and not _sparsity(row)
         short = name[len(shared) :].replace("_", " ").strip() or name
         audit = next((run.audit for run in runs if run.audit), None)
-        seen = BASELINE if is_baseline else look(others)
-        groups.append(Group(name, short, runs, within, row, seen, audit and as_trained(audit)))
+        style = BASELINE if is_baseline else line_style(others)
+        groups.append(Group(name, short, runs, within, row, style, audit and as_trained(audit)))
         others += not is_baseline
     return groups
 
 
 def _shared_prefix(names: Sequence[str]) -> str:
-    """Whole words that all names begin with; nothing where there is one name only."""
+    """The words that all names begin with; empty for a single name."""
     if len(names) < 2:
         return ""
     words = [name.split("_") for name in names]
@@ -172,7 +221,7 @@ def _shared_prefix(names: Sequence[str]) -> str:
     return "".join(f"{word}_" for word in words[0][:shared])
 
 
-def _bare(model: Any) -> str:
+def _without_module(model: Any) -> str:
     """A model's name without a module's path before it."""
     return str(model).rpartition(":")[2]
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from .families import Family, Group, scaled
-from .style import BLUE, INK, MUTED, ORANGE, PAPER, PURPLE, house, legend_below, new_figure
+from .style import BLUE, INK, MUTED, ORANGE, PAPER, PURPLE, legend_below, new_figure, style_context
 
 STATUS = {  # colour and hatch of what the transform did to a layer
     "transformed": (BLUE, ""),
@@ -21,20 +21,20 @@ STATUS = {  # colour and hatch of what the transform did to a layer
 }
 MEANING = {
     "transformed": "after: transformed",
-    "boundary": "after: meets the wider stream, stays dense",
-    "untouched": "after: left alone",
+    "boundary": "after: next to wider layers, stays dense",
+    "untouched": "after: unchanged",
     "mixed": "after: folded rows of both kinds",
 }
-MOST = 40  # rows that a page-high picture can name
+MOST = 40  # rows that a picture as high as a page can label
 _NAME = 26  # characters of a layer's name beside its bar
 
 
 def flops_per_layer(family: Family, group: Group) -> Figure:
-    """Two bars a layer, forward FLOPs of one sample: hollow before, filled after, layers left alone in their own colour."""
+    """Two bars a layer, forward FLOPs of one sample: hollow before, filled after; the colour says how the layer was treated."""
     layers = counted(group)
     largest = max(2 * max(row["dense_macs"], row["transformed_macs"]) for g in family.transformed for row in counted(g))
     divisor, unit = scaled(largest)
-    with house():
+    with style_context():
         figure, (axes,) = new_figure(f"{_who(family, group)}: FLOPs per layer", 0.9 + 0.19 * len(layers))
         for at, row in enumerate(layers):
             color, hatch = STATUS[row["status"]]
@@ -65,19 +65,19 @@ def flops_per_layer(family: Family, group: Group) -> Figure:
 
 
 def sparsity_per_layer(family: Family) -> Figure:
-    """A row a weighted layer, a marker a recipe: the share of its weights that are zero. Dense layers stand at 0."""
+    """A row a layer with weights, a marker a group: the share of the weights that are zero. Dense layers are at 0."""
     groups = [g for g in family.transformed if weighted(g)]
     names = list(dict.fromkeys(row["name"] for g in groups for row in weighted(g)))
-    with house():
+    with style_context():
         figure, (axes,) = new_figure(f"{family.title}: sparsity per layer", 1.0 + 0.17 * len(names))
         for group in groups:
             points = [(100 * (1 - row["density"]), names.index(row["name"])) for row in weighted(group)]
-            look = group.look
+            style = group.line_style
             axes.plot(
                 *zip(*points, strict=True),
                 linestyle="",
-                marker=look.marker,
-                color=look.color,
+                marker=style.marker,
+                color=style.color,
                 label=family.plan_name(group),
                 clip_on=False,
             )
@@ -101,7 +101,7 @@ def weighted(group: Group) -> list[dict[str, Any]]:
 
 
 def flops_described(family: Family, group: Group) -> str:
-    """The bars in words: what the whole model and each kind of layer cost before and after."""
+    """The bars in words: the FLOPs of each kind of layer before and after."""
     parts = []
     for status in STATUS:
         rows = [row for row in counted(group) if row["status"] == status]
@@ -113,7 +113,7 @@ def flops_described(family: Family, group: Group) -> str:
 
 
 def sparsity_described(family: Family) -> str:
-    """The picture in words: each recipe's sparsest layer and its dense layers."""
+    """The picture in words: each group's range of sparsities, and how many layers are dense."""
     parts = []
     for group in family.transformed:
         rows = weighted(group)
@@ -127,7 +127,7 @@ def sparsity_described(family: Family) -> str:
 
 
 def _folded(rows: Sequence[Mapping[str, Any]], summed: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows summed by the first parts of their path, as few parts as keep them to MOST rows."""
+    """Rows summed by the first parts of their path, with as many parts as give at most MOST rows."""
     depth = max((row["name"].count(".") + 1 for row in rows), default=1)
     names = [row["name"].split(".") for row in rows]
     while depth > 1 and len({tuple(name[:depth]) for name in names}) > MOST:
@@ -144,7 +144,7 @@ def _folded(rows: Sequence[Mapping[str, Any]], summed: Sequence[str]) -> list[di
 
 
 def _rows(axes: Axes, names: Sequence[str]) -> None:
-    """Names beside the rows, the first layer on top."""
+    """Names at the rows, the first layer on top."""
     axes.set_yticks(range(len(names)), _short(names), fontsize=8)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
@@ -152,7 +152,7 @@ def _rows(axes: Axes, names: Sequence[str]) -> None:
 
 
 def _short(names: Sequence[str]) -> list[str]:
-    """Names that fit beside a bar: without the module that most begin with, if it must go; then without their beginnings."""
+    """Names that fit beside a bar: if too long without the module that most begin with, then without their beginnings."""
     if max(map(len, names)) > _NAME:
         first, often = Counter(name.partition(".")[0] for name in names).most_common(1)[0]
         if 2 * often > len(names):

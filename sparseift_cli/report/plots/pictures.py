@@ -10,96 +10,65 @@ from matplotlib.figure import Figure
 
 from ...errors import UsageError
 from ..report import Report
-from . import curves, layers, spectra, tradeoff
+from . import curves, layers, tradeoff
 from .families import Family, Group, families, slug
 from .style import to_png, to_svg
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A figure with its words."""
+    """A figure, its title, and what it shows in words."""
 
     name: str
     """The file's name without its ending; unique in a report."""
     title: str
     described: str
-    """The same in words, with the main numbers: for who cannot see it."""
+    """The same in words, with the main numbers, for readers who cannot see it."""
     figure: Figure
     group: Group | None = None
-    """The one group that it is about, if it is not about the whole family."""
+    """The group that it shows, if it does not show the whole family."""
 
 
 def pictures(report: Report) -> Iterator[tuple[Family, list[Picture]]]:
-    """Each family of the report with its pictures; what there is no data for is left out.
+    """Each family of the report with its pictures; a picture without data is left out.
 
-    In order: the metric against training FLOPs, learning curves, mask churn and ITOP rate, spectra of the masks
-    (where the report has them), FLOPs per layer (one for each
-    transformed group), sparsity per layer.
+    In order: the metric against training FLOPs, learning curves, mask churn and ITOP rate, spectra of the masks (where the
+    report has them), FLOPs per layer (one for each transformed group), sparsity per layer.
     """
-    taken: dict[str, int] = {}
+    used: dict[str, int] = {}
     for family in families(report):
-        name = _free(taken, family.slug)
-        made = []
-        if family.drawable:
-            made.append(
-                Picture(
-                    f"{name}-flops",
-                    "Against training FLOPs",
-                    tradeoff.described(family),
-                    tradeoff.accuracy_against_flops(family),
-                )
-            )
-            made.append(
-                Picture(
-                    f"{name}-curves",
-                    "Learning curves",
-                    curves.learning_described(family),
-                    curves.learning_curves(family),
-                )
-            )
-        if curves.moving(family):
-            made.append(
-                Picture(
-                    f"{name}-masks",
-                    "Mask churn and ITOP rate",
-                    curves.movement_described(family),
-                    curves.mask_movement(family),
-                )
-            )
-        if spectra.measured(report, family):
-            made.append(
-                Picture(
-                    f"{name}-spectra",
-                    "How well the masks connect",
-                    spectra.described(report, family),
-                    spectra.mask_spectra(report, family),
-                )
-            )
+        name = _unused(used, family.slug)
+        made = [*_results(name, family), *_masks(name, family, report)]
         for group in family.transformed:
             if layers.counted(group):
-                file, title = (
-                    _free(taken, f"{name}-layers-{slug(group.name)}"),
-                    f"FLOPs per layer: {family.plan_name(group)}",
-                )
-                made.append(
-                    Picture(
-                        file, title, layers.flops_described(family, group), layers.flops_per_layer(family, group), group
-                    )
-                )
+                file = _unused(used, f"{name}-layers-{slug(group.name)}")
+                title, words = f"FLOPs per layer: {family.plan_name(group)}", layers.flops_described(family, group)
+                made.append(Picture(file, title, words, layers.flops_per_layer(family, group), group))
         if any(layers.weighted(group) for group in family.transformed):
-            made.append(
-                Picture(
-                    f"{name}-sparsity",
-                    "Sparsity per layer",
-                    layers.sparsity_described(family),
-                    layers.sparsity_per_layer(family),
-                )
-            )
+            words, figure = layers.sparsity_described(family), layers.sparsity_per_layer(family)
+            made.append(Picture(f"{name}-sparsity", "Sparsity per layer", words, figure))
         yield family, made
 
 
+def _results(name: str, family: Family) -> Iterator[Picture]:
+    if family.drawable:
+        words, figure = tradeoff.described(family), tradeoff.accuracy_against_flops(family)
+        yield Picture(f"{name}-flops", "Against training FLOPs", words, figure)
+        words, figure = curves.learning_described(family), curves.learning_curves(family)
+        yield Picture(f"{name}-curves", "Learning curves", words, figure)
+
+
+def _masks(name: str, family: Family, report: Report) -> Iterator[Picture]:
+    if curves.moving(family):
+        words, figure = curves.movement_described(family), curves.mask_movement(family)
+        yield Picture(f"{name}-masks", "Mask churn and ITOP rate", words, figure)
+    if curves.with_spectra(report, family):
+        words, figure = curves.spectra_described(report, family), curves.mask_spectra(report, family)
+        yield Picture(f"{name}-spectra", "How well the masks connect", words, figure)
+
+
 def save_all(report: Report, directory: Path) -> list[Path]:
-    """Write every picture as NAME.svg and NAME.png into `directory`, which is made if need be; the paths, in order.
+    """Write every picture as NAME.svg and NAME.png into `directory`, which is created if needed; the paths, in order.
 
     The SVG files are the same bytes every time.
 
@@ -122,7 +91,7 @@ def save_all(report: Report, directory: Path) -> list[Path]:
     return written
 
 
-def _free(taken: dict[str, int], name: str) -> str:
-    """`name`, numbered where it is taken."""
-    taken[name] = taken.get(name, 0) + 1
-    return name if taken[name] == 1 else _free(taken, f"{name}-{taken[name]}")
+def _unused(used: dict[str, int], name: str) -> str:
+    """`name`, with a number where it is used already."""
+    used[name] = used.get(name, 0) + 1
+    return name if used[name] == 1 else _unused(used, f"{name}-{used[name]}")

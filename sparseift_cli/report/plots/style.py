@@ -1,8 +1,8 @@
-"""How every picture looks, and how it becomes a file: colours, markers, hatches, sizes, deterministic SVG and PNG.
+"""The style of all pictures, and how they are written: colours, markers, hatches, sizes, deterministic SVG and PNG.
 
-Colours are Okabe and Ito's eight (Color Universal Design, 2008), told apart by the colour-blind; nothing is told by colour
-alone: lines have markers and dashes, bars have hatches. Figures are made with matplotlib's objects, never through pyplot:
-drawing a report leaves no window, no current figure and no changed rcParams behind.
+Colours are the eight of Okabe and Ito (Color Universal Design, 2008), which colour-blind readers can distinguish; and nothing
+is shown by colour alone: lines have markers and dashes, bars have hatches. Figures are made with matplotlib's objects, never
+with pyplot, so that drawing a report leaves no window, no current figure and no changed rcParams.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from matplotlib.figure import Figure
 INK, MUTED, GRID, PAPER = "#1b1b1b", "#5a5a5a", "#d9d9d9", "#ffffff"
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
 
-WIDTH = 4.8  # inches: one column of a paper; a phone shows it at its own size, so letters stay as large
+WIDTH = 4.8  # inches: one column of a paper; about as wide as a phone shows, so that letters stay readable
 DPI = 200
-_TITLE_LETTERS = 58  # of 10.5 points that fit WIDTH
+_TITLE_LETTERS = 58  # letters of 10.5 points that fit WIDTH
 _LEGEND_LINE = 0.18  # inches
 _RC: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],  # comes with matplotlib: the same picture on every machine
@@ -65,41 +65,46 @@ _RC: dict[Any, Any] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """How one series is told from the others: colour, marker and dashes, each enough on its own."""
+class LineStyle:
+    """Colour, marker and dashes of one series; each of them alone distinguishes it from the first others."""
 
     color: str
     marker: str
     dashes: str | tuple[int, tuple[int, ...]]
 
 
-BASELINE = Look(INK, "o", "-")
+BASELINE = LineStyle(INK, "o", "-")
 _COLORS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
 _MARKERS = ("s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h")
 _DASHES = ((0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (6, 2, 1, 2, 1, 2)), (0, (8, 2)))
 
 
-def look(index: int) -> Look:
-    """The look of series `index`; no two of the first 330 are alike. The baseline has its own, BASELINE."""
-    return Look(_COLORS[index % len(_COLORS)], _MARKERS[index % len(_MARKERS)], _DASHES[index % len(_DASHES)])
+def line_style(index: int) -> LineStyle:
+    """The style of series `index`; the first 330 are all different. The baseline has its own, BASELINE."""
+    return LineStyle(_COLORS[index % len(_COLORS)], _MARKERS[index % len(_MARKERS)], _DASHES[index % len(_DASHES)])
 
 
 @contextmanager
-def house() -> Iterator[None]:
-    """Inside, matplotlib's settings are the house's, whatever a user's matplotlibrc says; afterwards as before."""
+def style_context() -> Iterator[None]:
+    """Inside, matplotlib has the settings of this module, whatever the user's matplotlibrc says; afterwards the old ones."""
     with matplotlib.rc_context(_RC), warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message="Glyph .* missing from font"
-        )  # a name in another script: boxes, no crash
+        )  # a name in another script is drawn as boxes
         yield
 
 
 def new_figure(
     title: str, height: float, rows: int = 1, *, same_x: bool = True, heights: Sequence[float] | None = None
 ) -> tuple[Figure, list[Axes]]:
-    """A figure WIDTH x `height` inches, a title over all of it, `rows` axes above one another. Call it inside `house()`.
+    """A figure with a title and `rows` axes above one another. Call it inside `style_context()`.
 
-    `heights`: their shares of the height, in any unit; equal ones without.
+    Args:
+        title: over the whole figure; long ones are wrapped.
+        height: in inches; the width is WIDTH.
+        rows: the number of axes.
+        same_x: the axes share their x axis.
+        heights: the axes' shares of the height, in any unit; None: equal ones.
     """
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasAgg(figure)
@@ -110,7 +115,7 @@ def new_figure(
 
 
 def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    """A legend under the whole figure, which grows by its height: it hides no data and takes no room from the axes."""
+    """A legend below the axes; the figure becomes higher by it, so that the axes keep their size and no data is hidden."""
     if not handles:
         return
     columns = 2 if max(map(len, labels)) <= _TITLE_LETTERS // 2 - 7 else 1
@@ -122,10 +127,10 @@ def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) 
 
 
 def to_svg(figure: Figure, title: str, *, text: bool = False) -> str:
-    """The figure as SVG, the same bytes every time. `text` keeps letters as text (for a page), else they are paths."""
+    """The figure as SVG, the same bytes every time. With `text`, letters are text (for a page), else paths."""
     buffer = io.StringIO()
     salt: dict[Any, Any] = {"svg.hashsalt": "sparseift", "svg.fonttype": "none" if text else "path"}
-    with house(), matplotlib.rc_context(salt):
+    with style_context(), matplotlib.rc_context(salt):
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Title": title, "Date": None, "Creator": "sparseift"})
     return buffer.getvalue()
 
@@ -133,7 +138,7 @@ def to_svg(figure: Figure, title: str, *, text: bool = False) -> str:
 def to_png(figure: Figure) -> bytes:
     """The figure as PNG at 200 dots an inch."""
     buffer = io.BytesIO()
-    with house():
+    with style_context():
         figure.set_dpi(DPI)
         FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": "sparseift"})
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""How good runs became and what they spent: the article's Figure 4, of one's own runs."""
+"""The metric of runs against their training FLOPs: the article's Figure 4 for the user's own runs."""
 
 from __future__ import annotations
 
@@ -13,63 +13,63 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from ...base.metrics import lower_is_better
 from .families import Family, Group, is_number, scaled
-from .style import INK, MUTED, house, legend_below, new_figure
+from .style import INK, MUTED, legend_below, new_figure, style_context
 
-FEWEST = 3  # seeds that an interval is drawn of: two give one 12.7 deviations wide, which would squeeze all else
-_LETTERS = 22  # of a recipe's name on a line
-_LINE, _AROUND = 0.18, 0.75  # inches: a line of a recipe's label above; titles and axis around them
-_WAYS = 2.65  # inches: the part below
-_FEW = 12  # recipes up to which their ways are told apart at the usual size
-_MANY = 4.2  # inches: the part below of more
-_FAR = 1.1  # times the dense budget, or less than the dense budget by as much: a way that says its name where it ends
+FEWEST = 3  # seeds from which an interval is drawn: that of two is 12.7 deviations wide and would compress all else
+_LETTERS = 22  # letters of a group's name on a line
+_LINE, _AROUND = 0.18, 0.75  # inches: a line of a group's label in the upper part; titles and axis around the labels
+_CURVES = 2.65  # inches: the lower part
+_FEW = 12  # groups up to which their curves can be distinguished at the usual size
+_MANY = 4.2  # inches: the lower part with more groups
+_FAR = 1.1  # ratio to the dense budget, or its inverse, from which a curve is labelled where it ends
 
 
 def accuracy_against_flops(family: Family) -> Figure:
-    """Above, where runs ended; below, how they got there.
+    """Above, the results at the end of training; below, the curves against training FLOPs.
 
-    Above: a line for each recipe, with the FLOPs that it spent; every counted run a small hollow mark, their mean a large one
-    with its 95 % interval over `FEWEST` seeds or more. Iso-FLOP runs stand at one place of an axis of FLOPs, one over the
-    other. Below: the mean of the seeds at every evaluation, FLOPs from 0. x: training FLOPs spent, forward, backward and mask
-    updates; y: the family's metric. The dotted line is the dense model's budget: iso-FLOP runs end on it. Where budgets
-    differ by more than twice the axis of FLOPs is logarithmic, or the dearest recipe would leave the others no room.
+    Above: a line for each group, labelled with its FLOPs (on an axis of FLOPs, iso-FLOP groups would cover one another). A
+    small hollow mark is a counted run; a large one is their mean, with its 95 % interval from `FEWEST` seeds on. Below: the
+    mean of the seeds at every evaluation. x: training FLOPs so far, of forward and backward passes and mask updates; y: the
+    family's metric. The dotted line is the dense model's budget: iso-FLOP runs end on it. Where budgets differ by more than a
+    factor of 2, the axis of FLOPs is logarithmic, because the most expensive group would compress the others.
     """
-    spent = (line.get("flops") for g in family.groups for r in g.runs for line in r.metrics)
-    largest = max(filter(is_number, spent), default=0)
+    flops = (line.get("flops") for g in family.groups for r in g.runs for line in r.metrics)
+    largest = max(filter(is_number, flops), default=0)
     divisor, unit = scaled(largest)
     budget = dense_budget(family)
     short = family.metric_name.partition(" (")[0]
     ended = [group for group in family.groups if group.finals(family.metric)]
     labels = [_named(group, family.metric, divisor, unit) for group in ended]
     above = _AROUND + _LINE * len(labels) * max((label.count("\n") + 1 for label in labels), default=0)
-    gone = [_way(group, family.metric, divisor) for group in family.groups]
-    ends = [points[-1][0] for points in gone if points and points[-1][0] > 0]
+    curves = [_curve(group, family.metric, divisor) for group in family.groups]
+    ends = [points[-1][0] for points in curves if points and points[-1][0] > 0]
     logarithmic = bool(ends) and max(ends) > 2 * min(ends)
     many = len(ends) > _FEW
-    with house():
-        below = _MANY if many else _WAYS
+    with style_context():
+        below = _MANY if many else _CURVES
         rows = (above, below) if ended else (below,)
         figure, axes = new_figure(
             f"{family.title}: {short} by FLOPs", sum(rows), rows=len(rows), same_x=False, heights=rows
         )
         if ended:
             _draw_ends(axes[0], ended, family, labels)
-        ways = axes[-1]
-        for place, (group, points) in enumerate(zip(family.groups, gone, strict=True)):
+        lower = axes[-1]
+        for place, (group, points) in enumerate(zip(family.groups, curves, strict=True)):
             shown = [point for point in points if point[0] > 0] if logarithmic else points
-            _draw_way(ways, group, shown, place if many else None)
+            _draw_curve(lower, group, shown, place if many else None)
         if budget is not None:
-            ways.axvline(budget / divisor, color=INK, linewidth=0.9, linestyle=":", zorder=1, label="dense budget")
-        ways.set_title("on the way" + ("; dotted: the dense budget" if budget is not None else ""))
-        ways.set_xlabel(f"training FLOPs spent ({unit})")
-        ways.set_ylabel(family.axis)
+            lower.axvline(budget / divisor, color=INK, linewidth=0.9, linestyle=":", zorder=1, label="dense budget")
+        lower.set_title("during training" + ("; dotted: the dense budget" if budget is not None else ""))
+        lower.set_xlabel(f"training FLOPs so far ({unit})")
+        lower.set_ylabel(family.axis)
         if logarithmic:
-            _log_axis(ways)
-            _name_ends(ways, family, gone, (budget or 0) / divisor)
+            _log_axis(lower)
+            _name_ends(lower, family, curves, (budget or 0) / divisor)
         else:
-            ways.set_xlim(left=0)
+            lower.set_xlim(left=0)
         named = {group.label for group in ended} | {"dense budget"}
         unnamed = [
-            (line, name) for line, name in zip(*ways.get_legend_handles_labels(), strict=True) if name not in named
+            (line, name) for line, name in zip(*lower.get_legend_handles_labels(), strict=True) if name not in named
         ]
         legend_below(figure, [line for line, _ in unnamed], [name for _, name in unnamed])
     return figure
@@ -89,7 +89,7 @@ def _draw_ends(axes: Axes, ended: Sequence[Group], family: Family, labels: Seque
 
 
 def dense_budget(family: Family) -> float | None:
-    """What the dense model spends over the same run, as summaries say; that of most runs where lengths differ."""
+    """Training FLOPs of the dense model over the same run, from summaries; where lengths differ, those of most runs."""
     found = [
         run.summary["flops"]["dense"]
         for g in family.groups
@@ -100,7 +100,7 @@ def dense_budget(family: Family) -> float | None:
 
 
 def described(family: Family) -> str:
-    """The picture in words: each recipe's mean and where it ended."""
+    """The picture in words: each group's mean, and its FLOPs."""
     parts = []
     for group in family.groups:
         ends = group.finals(family.metric)
@@ -112,59 +112,59 @@ def described(family: Family) -> str:
 
 
 def _named(group: Group, metric: str, divisor: float, unit: str) -> str:
-    """A recipe on the axis: its name, what it spent, and the number of seeds."""
-    spent = [flops for flops, _ in group.finals(metric)]
-    return f"{textwrap.fill(group.short, _LETTERS)}\n{statistics.fmean(spent) / divisor:#.4g} {unit}, n = {len(spent)}"
+    """The label of a group: its name, its FLOPs, and the number of seeds."""
+    used = [flops for flops, _ in group.finals(metric)]
+    return f"{textwrap.fill(group.short, _LETTERS)}\n{statistics.fmean(used) / divisor:#.4g} {unit}, n = {len(used)}"
 
 
 def _draw_end(axes: Axes, group: Group, metric: str, place: int) -> None:
     values = [value for _, value in group.finals(metric)]
-    look = group.look
+    style = group.line_style
     axes.axhline(place, color=MUTED, linewidth=0.4, zorder=1)
     axes.plot(
         values,
         [place] * len(values),
         linestyle="",
-        marker=look.marker,
+        marker=style.marker,
         markersize=4,
         markerfacecolor="none",
-        markeredgecolor=look.color,
+        markeredgecolor=style.color,
         markeredgewidth=0.9,
         zorder=3,
     )
     low, high = group.row.get("low"), group.row.get("high")
     if len(values) >= FEWEST and is_number(low) and is_number(high):
-        axes.hlines([place], [low], [high], color=look.color, linewidth=1.2, zorder=2)
+        axes.hlines([place], [low], [high], color=style.color, linewidth=1.2, zorder=2)
     axes.plot(
         [statistics.fmean(values)],
         [place],
         linestyle="",
-        marker=look.marker,
+        marker=style.marker,
         markersize=8,
-        color=look.color,
+        color=style.color,
         zorder=4,
         label=group.label,
     )
 
 
-def _way(group: Group, metric: str, divisor: float) -> list[tuple[float, float]]:
-    """(FLOPs spent, metric) at every evaluation, means of the seeds."""
-    spent = dict(group.series("flops"))
-    return [(statistics.fmean(spent[s]) / divisor, statistics.fmean(v)) for s, v in group.series(metric) if s in spent]
+def _curve(group: Group, metric: str, divisor: float) -> list[tuple[float, float]]:
+    """(training FLOPs so far, metric) at every evaluation, means of the seeds."""
+    flops = dict(group.series("flops"))
+    return [(statistics.fmean(flops[s]) / divisor, statistics.fmean(v)) for s, v in group.series(metric) if s in flops]
 
 
-def _draw_way(axes: Axes, group: Group, points: Sequence[tuple[float, float]], place: int | None) -> None:
-    """`place`: of one way among many, thinner, with few marks, which do not stand over its neighbours'."""
+def _draw_curve(axes: Axes, group: Group, points: Sequence[tuple[float, float]], place: int | None) -> None:
+    """Draw one curve; `place` is its number among many, which are thinner, with fewer marks at different points."""
     if not points:
         return
     every = max(1, len(points) // 10)
     size, width, marks = (4.0, 1.6, (0, every)) if place is None else (3.5, 0.9, (place % (2 * every), 4 * every))
-    look = group.look
+    style = group.line_style
     axes.plot(
         *zip(*points, strict=True),
-        color=look.color,
-        linestyle=look.dashes,
-        marker=look.marker,
+        color=style.color,
+        linestyle=style.dashes,
+        marker=style.marker,
         markersize=size,
         linewidth=width,
         markevery=marks,
@@ -179,10 +179,10 @@ def _log_axis(axes: Axes) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _name_ends(axes: Axes, family: Family, ways: Sequence[Sequence[tuple[float, float]]], budget: float) -> None:
-    """The name of every recipe that ends elsewhere than on the dense budget, upright on the side from which ways come."""
+def _name_ends(axes: Axes, family: Family, curves: Sequence[Sequence[tuple[float, float]]], budget: float) -> None:
+    """Label every curve that does not end near the dense budget, vertically, on the side where the curves lie."""
     offset, side = (6, "bottom") if lower_is_better(family.metric) else (-6, "top")
-    for group, points in zip(family.groups, ways, strict=True):
+    for group, points in zip(family.groups, curves, strict=True):
         if points and points[-1][0] > 0 and budget and not 1 / _FAR < points[-1][0] / budget < _FAR:
             axes.annotate(
                 group.short,

@@ -3,7 +3,7 @@
 A mask [R, C] is the biadjacency matrix A of a graph: a row is an output, a column one input of one kernel tap, as
 `weight.flatten(1)` unrolls a convolution [out, in, kh, kw] to out x (in * kh * kw); an edge is a weight that is kept. The
 eigenvalues of the graph's adjacency matrix [[0, A], [A', 0]] are the singular values of A and their negatives, so by
-absolute value s1 comes first and second and s2 third: what the papers call the third largest eigenvalue is s2.
+absolute value s1 is the first and second and s2 the third: the papers' "third largest eigenvalue" is s2.
 
 The definitions, from the papers that Sparse-IFT (Thangarasa et al., ICML 2024, arXiv 2303.11525) takes its analysis from:
 
@@ -21,7 +21,7 @@ The definitions, from the papers that Sparse-IFT (Thangarasa et al., ICML 2024, 
     its authors' code: github.com/VITA-Group/ramanujan-on-pai, lib/graphs/scores.py (delta_r, delta_s, ramanujan_score,
     iterative_mean_spectral_gap). The degree bound goes back to Pal et al., ICML 2022 (the code divides there by s2).
 [2] Hoang, Kundu, Liu, Wang: Don't just prune by magnitude! Your mask topology is a secret weapon, NeurIPS 2023.
-Unlike [1], which gives up below mean degrees of 3, the Ramanujan gap here is told of every graph that has an edge.
+Unlike [1], which excludes mean degrees below 3, the Ramanujan gap here is computed for every graph that has an edge.
 
 Weights that are stored inputs first (Hugging Face's Conv1D) have rows and columns exchanged: that changes the iterative
 mean alone. Groups of a convolution share their columns, as in [1].
@@ -46,10 +46,10 @@ LEAST_COLUMNS = 3
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """What the module says, of one mask [rows, columns]. Gaps have no unit; they are in the units of s1.
+    """The module's values of one mask [rows, columns]; gaps are in the unit of s1.
 
-    None is what does not exist: gaps of a mask without edges, the iterative mean where no subgraph is large enough, weighted
-    values without weights or where one is NaN or infinite.
+    None where a value does not exist: gaps of a mask without edges, the iterative mean where no subgraph is large enough,
+    weighted values without weights or where a weight is NaN or infinite.
     """
 
     rows: int
@@ -92,15 +92,15 @@ def unrolled(array: NDArray[Any]) -> NDArray[Any]:
 
 
 def spectral(mask: NDArray[Any], weight: NDArray[Any] | None = None) -> Spectrum:
-    """The spectrum of a mask's graph, see the module.
+    """The spectrum of a mask's graph, as the module defines it.
 
     Args:
-        mask: [R, C]; what is not zero is an edge.
+        mask: [R, C]; every element that is not zero is an edge.
         weight: [R, C], or None for no weighted values. Weights outside the mask do not count.
 
     Raises:
-        ValueError: `mask` is no matrix, or `weight` is not of its shape.
-        ArithmeticError: the singular values did not converge, which no mask is known to bring about.
+        ValueError: `mask` is not a matrix, or `weight` has another shape.
+        ArithmeticError: the singular values did not converge; no mask with this effect is known.
     """
     if mask.ndim != 2:
         raise ValueError(f"a mask [R, C] is needed, not {mask.ndim} dimensions: see unrolled()")
@@ -128,7 +128,7 @@ def spectral(mask: NDArray[Any], weight: NDArray[Any] | None = None) -> Spectrum
 
 
 def _weighted(graph: csr_array, weight: NDArray[Any]) -> tuple[float, float] | None:
-    """s1 and s2 of |weight| on the edges of `graph`; None where one of them is no number."""
+    """s1 and s2 of |weight| on the edges of `graph`; None where a weight is not finite."""
     values = np.abs(weight[graph.nonzero()].astype(np.float64))
     if not np.isfinite(values).all():
         return None

@@ -1,13 +1,15 @@
-"""Masks and weights as NumPy arrays, from the folders this program writes, and their spectra over a run.
+"""Masks in the folders that this program writes, and their spectra: of a layer, of a run's checkpoints, of a report's groups.
 
-Files are read a tensor at a time, so that a layer is all that memory has to hold. No torch. Lengths are checked, hashes are
-not: what is read is looked at, never trained on.
+Files are read a tensor at a time, so that memory has to hold one layer only. No torch. Lengths are checked, hashes are not:
+what is read here is analysed, never trained on. A spectrum takes seconds a layer of a large model, so a report has spectra
+only where they are asked for.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,25 +19,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...checkpoint.facts import TensorInfo
-from ...checkpoint.untrusted import printable
+from ...checkpoint.safetensors_file import read_header
+from ...checkpoint.untrusted import Malformed, printable
 from ...errors import ArtifactError
 from ...runs.checkpoint import MANIFEST, TENSORS
 from ...runs.directory import CHECKPOINTS
 from ...transforms.artifact import MASKS, WEIGHTS
-from ..tensors import tensors_in
+from ..read import Run
 from .gaps import Spectrum, spectral, unrolled
 
+GAPS = ("spectral_gap", "ramanujan_gap", "weighted_spectral_gap")
 _NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 _DTYPES = {name: np.dtype(name).newbyteorder("<") for name in ("float16", "float32", "float64")}
 
 
 @dataclass(frozen=True, slots=True)
 class MaskedLayer:
-    """A mask [*shape] of booleans and the weight it lies on, None where its element type is not read (float8)."""
+    """A mask and its weight, both of the weight's shape: [out, in] of a linear layer, [out, in, *kernel] of a convolution."""
 
     name: str
     mask: NDArray[np.bool_]
     weight: NDArray[Any] | None
+    """None where the element type is not read (float8)."""
 
     def spectrum(self) -> Spectrum:
         return spectral(unrolled(self.mask), None if self.weight is None else unrolled(self.weight))
@@ -68,30 +73,32 @@ class RunSpectra:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """A checkpoint that a run has kept."""
+class KeptCheckpoint:
+    """A checkpoint that is still in a run directory."""
 
     step: int
     path: Path
 
 
 def history(
-    run: str | Path, *, skipped: list[str] | None = None, tell: Callable[[str], None] | None = None
+    run: str | Path, *, skipped: list[str] | None = None, progress: Callable[[str], None] | None = None
 ) -> list[LayerSpectrum]:
     """The spectrum of every masked layer in every kept checkpoint of a run directory, by step, then in file order.
 
-    Empty for dense runs and runs without checkpoints. A checkpoint that is damaged, or that the running run deletes
-    meanwhile, is left out and named in `skipped`. `tell` hears of every layer before it is looked at.
+    Args:
+        run: a run directory; without checkpoints, or of a dense model, the list is empty.
+        skipped: gets a sentence for every checkpoint that is damaged, or that the training process deletes meanwhile.
+        progress: called with the name of every layer before its spectrum is computed, which may take seconds.
     """
     rows: list[LayerSpectrum] = []
     for kept in kept_checkpoints(run):
         found: list[LayerSpectrum] = []
         try:
             for layer in checkpoint_layers(kept.path):
-                if tell:
-                    tell(f"{Path(run).name}, step {kept.step:,}: {printable(layer.name, 60)}")
+                if progress:
+                    progress(f"{Path(run).name}, step {kept.step:,}: {printable(layer.name, 60)}")
                 found.append(LayerSpectrum.of(layer, kept.step))
-        except (ArtifactError, ArithmeticError) as error:  # none of its layers, rather than half of them
+        except (ArtifactError, ArithmeticError) as error:  # a mean over some of its layers would mislead
             if skipped is not None:
                 skipped.append(error.message if isinstance(error, ArtifactError) else f"{kept.path}: {error}")
             continue
@@ -99,7 +106,7 @@ def history(
     return rows
 
 
-def kept_checkpoints(run: str | Path) -> list[Kept]:
+def kept_checkpoints(run: str | Path) -> list[KeptCheckpoint]:
     """The checkpoints of a run directory, oldest first; of a step that was saved again the last one."""
     folder = Path(run) / CHECKPOINTS
     found: dict[int, tuple[int, Path]] = {}
@@ -107,7 +114,7 @@ def kept_checkpoints(run: str | Path) -> list[Kept]:
         if named := _NAME.fullmatch(path.name):
             step, again = int(named[1]), int(named[2] or 0)
             found[step] = max(found.get(step, (again, path)), (again, path))
-    return [Kept(step, path) for step, (_, path) in sorted(found.items())]
+    return [KeptCheckpoint(step, path) for step, (_, path) in sorted(found.items())]
 
 
 def is_checkpoint_folder(path: str | Path) -> bool:
@@ -145,6 +152,80 @@ def artifact_layers(folder: str | Path) -> Iterator[MaskedLayer]:
     yield from _layers(tensors_in(Path(folder) / MASKS), tensors_in(Path(folder) / WEIGHTS))
 
 
+def spectra_of_runs(
+    runs: Sequence[Run], frame_rows: Sequence[Mapping[str, Any]], progress: Callable[[str], None] | None = None
+) -> tuple[list[RunSpectra], list[str]]:
+    """Of the runs in a group's means, of all its runs where there are none; and notes on what could not be read.
+
+    Args:
+        runs: the report's runs.
+        frame_rows: the rows of `frame.runs_frame`, one for each of `runs`.
+        progress: as for `history`.
+    """
+    counted = {row["group"] for row in frame_rows if row["counted"]}
+    found: list[RunSpectra] = []
+    notes: list[str] = []
+    for run, row in zip(runs, frame_rows, strict=True):
+        if run.recipe.get("transform") and (row["counted"] or row["group"] not in counted):
+            found.append(RunSpectra(run.path, row["group"], history(run.path, skipped=notes, progress=progress)))
+    found = [one for one in found if one.rows]
+    if not found:
+        notes.append("--spectral: no run here keeps a checkpoint with masks, so there are no spectra")
+    return found, notes
+
+
+def by_layer(spectra: Sequence[RunSpectra], group: str) -> Mapping[tuple[int, str], Mapping[str, Any]]:
+    """(step, layer) -> the mean of every number of `Spectrum` over the group's runs; None where no run has it."""
+    rows: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for one in spectra:
+        for row in one.rows if one.group == group else ():
+            rows.setdefault((row.step or 0, row.layer), []).append(row.spectrum.to_json())
+    return {key: {name: _mean_of_known([row[name] for row in same]) for name in same[0]} for key, same in rows.items()}
+
+
+def summed(spectra: Sequence[RunSpectra]) -> list[dict[str, Any]]:
+    """A row a group and step: group, step, runs, layers, the mean of each of GAPS over layers and runs, and `ramanujan`.
+
+    `ramanujan` is the share of the layers (0 to 1) whose Ramanujan gap is at least 0.
+    """
+    found: list[dict[str, Any]] = []
+    for group in dict.fromkeys(one.group for one in spectra):
+        every = [(row.step or 0, one.path, row) for one in spectra if one.group == group for row in one.rows]
+        for step in sorted({step for step, _, _ in every}):
+            rows = [row.spectrum.to_json() for at, _, row in every if at == step]
+            gaps = [row["ramanujan_gap"] for row in rows if row["ramanujan_gap"] is not None]
+            found.append(
+                {
+                    "group": group,
+                    "step": step,
+                    "runs": len({path for at, path, _ in every if at == step}),
+                    "layers": len({row.layer for at, _, row in every if at == step}),
+                    **{name: _mean_of_known([row[name] for row in rows]) for name in GAPS},
+                    "ramanujan": sum(gap >= 0 for gap in gaps) / len(gaps) if gaps else None,
+                }
+            )
+    return found
+
+
+def _mean_of_known(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return statistics.fmean(known) if known else None
+
+
+def tensors_in(path: Path) -> dict[str, TensorInfo]:
+    """Name -> facts, in the file's order.
+
+    Raises:
+        ArtifactError: the file is missing, cannot be read, or is not of its format.
+    """
+    try:
+        return {info.name: info for info in read_header(path)[0]}
+    except Malformed as error:
+        raise ArtifactError(f"{path}: {error.what}", hint=error.hint) from None
+    except OSError as error:
+        raise ArtifactError(f"{path}: {error.strerror}", hint="the folder is incomplete") from None
+
+
 def _under(prefix: str, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     return {name.removeprefix(prefix): info for name, info in tensors.items() if name.startswith(prefix)}
 
@@ -173,5 +254,5 @@ def _raw(info: TensorInfo, dtype: np.dtype[Any]) -> NDArray[Any]:
     except OSError as error:
         raise ArtifactError(f"{path}: {error.strerror}", hint="was it deleted while it was read?") from None
     if values.size != size:
-        raise ArtifactError(f"{path}: has become shorter while it was read", hint="try again")
+        raise ArtifactError(f"{path}: became shorter while it was read", hint="try again")
     return values.reshape(info.shape)

@@ -1,7 +1,7 @@
-"""The two largest singular values of a non-negative sparse matrix, exact multiplicities included.
+"""The two largest singular values of a non-negative sparse matrix, also where they are equal.
 
 Lanczos methods start from one vector and can miss that a value occurs twice, as s1 does in two equal parts that share no
-edge. So every connected component is taken by itself, where s1 is simple (Perron-Frobenius), and the values are put together.
+edge. So every connected component is computed alone, where s1 is simple (Perron-Frobenius), and the values are combined.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import ArpackError, svds
 
-DENSE = 1 << 16  # elements up to which LAPACK is as fast
+DENSE = 1 << 16  # elements up to which LAPACK is as fast as ARPACK
 TOLERANCE = 1e-8  # relative, of squares of singular values
 
 
@@ -31,7 +31,7 @@ class TopTwo:
 
 
 def top_two(matrix: csr_array) -> TopTwo:
-    """Of a CSR matrix [R, C] of float64 whose stored values are all positive. Values that are not there are 0.
+    """s1 and s2 of a CSR matrix [R, C] of float64 whose stored values are all positive.
 
     The same matrix gives the same values: the start vector is fixed.
 
@@ -40,7 +40,7 @@ def top_two(matrix: csr_array) -> TopTwo:
     """
     parts = list(_components(matrix))
     found = [0.0, 0.0]
-    # sorted by an upper bound of s1, so that of a thousand small parts two are looked at
+    # sorted by an upper bound of s1, so that of a thousand small parts only two are computed
     bounds = [_bound(part) for part in parts]
     for i in sorted(range(len(parts)), key=bounds.__getitem__, reverse=True):
         if bounds[i] <= found[1] * (1 + 1e-12):
@@ -61,7 +61,7 @@ def _components(matrix: csr_array) -> Iterator[csr_array]:
         yield matrix
         return
     by_row, by_column = labels[:rows], labels[rows:]
-    # rows and columns of one component side by side: each is then a run of the arrays, cut out at its own size's cost
+    # rows and columns sorted by component: each component is then a slice of the arrays
     order, column_order = np.argsort(by_row, kind="stable"), np.argsort(by_column, kind="stable")
     place = np.empty(columns, dtype=matrix.indices.dtype)
     place[column_order] = np.arange(columns, dtype=place.dtype)
@@ -92,7 +92,7 @@ def _of_connected(part: csr_array) -> tuple[float, float]:
     small, large = sorted(_shape(part))
     if small == 1:
         return sqrt(float(part.data @ part.data)), 0.0
-    if small * large <= DENSE or small <= 4:  # ARPACK wants more rows than values
+    if small * large <= DENSE or small <= 4:  # ARPACK needs more rows than values
         values, noise = np.linalg.svd(part.toarray(), compute_uv=False), np.finfo(np.float64).eps * large
     else:
         values, noise = _sparse(part), sqrt(np.finfo(np.float64).eps) * 4  # of squares, so half the digits
@@ -103,7 +103,7 @@ def _of_connected(part: csr_array) -> tuple[float, float]:
 def _sparse(part: csr_array) -> NDArray[Any]:
     small = min(_shape(part))
     start = np.random.default_rng(0).standard_normal(small)
-    for basis in (32, 256):  # the larger one converges where values crowd together
+    for basis in (32, 256):  # the larger one converges where values are close together
         try:
             return np.asarray(
                 svds(
@@ -123,5 +123,5 @@ def _sparse(part: csr_array) -> NDArray[Any]:
 
 def _shape(matrix: csr_array) -> tuple[int, int]:
     shape = matrix.shape
-    assert shape is not None  # it is for sparse arrays that have none yet
+    assert shape is not None  # the type allows None for an array that has no shape yet
     return shape[0], shape[1]
