@@ -161,11 +161,13 @@ def run_symbolically(
 def _forward(
     model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], run: SymbolicRun, recorder: Recorder
 ) -> None:
+    """One forward pass in the model's current mode; its facts go to `run`, its counted ops to `recorder`."""
     args, named = tree_map_only(
         Tensor,
         lambda t: annotate(torch.empty(t.shape, dtype=t.dtype, device="cpu"), FROM_INPUT),
         (inputs, dict(kwargs)),
     )
+    # A function mode (ShapeRules) is asked before a dispatch mode (the recorder): what it answers, the recorder never sees.
     with _following_modules(model, recorder), warnings.catch_warnings(), recorder, ShapeRules(run.facts, recorder):
         warnings.simplefilter("ignore")  # on performance, and nothing is computed
         run.outputs.append(model(*args, **named))
@@ -178,6 +180,7 @@ def _has_unreached_weights(model: nn.Module, recorder: Recorder) -> bool:
 
 @contextmanager
 def _substituted(model: nn.Module, substitutes: _Substitutes) -> Iterator[None]:
+    """Fake tensors and symbolic ints in all modules, until the end of the block."""
     try:
         for path, module in model.named_modules():
             substitutes.for_tensors(module, f"{path}." if path else "")
@@ -209,15 +212,17 @@ class _Substitutes:
         self.run = run
         self.symbolic = symbolic
         self.with_configs = configs
-        self.undo: list[tuple[dict[str, Any], str, Any]] = []
-        self.fakes: dict[int, Tensor] = {}
-        self.configs: set[int] = set()
+        self.undo: list[tuple[dict[str, Any], str, Any]] = []  # (dict, key, original value)
+        self.fakes: dict[int, Tensor] = {}  # id of a tensor -> its fake one: tied parameters stay tied
+        self.configs: set[int] = set()  # ids of the configuration objects that are done
 
     def restore(self) -> None:
+        """Put the original values back, the last replaced one first."""
         for store, key, value in reversed(self.undo):
             store[key] = value
 
     def for_tensors(self, module: nn.Module, prefix: str) -> None:
+        """Replace the parameters and buffers of one module, whose keys begin with `prefix`."""
         for kind, store in (("parameter", module._parameters), ("buffer", module._buffers)):
             for key, tensor in list(store.items()):
                 if tensor is None:
@@ -271,18 +276,22 @@ class _Substitutes:
         store[key] = value
 
 
-def _variable(run: SymbolicRun, place: Origin) -> Any:
-    expr = run.facts.new_variable(place.size)
-    run.origins[next(iter(expr.variables))] = [place]
+def _variable(run: SymbolicRun, origin: Origin) -> Any:
+    """A symbolic int with a new variable, in place of the int at `origin`."""
+    expr = run.facts.new_variable(origin.size)
+    run.origins[next(iter(expr.variables))] = [origin]
     return run.facts.symint(expr)
 
 
 def _fake(tensor: Tensor, kind: str, path: str, module: nn.Module, run: SymbolicRun, symbolic: bool) -> Tensor:
+    """A fake tensor of the same shape; each dim above 1 is a new variable, but for the kernel dims of convolutions."""
+
     def dim(i: int, size: int) -> Any:
         spatial = isinstance(module, _ConvNd) and i >= 2
         return _variable(run, Origin(kind, path, i, size)) if symbolic and size > 1 and not spatial else size
 
     shape = [dim(i, size) for i, size in enumerate(tensor.shape)]
+    # "cpu" in fake mode: no memory is allocated. Not "meta", or constants made in the forward pass would be on another device.
     return torch.empty(shape, dtype=tensor.dtype, device="cpu")
 
 
