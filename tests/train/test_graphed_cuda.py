@@ -12,6 +12,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from sparseift_cli.errors import DivergedError
 from sparseift_cli.recipe.load import load
+from sparseift_cli.sparsity.algorithms import ALGORITHMS
 from sparseift_cli.train.graphed import GraphedStep
 from sparseift_cli.train.prepare import Prepared, prepare
 from sparseift_cli.train.processes import Processes
@@ -24,7 +25,7 @@ model: resnet18_cifar
 data: {{name: synthetic-images, limit: 1024}}
 transform: {{member: wide, match: model, width_multiple: 8, pattern: {pattern}}}
 sparsity: 0.75
-algorithm: {{name: {algorithm}, delta_t: 5, drop_fraction: 0.3, stop: 0.75, regrow: {regrow}}}
+algorithm: {algorithm}
 optimizer: {optimizer}
 training: {{steps: 40, batch_size: 32, {training}}}
 """
@@ -49,9 +50,10 @@ def ready(
     regrow: str = "allow",
 ) -> Prepared:
     path = tmp_path / "recipe.yaml"
-    path.write_text(
-        RECIPE.format(training=training, algorithm=algorithm, optimizer=optimizer, pattern=pattern, regrow=regrow)
-    )
+    known = ALGORITHMS.get(algorithm).option_names()
+    wanted = {"delta_t": 5, "drop_fraction": 0.3, "stop": 0.75, "regrow": regrow}
+    section = ", ".join([f"name: {algorithm}", *(f"{key}: {value}" for key, value in wanted.items() if key in known)])
+    path.write_text(RECIPE.format(training=training, algorithm=f"{{{section}}}", optimizer=optimizer, pattern=pattern))
     return prepare(load(path), 0, Processes(torch.device("cuda")))
 
 
@@ -61,7 +63,7 @@ def eager(run: Prepared) -> EagerStep:
 
 @pytest.mark.parametrize("clip", ["clip: 1.0", "clip: null"])
 @pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
-@pytest.mark.parametrize("algorithm", ["static", "rigl", "set", "gmp", "granet"])
+@pytest.mark.parametrize("algorithm", ["static", "rigl", "set", "snfs", "gmp", "granet"])
 def test_replayed_steps_are_the_eager_ones(
     tmp_path: Path, deterministic: None, algorithm: str, optimizer: str, clip: str
 ) -> None:
