@@ -43,28 +43,46 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
+def replace_file(path: Path, content: bytes, *, durable: bool) -> None:
+    """Put `content` at `path` in one step: a reader sees the old file or the new one, never half of it.
+
+    A link stays a link, and what is no file (/dev/null, a named pipe) is written to. `durable`: wait until all of it is on
+    disk, so that a power cut leaves the old file or the new one too.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if path.exists() and not path.is_file():  # replaced, /dev/null would be gone for every program
+        path.write_bytes(content)
+        return
+    target = Path(os.path.realpath(path))
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+            if durable:
+                stream.flush()
+                os.fsync(stream.fileno())
+        mask = os.umask(0)  # there is no way to read it alone
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    if durable:
+        sync_folder(target.parent)
+
+
 def write_file(path: Path, content: bytes) -> None:
-    """Put `content` at `path`; a reader, or the next start after a crash, sees the old file or the new one.
+    """`replace_file`, durable, for the files of a run.
 
     Raises:
         ArtifactError: it cannot be written.
     """
     with explain_os_errors("write", path):
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(temporary, 0o666 & ~mask)
-            os.replace(temporary, path)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(temporary)
-            raise
-        sync_folder(path.parent)
+        replace_file(path, content, durable=True)
 
 
 def write_json(path: Path, payload: Mapping[str, Any]) -> None:

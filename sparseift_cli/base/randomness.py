@@ -97,5 +97,5 @@ def _shifted(z: Tensor, by: int) -> Tensor:
 
 
 def counters(first: int, last: int, device: torch.device | str) -> Tensor:
-    """first, ..., last - 1 as int64, made on `device`: nothing is copied there."""
+    """first, ..., last - 1 as int64 [last - first], made on `device`: nothing is copied there."""
     return torch.arange(first, last, dtype=torch.int64, device=device)

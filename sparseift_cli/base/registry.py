@@ -32,7 +32,7 @@ class Registry(Generic[T]):
         kind: what one entry is called in messages, in the singular: "mask algorithm".
         group: the entry points `sparseift.<group>` of installed packages are entries too.
         entries: what ships with the package, in the order in which it is listed.
-        aliases: other spellings that are read, and the name each stands for.
+        aliases: other spellings that are read, and the name that each means.
         check: raises UsageError or returns a reason (str) where an object from outside is not of this kind.
     """
 

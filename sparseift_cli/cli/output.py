@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..base.atomic import replace_file
 from ..errors import UsageError
 from .options import Format
 
@@ -181,21 +181,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     try:
-        if path.exists() and not path.is_file():  # /dev/null, a named pipe, >(jq): replaced, it would be gone for all
-            path.write_bytes(data)
-            return
-        place = Path(os.path.realpath(path))  # a link stays one, /dev/stdout above all
-        handle, temporary = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(data)
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(temporary, 0o666 & ~mask)
-            os.replace(temporary, place)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        replace_file(path, data, durable=False)
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}", hint="give --output a writable file path") from None
 

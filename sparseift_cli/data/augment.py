@@ -1,4 +1,4 @@
-"""Augmentation of a whole batch where it lies: integer gathers, so a CPU and a GPU give the same pixels."""
+"""Augmentation of a whole batch on its device: integer gathers, so a CPU and a GPU give the same pixels."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def crop_and_flip(images: Tensor, random: Tensor, augment: Augment) -> Tensor:
 
 
 def _inside(index: Tensor, size: int, padding: str) -> Tensor:
-    """The index that stands for one outside 0..size-1: the nearest, or its mirror image."""
+    """int64 [*] indices within 0..size-1: one outside becomes the nearest, or its mirror image."""
     if padding == "reflect":
         index = (size - 1) - ((size - 1) - index.abs()).abs()
     return index.clamp(0, size - 1)

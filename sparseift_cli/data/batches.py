@@ -102,7 +102,7 @@ class Batches:
 
     @property
     def assembly(self) -> Assembly | None:
-        """How batches are made on the device, where the whole split lies there; else None."""
+        """How batches are made on the device, where it holds the whole split; else None."""
         return self._loader.assembly
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:

@@ -50,14 +50,16 @@ class BatchSettings:
 
 
 class Assembly(Protocol):
-    """Makes batches of a split that lies on the device; nothing is copied there."""
+    """Makes batches of a split that the device holds; nothing is copied there."""
 
     def picks(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """Sample ids and random words, int64 [b]: what `assemble` needs to know of a batch."""
         ...
 
     def assemble(self, ids: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch (x, y) of these picks: tensor arithmetic alone, fit for torch.compile and for a CUDA graph."""
+        """The batch x, y of these picks, [b, C, H, W] and [b], or [b, seq] both: tensor operations alone, fit for torch.compile
+        and for a CUDA graph.
+        """
         ...
 
 
@@ -75,12 +77,12 @@ class Loader(Protocol):
         ...
 
     def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        """The batch (x, y) of this rank, on the device."""
+        """The batch of this rank on the device: x [b, C, H, W] and y [b] of images, x and y [b, seq] of tokens."""
         ...
 
     @property
     def assembly(self) -> Assembly | None:
-        """How batches are made on the device, where the whole split lies there; else None."""
+        """How batches are made on the device, where it holds the whole split; else None."""
         ...
 
     def close(self) -> None:
@@ -150,7 +152,7 @@ class DataSet(ABC):
 
 
 def hash_tensors(parts: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 over names, shapes, element types and bytes, of tensors that may be memory-mapped: nothing is copied."""
+    """sha256 over names, shapes, element types and bytes of tensors [*], which may be memory-mapped: nothing is copied."""
     digest = hashlib.sha256()
     for name, tensor in parts:
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
@@ -159,13 +161,13 @@ def hash_tensors(parts: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
+    """The bytes of a contiguous CPU tensor [*]."""
     array: Any = tensor.numpy()
     return memoryview(array).cast("B")
 
 
 def fits_on(device: torch.device, nbytes: int) -> bool:
-    """May a set of `nbytes` lie on `device` for good? It may take a quarter of what a GPU has free."""
+    """Whether `device` may hold a set of `nbytes` for the whole run: at most a quarter of what a GPU has free."""
     if device.type != "cuda":
         return device.type == "cpu"
     return nbytes <= torch.cuda.mem_get_info(device)[0] // 4

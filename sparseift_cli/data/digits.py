@@ -30,7 +30,7 @@ that no change of a random generator can ever move an image from the training sp
 
 
 def open_digits(root: str | Path | None = None) -> ImageSet:
-    """1,442 training and 355 test images [1, 8, 8] of 10 digits; greys 0 to 16 become 0 to 255.
+    """1,442 training and 355 test images [1, 8, 8] of 10 digits; greys 0 to 16 are scaled to 0 to 255.
 
     The file, digits.csv.gz, is taken from `root`, else from the installed scikit-learn (which is not imported), else
     from the data folder.

@@ -77,7 +77,7 @@ def _read(folder: Path, split: str) -> tuple[Tensor, Tensor]:
 
 
 def read_idx(path: Path, dims: int) -> Tensor:
-    """The uint8 tensor of `dims` dimensions in an idx file: 00 00 08 dims, the sizes as big-endian int32, the bytes.
+    """The uint8 tensor [sizes] of `dims` dimensions in an idx file: 00 00 08 dims, the sizes as big-endian int32, the bytes.
 
     Raises:
         UsageError: another type or number of dimensions, or not exactly as many bytes as the sizes say.

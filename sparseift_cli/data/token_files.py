@@ -89,7 +89,7 @@ def _checked(folder: Path, split: str, entry: object, width: int) -> tuple[Path,
 
 
 def write_tokens(folder: str | Path, splits: Mapping[str, Tensor | Stream], *, vocab: int) -> None:
-    """Token files in `folder` of 1-D integer tensors, or of streams of another set: the smallest type that holds `vocab`.
+    """Token files in `folder` of integer tensors [N], or of streams of another set: the smallest type that holds `vocab`.
 
     The header is written last. It is how a corpus that takes long to tokenise is prepared once.
 

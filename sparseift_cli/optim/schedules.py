@@ -87,7 +87,7 @@ class Linear:
 
 
 def _progress(step: int, warmup: int, steps: int) -> float:
-    """Part of the time after the warm-up that lies before `step`, 0 to 1."""
+    """How much of the time after the warm-up has passed at `step`, 0 to 1."""
     return (step - warmup) / max(1, steps - warmup)
 
 

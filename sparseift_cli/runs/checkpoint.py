@@ -62,7 +62,7 @@ class Loaded:
 
 
 class Checkpoints:
-    """The folder of checkpoints of one run. Whoever writes holds the run's lock.
+    """The folder of checkpoints of one run. The process that writes holds the run's lock.
 
     `better` says whether the best score is the highest or the lowest.
     """
@@ -81,9 +81,9 @@ class Checkpoints:
         score: float | None = None,
         metrics_bytes: int | None = None,
     ) -> Path:
-        """Write a checkpoint of `step`, then take away the ones that need not stay.
+        """Write a checkpoint of `step`, then delete those that are neither among the newest `keep` nor the best.
 
-        `state` is JSON; tensors may be on any device and share memory. `score` is what `best` compares.
+        `state` is JSON; tensors [*] may be on any device and share memory. `score` is what `best` compares.
 
         Raises:
             ArtifactError: it cannot be written. Those before it are untouched.

@@ -200,7 +200,7 @@ class RunDirectory:
         with atomic.explain_os_errors("lock", self.path):
             try:
                 held.acquire()
-            except Timeout:  # an OSError too, so it is told apart here
+            except Timeout:  # an OSError too, so it is handled before those
                 raise ArtifactError(
                     f"{self.path} is in use{self._holder()}", hint="wait for it, or stop it; nothing was changed"
                 ) from None
@@ -237,7 +237,8 @@ class RunDirectory:
         *,
         score: float | None = None,
     ) -> Path:
-        """A checkpoint. The lines of `metrics` so far reach the disk first, so none that it knows of is ever lost.
+        """Write a checkpoint of tensors [*] and JSON. The lines of `metrics` so far reach the disk first, so a checkpoint never
+        refers to lines that are lost.
 
         Raises:
             ArtifactError: it cannot be written; the checkpoints before are untouched.

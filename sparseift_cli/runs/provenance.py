@@ -1,7 +1,7 @@
 """Where a run's numbers come from: versions, commit, command, device, threads, seeds and the hashes of the data.
 
 `provenance.json` has one entry a session: a run that is resumed elsewhere says so. Bits depend on the thread count, the
-device and the capabilities of the CPU, so what differs from the session before is told when a run is resumed.
+device and the capabilities of the CPU, so `differences` says what differs from the session before when a run is resumed.
 """
 
 from __future__ import annotations

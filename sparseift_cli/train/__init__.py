@@ -1,1 +1,1 @@
-"""Training by a recipe: prepare, the loop, evaluation, the FLOPs that were spent. `loop.py` is the place to start reading."""
+"""Training by a recipe: prepare, the loop, evaluation, and the FLOPs of every step. Start reading at `loop.py`."""

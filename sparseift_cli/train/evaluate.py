@@ -18,7 +18,7 @@ TOGETHER = 8  # batches after which several processes agree whether one of them 
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in what a model returned: a tensor, a mapping or object with `logits`, or the first of several outputs."""
+    """The logits [B, C] or [B, T, C] of a model: its output, the `logits` of it, or the first of several outputs."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, Mapping):

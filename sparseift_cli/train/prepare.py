@@ -126,18 +126,7 @@ def prepare(recipe: Recipe, seed: int, processes: Processes) -> Prepared:
     if training.recompute:
         recompute(model, counted.table, train.batch(0, 0)[0][:1])
     optimizer = make_optimizer(model, spec.optimizer.options(), processes.device)
-    algorithm = spec.algorithm
-    sparsifier = None
-    if done is not None:
-        sparsifier = Sparsifier(
-            model,
-            done.plan,
-            optimizer,
-            algorithm=algorithm.name,
-            total_steps=steps,
-            seed=seed,
-            **algorithm.model_dump(exclude={"name"}),
-        )
+    sparsifier = _sparsifier(spec, model, done, optimizer, steps, seed) if done else None
     masked: tuple[Masked, ...] = done.surgery.masked if done else ()
     layers = counted.plan.layers if counted.plan else _dense_rows(counted)
     flop_meter = FlopMeter(layers, masked, spec.training.batch_size, recompute=training.recompute)
@@ -160,6 +149,14 @@ def prepare(recipe: Recipe, seed: int, processes: Processes) -> Prepared:
         flop_meter,
         done,
     )
+
+
+def _sparsifier(
+    spec: Spec, model: nn.Module, done: Transformation, optimizer: Optimizer, steps: int, seed: int
+) -> Sparsifier:
+    algorithm = spec.algorithm
+    own = algorithm.model_dump(exclude={"name"})
+    return Sparsifier(model, done.plan, optimizer, algorithm=algorithm.name, total_steps=steps, seed=seed, **own)
 
 
 def _batches(spec: Spec, dataset: DataSet, seed: int, processes: Processes) -> tuple[Batches, Batches, Batches | None]:

@@ -58,7 +58,7 @@ def stop_requested(processes: Processes) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A run's place among the `of` that `train --parallel` keeps going at once. Seats are dealt to the GPUs in turn."""
+    """One of the `of` places for runs that `train --parallel` keeps going at once. Slot i takes GPU i modulo their number."""
 
     index: int = 0
     of: int = 1

@@ -1,7 +1,7 @@
 """Activation checkpointing: a block keeps its inputs alone, and computes the rest again when the backward pass needs it.
 
 Blocks are the outermost numbered modules (`Layer.block`: layer1.0, transformer.h.3), the very ones whose second forward the
-audit counts. What lies outside of them (stem, head, last norm, embeddings) keeps its activations and is computed once. A
+audit counts. What is outside of them (stem, head, last norm, embeddings) keeps its activations and is computed once. A
 block is recomputed to its end, although PyTorch could stop at the last tensor that is needed: so what is executed is what is
 audited. Source: Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.
 
@@ -38,8 +38,8 @@ COMPILES = torch.__version__ >= "2.11"
 def recompute(model: nn.Module, table: LayerTable, example: Tensor) -> tuple[str, ...]:
     """Make every block of `model`, in place, compute its forward again in the backward pass; the names of the blocks.
 
-    `table` is the dense model's, by which the audit counts. `example` (a batch of one, as the model takes it, on its device)
-    goes through the model once, in eval mode, to see that every layer of a block runs inside the block's own forward.
+    `table` is the dense model's, by which the audit counts. `example`, a batch of one on the model's device ([1, C, H, W]
+    or [1, T]), goes through the model once, in eval mode, to see that every layer of a block runs inside the block's own forward.
 
     Raises:
         UsageError: the model has no blocks, or layers of one that run outside of it, so that the audit would be wrong.

@@ -22,7 +22,7 @@ MASK_TENSORS = ("masks", "ever", "state")
 def pack(
     model: nn.Module, optimizer: Optimizer, sparsifier: Sparsifier | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by name and what is no tensor; `unpack` is its inverse."""
+    """Tensors [*] by name, and numbers as JSON; `unpack` is its inverse."""
     tensors = {f"model/{name}": t.detach() for name, t in model.state_dict(keep_vars=True).items()}
     numbers: dict[str, dict[str, Any]] = {}
     for index, held in optimizer.state_dict()["state"].items():

@@ -95,7 +95,7 @@ class EagerStep:
 
 
 def set_rate(run: Prepared, rate: float | Tensor) -> None:
-    """The learning rate of the step that comes."""
+    """Set the learning rate of the next step: a number, or a scalar tensor [] that a CUDA graph reads."""
     for group in run.optimizer.param_groups:
         group["lr"] = rate
 

@@ -15,7 +15,8 @@ RANK = """
 import sys, torch, torch.distributed as dist
 from torch import nn
 from sparseift_cli.errors import CheckFailed
-from sparseift_cli.mask import generator_for, make_mask
+from sparseift_cli.base.randomness import generator_for
+from sparseift_cli.mask import make_mask
 from sparseift_cli.mask.attached import attach
 from sparseift_cli.sparsity.sparsifier import Sparsifier
 

@@ -7,7 +7,7 @@ and keys, computed in the forward, so a sequence may have any length.
 
 Papers: Touvron et al., LLaMA, arXiv 2302.13971; Grattafiori et al., The Llama 3 Herd of Models, arXiv 2407.21783, table
 3 (`llama3_8b`). `state_dict` keys and initialisation: Hugging Face transformers' LlamaForCausalLM. `llama_tiny` is for
-quick runs and nobody's paper: the vocabulary of Llama 2, with the head tied to the embedding.
+quick runs, of no paper: the vocabulary of Llama 2, with the head tied to the embedding.
 """
 
 from __future__ import annotations
