@@ -30,7 +30,8 @@ from ..trace.structure import Structure
 from .edits import Surgery
 from .layers import weight_of
 from .members import torch_half
-from .members.base import MemberModule, Preserved
+from .members.base import MemberModule
+from .preserve import DenseStart, Preserved
 
 Init = Literal["dense", "density_scaled"]
 Rule = tuple[str, str]  # distribution (normal or uniform), and a name in _DEVIATIONS or the deviation itself
@@ -228,7 +229,7 @@ def preserve(
     if not 0 <= slack < 1:
         raise UsageError(f"preserve slack {slack:g} is not in [0, 1)", hint="0.1 replaces a tenth of the weights")
     with torch.no_grad():
-        return torch_half(plan.member).preserve(new, dense, plan, surgery, structure, seed=seed, slack=slack)
+        return torch_half(plan.member).preserve(DenseStart(new, dense, plan, surgery, structure, seed, slack))
 
 
 # --- residual branches ---

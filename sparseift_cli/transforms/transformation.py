@@ -25,7 +25,7 @@ from .check import Measured, deviation, measure, require_as_planned
 from .edits import Surgery
 from .initialise import Init, initialise, preserve
 from .masking import count_unconnected, draw_masks
-from .members.base import Preserved
+from .preserve import Preserved
 from .surgery import apply_surgery, surgery_for
 
 Start = Literal["fresh", "preserve"]

@@ -19,7 +19,7 @@ from sparseift_cli.trace.build import trace
 from sparseift_cli.transforms.check import deviation
 from sparseift_cli.transforms.edits import Surgery
 from sparseift_cli.transforms.initialise import initialise, preserve
-from sparseift_cli.transforms.members.base import Preserved
+from sparseift_cli.transforms.preserve import Preserved
 from sparseift_cli.transforms.surgery import apply_surgery, surgery_for
 
 EXACT = 1e-5

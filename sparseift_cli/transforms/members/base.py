@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
@@ -20,8 +20,9 @@ from ...errors import UsageError
 from ...mask import make_mask
 from ...plan.plan import Plan
 from ...trace.structure import Structure
-from ..edits import Masked, Replace, SetAttribute, Surgery
+from ..edits import Masked, Replace, Surgery
 from ..layers import bias_of, norm_like, weight_of
+from ..preserve import DenseStart, Preserved
 
 MODULES: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -41,24 +42,6 @@ _FROM_FIRST = ("in_features", "in_channels", "kernel_size", "stride", "padding",
 _FROM_LAST = ("out_features", "out_channels")
 
 
-@dataclass(frozen=True)
-class Preserved:
-    """A transformed module that starts as the dense one: its masks, notes for the user, and module state that had to change.
-
-    Args:
-        masks: a boolean mask for every sparse weight, in the weight's shape, by the weight's key.
-        notes: what the user should know, a sentence each.
-        attributes: numbers of modules that differ from what the surgery sets. They are set already; they are needed to
-            make the module again from its surgery and its state dict.
-        buffers: the same of buffers that a state dict leaves out, by key.
-    """
-
-    masks: dict[str, Tensor]
-    notes: tuple[str, ...]
-    attributes: tuple[SetAttribute, ...] = ()
-    buffers: Mapping[str, Tensor] = field(default_factory=dict)
-
-
 class TorchHalf(ABC):
     """How the plan of one member is carried out on a module."""
 
@@ -67,21 +50,11 @@ class TorchHalf(ABC):
         """Every edit that makes `model`, which `structure` was traced from, the network that `plan` describes."""
 
     @abstractmethod
-    def preserve(
-        self,
-        new: nn.Module,
-        dense: nn.Module,
-        plan: Plan,
-        surgery: Surgery,
-        structure: Structure,
-        *,
-        seed: int,
-        slack: float,
-    ) -> Preserved:
-        """Overwrite the weights of `new` so that it computes what `dense` does, as nearly as its layers allow.
+    def preserve(self, start: DenseStart) -> Preserved:
+        """Overwrite the weights of `start.new` so that it computes what `start.dense` does, as nearly as its layers allow.
 
         Raises:
-            UsageError: no weights of `dense` fit it.
+            UsageError: no weights of the dense module fit it.
         """
 
 

@@ -17,7 +17,8 @@ from ...plan.plan import Plan
 from ...trace.structure import Structure
 from ..edits import Masked, Replace, Surgery
 from ..layers import bias_of, groups_of, weight_of
-from .base import Decomposition, DenseWeight, MemberModule, Preserved, TorchHalf
+from ..preserve import DenseStart, Preserved
+from .base import Decomposition, DenseWeight, MemberModule, TorchHalf
 
 
 class Layerwise(TorchHalf):
@@ -49,18 +50,8 @@ class Layerwise(TorchHalf):
         """The weights of the member that `edit` makes, by their keys in the transformed model."""
         return [f"{edit.path}.{path}.weight" for path in self.module.part_paths(edit.size)]
 
-    def preserve(
-        self,
-        new: nn.Module,
-        dense: nn.Module,
-        plan: Plan,
-        surgery: Surgery,
-        structure: Structure,
-        *,
-        seed: int,
-        slack: float,
-    ) -> Preserved:
-        """Weights and masks of every member of `new`; what they leave out of the dense layers, as notes.
+    def preserve(self, start: DenseStart) -> Preserved:
+        """Weights and masks of every member of the new module; what they leave out of the dense layers, as notes.
 
         Raises:
             UsageError: a norm or activation inside makes the member another function than the layer's, or the pattern does
@@ -68,10 +59,10 @@ class Layerwise(TorchHalf):
         """
         masks: dict[str, Tensor] = {}
         found: dict[str, Decomposition] = {}
-        by_key = {m.key: m for m in surgery.masked}
-        for edit in surgery.members:
+        by_key = {m.key: m for m in start.surgery.masked}
+        for edit in start.surgery.members:
             self._require_linear(edit)
-            weight, bias, groups = _dense_layer(dense, edit.path)
+            weight, bias, groups = _dense_layer(start.dense, edit.path)
             keys = self._keys(edit)
             made = self.module.decompose(
                 DenseWeight(
@@ -79,12 +70,12 @@ class Layerwise(TorchHalf):
                     groups,
                     edit.size,
                     [by_key.get(key) for key in keys],
-                    plan.spec.pattern,
-                    generator_for(seed, "preserve", edit.path),
+                    start.plan.spec.pattern,
+                    generator_for(start.seed, "preserve", edit.path),
                 )
             )
             found[edit.path] = made
-            member = new.get_submodule(edit.path)
+            member = start.new.get_submodule(edit.path)
             assert isinstance(member, MemberModule)
             for i, (layer, key) in enumerate(zip(member.parts(), keys, strict=True)):
                 target, mask, own_bias = weight_of(layer), made.masks[i], bias_of(layer)

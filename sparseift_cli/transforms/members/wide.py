@@ -19,8 +19,9 @@ from ...table.poly import Poly
 from ...trace.structure import Structure
 from ...trace.symbolise import NOT_WIDTHS, is_config
 from ..edits import Masked, Resize, SetAttribute, Surgery
+from ..preserve import DenseStart, Preserved
 from ..preserve.wide import fill_wide, keep_largest
-from .base import Preserved, TorchHalf
+from .base import TorchHalf
 
 _SCALES = ("scal", "norm_factor", "temperature", "inv_")
 _STREAM = ("hidden_size", "n_embd", "d_model", "model_dim", "embed_dim", "hidden_dim", "word_embed_proj_dim")
@@ -51,29 +52,13 @@ class SparseWide(TorchHalf):
             masked=tuple(_masked(plan, structure, model)),
         )
 
-    def preserve(
-        self,
-        new: nn.Module,
-        dense: nn.Module,
-        plan: Plan,
-        surgery: Surgery,
-        structure: Structure,
-        *,
-        seed: int,
-        slack: float,
-    ) -> Preserved:
+    def preserve(self, start: DenseStart) -> Preserved:
         """The dense weights at the dense coordinates; with scope none, which has no others, the largest of them.
 
         Raises:
             UsageError: a pattern or an order of channels that no dense weights fit.
         """
-        if plan.spec.scope == "none":
-            masks, notes = keep_largest(new, dense, plan, surgery, seed)
-            return Preserved(masks, tuple(notes))
-        masks, notes, attributes = fill_wide(new, dense, plan, surgery, structure, seed, slack)
-        state, buffers = new.state_dict(), dict(new.named_buffers())
-        unsaved = {r.key: buffers[r.key] for r in surgery.resizes if r.key in buffers and r.key not in state}
-        return Preserved(masks, tuple(notes), tuple(attributes), unsaved)
+        return keep_largest(start) if start.plan.spec.scope == "none" else fill_wide(start)
 
 
 def _masked(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[Masked]:

@@ -23,3 +23,52 @@ channels (`slack`). The function then differs a little; `deviation` in `transfor
       wide          Sparse Wide, all of the above together; scope none
       factors       a matrix as a product of two
 """
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from ...plan.plan import Plan
+from ...trace.structure import Structure
+from ..edits import SetAttribute, Surgery
+
+
+@dataclass(frozen=True)
+class DenseStart:
+    """A transformed module, and the dense one whose function it should start with.
+
+    Args:
+        new: made from `dense` by `surgery`, and initialised; its weights are overwritten.
+        structure: of the trace of `dense`.
+        seed: of random choices.
+        slack: share of each wide layer's non-zeros, in [0, 1), that goes to added channels.
+    """
+
+    new: nn.Module
+    dense: nn.Module
+    plan: Plan
+    surgery: Surgery
+    structure: Structure
+    seed: int
+    slack: float
+
+
+@dataclass(frozen=True)
+class Preserved:
+    """The masks of a module that starts as the dense one, notes for the user, and module state that had to change.
+
+    Args:
+        masks: bool, same shape as the weight, by the weight's key.
+        notes: what the user should know, a sentence each: where the function is not exact, and what the slack costs.
+        attributes: numbers of modules (eps, theta, scales) that differ from what the surgery sets. They are set already;
+            they are needed to make the module again from its surgery and its state dict.
+        buffers: the same for resized buffers that a state dict leaves out, by key.
+    """
+
+    masks: dict[str, Tensor]
+    notes: tuple[str, ...]
+    attributes: tuple[SetAttribute, ...] = ()
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)

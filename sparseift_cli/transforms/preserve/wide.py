@@ -20,11 +20,10 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ...base.randomness import generator_for
 from ...errors import UsageError
-from ...plan.plan import Plan
 from ...trace.flow import PARAMETER_PREFIX, is_layer_norm
-from ...trace.structure import Structure
-from ..edits import Masked, SetAttribute, Surgery
+from ..edits import Masked, SetAttribute
 from ..masking import draw_masks
+from . import DenseStart, Preserved
 from .attention import number_of, query_rows, rotary_bases, scale_queries
 from .coordinates import HINT, Coordinates, LayerWeight, canonical_names, layer_weights
 from .norms import plan_norms, widened_norms
@@ -33,39 +32,26 @@ from .slack import FreePositions, SlackMask, distribute_slack
 _NEUTRAL = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}  # of an added channel of a norm
 
 
-def fill_wide(
-    new: nn.Module, dense: nn.Module, plan: Plan, surgery: Surgery, structure: Structure, seed: int, slack: float
-) -> tuple[dict[str, Tensor], list[str], list[SetAttribute]]:
-    """Put the parameters and buffers of `dense` into `new`, in place.
-
-    Returns:
-        The mask of every sparse weight (bool, same shape as the weight) by its key; sentences on what is not exact and
-        what the slack costs; the attributes of modules that were changed (eps, theta, scales).
+def fill_wide(start: DenseStart) -> Preserved:
+    """Put the parameters and buffers of the dense module into the wide one, in place.
 
     Raises:
         UsageError: a pattern other than unstructured, or a width whose channels have no single order.
     """
-    if plan.spec.pattern != "unstructured":
-        raise UsageError(f"the positions of the dense weights do not form a {plan.spec.pattern} pattern", hint=HINT)
-    return _WideFill(new, dense, plan, surgery, structure, seed, slack).run()
+    pattern = start.plan.spec.pattern
+    if pattern != "unstructured":
+        raise UsageError(f"the positions of the dense weights do not form a {pattern} pattern", hint=HINT)
+    return _WideFill(start).run()
 
 
 class _WideFill:
     """The steps of `fill_wide`, and what they share."""
 
-    def __init__(
-        self,
-        new: nn.Module,
-        dense: nn.Module,
-        plan: Plan,
-        surgery: Surgery,
-        structure: Structure,
-        seed: int,
-        slack: float,
-    ) -> None:
-        self.new, self.dense = new, dense
-        self.surgery, self.structure = surgery, structure
-        self.seed, self.slack = seed, slack
+    def __init__(self, start: DenseStart) -> None:
+        self.new, self.dense = start.new, start.dense
+        self.surgery, self.structure = start.surgery, start.structure
+        self.seed, self.slack = start.seed, start.slack
+        plan, structure, surgery, dense = start.plan, start.structure, start.surgery, start.dense
         self.coordinates = Coordinates(plan, structure)
         self.names = canonical_names(dense)
         self.weights = layer_weights(plan, structure, surgery, dense)
@@ -80,7 +66,7 @@ class _WideFill:
             if s.startswith(PARAMETER_PREFIX)
         }
 
-    def run(self) -> tuple[dict[str, Tensor], list[str], list[SetAttribute]]:
+    def run(self) -> Preserved:
         state = {**dict(self.new.named_parameters()), **dict(self.new.named_buffers())}
         for name, value in (*self.dense.named_parameters(), *self.dense.named_buffers()):
             if name in self.structure.shapes:
@@ -99,7 +85,9 @@ class _WideFill:
             else:
                 owner.__dict__[edit.name] = edit.value
         notes = [*self.norm_plan.notes, *attention_notes, *self._mask_notes(choices)]
-        return {k: c.mask for k, c in choices.items()}, notes, edits
+        buffers, saved = dict(self.new.named_buffers()), self.new.state_dict()
+        unsaved = {r.key: buffers[r.key] for r in self.surgery.resizes if r.key in buffers and r.key not in saved}
+        return Preserved({k: c.mask for k, c in choices.items()}, tuple(notes), tuple(edits), unsaved)
 
     # --- values ---
 
@@ -252,29 +240,25 @@ class _WideFill:
             )
 
 
-def keep_largest(
-    new: nn.Module, dense: nn.Module, plan: Plan, surgery: Surgery, seed: int
-) -> tuple[dict[str, Tensor], list[str]]:
+def keep_largest(start: DenseStart) -> Preserved:
     """Scope none, the control of Sparse Wide: keep the largest weights of every sparse layer at its dense size, in place.
 
     There are fewer non-zeros than dense weights and no added channels, so the function changes. The criterion is that
     of one-shot magnitude pruning (Han et al. 2015, arXiv 1506.02626). The masks have the plan's pattern, and the heads
-    of an attention projection keep equal numbers. All other tensors of `new` are clones of the dense ones already.
-
-    Returns:
-        The mask of every sparse weight (bool, same shape as the weight) by its key, and sentences on what was removed.
+    of an attention projection keep equal numbers. All other tensors are clones of the dense ones already.
 
     Raises:
         UsageError: the pattern cannot hold the planned counts.
     """
+    new, dense, plan, surgery = start.new, start.dense, start.plan, start.surgery
     old = {m.key: dense.get_parameter(m.key).detach() for m in surgery.masked}
     for key, weight in old.items():
         new.get_parameter(key).copy_(weight)
-    masks = draw_masks(new, plan, surgery, seed=seed, connect=False, scores={k: w.abs() for k, w in old.items()})
+    masks = draw_masks(new, plan, surgery, seed=start.seed, connect=False, scores={k: w.abs() for k, w in old.items()})
     for key, mask in masks.items():
         new.get_parameter(key).mul_(mask.to(old[key].device))
     if not masks:
-        return masks, []
+        return Preserved(masks, ())
     lost = {key: _lost_norm(old[key], mask) for key, mask in masks.items()}
     worst = max(lost, key=lambda key: lost[key])
     kept, total = sum(int(m.count_nonzero()) for m in masks.values()), sum(w.numel() for w in old.values())
@@ -282,7 +266,7 @@ def keep_largest(
         f"not exact: scope none has fewer non-zeros than dense weights, so each layer keeps its largest: {kept:,} of "
         f"{total:,} in all; up to {lost[worst]:.2%} of a layer's norm is removed ({worst})"
     )
-    return masks, [note]
+    return Preserved(masks, (note,))
 
 
 def _lost_norm(weight: Tensor, mask: Tensor) -> float:
