@@ -13,7 +13,7 @@ from ..errors import SparseiftError, UsageError
 from ..transforms.artifact import is_artifact, open_artifact
 from .options import Format
 from .output import Column, Sheet, integer, ratio, render
-from .ticker import Ticker
+from .progress import Spinner
 
 if TYPE_CHECKING:
     from ..report.spectral.history import LayerSpectrum, MaskedLayer
@@ -161,9 +161,9 @@ def _rows(layers: _Layers) -> list[LayerSpectrum]:
     from ..report.spectral.history import LayerSpectrum
 
     rows: list[LayerSpectrum] = []
-    with closing(Ticker()) as ticker:
+    with closing(Spinner()) as spinner:
         for step, layer in layers:
-            ticker.show(f"{len(rows) + 1}: {printable(layer.name, 60)}")
+            spinner.show(f"{len(rows) + 1}: {printable(layer.name, 60)}")
             try:
                 rows.append(LayerSpectrum.of(layer, step))
             except ArithmeticError as error:

@@ -187,7 +187,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def _print_tables(console: Console, sheets: Sequence[Sheet]) -> None:
-    """One below the other. A table ends in an empty line; where text stands below it, the next title wants one of its own."""
+    """Print sheets one below the other, an empty line between: a table ends in one, text below a table does not."""
     text_before = False
     for sheet in sheets:
         if text_before:
@@ -196,7 +196,7 @@ def _print_tables(console: Console, sheets: Sequence[Sheet]) -> None:
 
 
 def _print_table(console: Console, sheet: Sheet) -> bool:
-    """Title, rows, notes, and what was left out. Returns whether text stands below the rows."""
+    """Title, rows, notes, and what was left out. Returns whether there is text below the rows."""
     cells = sheet.cells()
     widths = [max([len(c.header), *(len(row[i]) for row in cells)]) for i, c in enumerate(sheet.columns)]
     columns = list(range(len(widths)))

@@ -17,7 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 from ..base.metrics import metric_names
 from . import options
 from .options import Format, without_github
-from .ticker import Ticker
+from .progress import Spinner
 
 if TYPE_CHECKING:
     from ..report.compare import ComparisonRules
@@ -240,8 +240,8 @@ def report(
         metric,
     )
     gates = report_gates.parse(fail_if or [])
-    with closing(Ticker()) if spectral else nullcontext() as ticker:
-        progress = ticker.show if ticker else None
+    with closing(Spinner()) if spectral else nullcontext() as spinner:
+        progress = spinner.show if spinner else None
         made = make(paths or [Path("runs")], wanted, ["sparseift", *sys.argv[1:]], progress)
     view = report_view.ReportView(made, _names(columns), wanted)
     for gate in gates:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -47,6 +49,29 @@ NO_COMPILE = ("training.compile=false", "training.cuda_graph=false")
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
 
+_RUNS_PANEL = "Runs"
+_CHECKS = "Look before training"
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the recipe. Repeatable."),
+]
+Resume = Annotated[
+    str | None,
+    typer.Option(
+        metavar="latest|RUN",
+        help="Go on with the newest run of this recipe and seed, or this one.",
+        rich_help_panel=_RUNS_PANEL,
+    ),
+]
+Tflops = Annotated[
+    float | None,
+    typer.Option(
+        help="--dry-run: print how long it takes on a device that sustains so many TFLOP/s in dense kernels.",
+        rich_help_panel=_CHECKS,
+    ),
+]
+
+
 @app.command(cls=options.Command, help=options.help_of("train", HELP))
 def train(
     recipes: Annotated[
@@ -57,29 +82,34 @@ def train(
             show_default=False,
         ),
     ],
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the recipe. Repeatable.")
+    sets: Set = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="One run for each: 0..4, or 0,3,7.", rich_help_panel=_RUNS_PANEL)
     ] = None,
-    seeds: Annotated[str | None, typer.Option(help="One run for each: 0..4, or 0,3,7.")] = None,
-    parallel: Annotated[int, typer.Option(metavar="N", help=PARALLEL)] = 1,
-    resume: Annotated[
-        str | None,
-        typer.Option(metavar="latest|RUN", help="Go on with the newest run of this recipe and seed, or this one."),
-    ] = None,
-    runs: Annotated[Path, typer.Option(help="Folder of run directories.")] = RUNS,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would be, and train nothing.")] = False,
-    tflops: Annotated[
-        float | None,
-        typer.Option(
-            help="--dry-run: say how long it takes on a device that sustains so many TFLOP/s in dense kernels."
-        ),
-    ] = None,
-    print_recipe: Annotated[
-        bool, typer.Option("--print-recipe", help="Print the whole recipe with the origin of each value, and stop.")
+    parallel: Annotated[int, typer.Option(metavar="N", help=PARALLEL, rich_help_panel=_RUNS_PANEL)] = 1,
+    resume: Resume = None,
+    runs: Annotated[Path, typer.Option(help="Folder of run directories.", rich_help_panel=_RUNS_PANEL)] = RUNS,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also write metrics for TensorBoard.", rich_help_panel=_RUNS_PANEL)
     ] = False,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write metrics for TensorBoard.")] = False,
     no_compile: Annotated[
-        bool, typer.Option("--no-compile", help="Operation after operation, as a check on the fast path.")
+        bool,
+        typer.Option(
+            "--no-compile", help="Operation after operation, as a check on the fast path.", rich_help_panel=_RUNS_PANEL
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print steps, FLOPs and memory of the run, and train nothing.", rich_help_panel=_CHECKS
+        ),
+    ] = False,
+    tflops: Tflops = None,
+    print_recipe: Annotated[
+        bool,
+        typer.Option(
+            "--print-recipe", help="Print the whole recipe with the origin of each value.", rich_help_panel=_CHECKS
+        ),
     ] = False,
     events: Annotated[bool, typer.Option("--events", hidden=True)] = False,
     at_once: Annotated[int, typer.Option("--at-once", hidden=True, min=1)] = 1,
@@ -87,117 +117,155 @@ def train(
     fmt: options.FormatOption = Format.table,
     json: options.Json = False,
 ) -> None:
-    from ..recipe import load as loading
-    from ..recipe.write import annotated_yaml
-    from ..train.parallel import require_one_run, require_parallel
-
     fmt = without_github(fmt, json, "train")
-    given = sets or []
-    sets = [*(sets or []), *(NO_COMPILE if no_compile else ())]
-    loaded = [_load(recipe, sets) for recipe in recipes]
+    asked = Asked(recipes, sets or [], seeds, parallel, runs, resume, fmt, tensorboard, no_compile)
+    loaded = [_load(recipe, asked.all_sets) for recipe in recipes]
     if print_recipe:
+        from ..recipe.write import annotated_yaml
+
         sys.stdout.write("---\n".join(map(annotated_yaml, loaded)))
         return
-    for recipe in loaded:
-        loading.require_data(recipe)
-    _require_names(loaded)
-    chosen = _seeds(seeds)
-    jobs = [(r, seed) for r in loaded for seed in chosen or r.spec.training.seeds or (r.spec.training.seed,)]
+    jobs = _jobs(loaded, _seeds(seeds))
     if dry_run:
-        from .train_plan import show_plans
+        from .train_view import show_plans
 
         show_plans(loaded, [sum(job[0] is r for job in jobs) for r in loaded], fmt, tflops=_speed(tflops))
-        return
-    if tflops is not None:
-        raise UsageError("--tflops tells how long a --dry-run would take", hint="add --dry-run")
-    require_parallel(parallel)
-    require_one_run(resume, len(jobs))
-    try:
-        if parallel > 1 and len(jobs) > 1:
-            _run_parallel(jobs, sets, parallel, runs, resume, fmt, tensorboard)
-        elif events:
-            _run_child(jobs, runs, resume, fmt, tensorboard, (slot, at_once))
-        else:
-            _run(jobs, runs, resume, fmt, tensorboard)
-    except InterruptedRun as stopped:
-        import shlex
+    elif tflops is not None:
+        raise UsageError("--tflops is the speed of the device for --dry-run", hint="add --dry-run")
+    else:
+        _train(jobs, asked, (slot, at_once) if events else None)
 
-        flags = {"--tensorboard": tensorboard, "--no-compile": no_compile, "--json": fmt is Format.json}
-        words = _again(recipes, given, seeds, parallel, runs, resume, [flag for flag, is_on in flags.items() if is_on])
-        stopped.hint = f"go on with: {shlex.join(words)}"
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the command line asks for, apart from looking only. The same words begin a run and go on with it."""
+
+    recipes: list[str]
+    sets: list[str]
+    seeds: str | None
+    parallel: int
+    runs: Path
+    resume: str | None
+    fmt: Format
+    tensorboard: bool
+    no_compile: bool
+
+    @property
+    def all_sets(self) -> list[str]:
+        """The `--set` options, and those that another option means."""
+        return [*self.sets, *(NO_COMPILE if self.no_compile else ())]
+
+    def words_to_resume(self) -> list[str]:
+        """The command that goes on with what this one began: finished runs are read, others resumed or begun."""
+        program = ["sparseift"]
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            program = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m", "sparseift_cli"]
+        words = [*program, "train", *self.recipes, *(word for pair in self.sets for word in ("--set", pair))]
+        words += ["--seeds", self.seeds] if self.seeds is not None else []
+        words += ["--parallel", str(self.parallel)] if self.parallel > 1 else []
+        words += ["--runs", str(self.runs)] if self.runs != RUNS else []
+        words += ["--tensorboard"] if self.tensorboard else []
+        words += ["--no-compile"] if self.no_compile else []
+        words += ["--json"] if self.fmt is Format.json else []
+        return [*words, "--resume", self.resume or "latest"]
+
+
+def _jobs(recipes: Sequence[Recipe], seeds: list[int]) -> Jobs:
+    """Every recipe with every seed, its own seeds where none are given."""
+    from ..recipe.load import require_data
+
+    for recipe in recipes:
+        require_data(recipe)
+    _require_names(recipes)
+    return [(r, seed) for r in recipes for seed in seeds or r.spec.training.seeds or (r.spec.training.seed,)]
+
+
+def _train(jobs: Jobs, asked: Asked, slot: tuple[int, int] | None) -> None:
+    """Train the jobs here or in processes of their own; with `slot`, as such a process.
+
+    Raises:
+        InterruptedRun: a signal stopped it; the hint is the command that goes on.
+    """
+    from ..train.parallel import require_one_run, require_parallel
+
+    require_parallel(asked.parallel)
+    require_one_run(asked.resume, len(jobs))
+    try:
+        if asked.parallel > 1 and len(jobs) > 1:
+            _run_parallel(jobs, asked)
+        elif slot is not None:
+            _run_child(jobs, asked, slot)
+        else:
+            _run(jobs, asked)
+    except InterruptedRun as stopped:
+        stopped.hint = f"go on with: {shlex.join(asked.words_to_resume())}"
         raise
 
 
-def _again(
-    recipes: list[str],
-    sets: list[str],
-    seeds: str | None,
-    parallel: int,
-    runs: Path,
-    resume: str | None,
-    flags: list[str],
-) -> list[str]:
-    """The words of the command that goes on with what this one began: runs that are done are read, others resumed or begun."""
-    program = ["sparseift"]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        program = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m", "sparseift_cli"]
-    words = [*program, "train", *recipes, *(word for pair in sets for word in ("--set", pair))]
-    words += ["--seeds", seeds] if seeds is not None else []
-    words += ["--parallel", str(parallel)] if parallel > 1 else []
-    words += ["--runs", str(runs)] if runs != RUNS else []
-    return [*words, *flags, "--resume", resume or "latest"]
-
-
-def _run(jobs: Jobs, runs: Path, resume: str | None, fmt: Format, tensorboard: bool) -> None:
-    from .train_progress import Bars, progress
+def _run(jobs: Jobs, asked: Asked) -> None:
+    from .progress import Bars, progress
     from .train_view import show_runs
 
-    with progress() as told:
+    with progress() as shown:
         from ..train.run import run_jobs
 
-        tick = told.tick if isinstance(told, Bars) else None
-        results = run_jobs(jobs, runs, resume, told.row, told.note, tick=tick, tensorboard=tensorboard)
-    show_runs(results, fmt)
+        tick = shown.tick if isinstance(shown, Bars) else None
+        results = run_jobs(
+            jobs, asked.runs, asked.resume, shown.row, shown.note, tick=tick, tensorboard=asked.tensorboard
+        )
+    show_runs(results, asked.fmt)
 
 
-def _run_child(
-    jobs: Jobs, runs: Path, resume: str | None, fmt: Format, tensorboard: bool, slot: tuple[int, int]
-) -> None:
+def _run_child(jobs: Jobs, asked: Asked, slot: tuple[int, int]) -> None:
+    """One of the processes of --parallel: progress goes to the parent as events."""
     from ..train.parallel import Events
     from ..train.processes import Slot
     from ..train.run import run_jobs
     from .train_view import show_runs
 
-    told = Events()
+    events = Events()
     try:
         results = run_jobs(
-            jobs, runs, resume, told.row, told.note, tick=told.tick, tensorboard=tensorboard, slot=Slot(*slot)
+            jobs,
+            asked.runs,
+            asked.resume,
+            events.row,
+            events.note,
+            tick=events.tick,
+            tensorboard=asked.tensorboard,
+            slot=Slot(*slot),
         )
     except SparseiftError as error:
-        told.error(error)
+        events.error(error)
         raise typer.Exit(error.exit_code) from None
-    show_runs(results, fmt)
+    show_runs(results, asked.fmt)
 
 
-def _run_parallel(
-    jobs: Jobs, sets: list[str], parallel: int, runs: Path, resume: str | None, fmt: Format, tensorboard: bool
-) -> None:
+def _run_parallel(jobs: Jobs, asked: Asked) -> None:
     from ..train.parallel import Child, FailedRuns, run_parallel
-    from .train_progress import progress
+    from .progress import progress
     from .train_view import show_runs
 
     several = len({recipe.name for recipe, _ in jobs}) > 1
     children = [
-        Child(r.path, sets, seed, f"{r.name} seed {seed}" if several else f"seed {seed}", r.spec.training.threads)
+        Child(
+            r.path,
+            asked.all_sets,
+            seed,
+            f"{r.name} seed {seed}" if several else f"seed {seed}",
+            r.spec.training.threads,
+        )
         for r, seed in jobs
     ]
     try:
-        with progress(several=True) as told:
-            results = run_parallel(children, parallel, runs, resume, told, tensorboard=tensorboard)
+        with progress(several=True) as shown:
+            results = run_parallel(
+                children, asked.parallel, asked.runs, asked.resume, shown, tensorboard=asked.tensorboard
+            )
     except FailedRuns as failed:
-        show_runs(failed.finished, fmt)
+        show_runs(failed.finished, asked.fmt)
         raise
-    show_runs(results, fmt)
+    show_runs(results, asked.fmt)
 
 
 def _load(source: str, sets: list[str]) -> Recipe:
@@ -210,7 +278,7 @@ def _load(source: str, sets: list[str]) -> Recipe:
 
 
 def _require_names(recipes: Sequence[Recipe]) -> None:
-    """Runs lie in a folder with the name of their recipe."""
+    """Two recipes of one name would share a folder of runs."""
     seen: dict[str, Path] = {}
     for recipe in recipes:
         other = seen.setdefault(recipe.name, recipe.path)

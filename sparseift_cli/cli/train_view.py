@@ -1,15 +1,34 @@
-"""What `sparseift train` shows: the runs of each recipe side by side."""
+"""What `sparseift train` shows: the runs of each recipe side by side, and with --dry-run what one run would cost."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 from ..base.metrics import metric_names
+from ..models.request import Request, parse_input
+from ..models.source import build, load_table
+from ..plan.audit import Audit, audit
+from ..plan.layer_plan import LayerPlan
+from ..plan.plan import make_plan
+from ..plan.spec import TrainingSpec, TransformSpec
+from ..plan.training_cost import executed_macs
+from ..recipe import defaults
+from ..recipe.load import Recipe, run_steps
 from .options import Format
 from .output import Column, Sheet, integer, measured, ratio, render
+
+UNKNOWN = "The number of steps depends on the size of the data, which is not known beforehand."
+MASK_BYTES = 1 + 1 + 4
+"""Of each weight that has a mask: the mask, which places were ever active, and the float32 factor of its gradient."""
+
+Fact = tuple[str, Any, str]
+
+
+# --- finished runs ---
 
 
 def show_runs(results: Sequence[Mapping[str, Any]], fmt: Format) -> None:
@@ -28,7 +47,7 @@ def _sheet(results: Sequence[Mapping[str, Any]]) -> Sheet:
     columns = [
         Column("seed", "seed", right=True),
         *(Column(m, m.replace("_", " "), measured, right=True) for m in shown),
-        Column("flops", "FLOPs spent", integer, right=True),
+        Column("flops", "FLOPs used", integer, right=True),
         Column("flops_ratio", "x dense", ratio, right=True),
         Column("nonzero_params", "non-zero", integer, right=True, priority=2),
         Column("seconds", "seconds", lambda v: f"{v:.1f}", right=True, priority=1),
@@ -57,3 +76,126 @@ def _mean(rows: Sequence[Mapping[str, Any]], metric: str) -> str:
         return f"{metric}: no number in {len(rows) - len(values)} of {len(rows)} runs"
     mean, spread = statistics.fmean(values), statistics.stdev(values)
     return f"{metric}: {measured(mean)} +- {measured(spread)} (mean, sample deviation, n = {len(values)})"
+
+
+# --- a dry run ---
+
+
+def show_plans(recipes: Sequence[Recipe], runs: Sequence[int], fmt: Format, *, tflops: float | None = None) -> None:
+    """A table a recipe, for one run of it; `runs` says how many are wanted of each, `tflops` how fast the device is."""
+    sheets: list[Sheet] = []
+    payloads: list[dict[str, Any]] = []
+    for recipe, times in zip(recipes, runs, strict=True):
+        steps = run_steps(recipe.spec)
+        facts = plan_facts(recipe, steps, tflops)
+        rows = [{"name": name, "value": value, "what": what} for name, value, what in facts]
+        columns = [
+            Column("name", "name"),
+            Column("value", "value", lambda v: f"{v:,}" if isinstance(v, int) else f"{v:.5f}", right=True),
+            Column("what", "what it is", wraps=16),
+        ]
+        notes = [UNKNOWN] if steps is None else [f"Each of {times} runs costs this."] if times > 1 else []
+        sheets.append(Sheet(f"{recipe.name}: a dry run", columns, rows, notes))
+        payloads.append({"recipe": recipe.name, **{row["name"]: row["value"] for row in rows}})
+    schema = {"schema": "sparseift.dry-run/1"}
+    render(sheets, schema | (payloads[0] if len(payloads) == 1 else {"recipes": payloads}), fmt)
+
+
+def plan_facts(recipe: Recipe, steps: int | None, tflops: float | None) -> list[Fact]:
+    """Name, value and meaning; of the whole run only where its steps are known."""
+    spec = recipe.spec
+    result = _audit(recipe)
+    if ":" in spec.model.name:
+        _require_output(recipe)
+    made = result.transformed or result.dense
+    batch = spec.training.batch_size
+    states = getattr(spec.optimizer.options(), "states_per_weight", 0)
+    activations = made.activations * batch // spec.training.accumulate
+    masked = sum(_masked(row) for row in result.plan.layers) if result.plan else 0
+    facts: list[Fact] = []
+    if steps is not None:
+        facts.append(("steps", steps, "optimiser steps"))
+    facts.append(("batch_size", batch, "samples a step"))
+    if steps is not None:
+        of_run = 2 * steps * batch
+        executed = round(of_run * _executed_macs(result))
+        facts += [
+            ("training_flops", round(of_run * made.training_macs), "FLOPs of the run, mask updates included"),
+            (
+                "dense_training_flops",
+                round(of_run * result.dense.training_macs),
+                "FLOPs of the dense model over as many steps",
+            ),
+        ]
+        if result.plan:
+            facts.append(("executed_flops", executed, "FLOPs that a device without sparse kernels makes of it"))
+        if tflops is not None:
+            seconds = round(executed / (tflops * 1e12))
+            facts.append(
+                (
+                    "seconds",
+                    seconds,
+                    f"of training steps at {tflops:g} TFLOP/s: {_hours(seconds)}; evaluation comes on top",
+                )
+            )
+    facts += [
+        ("ratio", float(made.training_macs / result.dense.training_macs), "training FLOPs over the dense model's"),
+        ("params", made.params, "parameters"),
+        ("nonzero_params", result.nonzero_after_training, "of them not zero when training ends"),
+        ("weight_bytes", 4 * made.params * (2 + states), "bytes of weights, gradients and optimiser state (float32)"),
+    ]
+    if masked:
+        facts.append(("mask_bytes", MASK_BYTES * masked, "bytes of masks and what is kept beside them"))
+    facts.append(
+        ("activation_bytes", 4 * activations, "bytes of counted layers' outputs for one micro-batch (float32)")
+    )
+    return facts
+
+
+def _require_output(recipe: Recipe) -> None:
+    """Raise UsageError where a model of one's own gives what its data cannot be learned with, as far as sizes alone tell."""
+    import torch
+
+    from ..train import compatibility as fit
+
+    data = recipe.spec.data
+    facts = defaults.facts_of({"name": data.name}) if data is not None else None
+    if data is None or facts is None:
+        return
+    built = build(_request(recipe))
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            output = built.model(*built.args, **built.kwargs)
+    except Exception:  # it wants more than sizes: training calls it with numbers
+        return
+    fit.require_logits(built.name, data.name, facts.kind, built.input_shape, output)
+    if facts.classes is not None:
+        fit.require_classes(built.name, data.name, fit.logits_of(output).shape[-1], facts.classes)
+
+
+def _request(recipe: Recipe) -> Request:
+    model = recipe.spec.model
+    return Request(model.name, model.num_classes, parse_input(model.input), model.seq)
+
+
+def _audit(recipe: Recipe) -> Audit:
+    spec = recipe.spec
+    training = {**recipe.training, **({} if spec.transform else {"algorithm": "dense"})}
+    wanted = TransformSpec.of(recipe.transform) if recipe.transform else None
+    table, counting = load_table(_request(recipe)), TrainingSpec.of(training)
+    return audit(make_plan(table, wanted, counting) if wanted else table, counting)
+
+
+def _executed_macs(result: Audit) -> Fraction:
+    """MACs of a step where masked weights are multiplied like any others."""
+    if result.plan is None:
+        return result.dense.training_macs
+    return executed_macs(result.plan.layers, result.training)
+
+
+def _masked(row: LayerPlan) -> int:
+    return sum(part.shape.weights for part in row.parts if not part.dense) if row.status == "transformed" else 0
+
+
+def _hours(seconds: int) -> str:
+    return f"{seconds / 3600:.3g} hours" if seconds >= 3600 else f"{seconds / 60:.2g} minutes"

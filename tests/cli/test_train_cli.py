@@ -16,8 +16,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from sparseift_cli.cli import train_progress
-from sparseift_cli.cli.train_progress import Bars, Lines, fold, progress
+from sparseift_cli.cli import progress as progress_module
+from sparseift_cli.cli.progress import Bars, Lines, fold, progress
 from sparseift_cli.mask.attached import masks_of
 from sparseift_cli.recipe.load import find, load
 from sparseift_cli.train.prepare import prepare
@@ -102,7 +102,7 @@ def test_off_a_terminal_lines_are_plain(sparseift, tmp_path: Path) -> None:
 @pytest.mark.parametrize("width", [16, 24, 40, 60, 100, 300])
 def test_bars_fit_any_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     now = [0.0]
-    monkeypatch.setattr(train_progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
     stream = io.StringIO()
     bars = Bars(Console(file=stream, force_terminal=True, width=width, color_system=None), several=True)
     for label, steps in (("seed 0", 78_000), ("resnet18_cifar100_wide75_rigl seed 11", 1_000_000)):
@@ -129,7 +129,7 @@ def test_bars_fit_any_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> N
 
 def test_a_resumed_bar_counts_only_what_it_saw(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(train_progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
     bars = Bars(Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None))
     bars.note("begins", 1000, 900, "seed 0")
     assert "900/1,000" in bars._draw().plain and "/s" not in bars._draw().plain

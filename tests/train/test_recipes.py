@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sparseift_cli.cli.train_plan import plan_facts
+from sparseift_cli.cli.train_view import plan_facts
 from sparseift_cli.recipe.load import Recipe, load, run_steps
 from sparseift_cli.runs.directory import RunDirectory
 from sparseift_cli.train.run import run_seeds

@@ -1,7 +1,6 @@
 """The progress of runs on stderr: bars that stay at the bottom of a terminal, plain lines anywhere else.
 
-A run costs its loop one stored number a step: the bars are drawn by a thread, a few times a second, from numbers that the
-host has anyway.
+The training loop only stores a number a step; a thread draws the bars a few times a second from these numbers.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ SHORTEST = 8  # a shorter bar says nothing: then there is none
 
 
 class Lines:
-    """One line for what begins and for every line of metrics; `several` at once are told apart by their labels."""
+    """One line for what begins and for every line of metrics; with `several` at once, each line begins with its run's label."""
 
     def __init__(self, several: bool = False) -> None:
         self._several = several
@@ -72,7 +71,7 @@ class Lines:
         with self._lock:
             try:
                 print(line, file=sys.stderr, flush=True)
-            except BrokenPipeError:  # nobody watches any more: save and stop, as a run of --parallel does
+            except BrokenPipeError:  # the reader of the log has gone: save and stop, as a run of --parallel does
                 sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
                 os.kill(os.getpid(), signal.SIGTERM)
             except OSError:
@@ -162,11 +161,11 @@ class _Bar:
         rate = (high - low) / (last - first) if high > low and last > first else 0.0
         step = self.step if self.ticks else min(self._steps, high + int(rate * (now - last)))
         counts = f"{step:,}/{self._steps:,}"
-        told = [counts, f"{rate:.3g}/s", f"{clock((self._steps - step) / rate)} left"] if rate else [counts]
+        shown = [counts, f"{rate:.3g}/s", f"{clock((self._steps - step) / rate)} left"] if rate else [counts]
         limit = console.width - 1
-        if len(told) > 1 and len("  ".join([self._label, *told])) > limit:
-            told = [counts, told[2]]
-        room = limit - len("  ".join([self._label, *told])) - 2
+        if len(shown) > 1 and len("  ".join([self._label, *shown])) > limit:
+            shown = [counts, shown[2]]
+        room = limit - len("  ".join([self._label, *shown])) - 2
         line = Text(self._label, no_wrap=True)
         if room >= SHORTEST:
             length = min(BAR, room)
@@ -175,8 +174,8 @@ class _Bar:
             line.append("  ").append(glyph * done, "bar.complete")
             line.append((" " if console.no_color else glyph) * (length - done), "bar.back")
         elif room < -2:
-            line.truncate(max(0, limit - len("  ".join(["", *told]))), overflow="ellipsis")
-        line.append("".join(f"  {t}" for t in told))
+            line.truncate(max(0, limit - len("  ".join(["", *shown]))), overflow="ellipsis")
+        line.append("".join(f"  {t}" for t in shown))
         line.truncate(limit)
         return line
 
@@ -222,3 +221,28 @@ def clock(seconds: float) -> str:
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
+
+
+class Spinner:
+    """One line on a terminal's stderr that names what is being done; nothing elsewhere.
+
+    For work of seconds whose length is not known. Close it before anything else is printed.
+    """
+
+    def __init__(self) -> None:
+        self._status: Any = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+
+            self._status = Console(stderr=True).status("")
+            self._status.start()
+
+    def show(self, what: str) -> None:
+        if self._status:
+            from rich.markup import escape
+
+            self._status.update(escape(what))
+
+    def close(self) -> None:
+        if self._status:
+            self._status.stop()
