@@ -5,10 +5,10 @@ REDUCE (call it) run whatever the file says, so loading a file from a stranger c
 `torch.load(weights_only=True)` allows only the names on a list, but still calls them (`bytearray(1 << 40)` is on it),
 and needs torch.
 
-Here `_Machine` executes the same instructions, but a global stays a name (`Global`) and a call becomes what
-`Rules.called` returns: the description of a tensor, a plain dict, or `Opaque`. A name that the rules do not allow is an
-error. The number of bytes and of instructions is limited. Instructions are those of the standard library's pickletools,
-protocols 0 to 5.
+Here `PickleMachine` executes the same instructions, but a global stays a name (`Global`) and a call becomes what
+`PickleRules.called` returns: the description of a tensor, a plain dict, or `Opaque`. A name that the rules do not allow
+is an error. The number of bytes and of instructions is limited. Instructions are those of the standard library's
+pickletools, protocols 0 to 5.
 
 >>> import io, pickle
 >>> from sparseift_cli.checkpoint.torch_rules import TorchRules
@@ -51,7 +51,7 @@ class Opaque:
     kind: str
 
 
-class Rules(Protocol):
+class PickleRules(Protocol):
     """Decides which names may occur in a pickle, and what calling them means."""
 
     def named(self, module: str, name: str) -> object:
@@ -85,13 +85,13 @@ class Window:
         return data
 
 
-def read_pickle(window: Window, rules: Rules) -> object:
+def read_pickle(window: Window, rules: PickleRules) -> object:
     """The object that the next pickle in `window` describes; the file is then positioned right behind that pickle.
 
     Raises:
         Malformed: the pickle is damaged, too large, or has something that `rules` does not allow.
     """
-    machine = _Machine(rules)
+    machine = PickleMachine(rules)
     try:
         with warnings.catch_warnings(action="ignore"):  # odd escapes in a damaged string
             for done, (opcode, arg, _) in enumerate(pickletools.genops(cast("IO[bytes]", window))):
@@ -105,10 +105,10 @@ def read_pickle(window: Window, rules: Rules) -> object:
         raise Malformed(f"its pickle is damaged ({printable(str(error), 60)})") from None
 
 
-class _Machine:
+class PickleMachine:
     """The stack machine of pickle. `stack` is the part above the last MARK instruction, `marks` the parts below."""
 
-    def __init__(self, rules: Rules) -> None:
+    def __init__(self, rules: PickleRules) -> None:
         self.rules = rules
         self.stack: list[object] = []
         self.marks: list[list[object]] = []
@@ -288,29 +288,29 @@ _CONSTANTS: dict[str, Callable[[], object]] = {
 }
 _READS = {"GET", "BINGET", "LONG_BINGET"}
 _WRITES = {"PUT", "BINPUT", "LONG_BINPUT"}
-_ACTIONS: dict[str, Callable[[_Machine], None]] = {
-    "MARK": _Machine.mark,
-    "POP": _Machine.pop,
+_ACTIONS: dict[str, Callable[[PickleMachine], None]] = {
+    "MARK": PickleMachine.mark,
+    "POP": PickleMachine.pop,
     "POP_MARK": lambda m: (m.popped_mark(), None)[1],
     "DUP": lambda m: m.stack.append(m.stack[-1]),
-    "MEMOIZE": _Machine.memoize,
+    "MEMOIZE": PickleMachine.memoize,
     "TUPLE1": lambda m: m.fold(1),
     "TUPLE2": lambda m: m.fold(2),
     "TUPLE3": lambda m: m.fold(3),
-    "TUPLE": _Machine.make_tuple,
-    "LIST": _Machine.make_list,
-    "DICT": _Machine.make_dict,
-    "FROZENSET": _Machine.make_set,
-    "ADDITEMS": _Machine.add_items,
-    "APPEND": _Machine.append,
-    "APPENDS": _Machine.appends,
-    "SETITEM": _Machine.set_item,
-    "SETITEMS": _Machine.set_items,
-    "STACK_GLOBAL": _Machine.stack_global,
-    "REDUCE": _Machine.reduce,
-    "NEWOBJ": _Machine.reduce,
-    "NEWOBJ_EX": _Machine.new_with_keywords,
-    "OBJ": _Machine.obj,
-    "BUILD": _Machine.build,
-    "BINPERSID": _Machine.persistent,
+    "TUPLE": PickleMachine.make_tuple,
+    "LIST": PickleMachine.make_list,
+    "DICT": PickleMachine.make_dict,
+    "FROZENSET": PickleMachine.make_set,
+    "ADDITEMS": PickleMachine.add_items,
+    "APPEND": PickleMachine.append,
+    "APPENDS": PickleMachine.appends,
+    "SETITEM": PickleMachine.set_item,
+    "SETITEMS": PickleMachine.set_items,
+    "STACK_GLOBAL": PickleMachine.stack_global,
+    "REDUCE": PickleMachine.reduce,
+    "NEWOBJ": PickleMachine.reduce,
+    "NEWOBJ_EX": PickleMachine.new_with_keywords,
+    "OBJ": PickleMachine.obj,
+    "BUILD": PickleMachine.build,
+    "BINPERSID": PickleMachine.persistent,
 }

@@ -113,7 +113,7 @@ class PickledTensor:
 
 
 class TorchRules:
-    """`inert_pickle.Rules` for pickles of torch.save. `storages` collects every storage that the pickle names."""
+    """`inert_pickle.PickleRules` for pickles of torch.save. `storages` collects every storage that the pickle names."""
 
     def __init__(self) -> None:
         self.storages: dict[str, PickledStorage] = {}
