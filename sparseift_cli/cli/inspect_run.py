@@ -1,4 +1,4 @@
-"""`sparseift inspect RUN_DIRECTORY`: whose run it is, how far it got, what it said last, and what to look at next."""
+"""`sparseift inspect RUN`: the recipe of a run, how far it got, its newest metrics, and commands to go on with."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _NAMES = {
     "value": "last value",
     "best": "best value",
     "flops": "audited FLOPs",
-    "flops_spent": "FLOPs spent",
+    "flops_spent": "FLOPs used",
     "flops_ratio": "times the dense FLOPs",
     "params": "parameters",
     "nonzero_params": "non-zero parameters",
@@ -55,7 +55,7 @@ _NAMES = {
 
 
 def inspect_run(source: str, fmt: Format, output: Path | None) -> None:
-    """Print the facts of the run in the folder `source`, and the numbers of its newest line of metrics.
+    """Print the facts of the run in the folder or file `source`, and the numbers of its newest line of metrics.
 
     Raises:
         ArtifactError: its files cannot be read, or are not what a run writes.
@@ -64,7 +64,9 @@ def inspect_run(source: str, fmt: Format, output: Path | None) -> None:
     try:
         run = RunReader().read(path)
     except Damaged as damage:
-        raise ArtifactError(f"{source}: {damage.reason}", hint="the run cannot be used as it is") from None
+        raise ArtifactError(
+            f"{source}: {damage.reason}", hint="the run is damaged; report and inspect cannot read it"
+        ) from None
     row = frames.records(frames.runs_frame([run]))[0]
     kept = [checkpoint.step for checkpoint in kept_checkpoints(path)]
     facts = {name: row[name] for name in _FACTS} | {"checkpoint": kept[-1] if kept else None}
@@ -91,14 +93,14 @@ def inspect_run(source: str, fmt: Format, output: Path | None) -> None:
 
 
 def next_steps(run: Run, checkpoints: list[int]) -> list[tuple[str, str]]:
-    """Commands that make sense of a run in this state, and what each does."""
+    """Commands that apply to a run in this state, and what each does."""
     folder = shlex.quote(str(run.path))
     found = [(f"sparseift report {folder}", "its numbers; give several runs to compare them")]
     if checkpoints and run.recipe.get("transform"):
-        found.append((f"sparseift inspect {folder} --spectral", "whether its masks connect"))
+        found.append((f"sparseift inspect {folder} --spectral", "how well its masks connect the layers"))
     if run.state == "stopped":
         recipe = shlex.quote(str(run.path / "recipe.yaml"))
-        found.append((f"sparseift train {recipe} --resume {folder}", "go on where it stopped"))
+        found.append((f"sparseift train {recipe} --resume {folder}", "continue where it stopped"))
     return found
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..report.spectral.history import LayerSpectrum, MaskedLayer
 
 SCHEMA = "sparseift.spectral/1"
-LEAST_ZEROS = 0.01  # of a foreign weight: fewer are a padding row or chance, no mask
+LEAST_ZEROS = 0.01  # of a weight without a mask: fewer zeros are a padding row or chance, not a mask
 NOTES = (
     "rows are outputs, columns inputs x taps (of weights stored inputs first the reverse); s1, s2: largest singular values",
     "Ramanujan gap: sqrt(dl - 1) + sqrt(dr - 1) - s2 with the mean degrees of rows and columns; at least 0 is well connected",
@@ -30,21 +30,27 @@ NOTES = (
 def inspect_spectral(
     source: str, *, is_file: bool, every: bool, key: str | None, fmt: Format, output: Path | None
 ) -> None:
-    """Print one row per masked layer of `source`; with `every`, of all kept checkpoints of a run directory.
+    """Print one row per masked layer of `source`.
 
-    `is_file` says whether a `source` that is no folder of ours is a checkpoint rather than the name of a model.
+    Args:
+        source: a run directory, one of its checkpoints, a transformed model's folder, or a checkpoint file.
+        is_file: `source` is a checkpoint file and not the name of a model, where it is not such a folder.
+        every: of a run directory all kept checkpoints, not the newest only.
+        key: of a checkpoint file, the dotted path of the state dict in it.
+        fmt: how the rows are printed.
+        output: the file to write them to, in place of stdout.
 
     Raises:
         UsageError: `source` is none of these, or nothing in it is sparse.
-        ArtifactError: a folder of ours that cannot be read.
-        CheckpointError: a file that cannot be read.
+        ArtifactError: a folder written by this program cannot be read.
+        CheckpointError: a file cannot be read.
     """
     kind, title, layers, notes = _opened(source, is_file, every, key)
     rows = _rows(layers)
     if not rows:
         raise UsageError(
             f"nothing in {printable(source)} is sparse",
-            hint="--spectral looks at masks, or at weights with 1 % zeros or more",
+            hint="--spectral reads masks, or weights with at least 1 % zeros",
         )
     payload = {
         "schema": SCHEMA,
@@ -61,12 +67,12 @@ _Layers = Iterator[tuple[int | None, "MaskedLayer"]]
 
 
 def _opened(source: str, is_file: bool, every: bool, key: str | None) -> tuple[str, str, _Layers, list[str]]:
-    """What `source` is, a title, its layers with their steps, and notes, which are complete when the layers are read."""
+    """The kind of `source`, a title, its layers with their steps, and notes, which are complete once the layers are read."""
     from ..report.spectral.history import artifact_layers, checkpoint_layers, is_checkpoint_folder, kept_checkpoints
     from ..runs.directory import RECIPE
 
     path, shown = Path(source), printable(source)
-    if (path / RECIPE).is_file():  # first: a run has the plan of an artifact too
+    if (path / RECIPE).is_file():  # checked first: a run directory has the plan of an artifact too
         _no_key(key, source)
         kept = kept_checkpoints(path)
         if not kept:
@@ -81,7 +87,7 @@ def _opened(source: str, is_file: bool, every: bool, key: str | None) -> tuple[s
         return "run", f"{shown}: masks at {steps}", layers, notes
     if every:
         raise UsageError(
-            f"{shown} is no run directory, which alone keeps several checkpoints",
+            f"{shown} is not a run directory; only those keep several checkpoints",
             hint="give a folder of runs/<recipe>/",
         )
     if is_artifact(path):
@@ -97,7 +103,7 @@ def _opened(source: str, is_file: bool, every: bool, key: str | None) -> tuple[s
         step = int(folder.name.removeprefix("step-").partition(".")[0]) if folder.name.startswith("step-") else None
         return "run", f"{shown}: masks of the checkpoint", _at(step, checkpoint_layers(folder)), []
     if path.is_dir() or not is_file:
-        what = "no transformed model, run or checkpoint" if path.is_dir() else "a model, which has no masks yet"
+        what = "not a transformed model, run or checkpoint" if path.is_dir() else "a model, which has no masks yet"
         raise UsageError(
             f"{shown} is {what}",
             hint="give a folder of sparseift transform, a run directory "
@@ -116,7 +122,7 @@ def _foreign(source: str, key: str | None) -> tuple[str, str, _Layers, list[str]
 
 
 def _foreign_layers(checkpoint: Checkpoint, notes: list[str]) -> Iterator[MaskedLayer]:
-    """Masks of torch.nn.utils.prune where there are some, else the zeros of every weight that has enough of them."""
+    """The masks of torch.nn.utils.prune if there are any, else the zeros of every weight that has LEAST_ZEROS of them."""
     from ..checkpoint.reading import read_tensor
     from ..report.spectral.history import MaskedLayer
 
@@ -157,7 +163,7 @@ def _no_key(key: str | None, source: str) -> None:
 
 
 def _rows(layers: _Layers) -> list[LayerSpectrum]:
-    """The spectra, with the layer at work on a terminal's stderr: large ones take seconds."""
+    """The spectra. Large layers take seconds, so the name of the current one is shown on a terminal's stderr."""
     from ..report.spectral.history import LayerSpectrum
 
     rows: list[LayerSpectrum] = []
@@ -176,7 +182,7 @@ def _shown(row: LayerSpectrum) -> dict[str, Any]:
 
 
 def _columns(rows: Sequence[LayerSpectrum], fmt: Format) -> list[Column]:
-    """Every column; for a reader, without those that have nothing to say."""
+    """The columns; except in CSV, those that are empty in every row are left out."""
 
     def number(key: str, header: str, priority: int = 0) -> Column:
         return Column(key, header, lambda v: f"{v:,.4f}", right=True, priority=priority)
@@ -204,8 +210,8 @@ def _columns(rows: Sequence[LayerSpectrum], fmt: Format) -> list[Column]:
     if fmt is Format.csv:
         return columns
     shown = [_shown(row) for row in rows]
-    return [c for c in columns if any(_says(c, row) for row in shown)]
+    return [c for c in columns if any(_has_text(c, row) for row in shown)]
 
 
-def _says(column: Column, row: Mapping[str, Any]) -> bool:
+def _has_text(column: Column, row: Mapping[str, Any]) -> bool:
     return row.get(column.key) is not None and bool(column.show(row[column.key]))

@@ -67,7 +67,7 @@ KEEP_HELP = """Keep finished runs: recipe, metrics, summary, audit and provenanc
 
 The files are FOLDER/<recipe>/<run>.json, and `sparseift report FOLDER` reads them. Of absolute paths only the last part is
 kept, so that no home folder or machine is named. Keeping a run twice changes nothing. If a run is not finished, it is named
-and nothing is kept. Folders of kept runs that older versions wrote are read too; kept again in place, they become files.
+and nothing is kept. Folders of kept runs that older versions wrote are read too; kept again in place, they are replaced by files.
 
 Examples:
 
@@ -128,101 +128,116 @@ class ReportCommand(TyperCommand):
 app = typer.Typer(help=options.help_of("report", HELP), cls=ReportGroup, add_completion=False, rich_markup_mode="rich")
 
 
+Paths = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        metavar="PATH",
+        help="Run directories, kept runs, or folders that hold some at any depth.",
+        show_default="runs",
+    ),
+]
+Filter = Annotated[
+    str | None,
+    typer.Option(
+        "--filter",
+        metavar="EXPR",
+        help="Only these runs or groups: NAME OP VALUE, joined by and/or.",
+        rich_help_panel=_RUNS,
+    ),
+]
+GroupBy = Annotated[
+    str | None,
+    typer.Option(
+        metavar="COLUMNS",
+        help="Columns that make a group; run: a line for each run.",
+        show_default="group",
+        rich_help_panel=_RUNS,
+    ),
+]
+Metric = Annotated[
+    str | None,
+    options.choice(names=metric_names(), help="Judge all runs by this, not by their recipe's.", panel=_RUNS),
+]
+Baseline = Annotated[
+    str | None,
+    typer.Option(
+        metavar="GROUP",
+        help="Compare every group with this one: dense, a recipe, or the end of its name.",
+        rich_help_panel=_COMPARISON,
+    ),
+]
+FlopsTolerance = Annotated[
+    str,
+    typer.Option(
+        metavar="SHARE",
+        help="Largest difference of budgets that count as equal: 0.001, or 0.1%.",
+        rich_help_panel=_COMPARISON,
+    ),
+]
+AllowUnequalFlops = Annotated[
+    bool,
+    typer.Option("--allow-unequal-flops", help="Compare unequal budgets too.", rich_help_panel=_COMPARISON),
+]
+Reference = Annotated[
+    str | None, options.choice(names=("paper",), help="Show published results and ours.", panel=_COMPARISON)
+]
+Spectral = Annotated[
+    bool,
+    typer.Option(
+        "--spectral",
+        help="Spectral and Ramanujan gaps of the masks in every kept checkpoint; slow.",
+        rich_help_panel=_RUNS,
+    ),
+]
+FailIf = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="EXPR", help="Exit 1 where this holds for a group. Repeatable.", rich_help_panel=options.GATES
+    ),
+]
+MaxFlopsRatio = Annotated[
+    float | None,
+    typer.Option(
+        help="Exit 1 above this ratio of training FLOPs to the baseline's, else to dense.",
+        rich_help_panel=options.GATES,
+    ),
+]
+ReportFormatOption = Annotated[
+    ReportFormat, typer.Option("--format", "-f", help="How the result is printed.", rich_help_panel=options.OUTPUT)
+]
+Columns = Annotated[
+    str | None,
+    typer.Option(metavar="COLUMNS", help="Columns to show, in this order.", rich_help_panel=options.OUTPUT),
+]
+Sort = Annotated[
+    str | None,
+    typer.Option(metavar="COLUMNS", help="Columns to sort by; -name from the highest.", rich_help_panel=options.OUTPUT),
+]
+Plots = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Draw the pictures into this folder.", rich_help_panel=options.OUTPUT),
+]
+
+
 @app.command(_DEFAULT, help=options.help_of("report", HELP), hidden=True, cls=ReportCommand)
 def report(
-    paths: Annotated[
-        list[Path] | None,
-        typer.Argument(
-            metavar="PATH",
-            help="Run directories, kept runs, or folders that hold some at any depth.",
-            show_default="runs",
-        ),
-    ] = None,
-    where: Annotated[
-        str | None,
-        typer.Option(
-            "--filter",
-            metavar="EXPR",
-            help="Only these runs or groups: NAME OP VALUE, joined by and/or.",
-            rich_help_panel=_RUNS,
-        ),
-    ] = None,
-    group_by: Annotated[
-        str | None,
-        typer.Option(
-            metavar="COLUMNS",
-            help="Columns that make a group; run: a line for each run.",
-            show_default="group",
-            rich_help_panel=_RUNS,
-        ),
-    ] = None,
-    metric: Annotated[
-        str | None,
-        options.choice(names=metric_names(), help="Judge all runs by this, not by their recipe's.", panel=_RUNS),
-    ] = None,
-    baseline: Annotated[
-        str | None,
-        typer.Option(
-            metavar="GROUP",
-            help="Compare every group with this one: dense, a recipe, or the end of its name.",
-            rich_help_panel=_COMPARISON,
-        ),
-    ] = None,
-    flops_tolerance: Annotated[
-        str,
-        typer.Option(
-            metavar="SHARE",
-            help="Largest difference of budgets that count as equal: 0.001, or 0.1%.",
-            rich_help_panel=_COMPARISON,
-        ),
-    ] = "0.1%",
-    allow_unequal_flops: Annotated[
-        bool,
-        typer.Option("--allow-unequal-flops", help="Compare unequal budgets too.", rich_help_panel=_COMPARISON),
-    ] = False,
-    reference: Annotated[
-        str | None, options.choice(names=("paper",), help="Show published results and ours.", panel=_COMPARISON)
-    ] = None,
-    spectral: Annotated[
-        bool,
-        typer.Option(
-            "--spectral",
-            help="Spectral and Ramanujan gaps of the masks in every kept checkpoint; slow.",
-            rich_help_panel=_RUNS,
-        ),
-    ] = False,
-    fail_if: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="EXPR", help="Exit 1 where this holds for a group. Repeatable.", rich_help_panel=options.GATES
-        ),
-    ] = None,
-    max_flops_ratio: Annotated[
-        float | None,
-        typer.Option(
-            help="Exit 1 above this ratio of training FLOPs to the baseline's, else to dense.",
-            rich_help_panel=options.GATES,
-        ),
-    ] = None,
-    fmt: Annotated[
-        ReportFormat, typer.Option("--format", "-f", help="How the result is printed.", rich_help_panel=options.OUTPUT)
-    ] = ReportFormat.table,
+    paths: Paths = None,
+    where: Filter = None,
+    group_by: GroupBy = None,
+    metric: Metric = None,
+    baseline: Baseline = None,
+    flops_tolerance: FlopsTolerance = "0.1%",
+    allow_unequal_flops: AllowUnequalFlops = False,
+    reference: Reference = None,
+    spectral: Spectral = False,
+    fail_if: FailIf = None,
+    max_flops_ratio: MaxFlopsRatio = None,
+    fmt: ReportFormatOption = ReportFormat.table,
     json: options.Json = False,
     output: options.Output = None,
-    columns: Annotated[
-        str | None,
-        typer.Option(metavar="COLUMNS", help="Columns to show, in this order.", rich_help_panel=options.OUTPUT),
-    ] = None,
-    sort: Annotated[
-        str | None,
-        typer.Option(
-            metavar="COLUMNS", help="Columns to sort by; -name from the highest.", rich_help_panel=options.OUTPUT
-        ),
-    ] = None,
-    plots: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Draw the pictures into this folder.", rich_help_panel=options.OUTPUT),
-    ] = None,
+    columns: Columns = None,
+    sort: Sort = None,
+    plots: Plots = None,
 ) -> None:
     from ..report.make import ReportOptions, make
     from . import report_gates, report_view

@@ -107,7 +107,7 @@ _HEADS: Mapping[str, tuple[str, Callable[[Any], str], bool, int]] = {
     "steps": ("steps", _count, True, 6),
     "flops": ("FLOPs", _flops, True, 3),
     "flops_ratio": ("x dense", _times, True, 2),
-    "flops_spent": ("spent", _flops, True, 3),
+    "flops_spent": ("used", _flops, True, 3),
     "dense_flops": ("dense FLOPs", _flops, True, 3),
     "seconds": ("seconds", _seconds, True, 7),
     "peak_bytes": ("peak MiB", mebibytes, True, 9),

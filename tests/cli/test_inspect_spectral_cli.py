@@ -106,11 +106,11 @@ def test_foreign_checkpoints(sparseift, tmp_path: Path) -> None:
     ("words", "code", "told"),
     [
         (("resnet18", "--spectral"), 2, "sparseift transform"),
-        ((".", "--spectral"), 2, "no transformed model"),
+        ((".", "--spectral"), 2, "not a transformed model"),
         (("nowhere.pth", "--spectral"), 2, "nowhere.pth"),
         (("dense.safetensors", "--spectral"), 2, "is sparse"),
         (("dense.safetensors", "--every-checkpoint"), 2, "--spectral"),
-        (("dense.safetensors", "--spectral", "--every-checkpoint"), 2, "no run directory"),
+        (("dense.safetensors", "--spectral", "--every-checkpoint"), 2, "not a run directory"),
         (("dense.safetensors", "--spectral", "--values"), 2, "--values"),
         (("dense.safetensors", "--spectral", "--why"), 2, "--why"),
         (("run", "--spectral"), 2, "no checkpoint yet"),

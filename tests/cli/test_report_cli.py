@@ -185,7 +185,7 @@ def test_gates_that_check_nothing_fail(sparseift, runs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "told"),
+    ("words", "code", "message"),
     [
         (("nowhere",), 2, "nowhere is not there"),
         (("runs", "--columns", "grup"), 2, "did you mean 'group'?"),
@@ -205,10 +205,10 @@ def test_gates_that_check_nothing_fail(sparseift, runs: Path) -> None:
         (("diff", "runs/net_dense/20260101T120009Z-00000009", "runs"), 4, "summary.json"),
     ],
 )
-def test_errors_are_for_people(sparseift, runs: Path, words: tuple[str, ...], code: int, told: str) -> None:
+def test_errors_are_for_people(sparseift, runs: Path, words: tuple[str, ...], code: int, message: str) -> None:
     found, out, err = sparseift("report", *words)
     assert (found, out) == (code, "")
-    assert told in err and "hint:" in err and "Traceback" not in err
+    assert message in err and "hint:" in err and "Traceback" not in err
 
 
 def test_columns_sort_filter(sparseift, runs: Path) -> None:

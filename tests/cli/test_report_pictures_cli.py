@@ -106,7 +106,7 @@ def test_figure4_is_told_and_drawn(sparseift, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (("-o", "f.pdf"), ".svg or .png"),
         (("-o", "f.svg", "--json"), "--format json does not apply"),
@@ -114,6 +114,6 @@ def test_figure4_is_told_and_drawn(sparseift, tmp_path: Path) -> None:
         (("-o", "no/f.svg"), "cannot write no/f.svg"),
     ],
 )
-def test_figure4_says_what_it_cannot_do(sparseift, words: tuple[str, ...], told: str) -> None:
+def test_figure4_refuses_what_it_cannot_write(sparseift, words: tuple[str, ...], message: str) -> None:
     code, out, err = sparseift("report", "figure4", *words)
-    assert (code, out) == (2, "") and told in err and "hint:" in err
+    assert (code, out) == (2, "") and message in err and "hint:" in err

@@ -66,13 +66,13 @@ DAMAGE = {
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damage_is_named_and_skipped(tmp_path: Path, name: str) -> None:
-    content, told = DAMAGE[name]
+    content, message = DAMAGE[name]
     bad = make_run(tmp_path, seed=0)
     make_run(tmp_path, seed=1)
     (bad / name).write_bytes(content)
     found = collect([tmp_path])
     assert len(found.runs) == 1
-    assert told in reasons(found)[bad.name]
+    assert message in reasons(found)[bad.name]
     assert found.damaged
 
 

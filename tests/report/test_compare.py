@@ -108,7 +108,7 @@ def test_less_loss_is_better(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "shown"),
     [
         ([1.99, 2.02, 1.987], "-0.001 loss [-0.046, 0.044]"),  # it was +0.00: the sign of a small difference got lost
         ([2 + 1e-11, 2 - 1e-11, 2 - 1e-11], "-3e-12 loss [-3e-11, 3e-11]"),
@@ -116,13 +116,13 @@ def test_less_loss_is_better(tmp_path: Path) -> None:
         ([1e7, 2e7, 3e7], "+2.000e+07 loss [-4.841e+06, 4.484e+07]"),
     ],
 )
-def test_differences_keep_their_sign_and_the_digits_that_count(tmp_path: Path, values: list[float], told: str) -> None:
+def test_differences_keep_their_sign_and_the_digits_that_count(tmp_path: Path, values: list[float], shown: str) -> None:
     seeds(tmp_path, "net_dense", [2.0, 2.0, 2.0], metric="loss")
     seeds(tmp_path, "net_wide75_rigl", values, member="wide", metric="loss")
-    assert compared(tmp_path).verdict.startswith(f"{told}, n=3")
+    assert compared(tmp_path).verdict.startswith(f"{shown}, n=3")
 
 
-def test_a_run_that_is_no_number_claims_nothing(tmp_path: Path) -> None:
+def test_no_claim_of_a_run_that_ended_with_nan(tmp_path: Path) -> None:
     seeds(tmp_path, "net_dense", [70.0, 72.0, 74.0])
     seeds(tmp_path, "net_wide75_rigl", [71.0, math.nan, 75.5], member="wide")
     found = compared(tmp_path)
@@ -203,7 +203,7 @@ def test_runs_that_are_not_finished_are_in_no_mean(tmp_path: Path) -> None:
     assert any("no finished run of net_wide75_rigl" in note for note in found.notes)
 
 
-def test_other_machines_and_overspent_budgets_are_noted(tmp_path: Path) -> None:
+def test_other_machines_and_exceeded_budgets_are_noted(tmp_path: Path) -> None:
     seeds(tmp_path, "net_dense", [70.0, 72.0, 74.0])
     seeds(tmp_path, "net_wide75_rigl", [71.0, 73.5, 75.5], member="wide", device="cuda:0", spent=2 * 10**15, at_once=3)
     notes = compared(tmp_path).notes
@@ -212,7 +212,7 @@ def test_other_machines_and_overspent_budgets_are_noted(tmp_path: Path) -> None:
     assert any("used 2.0000x" in note for note in notes)
 
 
-def test_published_rows_are_those_of_the_design() -> None:
+def test_published_rows_are_those_of_the_article() -> None:
     rows = {
         (p.model, p.data, p.transform): (p.dense, p.value, p.difference, p.sparsity, p.evidence) for p in published()
     }
@@ -233,7 +233,7 @@ def test_published_rows_are_those_of_the_design() -> None:
         assert p.dense is None or p.value is None or p.value - p.dense == pytest.approx(p.difference)
 
 
-def test_ours_stands_beside_the_published_row(tmp_path: Path) -> None:
+def test_our_group_is_shown_with_the_published_row(tmp_path: Path) -> None:
     seeds(tmp_path, "net_dense", [70.0, 71.0])
     seeds(tmp_path, "net_wide90_rigl", [72.0, 74.0], member="wide", sparsity=0.9)
     seeds(tmp_path, "net_wide75_rigl", [79.0], member="wide", sparsity=0.75)  # the paper has no such row

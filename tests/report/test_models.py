@@ -1,4 +1,4 @@
-"""Runs of one recipe whose audits differ are of different models: kept apart, and told why."""
+"""Runs of one recipe whose audits differ are of different models: kept apart, and with the reason."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ def test_an_edited_model_is_another_group(sparseift, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "told"),
+    ("one", "other", "names"),
     [
         (audit(), audit(flops=7200), "dense training FLOPs a sample"),
         (audit(made={"training_flops": 6100}), audit(made={"training_flops": 6101}), "training FLOPs a sample"),
         (audit(made={"nonzero_params": 250}), audit(made={"nonzero_params": 251}), "non-zero parameters"),
     ],
 )
-def test_whatever_is_counted_tells_models_apart(tmp_path: Path, one: Any, other: Any, told: str) -> None:
+def test_models_differ_where_any_count_differs(tmp_path: Path, one: Any, other: Any, names: str) -> None:
     make_run(tmp_path, seed=0, audit=one)
     make_run(tmp_path, seed=1, audit=other)
     report = make([tmp_path], ReportOptions(), [])
     assert len(report.groups) == 2
-    assert report.notes[0].startswith(f"net_dense: 2 groups, because runs differ in {told}: ")
+    assert report.notes[0].startswith(f"net_dense: 2 groups, because runs differ in {names}: ")
     (note,) = make([tmp_path], ReportOptions(by=("recipe",)), []).notes
     assert (
-        note.startswith(f"recipe=net_dense: its 2 runs differ in {told}")
+        note.startswith(f"recipe=net_dense: its 2 runs differ in {names}")
         and "not repetitions of one experiment" in note
     )
 

@@ -51,7 +51,7 @@ def test_families_are_sorted_and_named(two: Report) -> None:
     assert [g.name for g in found.transformed] == ["net_wide75"]
 
 
-def test_looks_are_told_apart_without_colour() -> None:
+def test_line_styles_differ_without_colour() -> None:
     looks = [style.BASELINE, *map(style.line_style, range(12))]
     assert len({(one.marker, one.dashes) for one in looks}) == len(looks)
     assert len({(one.color, one.marker) for one in looks}) == len(looks)
@@ -223,7 +223,7 @@ def test_files_are_the_same_every_time(two: Report, tmp_path: Path) -> None:
         assert root.find("{http://www.w3.org/2000/svg}title").text
 
 
-def test_pictures_that_cannot_be_written_are_told(two: Report, tmp_path: Path) -> None:
+def test_pictures_that_cannot_be_written_are_an_error(two: Report, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot write pictures"):
         save_all(two, tmp_path / "file")
@@ -278,6 +278,6 @@ def test_bar() -> None:
         assert terminal.bar(share, 3) == "   "
 
 
-def test_who_can_show_blocks() -> None:
+def test_which_encodings_show_blocks() -> None:
     assert terminal.can_show_blocks("utf-8")
     assert not any(map(terminal.can_show_blocks, ("ascii", "latin-1", None, "no such thing")))

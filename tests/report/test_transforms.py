@@ -84,7 +84,7 @@ def test_pooled_groups_say_what_their_runs_differ_in(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "how", [CONTROL, {"scope": "inner"}, {"pattern": "4x4"}, {"base_width": 96}, {"algorithm": "dense"}], ids=str
 )
-def test_only_the_published_transform_stands_beside_it(tmp_path: Path, how: dict[str, Any]) -> None:
+def test_only_the_published_transform_is_shown_with_it(tmp_path: Path, how: dict[str, Any]) -> None:
     seeds(tmp_path, "net_dense", [70, 71, 72], epochs=200)
     group(tmp_path, "net_other", [71, 72, 73], **how)
     assert [b.group for b in make([tmp_path], ReportOptions(reference="paper"), []).reference if b.group] == []
