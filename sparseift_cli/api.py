@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from .base.text import shape_text
 from .checkpoint import Checkpoint
 from .errors import CheckFailed, UsageError
-from .models.source import Request, as_call, build, load_table, resolve, shape_of
+from .models.request import Request
+from .models.source import as_call, build, load_table, shape_of
 from .plan.audit import Audit, to_json
 from .plan.audit import audit as count
 from .plan.plan import Plan, make_plan
 from .plan.spec import TrainingSpec, TransformSpec
+from .recipe.load import resolve
 from .table.table import LayerTable
 from .transforms.artifact import BUFFERS, MASKS, WEIGHTS, is_artifact, open_artifact, provenance, write
 

@@ -123,9 +123,10 @@ def _count(
 ) -> None:
     """A model or recipe: dense, at one sparsity, or at several to compare."""
     from ..errors import UsageError
-    from ..models.source import load_table, resolve
+    from ..models.source import load_table
     from ..plan.audit import audit
     from ..plan.plan import make_plan
+    from ..recipe.load import resolve
     from .gates import Problem
 
     request, recipe = resolve(request)

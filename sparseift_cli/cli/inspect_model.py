@@ -8,13 +8,14 @@ from typing import Any
 
 from ..errors import SparseiftError, UsageError
 from ..models.request import Request
-from ..models.source import load_table, resolve
+from ..models.source import load_table
 from ..plan.audit import audit, row_json, rows
 from ..plan.layer_plan import LayerPlan
 from ..plan.members import MEMBERS
 from ..plan.plan import make_plan
 from ..plan.spec import TransformSpec
 from ..plan.widths import solve
+from ..recipe.load import resolve
 from ..table.table import LayerTable
 from .flops_view import fold, layer_shape_text, sorted_entries
 from .options import Format

@@ -153,7 +153,7 @@ def _convert(
 ) -> tuple[nn.Module, Transformation]:
     """The transformed module; what the command line gives wins over the recipe."""
     from ..errors import UsageError
-    from ..models.source import resolve
+    from ..recipe.load import resolve
 
     request, recipe = resolve(request) if request.source else (request, None)
     given: dict[str, Any] = (dict(recipe.transform) if recipe else {}) | spec

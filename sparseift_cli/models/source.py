@@ -1,4 +1,4 @@
-"""SOURCE on the command line, to a LayerTable: a zoo name, a recipe, `library:name` or `pkg.module:callable`.
+"""A model by its source, built or as a LayerTable: a zoo name, `library:name` or `pkg.module:callable`.
 
 A zoo model at its default input comes from its shipped table without importing torch; everything else is built on the
 meta device and traced.
@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..base.registry import import_object
 from ..errors import UsageError
-from ..recipe import load as recipes
 from ..table.table import LayerTable
 from .libraries import Made, maker
-from .request import Request, parse_input
+from .request import Request
 from .zoo import registry
 from .zoo.catalog import ModelInfo
 
@@ -27,26 +26,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 TABLES = Path(__file__).resolve().parent / "zoo" / "tables"
-
-
-def resolve(request: Request) -> tuple[Request, recipes.Recipe | None]:
-    """Open a recipe, if the source is one; options given on the command line win over the recipe's."""
-    path = recipes.find(request.source)
-    if path is None:
-        return request, None
-    recipe = recipes.load(path)
-    options = recipe.options
-    image = request.image or parse_input(options.get("input"))
-    return (
-        Request(
-            recipe.model,
-            request.num_classes or options.get("num_classes"),
-            image,
-            request.seq or options.get("seq"),
-            request.batch if request.batch != 1 else options.get("batch", 1),
-        ),
-        recipe,
-    )
 
 
 def load_table(request: Request, *, fresh: bool = False) -> LayerTable:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..base.locations import recipes_dir
 from ..errors import UsageError, did_you_mean
+from ..models.request import Request, parse_input
 
 if TYPE_CHECKING:
     from .schema import Spec
@@ -113,6 +114,26 @@ def _training(spec: Spec, origins: Mapping[str, str]) -> dict[str, Any]:
     if spec.transform is not None or not origins["algorithm.name"].startswith("default"):
         counted["algorithm"] = algorithm.name
     return {k: v for k, v in counted.items() if v is not None}
+
+
+def resolve(request: Request) -> tuple[Request, Recipe | None]:
+    """The model that a recipe means, if the source is one; options of the command line win over the recipe's."""
+    path = find(request.source)
+    if path is None:
+        return request, None
+    recipe = load(path)
+    options = recipe.options
+    image = request.image or parse_input(options.get("input"))
+    return (
+        Request(
+            recipe.model,
+            request.num_classes or options.get("num_classes"),
+            image,
+            request.seq or options.get("seq"),
+            request.batch if request.batch != 1 else options.get("batch", 1),
+        ),
+        recipe,
+    )
 
 
 def run_steps(spec: Spec, samples: int | None = None) -> int | None:

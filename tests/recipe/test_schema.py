@@ -162,8 +162,8 @@ def test_quickstart_models_build_and_widen(name: str) -> None:
     import torch
 
     from sparseift_cli.models.request import Request
-    from sparseift_cli.models.source import build, resolve
-    from sparseift_cli.recipe.load import find
+    from sparseift_cli.models.source import build
+    from sparseift_cli.recipe.load import find, resolve
 
     built = build(Request(name), device="cpu")
     model, inputs = built.model.train(), built.args[0]

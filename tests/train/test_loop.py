@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparseift_cli.data import order
 from sparseift_cli.errors import ArtifactError, DivergedError, InterruptedRun, UsageError
 from sparseift_cli.mask.attached import masks_of
 from sparseift_cli.recipe.load import load
@@ -200,6 +201,18 @@ def test_resuming_another_recipe_is_refused_with_the_difference(write_recipe: Wr
     with pytest.raises(ArtifactError, match="begun with another recipe") as error:
         run(recipe, tmp_path / "runs", resume=done["path"], optimizer__lr=0.01)
     assert "-  lr: 0.05" in error.value.message and "+  lr: 0.01" in error.value.message
+
+
+def test_a_run_that_began_in_another_order_is_refused(
+    write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load(write_recipe("rigl"))
+    with monkeypatch.context() as older:
+        older.setattr(order, "VERSION", None)
+        with pytest.raises(InterruptedRun):
+            run_jobs([(recipe, 0)], tmp_path / "runs", None, quiet, quiet, tick=sigterm_in(7))
+    with pytest.raises(ArtifactError, match="shuffled the training images in another order"):
+        run_jobs([(recipe, 0)], tmp_path / "runs", "latest", quiet, quiet)
 
 
 def test_a_run_of_an_older_version_goes_on(write_recipe: Write, tmp_path: Path) -> None:
