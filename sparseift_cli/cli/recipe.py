@@ -184,11 +184,18 @@ def _checked(name: str, sets: list[str] | None, plan: bool) -> str:
     return "fine" if ratio is None else f"fine, {float(ratio):.5f}x the dense model's forward FLOPs"
 
 
-@app.command("schema", help="Print the JSON schema of recipes, which editors check and complete them with.")
-def schema_() -> None:
-    from ..recipe.schema import json_schema_text
+@app.command("schema", help="Print what a recipe can say: the JSON schema that editors use, or a page to read.")
+def schema_(
+    fmt: Annotated[
+        str,
+        options.choice("--format", "-f", names=("json", "md"), help="How the result is printed.", panel=options.OUTPUT),
+    ] = "json",
+) -> None:
+    from ..errors import one_of
+    from ..recipe.schema import json_schema_text, markdown
 
-    typer.echo(json_schema_text(), nl=False)
+    one_of("format", fmt, ("json", "md"))
+    typer.echo(json_schema_text() if fmt == "json" else markdown(), nl=False)
 
 
 @app.command(

@@ -97,9 +97,13 @@ class _NameIn:
         return self.registry.canonical(name)
 
 
+OBJECT_PATTERN = r"^[\w.]+:[\w.]+$"
+"""`package.module:Name`."""
+
+
 def names_or_object(names: Iterable[str]) -> dict[str, Any]:
     """JSON schema of a name that a registry lists, or `package.module:Name`."""
-    return {"anyOf": [{"enum": list(names)}, {"type": "string", "pattern": r"^[\w.]+:[\w.]+$"}]}
+    return {"anyOf": [{"enum": list(names)}, {"type": "string", "pattern": OBJECT_PATTERN}]}
 
 
 def section_of(

@@ -31,6 +31,14 @@ def test_schema_on_disk_is_current() -> None:
     )
 
 
+def test_page_of_options_is_current() -> None:
+    """It has every key of every section, from the same declarations."""
+    page = schema_file().with_name("OPTIONS.md").read_text("utf-8")
+    assert page == schema.markdown(), "run: sparseift recipe schema --format md > recipes/OPTIONS.md"
+    for section in schema.SECTIONS:
+        assert all(f"| `{name}` |" in page for name in schema.fields(section))
+
+
 def test_every_field_says_what_it_means() -> None:
     for section in schema.SECTIONS:
         assert schema.Spec.model_fields[section].description
