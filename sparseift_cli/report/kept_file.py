@@ -60,14 +60,14 @@ def decode(content: bytes) -> dict[str, Any]:
 
     Raises:
         NotAKeptRun: the document is of another schema.
-        ValueError: it is no JSON, or not what was written; the message says what is wrong.
+        ValueError: it is not JSON, or not what was written; the message says what is wrong.
     """
     try:
         document = json.loads(content)
     except (ValueError, RecursionError):
-        raise ValueError("is no JSON") from None
+        raise ValueError("is not JSON") from None
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        raise NotAKeptRun(f"is no kept run: its schema is not {SCHEMA!r}")
+        raise NotAKeptRun(f"is not a kept run: its schema is not {SCHEMA!r}")
     if document.get("sha256") != digest(document):
         raise ValueError("is not what was written: its SHA-256 differs")
     try:

@@ -164,7 +164,7 @@ class RunReader:
         try:
             text = path.read_text("utf-8")
         except UnicodeDecodeError:
-            raise Damaged(f"{RECIPE} is no text") from None
+            raise Damaged(f"{RECIPE} is not text") from None
         seeds = _SEED.findall(text)
         key = _SEED.sub(r"\1", text) if len(seeds) == 1 else text
         if key not in self._recipes:
@@ -261,12 +261,12 @@ def _require_sections(recipe: Any) -> None:
     found = recipe if isinstance(recipe, dict) else {}
     for name in _REQUIRED_SECTIONS:
         if not isinstance(found.get(name), dict):
-            raise Damaged(f"{RECIPE} is no resolved recipe: it has no section {name}")
+            raise Damaged(f"{RECIPE} is not a resolved recipe: it has no section {name}")
     for name in _SECTIONS:
         if not isinstance(found.get(name), dict | NoneType):
-            raise Damaged(f"{RECIPE} is no resolved recipe: {name} is no section")
+            raise Damaged(f"{RECIPE} is not a resolved recipe: {name} is not a section")
     if not isinstance((found.get("evaluation") or {}).get("metrics", []), list):
-        raise Damaged(f"{RECIPE} is no resolved recipe: evaluation.metrics is no list")
+        raise Damaged(f"{RECIPE} is not a resolved recipe: evaluation.metrics is not a list")
 
 
 def _checked_summary(summary: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -287,7 +287,7 @@ def _metrics(folder: Path) -> Sequence[Mapping[str, Any]]:
             with gzip.open(BytesIO(compressed)) as stream:
                 content = stream.read(_LARGEST + 1)
         except (EOFError, gzip.BadGzipFile, zlib.error):
-            raise Damaged(f"{packed.name} is cut short or no gzip file") from None
+            raise Damaged(f"{packed.name} is cut short or not a gzip file") from None
     content = content or b""
     if len(content) > _LARGEST:
         raise Damaged(f"{METRICS} is larger than {_LARGEST:,} bytes")
@@ -315,7 +315,7 @@ def _content(path: Path) -> bytes | None:
     if not path.exists():
         return None
     if not path.is_file():
-        raise Damaged(f"{path.name} is no file")
+        raise Damaged(f"{path.name} is not a file")
     return path.read_bytes()
 
 
@@ -323,9 +323,9 @@ def _object(content: bytes, name: str) -> dict[str, Any]:
     try:
         found = json.loads(content)
     except (ValueError, RecursionError):
-        raise Damaged(f"{name} is no JSON") from None
+        raise Damaged(f"{name} is not JSON") from None
     if not isinstance(found, dict):
-        raise Damaged(f"{name} is no JSON object")
+        raise Damaged(f"{name} is not a JSON object")
     return found
 
 

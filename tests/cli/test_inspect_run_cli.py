@@ -82,7 +82,7 @@ def test_a_damaged_run_and_options_of_others(sparseift, run: Path) -> None:
     assert (code, out) == (2, "") and "is a run; --why, --values are not for it" in err
     (run / "summary.json").write_text("{")
     code, out, err = sparseift("inspect", str(run))
-    assert (code, out) == (4, "") and "summary.json is no JSON" in err and "hint:" in err
+    assert (code, out) == (4, "") and "summary.json is not JSON" in err and "hint:" in err
 
 
 def test_it_is_no_transformed_model(sparseift, run: Path) -> None:

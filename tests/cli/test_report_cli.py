@@ -137,7 +137,7 @@ def test_output_is_written_whole_and_stdout_stays_empty(sparseift, runs: Path, t
 def test_skips_go_to_stderr(sparseift, runs: Path) -> None:
     code, out, err = sparseift("report", "runs")
     assert code == 0
-    assert "summary.json is no JSON" in err and "notes: foreign" in err
+    assert "summary.json is not JSON" in err and "notes: foreign" in err
     assert "skipped" not in out
     assert "Not finished" in out and "stopped" in out
 

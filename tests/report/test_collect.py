@@ -58,7 +58,7 @@ def test_looking_at_a_lock_leaves_it_to_the_writer(tmp_path: Path) -> None:
 
 
 DAMAGE = {
-    "summary.json": (b"{", "summary.json is no JSON"),
+    "summary.json": (b"{", "summary.json is not JSON"),
     "metrics.jsonl": (b'{"step": 1}\n{"step": \n{"step": 3}\n', "metrics.jsonl:2: this line is no JSON object"),
     "recipe.yaml": (b"model: {name: x\n", "recipe.yaml"),
 }
@@ -110,7 +110,7 @@ def test_what_a_report_can_do_without_is_a_warning(tmp_path: Path) -> None:
     (found,) = collect([tmp_path]).runs
     assert found.audit is None
     assert found.provenance is None
-    assert found.warnings == ("audit.json is no JSON",)
+    assert found.warnings == ("audit.json is not JSON",)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_recipes_that_are_not_resolved_are_damage(tmp_path: Path, line: str) -> 
         skipping = text.startswith(f"{key}:") or (skipping and text.startswith(" "))
         kept += [] if skipping else [text]
     (run / "recipe.yaml").write_text("\n".join([*kept, line, ""]))
-    assert "no resolved recipe" in reasons(collect([tmp_path]))[run.name]
+    assert "not a resolved recipe" in reasons(collect([tmp_path]))[run.name]
 
 
 @pytest.mark.parametrize("sessions", [[], {}, ["x"], [{"git": "abc"}], [{"versions": []}], None])

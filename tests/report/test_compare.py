@@ -270,7 +270,7 @@ def test_sorting_and_filtering(tmp_path: Path) -> None:
 
 def test_every_run_damaged_is_an_artifact_error(tmp_path: Path) -> None:
     (make_run(tmp_path) / "summary.json").write_text("{")
-    with pytest.raises(ArtifactError, match=r"summary\.json is no JSON"):
+    with pytest.raises(ArtifactError, match=r"summary\.json is not JSON"):
         report(tmp_path)
 
 

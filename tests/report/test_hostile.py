@@ -29,7 +29,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path, name: s
     (run / name).unlink()
     os.mkfifo(run / name)
     found = collect([tmp_path])
-    assert [reason for _, reason in found.skipped] == [f"{name} is no file"] and not found.runs
+    assert [reason for _, reason in found.skipped] == [f"{name} is not a file"] and not found.runs
 
 
 def test_a_pipe_in_the_place_of_the_lock_is_not_waited_for(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_what_cannot_be_kept_is_named_and_nothing_is_written(tmp_path: Path) -> 
         keep([tmp_path / "runs"], tmp_path / "kept")
     broken = make_run(tmp_path / "runs", "net_wide", 2)
     (broken / "summary.json").write_text("{")
-    with pytest.raises(ArtifactError, match=r"summary\.json is no JSON"):
+    with pytest.raises(ArtifactError, match=r"summary\.json is not JSON"):
         keep([tmp_path / "runs"], tmp_path / "kept")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="no run in"):
@@ -158,8 +158,8 @@ def test_a_file_that_was_edited_is_damaged(tmp_path: Path) -> None:
     for changed, facts in (
         (text.replace("71.25", "72.25"), "its SHA-256 differs"),
         (text.replace('"seed": 0', '"seed": 1'), "its SHA-256 differs"),
-        (text[: len(text) // 2], "is no JSON"),
-        (text.replace("kept_run/1", "kept_run/2"), "is no kept run: its schema is not 'sparseift.kept_run/1'"),
+        (text[: len(text) // 2], "is not JSON"),
+        (text.replace("kept_run/1", "kept_run/2"), "is not a kept run: its schema is not 'sparseift.kept_run/1'"),
     ):
         assert changed != text
         kept.path.write_text(changed)
