@@ -402,14 +402,14 @@ def test_authors_imagenet_experiment(tmp_path: Path) -> None:
     [
         (
             {"sparse_wide": "sparse_parallel", "rigl": "static"},
-            {"member": "sparse_parallel", "branch_activation": "each", "activation": "none", "match": "layer"},
+            {"member": "parallel", "branch_activation": "each", "activation": "none", "match": "layer"},
         ),
         (
             {"sparse_wide": "sparse_factorized\nuv_layer: nonlinear_norelu"},
-            {"member": "sparse_factorized", "inner": "norm"},
+            {"member": "factorized", "inner": "norm"},
         ),
         ({"sparse_wide": "sparse_factorized"}, {"inner": "linear", "exclude": ("*.downsample.0",)}),
-        ({"sparse_wide": "sparse_doped"}, {"member": "sparse_doped"}),
+        ({"sparse_wide": "sparse_doped"}, {"member": "doped"}),
     ],
 )
 def test_authors_other_members(tmp_path: Path, changes: dict[str, str], want: dict[str, Any]) -> None:
@@ -418,7 +418,7 @@ def test_authors_other_members(tmp_path: Path, changes: dict[str, str], want: di
         text = text.replace(old, replacement)
     imported, recipe = grid(tmp_path, CIFAR_BASE, text)[0]
     assert want.items() <= recipe.transform.items()
-    assert ("sift_family" in {n.key for n in imported.notes}) == (want.get("member") == "sparse_doped")
+    assert ("sift_family" in {n.key for n in imported.notes}) == (want.get("member") == "doped")
 
 
 @pytest.mark.parametrize(
