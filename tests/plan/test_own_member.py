@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 import sparseift_cli as sparseift
 from sparseift_cli.errors import UsageError
+from sparseift_cli.plan import members
 from sparseift_cli.plan.members import MEMBERS, Member
 from sparseift_cli.plan.spec import TransformSpec
 from tests.helpers.own_member import MACS, WIDTH, SequenceModule, TwoInSequence, mlp
@@ -137,3 +139,13 @@ def test_every_member_says_what_it_is() -> None:
     members: list[Member] = [MEMBERS.get(name) for name in MEMBERS]
     assert [m.title for m in members] == ["Sparse Wide", "Sparse Parallel", "Sparse Factorized", "Sparse Doped"]
     assert all(m.help and m.name == name for m, name in zip(members, MEMBERS, strict=True))
+
+
+def test_a_file_in_the_folder_of_members_is_all_that_a_shipped_one_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fifth.py").write_text("from tests.helpers.own_member import TwoInSequence\nMEMBER = TwoInSequence()\n")
+    monkeypatch.setattr(members, "__path__", [*members.__path__, str(tmp_path)])
+    found = members._found()
+    monkeypatch.delitem(sys.modules, f"{members.__name__}.fifth")
+    assert list(found) == ["wide", "parallel", "factorized", "doped", "two_in_sequence"]
