@@ -1,9 +1,10 @@
-"""Files that are there whole or not at all, also after a power cut: written beside, flushed to disk, renamed."""
+"""Files and folders that exist completely or not at all: written under a temporary name beside the target, then renamed."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -73,6 +74,42 @@ def replace_file(path: Path, content: bytes, *, durable: bool) -> None:
         raise
     if durable:
         sync_folder(target.parent)
+
+
+@contextmanager
+def temporary_folder(target: Path) -> Iterator[Path]:
+    """A hidden folder beside `target`, on the same disk, for files that are renamed to it together once they are written.
+
+    It is deleted if the block raises. Only its owner may read it until its mode is changed.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def replace_folder(target: Path, new: Path) -> None:
+    """Rename the folder `new` to `target`. An existing one is moved aside first, and moved back if the rename fails.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    if not target.exists():
+        os.replace(new, target)
+        return
+    aside = new.with_name(f"{new.name}.old")
+    os.replace(target, aside)
+    try:
+        os.replace(new, target)
+    except BaseException:
+        os.replace(aside, target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -16,7 +16,6 @@ import hashlib
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -94,15 +93,11 @@ class Checkpoints:
         with atomic.explain_os_errors("write", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._sweep()
-            temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=f".step-{step:08d}."))
-            try:
-                temporary.chmod(self.folder.stat().st_mode & 0o777)  # mkdtemp's are its owner's alone
+            with atomic.temporary_folder(self.folder / f"step-{step:08d}") as temporary:
+                temporary.chmod(self.folder.stat().st_mode & 0o777)
                 self._write(temporary, step, tensors, content, score, metrics_bytes)
                 target = self._free(step)
                 temporary.rename(target)
-            except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise
             atomic.sync_folder(self.folder)
         with suppress(OSError):  # the checkpoint is safe; what cannot be deleted now is tried again next time
             self._prune()

@@ -15,15 +15,13 @@ Reading table, plan and audit needs no torch.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..base.atomic import as_json, replace_folder, temporary_folder
 from ..errors import ArtifactError
 from ..plan.audit import Audit, audit
 from ..plan.plan import make_plan
@@ -159,10 +157,9 @@ def write(
     folder = require_writable(path, force=force)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        try:
+        with temporary_folder(folder) as temporary:
             for name, document in documents.items():
-                (temporary / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+                (temporary / f"{name}.json").write_bytes(as_json(document))
             for name, content in tensors.items():
                 _save_tensors(temporary / name, content)
             if state_dict is not None:
@@ -170,30 +167,12 @@ def write(
 
                 torch.save(state_dict, temporary / "state_dict.pt")
             temporary.chmod(0o755)
-            _replace(folder, temporary)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+            replace_folder(folder, temporary)
     except OSError as error:
         raise ArtifactError(
             f"cannot write {folder}: {error.strerror or error}", hint="give -o a writable place"
         ) from None
     return folder
-
-
-def _replace(folder: Path, new: Path) -> None:
-    """Rename `new` to `folder`. An existing folder is moved aside first, and moved back if the rename fails."""
-    if not folder.exists():
-        os.replace(new, folder)
-        return
-    aside = new.with_name(f"{new.name}.old")
-    os.replace(folder, aside)
-    try:
-        os.replace(new, folder)
-    except BaseException:
-        os.replace(aside, folder)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def provenance(**facts: Any) -> dict[str, Any]:

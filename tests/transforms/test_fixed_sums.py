@@ -101,8 +101,8 @@ def test_a_part_that_keeps_its_width_has_a_reason() -> None:
     parts = {name: nn.Linear(8, 4) for name in "abcd"}
     model = Net(forward, **parts, up=nn.Linear(8, 16), mid=nn.Linear(16, 16), out=nn.Linear(16, 3))
     _, plan = sparseift.transform(model, torch.randn(2, 8), sparsity="0.75")
-    assert plan.growth is not None
-    reasons = {plan.table.widths[i].name: reason for i, reason in plan.growth.solution.reasons.items()}
+    assert plan.widening is not None
+    reasons = {plan.table.widths[i].name: reason for i, reason in plan.widening.solution.reasons.items()}
     rows = {row.layer.name: row for row in plan.layers}
     assert rows["c"].status == rows["d"].status == "untouched"
     assert rows["c"].reason == "its width c.weight[0] is kept: part of a sum of fixed size"
