@@ -38,7 +38,7 @@ class Option:
         minimum: the smallest value; `above` a limit that is no value itself.
         maximum: the largest value; `below` a limit that is no value itself.
         pattern: regular expression that the text must match.
-        metavar: what stands for the value in `--help`, in place of its choices or type.
+        metavar: what `--help` prints for the value, in place of its choices or type.
         decimal: the field keeps the text of a number, so that 0.9 means 9/10 exactly; files write it as a number.
         shown: how the default is shown, where its value does not explain itself.
     """

@@ -55,6 +55,7 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the recipe. Repeatable."),
 ]
+Seeds = Annotated[str | None, typer.Option(help="One run for each: 0..4, or 0,3,7.", rich_help_panel=_RUNS_PANEL)]
 Resume = Annotated[
     str | None,
     typer.Option(
@@ -83,9 +84,7 @@ def train(
         ),
     ],
     sets: Set = None,
-    seeds: Annotated[
-        str | None, typer.Option(help="One run for each: 0..4, or 0,3,7.", rich_help_panel=_RUNS_PANEL)
-    ] = None,
+    seeds: Seeds = None,
     parallel: Annotated[int, typer.Option(metavar="N", help=PARALLEL, rich_help_panel=_RUNS_PANEL)] = 1,
     resume: Resume = None,
     runs: Annotated[Path, typer.Option(help="Folder of run directories.", rich_help_panel=_RUNS_PANEL)] = RUNS,

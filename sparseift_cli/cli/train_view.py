@@ -59,11 +59,12 @@ def _sheet(results: Sequence[Mapping[str, Any]]) -> Sheet:
 
 def _row(result: Mapping[str, Any]) -> dict[str, Any]:
     flops = result["flops"]
+    used = flops["spent"]
     return {
         "seed": result["seed"],
         **{m: result["metrics"][m] for m in metric_names() if m in result["metrics"]},
-        "flops": flops["spent"],
-        "flops_ratio": flops["spent"] / flops["dense"] if flops["dense"] else None,
+        "flops": used,
+        "flops_ratio": used / flops["dense"] if flops["dense"] else None,
         "nonzero_params": result["nonzero_params"],
         "seconds": result["seconds"],
         "path": result.get("path"),

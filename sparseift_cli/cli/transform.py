@@ -38,6 +38,26 @@ _START = ("start", "slack", "weights", "masks", "connect")
 _NEED_DATA = ("snip", "grasp", "force")
 
 
+Model = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SOURCE",
+        help="The model of a checkpoint that the zoo does not recognise.",
+        rich_help_panel=options.INPUT,
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="OUT",
+        help="Folder to write. Needed without --plan-only.",
+        show_default=False,
+        rich_help_panel=options.OUTPUT,
+    ),
+]
+
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
 
@@ -50,14 +70,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 def transform(
     source: Annotated[str, typer.Argument(help="As for flops, or a checkpoint file.", show_default=False)],
     *,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SOURCE",
-            help="The model of a checkpoint that the zoo does not recognise.",
-            rich_help_panel=options.INPUT,
-        ),
-    ] = None,
+    model: Model = None,
     state_dict: dict[str, Any],
     num_classes: options.NumClasses = None,
     input_shape: options.Input = None,
@@ -66,17 +79,7 @@ def transform(
     spec: dict[str, Any],
     start: dict[str, Any],
     seed: Annotated[int, typer.Option(help="Seed of weights and masks.", rich_help_panel=options.OUTPUT)] = 0,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="OUT",
-            help="Folder to write. Needed without --plan-only.",
-            show_default=False,
-            rich_help_panel=options.OUTPUT,
-        ),
-    ] = None,
+    output: Out = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace a transformed model at OUT.", rich_help_panel=options.OUTPUT)
     ] = False,

@@ -74,7 +74,7 @@ class TransformSpec:
         Scope,
         Option(
             "Which widths grow: all inner ones; only those that no residual stream shares; or none, as a control: the layers "
-            "that all would widen become sparse at their dense size (needs match off).",
+            "that all would widen are made sparse at their dense size (needs match off).",
             panel=_WIDE,
             only="wide",
         ),
@@ -104,7 +104,7 @@ class TransformSpec:
     ] = "scale_dim"
     depthwise: Annotated[
         Literal["dense", "sparse"],
-        Option("Depthwise convolutions stay dense, or become sparse.", panel=_WIDE, only="wide"),
+        Option("Depthwise convolutions stay dense, or are made sparse.", panel=_WIDE, only="wide"),
     ] = "dense"
     branch_activation: Annotated[
         Literal["each", "sum"],

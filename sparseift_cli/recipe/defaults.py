@@ -99,7 +99,7 @@ def _model(given: Mapping[str, Any], facts: DataSource | None) -> dict[str, Any]
     try:
         info = registry.lookup(str(given.get("name")))
     except SparseiftError:
-        return {}  # somebody else's model: only its owner knows what it takes
+        return {}  # not a zoo model: what it takes is not known here
     if facts is None or facts.kind != "image" or info.image is None:
         return {}
     found: dict[str, Any] = {}

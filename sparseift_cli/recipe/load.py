@@ -1,4 +1,4 @@
-"""A recipe: model, data, transform and training in YAML. All problems of a file are told at once, each with its place.
+"""A recipe: model, data, transform and training in YAML. All problems of a file are reported at once, each with its location.
 
     model: resnet18_cifar            # or {name: resnet18_cifar, num_classes: 100}
     data: cifar100
@@ -75,7 +75,7 @@ def for_others(given: str) -> str:
     top = recipes_dir()
     try:
         here = Path.cwd()
-    except FileNotFoundError:  # somebody deleted it
+    except FileNotFoundError:  # the working directory was deleted
         here = path
     if path != here and path.is_relative_to(here) and not path.is_relative_to(top):
         return path.relative_to(here).as_posix()
@@ -139,7 +139,7 @@ def resolve(request: Request) -> tuple[Request, Recipe | None]:
 def run_steps(spec: Spec, samples: int | None = None) -> int | None:
     """Optimiser steps of the run over `samples` training samples; without them, of the official size of its data set.
 
-    None where the length depends on data that nobody has counted.
+    None where the length depends on the size of data that is not known before it is read.
     """
     from ..base.durations import held_out_images, in_steps, steps_per_epoch
     from ..data import DATASETS

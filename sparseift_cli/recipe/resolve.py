@@ -71,7 +71,7 @@ def _validate(merged: Any, tree: Mapping[str, Value], start: Location, problems:
         for error in caught.errors(include_url=False):
             path = [part for part in error["loc"] if isinstance(part, int) or _exists(part, error["loc"])]
             if path == ["model"] and error["type"] == "missing":
-                continue  # told already
+                continue  # reported above
             problems.add(_location(tree, path, start), f"{_dotted(path)}: {_sentence(error, path)}")
         return None
 
@@ -187,7 +187,7 @@ def _dotted(path: list[int | str]) -> str:
 
 
 def _location(tree: Mapping[str, Value], path: list[int | str], start: Location) -> Location:
-    """Where the value at `path` stands, or the nearest one around it that is written down."""
+    """The location of the value at `path`, or of the nearest section or list around it that is in a file."""
     value = tree.get(str(path[0])) if path else None
     if value is None:
         return start

@@ -108,7 +108,7 @@ def variant(section: str, given: Mapping[str, Any]) -> type[Section] | None:
 
 
 def short(section: str) -> str | None:
-    """The field that a single word stands for in this section."""
+    """The field that a single word in place of the section sets."""
     return variants(section)[0].SHORT
 
 

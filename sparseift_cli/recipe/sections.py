@@ -39,7 +39,7 @@ from ..sparsity.algorithms import ALGORITHMS, SHIPPED
 
 
 class Section(BaseModel):
-    """One section. `SHORT` is the field that a single word stands for: `optimizer: sgd` is `optimizer: {name: sgd}`.
+    """One section. `SHORT` is the field that a single word sets: `optimizer: sgd` is `optimizer: {name: sgd}`.
 
     `DECLARING` is the dataclass whose options the fields are, where there is one.
     `WORDS` lists what this word may be, where the field's type does not; `package.module:Name` is a word too then.
@@ -203,7 +203,7 @@ class Data(Section):
     validation: Annotated[float, Field(ge=0.01, le=0.99)] | None = Field(
         None,
         description="Held out to watch: of CIFAR, MNIST or digits a part of the training images, drawn once (then "
-        "evaluation.test is for the test split); of text in a single file its end, 0.1 unless told.",
+        "evaluation.test is for the test split); of text in a single file its end, 0.1 unless given.",
     )
     workers: Annotated[int, Field(ge=0)] = Field(
         0, description="Image folders: processes that decode; 0: the main one."

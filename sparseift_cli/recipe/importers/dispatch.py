@@ -39,7 +39,7 @@ def read_foreign(
 
 
 def as_recipe(imported: Imported) -> str:
-    """The recipe as text: what is not carried over stands in its opening comment."""
+    """The recipe as text: its first comment names what is not carried over."""
     about = imported.about
     if imported.notes:
         about += "\n\nNot carried over:\n" + "\n".join(f"- {note}" for note in imported.notes)

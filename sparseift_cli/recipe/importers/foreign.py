@@ -12,7 +12,7 @@ from ..strict_yaml import Value, read
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """A key that was not carried over, or not as it stands, and why. Several values of one branch share a note."""
+    """A key that was not carried over, or not unchanged, and why. Several values of one branch share a note."""
 
     where: str
     key: str
@@ -72,7 +72,7 @@ class Foreign:
             self.note(path, reason)
 
     def note(self, path: str, reason: str) -> None:
-        """Say that the value at `path` (crossed out with all below it) is not carried over as it stands."""
+        """Say that the value at `path` (crossed out with all below it) is not carried over unchanged."""
         value = self.find(path)
         if value is not None:
             self.used.add(path)
@@ -100,7 +100,7 @@ class Foreign:
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """A recipe made from somebody else's file: its sections, a name for it, what to say about it, and what was left."""
+    """A recipe made from a file of another program: its sections, a name for it, what to say about it, and what was left."""
 
     name: str
     sections: Mapping[str, Any]
