@@ -34,9 +34,9 @@ class _DurationType:
     """Makes a field of a recipe accept durations alone. Pydantic calls it; nothing of pydantic is imported before."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        from pydantic_core import core_schema
+        from pydantic import PlainValidator
 
-        return core_schema.no_info_plain_validator_function(check)
+        return PlainValidator(check).__get_pydantic_core_schema__(source, handler)
 
     def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> dict[str, Any]:
         return {"anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": PATTERN}]}

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
-from annotated_types import Ge, Lt
+from pydantic import Field
 
 from ..base.options import Option, check
 from ..base.registry import Registry
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 NoDecay = tuple[Literal["norm", "bias"], ...]
 ParameterGroup = dict[str, Any]
 """`params`, a list of parameters, and what is particular to them: `weight_decay`."""
-_PART = Annotated[float, Ge(0), Lt(1)]
+_PART = Annotated[float, Field(ge=0, lt=1)]
 _LR = "Learning rate at its peak."
 _WEIGHT_DECAY = "Weight decay."
 _NO_DECAY = "Parameters without weight decay: norm, bias."

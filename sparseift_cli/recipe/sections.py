@@ -14,14 +14,9 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
+    WrapValidator,
     create_model,
     model_validator,
-)
-from pydantic_core.core_schema import (
-    CoreSchema,
-    no_info_after_validator_function,
-    no_info_wrap_validator_function,
-    str_schema,
 )
 
 from ..base.durations import Duration
@@ -83,10 +78,10 @@ class _NameIn:
 
     registry: Registry[Any]
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return no_info_after_validator_function(self._checked, str_schema())
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        return AfterValidator(self._checked).__get_pydantic_core_schema__(source, handler)
 
-    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(self, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         return names_or_object(self.registry)
 
     def _checked(self, name: str) -> str:
@@ -286,8 +281,8 @@ class _OneOf:
     registry: Registry[Any]
     shipped: Collection[str]
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return no_info_wrap_validator_function(self._validate, handler(source))
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        return WrapValidator(self._validate).__get_pydantic_core_schema__(source, handler)
 
     def _validate(self, given: Any, handler: Callable[[Any], Any]) -> Any:
         if isinstance(given, dict):  # from JSON, whose lists strict tuples refuse once a function has seen them
