@@ -134,9 +134,9 @@ def test_docstrings_point_inside(root: Path) -> None:
     found = []
     for path in sources(root):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                if OUTSIDE.search(ast.get_docstring(node) or ""):
-                    found.append(f"{path.relative_to(root)}: {getattr(node, 'name', 'module')}")
+            documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            if documented and OUTSIDE.search(ast.get_docstring(node) or ""):
+                found.append(f"{path.relative_to(root)}: {getattr(node, 'name', 'module')}")
     assert not found, "\n".join(found)
 
 
