@@ -10,10 +10,11 @@ from pathlib import Path
 
 import typer
 
+from ..base.sheets import digits_that_differ
 from ..errors import CheckFailed, UsageError
 from ..plan.audit import Audit
 from ..table.table import LayerTable
-from .output import digits_that_differ, write_whole
+from .output import write_whole
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..base.sheets import Column, Sheet, integer, ratio
 from ..base.text import shape_text, some_of
 from ..checkpoint.facts import Checkpoint, OtherEntry, TensorInfo
 from ..checkpoint.opening import open_checkpoint
@@ -19,7 +20,7 @@ from ..checkpoint.untrusted import printable
 from ..checkpoint.values import Pattern, TensorValues, scan
 from ..errors import UsageError, did_you_mean
 from .options import Format
-from .output import Column, Sheet, integer, ratio, render
+from .output import render
 
 if TYPE_CHECKING:
     from ..transforms.artifact import Artifact

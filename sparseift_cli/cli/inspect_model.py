@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..base.sheets import Column, Sheet, integer
 from ..errors import SparseiftError, UsageError
 from ..models.request import Request
 from ..models.source import load_table
@@ -13,13 +14,14 @@ from ..plan.audit import audit, row_json, rows
 from ..plan.layer_plan import LayerPlan
 from ..plan.members import MEMBERS
 from ..plan.plan import make_plan
+from ..plan.sheets import layer_shape_text
 from ..plan.spec import TransformSpec
 from ..plan.widths import solve
 from ..recipe.load import resolve
 from ..table.table import LayerTable
-from .flops_view import fold, layer_shape_text, sorted_entries
+from .flops_view import fold, sorted_entries
 from .options import Format
-from .output import Column, Sheet, integer, render
+from .output import render
 
 SCHEMA = "sparseift.inspect-model/1"
 DEFAULT_SPARSITY = "0.75"

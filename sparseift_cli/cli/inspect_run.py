@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..base.sheets import Column, Sheet
 from ..errors import ArtifactError
 from ..report import frame as frames
 from ..report.read import Damaged, Run, RunReader, number
 from ..report.spectral.history import kept_checkpoints
 from .options import Format
-from .output import Column, Sheet, render
+from .output import render
 from .report_view import clean
 
 SCHEMA = "sparseift.run/1"

@@ -7,12 +7,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..base.sheets import Column, Sheet, integer, ratio
 from ..checkpoint.facts import Checkpoint, TensorInfo
 from ..checkpoint.untrusted import printable
 from ..errors import SparseiftError, UsageError
 from ..transforms.artifact import is_artifact, open_artifact
 from .options import Format
-from .output import Column, Sheet, integer, ratio, render
+from .output import render
 from .progress import Spinner
 
 if TYPE_CHECKING:

@@ -189,7 +189,7 @@ def progress(several: bool = False) -> Lines:
     shared = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if shared or not sys.stderr.isatty() or os.environ.get("TERM", "dumb") in ("dumb", "unknown"):
         return Lines(several)
-    from .output import make_console
+    from ..base.sheets import make_console
 
     console = make_console(sys.stderr)
     return Bars(console, several) if console.is_terminal else Lines(several)

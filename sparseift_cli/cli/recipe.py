@@ -55,9 +55,10 @@ def opened(name: str, sets: list[str] | None = None) -> Recipe:
 @app.command(help="List the shipped recipes.\n\nExample:\n\n  sparseift recipe ls --format json")
 def ls(fmt: options.FormatOption = Format.table, json: options.Json = False) -> None:
     from ..base.durations import in_words
+    from ..base.sheets import Column, Sheet, integer
     from ..recipe.catalog import shipped
     from ..recipe.load import load
-    from .output import Column, Sheet, integer, render
+    from .output import render
 
     def steps(value: int | str) -> str:
         return value if isinstance(value, str) else integer(value)
@@ -109,8 +110,9 @@ def show(
     ] = None,
     json: options.Json = False,
 ) -> None:
+    from ..base.sheets import Column, Sheet
     from ..recipe.write import annotated_yaml, entries, flow
-    from .output import Column, Sheet, render
+    from .output import render
 
     found = opened(recipe, sets)
     if fmt is None and not json:

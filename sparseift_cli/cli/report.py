@@ -239,9 +239,10 @@ def report(
     sort: Sort = None,
     plots: Plots = None,
 ) -> None:
+    from ..base.sheets import one_line
     from ..report.make import ReportOptions, make
     from . import report_gates, report_view
-    from .output import ignore_broken_pipe, one_line
+    from .output import ignore_broken_pipe
 
     fmt = ReportFormat.json if json else fmt
     wanted = ReportOptions(

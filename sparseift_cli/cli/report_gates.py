@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from ..base.sheets import digits_that_differ, one_line
 from ..errors import CheckFailed, UsageError
-from .output import digits_that_differ, one_line
 
 if TYPE_CHECKING:
     from ..report.filters import Expression

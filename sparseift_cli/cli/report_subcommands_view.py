@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..base.sheets import Column, Sheet, integer
 from ..errors import UsageError
 from ..report.diff import Change, Diff
 from ..report.figure4 import claims, rows
@@ -15,7 +16,7 @@ from ..report.keep import KeptRun
 from ..report.published import evidence, published
 from ..report.read import Run
 from .options import Format
-from .output import Column, Sheet, integer, render, write_whole
+from .output import render, write_whole
 from .report_view import clean
 
 DIFF_SCHEMA = "sparseift.report-diff/1"

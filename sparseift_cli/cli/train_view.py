@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from ..base.metrics import metric_names
+from ..base.sheets import Column, Sheet, integer, measured, ratio
 from ..models.request import Request, parse_input
 from ..models.source import build, load_table
 from ..plan.audit import Audit, audit
@@ -19,7 +20,7 @@ from ..plan.training_cost import executed_macs
 from ..recipe import defaults
 from ..recipe.load import Recipe, run_steps
 from .options import Format
-from .output import Column, Sheet, integer, measured, ratio, render
+from .output import render
 
 UNKNOWN = "The number of steps depends on the size of the data, which is not known beforehand."
 MASK_BYTES = 1 + 1 + 4

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
+from ..base.sheets import Sheet, ShownAsSheets
 from ..errors import UsageError
 from ..table.table import LayerTable
 from .budget import matched_cost
@@ -56,8 +57,8 @@ class Totals:
         return round(2 * self.training_macs)
 
 
-@dataclass(frozen=True)
-class Audit:
+@dataclass(frozen=True, repr=False)
+class Audit(ShownAsSheets):
     """The cost of a dense model and, where there is a plan, of the transformed one.
 
     Args:
@@ -78,6 +79,12 @@ class Audit:
     plan: Plan | None = None
     transformed: Totals | None = None
     training_while_updating: Fraction | None = None
+
+    def sheets(self) -> list[Sheet]:
+        """The layers, the totals and what causes the difference, as `sparseift flops` prints them."""
+        from .sheets import audit_sheets
+
+        return audit_sheets(self)
 
     @property
     def forward_ratio(self) -> Fraction | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
+from ..base.sheets import Sheet, ShownAsSheets
 from ..errors import UsageError
 from ..table.poly import Poly
 from ..table.table import Layer, LayerTable
@@ -32,8 +33,8 @@ _WHY_UNTOUCHED = {
 }
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(ShownAsSheets):
     """The transform of one table: new sizes of all widths, and what happens to every row.
 
     Args:
@@ -55,6 +56,12 @@ class Plan:
     scale: Fraction | None = None
     widening: Widening | None = None
     causal: str = "full"
+
+    def sheets(self) -> list[Sheet]:
+        """The layers and the new widths."""
+        from .sheets import plan_sheets
+
+        return plan_sheets(self)
 
     @property
     def member(self) -> Member:

@@ -15,6 +15,8 @@ from fractions import Fraction
 from functools import cached_property
 from typing import Any, Literal
 
+from ..base.sheets import Column, Sheet, ShownAsSheets, integer
+from ..base.text import shape_text
 from .poly import Poly
 from .shape import Shape
 
@@ -135,8 +137,8 @@ class Layer:
         return Layer(**fields)
 
 
-@dataclass(frozen=True)
-class LayerTable:
+@dataclass(frozen=True, repr=False)
+class LayerTable(ShownAsSheets):
     """A dense model at one input shape: rows in the order of execution, widths, and equations between widths.
 
     A model of two linear layers, 8 -> 16 -> 4, on 32 samples:
@@ -159,6 +161,31 @@ class LayerTable:
     equations: tuple[Poly, ...] = ()  # each polynomial over widths is 0
     uncounted: tuple[str, ...] = ()  # ops that are neither counted nor known to cost no MACs
     untraceable: str | None = None  # why the widths are unknown, where they are: then all of them are fixed
+
+    def sheets(self) -> list[Sheet]:
+        """One row a counted operation, in MACs of a forward pass."""
+        entries = [
+            {
+                "name": layer.name,
+                "kind": layer.kind,
+                "role": layer.role,
+                "macs": layer.macs.evaluate(self.sizes),
+                "params": layer.params.evaluate(self.sizes),
+                "note": layer.note,
+            }
+            for layer in self.layers
+        ]
+        columns = [
+            Column("name", "layer"),
+            Column("kind", "kind", priority=2),
+            Column("role", "role", priority=1),
+            Column("macs", "MACs", integer, right=True),
+            Column("params", "parameters", integer, right=True, priority=2),
+            Column("note", "note", priority=3),
+        ]
+        shape = shape_text(self.input)
+        title = f"{self.model}, input {shape}: {self.macs:,} MACs, {self.params:,} parameters"
+        return [Sheet(title, columns, entries)]
 
     @cached_property
     def sizes(self) -> list[int]:

@@ -9,9 +9,9 @@ import re
 
 import pytest
 
+from sparseift_cli.base.sheets import Column, Sheet, integer, measured
 from sparseift_cli.cli import output
 from sparseift_cli.cli.options import Format
-from sparseift_cli.cli.output import Column, Sheet, integer
 from sparseift_cli.cli.report_view import decimals
 from sparseift_cli.cli.train_view import show_runs
 
@@ -152,7 +152,7 @@ def test_commands_on_narrow_terminals(
 
 def test_what_is_huge_is_written_by_its_size(capsys: pytest.CaptureFixture[str]) -> None:
     """A diverging model's perplexity was printed in 28 digits."""
-    assert [output.measured(v) for v in (1.5, 652.51234, 3.0888193496e27)] == ["1.5000", "652.5123", "3.0888e+27"]
+    assert [measured(v) for v in (1.5, 652.51234, 3.0888193496e27)] == ["1.5000", "652.5123", "3.0888e+27"]
     assert [decimals(v) for v in (652.51234, 123456.789, 3.0888193496e7)] == ["652.51", "123456.789", "3.0888e+07"]
     run = {"recipe": "r", "seed": 0, "steps": 2, "flops": {"spent": 1, "dense": 1}, "nonzero_params": 1, "seconds": 1.0}
     show_runs([{**run, "metrics": {"perplexity": 3.0888193496e27}}], Format.table)

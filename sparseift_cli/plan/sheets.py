@@ -1,0 +1,200 @@
+"""An audit and a plan as sheets: the layers, the totals, and what causes the difference to the dense model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+from ..base.sheets import Column, Sheet, digits_that_differ, integer, ratio
+from ..base.text import shape_text
+from ..table.shape import Shape
+from .audit import Audit, audit, row_json, rows
+from .layer_plan import LayerPlan
+from .plan import Plan
+
+WITHOUT_MASKS = (
+    "Trained without masks (algorithm dense): forward MACs and non-zeros are the plan's, not what is trained."
+)
+CONTROL = "Scope none: nothing is widened and FLOPs fall with the sparsity. A control, no iso-FLOP transform."
+STYLES = {"transformed": "green", "boundary": "yellow", "untouched": "dim", "mixed": ""}
+
+
+def audit_sheets(result: Audit) -> list[Sheet]:
+    """The layers, the totals and, of a transformed model, the causes of the difference."""
+    return [layer_sheet(result), totals_sheet(result, "Totals"), *([owner_sheet(result)] if result.plan else [])]
+
+
+def plan_sheets(plan: Plan) -> list[Sheet]:
+    """The layers, and the widths that were chosen."""
+    sheets = [layer_sheet(audit(plan))]
+    widths = plan.to_json()["free_widths"]
+    if widths:
+        columns = [
+            Column("name", "width"),
+            Column("dense", "dense", integer, right=True),
+            Column("size", "new", integer, right=True),
+            Column("ideal", "before rounding", lambda v: f"{v:.2f}", right=True),
+        ]
+        sheets.append(Sheet("Widths", columns, widths))
+    return sheets
+
+
+Entries = list[dict[str, Any]]
+"""One mapping a row: the fields of the JSON document, and `shape` as text."""
+
+
+def layer_sheet(result: Audit, arrange: Callable[[Entries], Entries] = list) -> Sheet:
+    """One row a counted operation; `arrange` may fold and sort them."""
+    entries = arrange([_entry(row, result) for row in rows(result)])
+    columns = [
+        Column("name", "layer"),
+        Column("kind", "kind", priority=3),
+        Column("role", "role", priority=1),
+        Column("shape", "shape", priority=4),
+        Column("dense_macs", "dense MACs", integer, right=True),
+    ]
+    if result.plan:
+        columns += [
+            Column("transformed_macs", "transformed MACs", integer, right=True),
+            Column("ratio", "ratio", ratio, right=True),
+            Column("density", "density", lambda d: f"{d:.5f}", right=True, priority=2),
+            Column("nnz", "non-zeros", integer, right=True, priority=2),
+            Column("status", "status", style=STYLES.__getitem__),
+            Column("reason", "why / how", priority=5),
+        ]
+    else:
+        columns += [
+            Column("params", "parameters", integer, right=True, priority=2),
+            Column("reason", "note", priority=5),
+        ]
+    return Sheet(title_of(result), columns, entries)
+
+
+def title_of(result: Audit) -> str:
+    """The model, its input, and the transform."""
+    title = f"{result.table.model}, input {shape_text(result.table.input)}"
+    if result.plan:
+        spec = result.plan.spec
+        title += f": {result.plan.member.title.lower()}, sparsity {spec.sparsity}, match {spec.match}"
+        title += f", scope {spec.scope}" if spec.scope != "all" else ""
+        title += ", a control" if result.control else ""
+    return title + " (1 MAC = 2 FLOPs)"
+
+
+def _entry(row: LayerPlan, result: Audit) -> dict[str, Any]:
+    entry = row_json(row)
+    entry["shape"] = layer_shape_text(row, result)
+    return entry
+
+
+def layer_shape_text(row: LayerPlan, result: Audit) -> str:
+    """`64>128 3x3 -> 202>405 3x3`: inputs > outputs, kernel, groups, before and after."""
+    layer = row.layer
+    if not layer.weighted:
+        return ""
+    before = layer.shape(result.table.sizes)
+    after = [p.shape for p in row.parts]
+    if len(after) == 1:
+        return (
+            _written(before, layer.kernel)
+            if after[0] == before
+            else f"{_written(before, layer.kernel)} -> {_written(after[0], layer.kernel)}"
+        )
+    return f"{_written(before, layer.kernel)} -> {row.new_shape}"
+
+
+def _written(shape: Shape, kernel: tuple[int, ...]) -> str:
+    taps = " " + "x".join(map(str, kernel)) if kernel and shape.taps > 1 else ""
+    groups = f" g{shape.groups}" if shape.groups > 1 else ""
+    return f"{shape.inputs}>{shape.outputs}{taps}{groups}"
+
+
+# --- totals ---
+
+
+def totals_sheet(result: Audit, title: str) -> Sheet:
+    """MACs, FLOPs, parameters and activation elements of the whole model, dense and transformed, and notes on them."""
+    dense, after = result.dense, result.transformed
+
+    def line(what: str, a: int, b: int | None) -> dict[str, Any]:
+        return {"what": what, "dense": a, "transformed": b, "ratio": b / a if b is not None and a else None}
+
+    entries = [
+        line("forward MACs", dense.forward_macs, after and after.forward_macs),
+        line("forward FLOPs", dense.forward_flops, after and after.forward_flops),
+        line(f"training FLOPs, {result.training.algorithm}", dense.training_flops, after and after.training_flops),
+        line("parameters", dense.params, after and after.params),
+        line("non-zero parameters", dense.nonzero_params, after and after.nonzero_params),
+        line("activation elements", dense.activations, after and after.activations),
+    ]
+    columns = [Column("what", "total"), Column("dense", "dense", integer, right=True)]
+    if after:
+        columns += [
+            Column("transformed", "transformed", integer, right=True),
+            Column("ratio", "ratio", ratio, right=True),
+        ]
+    return Sheet(title, columns, entries, _notes(result))
+
+
+def _notes(result: Audit) -> list[str]:
+    notes = []
+    if result.causal != "full":
+        found = any(row.causal for row in result.table.layers)
+        unseen = "no attention here says that it is causal (`is_causal=True`; a mask of its own is not read): counted in full"
+        notes.append(f"Causal attention counted {result.causal}." if found else f"--causal {result.causal}: {unseen}.")
+    if result.table.untraceable:
+        notes.append(f"Widths unknown ({result.table.untraceable}): Sparse Wide cannot be planned.")
+    if result.table.uncounted:
+        notes.append(f"Not counted: {', '.join(result.table.uncounted)}.")
+    if result.plan is None or result.transformed is None:
+        return notes
+    plan = result.plan
+    if result.control:
+        notes.append(CONTROL)
+    if result.training.method.costs_more_while_updating and result.training_while_updating is not None:
+        still = float(result.training_while_updating / result.dense.training_macs)
+        notes.append(
+            f"Training: {ratio(still)}x dense while masks update, {ratio(float(result.training_ratio or 0))}x over the run."
+        )
+    if not result.training.method.masked:
+        notes.append(WITHOUT_MASKS)
+    if plan.scale is not None:
+        notes.append(f"Matched: the transformed layers cost {float(plan.scale):.5f}x their dense FLOPs.")
+        if plan.scale < Fraction(1, 2):
+            notes.append(
+                "Warning: less than half of the transformed layers' FLOPs are left; what stays dense eats the rest."
+            )
+    limit = result.s_max
+    if limit is not None and limit < 1:
+        notes.append(
+            f"s_max {digits_that_differ(limit, 1, 3)}: above it, what is left alone costs more than the whole dense model."
+        )
+    if result.activation_factor and result.activation_factor > 1:
+        notes.append(f"Activations take {result.activation_factor:.2f}x the memory, which no FLOP count shows.")
+    return notes
+
+
+def owner_sheet(result: Audit) -> Sheet:
+    """The causes of the difference in forward MACs; their sum is the whole difference."""
+    owned = result.owners()
+    total = result.dense.forward_macs
+    entries = [{"owner": k, "macs": v, "share": v / total} for k, v in owned.items()]
+    entries.append({"owner": "whole model", "macs": sum(owned.values()), "share": sum(owned.values()) / total})
+    return Sheet(
+        "Who owns the difference",
+        [
+            Column("owner", "owner"),
+            Column("macs", "MACs", lambda v: f"{v:+,}", right=True),
+            Column("share", "of the dense model", _percent, right=True),
+        ],
+        entries,
+    )
+
+
+def _percent(share: float) -> str:
+    """To four decimals, or as many as show that it is not 0."""
+    share *= 100
+    digits = 4 if abs(share) >= 5e-5 or not share else 1 - math.floor(math.log10(abs(share)))
+    return f"{share + 0.0:+.{digits}f} %"
