@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 from ..base.options import Option, check
 from ..errors import UsageError, one_of
 from ..sparsity.algorithms import ALGORITHMS, MaskAlgorithm, make_algorithm, name_of
-from ..sparsity.schedule import Schedule
+from ..sparsity.schedule import UpdateSchedule
 from .members import MEMBERS, written_name
 
 Match = Literal["off", "layer", "model", "train"]
@@ -314,9 +314,9 @@ class TrainingSpec:
         return TrainingSpec(**options)
 
     @property
-    def schedule(self) -> Schedule:
+    def schedule(self) -> UpdateSchedule:
         """When masks change, by `delta_t`, `stop` and `steps`, whether the algorithm has any use for it or not."""
-        return Schedule(self.delta_t, Fraction(self.stop), self.steps)
+        return UpdateSchedule(self.delta_t, Fraction(self.stop), self.steps)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"stop": float(Fraction(self.stop))}

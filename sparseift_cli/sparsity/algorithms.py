@@ -32,8 +32,8 @@ from ..base.registry import Registry
 from ..errors import UsageError
 from .schedule import (
     Decay,
-    Schedule,
     StepCost,
+    UpdateSchedule,
     drop_fraction,
     drops,
     nonzeros_at,
@@ -111,19 +111,19 @@ class MaskAlgorithm:
 
     # --- when, and how many ---
 
-    def schedule(self, steps: int | None) -> Schedule:
+    def schedule(self, steps: int | None) -> UpdateSchedule:
         """When masks change in a run of so many optimiser steps; None means the limit of long runs."""
-        return Schedule(delta_t=1, stop=Fraction(0), steps=steps)
+        return UpdateSchedule(delta_t=1, stop=Fraction(0), steps=steps)
 
-    def updates_at(self, step: int, schedule: Schedule) -> bool:
+    def updates_at(self, step: int, schedule: UpdateSchedule) -> bool:
         """Whether weights are dropped and grown after step `step`."""
         return self.drops_and_grows and updates_at(schedule, step)
 
-    def drops(self, active: int, step: int, schedule: Schedule) -> int:
+    def drops(self, active: int, step: int, schedule: UpdateSchedule) -> int:
         """How many of `active` weights (or blocks) the update of step `step` drops, and grows elsewhere."""
         return 0
 
-    def nonzeros(self, step: int, start: int, final: int, schedule: Schedule) -> int:
+    def nonzeros(self, step: int, start: int, final: int, schedule: UpdateSchedule) -> int:
         """The non-zeros (or blocks) that step `step` computes with: between `start`, those at step 0, and the planned `final`.
 
         An algorithm that overrides this must override `mean_nonzeros` accordingly.
@@ -133,7 +133,7 @@ class MaskAlgorithm:
     # --- what it costs ---
 
     def mean_nonzeros(
-        self, start: Fraction | int, final: Fraction | int, schedule: Schedule, block: int | None = None
+        self, start: Fraction | int, final: Fraction | int, schedule: UpdateSchedule, block: int | None = None
     ) -> tuple[Fraction, Fraction]:
         """`nonzeros`, summed over the steps of a run and over its mask updates, both divided by the number of steps.
 
@@ -150,7 +150,7 @@ class MaskAlgorithm:
         start: Fraction | int,
         final: Fraction | int,
         weights: Fraction | int,
-        schedule: Schedule,
+        schedule: UpdateSchedule,
         block: int | None = None,
     ) -> Fraction:
         """MACs of the mean training step of one weight tensor.
@@ -176,7 +176,7 @@ class MaskAlgorithm:
         """Whether steps cost more before `stop` than behind it, and only because of dense gradients at mask updates."""
         return self.dense_gradient == "at updates" and self.start_density is None
 
-    def updating_step(self, cost: StepCost, final: int, weights: int, schedule: Schedule) -> Fraction:
+    def updating_step(self, cost: StepCost, final: int, weights: int, schedule: UpdateSchedule) -> Fraction:
         """MACs of the mean step while masks still change, where `costs_more_while_updating`.
 
         Evci et al. 2020, appendix H, approximate it as (3 f_S dT + 2 f_S + f_D)/(dT + 1).
@@ -215,11 +215,11 @@ class Dense(MaskAlgorithm):
     masked: ClassVar[bool] = False
     start_density: ClassVar[Fraction | None] = Fraction(1)
 
-    def nonzeros(self, step: int, start: int, final: int, schedule: Schedule) -> int:
+    def nonzeros(self, step: int, start: int, final: int, schedule: UpdateSchedule) -> int:
         return start
 
     def mean_nonzeros(
-        self, start: Fraction | int, final: Fraction | int, schedule: Schedule, block: int | None = None
+        self, start: Fraction | int, final: Fraction | int, schedule: UpdateSchedule, block: int | None = None
     ) -> tuple[Fraction, Fraction]:
         return Fraction(start), start * schedule.update_rate
 
@@ -245,8 +245,8 @@ class Scheduled(MaskAlgorithm):
         object.__setattr__(self, "stop", str(self.stop))
         super().__post_init__()
 
-    def schedule(self, steps: int | None) -> Schedule:
-        return Schedule(self.delta_t, Fraction(self.stop), steps)
+    def schedule(self, steps: int | None) -> UpdateSchedule:
+        return UpdateSchedule(self.delta_t, Fraction(self.stop), steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,7 +261,7 @@ class DropAndGrow(Scheduled):
     decay: Annotated[Decay, Option("How the drop fraction falls until `stop`.")] = "cosine"
     regrow: Annotated[Regrow, Option("Whether a weight may return in the update that dropped it.")] = "allow"
 
-    def drops(self, active: int, step: int, schedule: Schedule) -> int:
+    def drops(self, active: int, step: int, schedule: UpdateSchedule) -> int:
         return drops(active, drop_fraction(self.decay, self.drop_fraction, step, schedule))
 
 
@@ -325,11 +325,11 @@ class SNFS(DropAndGrow):
 class _CubicPruning(MaskAlgorithm):
     """Non-zeros fall from `start_density` to the planned ones by the cubic of Zhu & Gupta 2017, eq. 1."""
 
-    def nonzeros(self, step: int, start: int, final: int, schedule: Schedule) -> int:
+    def nonzeros(self, step: int, start: int, final: int, schedule: UpdateSchedule) -> int:
         return nonzeros_at(step, start, final, schedule)
 
     def mean_nonzeros(
-        self, start: Fraction | int, final: Fraction | int, schedule: Schedule, block: int | None = None
+        self, start: Fraction | int, final: Fraction | int, schedule: UpdateSchedule, block: int | None = None
     ) -> tuple[Fraction, Fraction]:
         if block and schedule.steps:
             steps, updates = nonzeros_over_run(int(start // block), int(final // block), schedule)

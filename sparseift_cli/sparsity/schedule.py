@@ -33,7 +33,7 @@ class StepCost:
 
 
 @dataclass(frozen=True, slots=True)
-class Schedule:
+class UpdateSchedule:
     """When masks change: every `delta_t` steps, 0 < t < stop * steps. Without `steps` the long-run limit is meant."""
 
     delta_t: int = 100
@@ -82,7 +82,7 @@ def _remaining_at_updates(delta_t: int, end: int) -> Fraction:
     return Fraction(sum((end - t) ** 3 for t in range(delta_t, end, delta_t)), end**3) if end else Fraction(0)
 
 
-def nonzeros_at(step: int, start: int, final: int, schedule: Schedule) -> int:
+def nonzeros_at(step: int, start: int, final: int, schedule: UpdateSchedule) -> int:
     """The non-zeros (or blocks) that step `step` computes with, on the cubic way from `start` down to `final`.
 
     final + floor((start - final) (1 - progress)^3), Zhu & Gupta 2017 ("To prune, or not to prune", eq. 1). Progress moves
@@ -97,7 +97,7 @@ def nonzeros_at(step: int, start: int, final: int, schedule: Schedule) -> int:
 
 
 @lru_cache(maxsize=4096)  # layers and branches of one size have the same
-def nonzeros_over_run(start: int, final: int, schedule: Schedule) -> tuple[int, int]:
+def nonzeros_over_run(start: int, final: int, schedule: UpdateSchedule) -> tuple[int, int]:
     """`nonzeros_at` summed over all steps of a run, and over those with a mask update."""
     end, over_steps, over_updates = schedule.end, 0, 0
     for t in range(0, end, schedule.delta_t):
@@ -107,12 +107,12 @@ def nonzeros_over_run(start: int, final: int, schedule: Schedule) -> tuple[int, 
     return over_steps + ((schedule.steps or 0) - end) * final, over_updates
 
 
-def updates_at(schedule: Schedule, step: int) -> bool:
+def updates_at(schedule: UpdateSchedule, step: int) -> bool:
     """Whether masks change at step `step` (from 0): at 0 < t < stop * steps, delta_t | t."""
     return 0 < step < schedule.end and step % schedule.delta_t == 0
 
 
-def drop_fraction(decay: Decay, initial: float, step: int, schedule: Schedule) -> float:
+def drop_fraction(decay: Decay, initial: float, step: int, schedule: UpdateSchedule) -> float:
     """The part of the active weights that the update of step `step` drops and grows.
 
     With x = step / (stop * steps): cosine initial/2 (1 + cos(pi x)), constant, linear initial (1 - x), inverse_power

@@ -20,7 +20,7 @@ from sparseift.plan import audit
 
 assert sparseift is sparseift_cli
 assert sparseift.__version__ == sparseift_cli.__version__
-assert sparseift.sparsity.schedule.Schedule is sparseift_cli.sparsity.schedule.Schedule
+assert sparseift.sparsity.schedule.UpdateSchedule is sparseift_cli.sparsity.schedule.UpdateSchedule
 assert UsageError is sparseift_cli.errors.UsageError
 assert Registry.__module__ == "sparseift_cli.base.registry"
 assert audit.__spec__.name == audit.__name__ == "sparseift_cli.plan.audit"

@@ -15,7 +15,7 @@ from sparseift_cli.plan.budget import erdos_renyi
 from sparseift_cli.plan.plan import make_plan
 from sparseift_cli.plan.spec import TrainingSpec, TransformSpec
 from sparseift_cli.sparsity.algorithms import make_algorithm
-from sparseift_cli.sparsity.schedule import Schedule, StepCost
+from sparseift_cli.sparsity.schedule import StepCost, UpdateSchedule
 from sparseift_cli.table.table import LayerTable
 
 
@@ -155,7 +155,7 @@ def test_gradual_pruning_costs_more_under_wide(algorithm: Any, sparsity: str, ex
     weights = 1 / density
     start = weights / 2 if algorithm == "granet" else weights
     # GraNet's dense weight gradients vanish where updates are rare
-    mean = make_algorithm(algorithm).mean_step(StepCost(1, 1, 1), start, 1, weights, Schedule(delta_t=10**9))
+    mean = make_algorithm(algorithm).mean_step(StepCost(1, 1, 1), start, 1, weights, UpdateSchedule(delta_t=10**9))
     assert float(mean / 3) == pytest.approx(expected, abs=1e-6)
 
 
@@ -183,7 +183,7 @@ def test_schedules_against_a_loop_over_the_steps(algorithm: Any, steps: int, del
         if algorithm == "snfs":
             total += 80 - 8
         total += sum(cost)
-    schedule = Schedule(delta_t, Fraction(stop), steps)
+    schedule = UpdateSchedule(delta_t, Fraction(stop), steps)
     assert (
         make_algorithm(algorithm).mean_step(sparse, 10 * (start or Fraction(1, 10)), 1, 10, schedule) * steps == total
     )

@@ -14,7 +14,7 @@ from sparseift_cli.base.randomness import generator_for, key_of
 from sparseift_cli.errors import UsageError
 from sparseift_cli.sparsity.algorithms import ALGORITHMS, GMP, MaskAlgorithm, RigL, make_algorithm, name_of
 from sparseift_cli.sparsity.drop_and_grow import best, drop_and_grow, extend, prune
-from sparseift_cli.sparsity.schedule import Schedule, StepCost, drop_fraction, drops, nonzeros_at, updates_at
+from sparseift_cli.sparsity.schedule import StepCost, UpdateSchedule, drop_fraction, drops, nonzeros_at, updates_at
 
 
 def bits(text: str) -> Tensor:
@@ -99,14 +99,14 @@ def test_updates_are_those_of_isoflop() -> None:
     for steps in (1, 7, 40, 41):
         for delta_t in (1, 3, 10):
             for stop in (Fraction(0), Fraction(1, 3), Fraction(3, 4), Fraction(1)):
-                schedule = Schedule(delta_t, stop, steps)
+                schedule = UpdateSchedule(delta_t, stop, steps)
                 found = [t for t in range(steps) if updates_at(schedule, t)]
                 assert len(found) == schedule.updates
                 assert found == [t for t in range(steps) if 0 < t < stop * steps and t % delta_t == 0]
 
 
 def test_drop_fractions() -> None:
-    schedule = Schedule(100, Fraction(3, 4), 1000)
+    schedule = UpdateSchedule(100, Fraction(3, 4), 1000)
     for t in (100, 375, 700):
         x = t / 750
         assert drop_fraction("cosine", 0.3, t, schedule) == pytest.approx(0.15 * (1 + cos(pi * x)))
@@ -118,7 +118,7 @@ def test_drop_fractions() -> None:
 
 
 def test_cubic_schedule() -> None:
-    schedule = Schedule(10, Fraction(3, 4), 100)
+    schedule = UpdateSchedule(10, Fraction(3, 4), 100)
     counts = [nonzeros_at(t, 1000, 100, schedule) for t in range(101)]
     for t, n in enumerate(counts):
         progress = Fraction(min(t, 75) // 10 * 10 if t < 75 else 75, 75)
@@ -127,13 +127,13 @@ def test_cubic_schedule() -> None:
     assert counts[:10] == [1000] * 10 and counts[75:] == [100] * 26
     assert counts == sorted(counts, reverse=True)
     assert nonzeros_at(0, 50, 100, schedule) == 100
-    assert nonzeros_at(0, 1000, 100, Schedule(10, Fraction(0), 100)) == 100
+    assert nonzeros_at(0, 1000, 100, UpdateSchedule(10, Fraction(0), 100)) == 100
 
 
 @pytest.mark.parametrize("steps", [40, 75, 400])
 def test_gmp_spends_what_the_cost_model_says(steps: int) -> None:
     """Summed over a run, GMP's non-zeros are those of its mean step, within the one per step that is rounded down."""
-    schedule = Schedule(10, Fraction(3, 4), steps)
+    schedule = UpdateSchedule(10, Fraction(3, 4), steps)
     start, final = 10_000, 1_234
     spent = sum(nonzeros_at(t, start, final, schedule) for t in range(steps))
     mean = GMP().mean_step(StepCost(1), start, final, start, schedule)
@@ -164,7 +164,7 @@ def test_an_algorithm_takes_its_own_options_only() -> None:
 
 def test_what_is_no_algorithm_is_refused() -> None:
     class Halved(MaskAlgorithm):
-        def nonzeros(self, step: int, start: int, final: int, schedule: Schedule) -> int:
+        def nonzeros(self, step: int, start: int, final: int, schedule: UpdateSchedule) -> int:
             return final // 2
 
     for found, reason in ((dict, "a subclass of"), (RigL(), "a subclass of"), (Halved, "overridden together")):
