@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import UsageError
 from .augment import Augment, Normalise, crop_and_flip, cut_out
 from .dataset import BatchSettings, DataSet, Targets, fits_on, hash_tensors
-from .order import Order, permutation
+from .order import InMemoryLoader, Order, permutation
 
 # A part of the training images kept aside, so that what is chosen by accuracy is not chosen on the test split.
 
@@ -118,7 +118,7 @@ class ImageSet(DataSet):
         return ImageLoader(self, settings)
 
 
-class ImageLoader:
+class ImageLoader(InMemoryLoader):
     """Batches x [b, C, H, W] of floats and y [b] of int64."""
 
     def __init__(self, dataset: ImageSet, settings: BatchSettings) -> None:
@@ -140,16 +140,6 @@ class ImageLoader:
         self.steps = self._order.steps
         self.targets = Targets(len(labels) if not settings.train else self.steps * settings.batch_size)
 
-    @property
-    def assembly(self) -> ImageLoader | None:
-        return self if self._resident else None
-
-    def picks(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        return self._order.at(epoch, step)
-
-    def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        return self.assemble(*self.picks(epoch, step))
-
     def assemble(self, ids: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
         parts = [self._images.index_select(0, ids), self._labels.index_select(0, ids), random]
         if not self._resident:
@@ -163,6 +153,3 @@ class ImageLoader:
         if augment is not None and augment.cutout:
             floats = cut_out(floats, random, augment.cutout)
         return floats, labels
-
-    def close(self) -> None:
-        """Nothing is held that needs closing."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -89,3 +92,31 @@ class Order:
         if self._epoch is None or self._epoch[0] != epoch:
             self._epoch = (epoch, permutation(self.size, "order", epoch, seed=self.seed).to(self.device))
         return self._epoch[1]
+
+
+class InMemoryLoader(ABC):
+    """Batches of a split that is in memory: the samples of `_order`, put together by `assemble`."""
+
+    _order: Order
+    _resident: bool
+    """The device holds the whole split."""
+
+    @property
+    def assembly(self) -> Self | None:
+        """How batches are made on the device, where it holds the whole split; else None."""
+        return self if self._resident else None
+
+    def picks(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        """Sample ids and random words, int64 [b], of a batch."""
+        return self._order.at(epoch, step)
+
+    def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        """The batch x, y of this rank on the device: [b, C, H, W] and [b] of images, [b, seq] both of tokens."""
+        return self.assemble(*self.picks(epoch, step))
+
+    @abstractmethod
+    def assemble(self, ids: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch x, y of sample ids [b] and random words [b]."""
+
+    def close(self) -> None:  # noqa: B027 (nothing to do, and no subclass has to)
+        """There are no worker processes to end."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..base.randomness import below, counters
 from ..errors import UsageError
 from .dataset import BatchSettings, DataSet, Targets, fits_on, hash_tensors
-from .order import Order
+from .order import InMemoryLoader, Order
 
 IGNORE = -100  # the target of what is no token: cross_entropy leaves it out by default
 # Unsigned 16- and 32-bit files are held as the signed type of the same size: torch indexes those everywhere.
@@ -91,7 +91,7 @@ class TokenSet(DataSet):
         return TokenLoader(self, settings)
 
 
-class TokenLoader:
+class TokenLoader(InMemoryLoader):
     """Batches x, y [b, seq] of int64: y is x one token later, and IGNORE past the end of the stream.
 
     Training: windows of seq + 1 tokens at offsets f(seed, epoch, place in the epoch), any offset equally likely; an
@@ -138,16 +138,6 @@ class TokenLoader:
                 self._length - 1, stream.words() if whole else None, stream.bytes() if whole else None
             )
 
-    @property
-    def assembly(self) -> TokenLoader | None:
-        return self if self._resident else None
-
-    def picks(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        return self._order.at(epoch, step)
-
-    def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        return self.assemble(*self.picks(epoch, step))
-
     def assemble(self, ids: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
         starts = below(random, self._length - self.seq) if self._train else ids * self.seq
         places = starts[:, None] + self._window  # [b, seq + 1]
@@ -161,6 +151,3 @@ class TokenLoader:
             pin = self._device.type == "cuda"
             x, y = ((p.contiguous().pin_memory() if pin else p).to(self._device, non_blocking=True) for p in (x, y))
         return x.contiguous(), y.contiguous()
-
-    def close(self) -> None:
-        """Nothing is held that needs closing."""
