@@ -105,12 +105,14 @@ def inspect(
 ) -> None:
     fmt = without_github(fmt, as_json, "inspect")
     size = {"--input": input_, "--batch": batch, "--seq": seq, "--num-classes": num_classes}
-    asked = Asked(values, state_dict.get("key"), model, spectral, every_checkpoint, why, spec, size, depth, sort)
+    asked = InspectArguments(
+        values, state_dict.get("key"), model, spectral, every_checkpoint, why, spec, size, depth, sort
+    )
     _inspect(source, asked, fmt, output)
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class InspectArguments:
     """What the command line asks of a source, apart from the format. Most options are for one kind of source."""
 
     values: bool
@@ -136,7 +138,7 @@ class Asked:
         return {"--depth": self.depth, "--sort": self.sort}
 
 
-def _inspect(source: str, asked: Asked, fmt: Format, output: Path | None) -> None:
+def _inspect(source: str, asked: InspectArguments, fmt: Format, output: Path | None) -> None:
     """Find out what `source` is, refuse the options that are not for it, and show it."""
     from ..report.read import is_kept_file
     from ..transforms.artifact import is_artifact, is_run, open_artifact
@@ -183,7 +185,7 @@ def _inspect(source: str, asked: Asked, fmt: Format, output: Path | None) -> Non
     inspect_model(request, why=asked.why, spec=asked.spec, depth=asked.depth, sort=asked.sort, fmt=fmt, output=output)
 
 
-def _spectral(source: str, asked: Asked, fmt: Format, output: Path | None) -> None:
+def _spectral(source: str, asked: InspectArguments, fmt: Format, output: Path | None) -> None:
     """The masks of a checkpoint, a folder of ours or a run."""
     _refuse({} if asked.spectral else {"--every-checkpoint": True}, "masks are read with --spectral", "for it")
     others = {**asked.of_models(), "--values": asked.values, "--model": asked.model, **asked.of_rows()}

@@ -117,7 +117,7 @@ def train(
     json: options.Json = False,
 ) -> None:
     fmt = without_github(fmt, json, "train")
-    asked = Asked(recipes, sets or [], seeds, parallel, runs, resume, fmt, tensorboard, no_compile)
+    asked = TrainArguments(recipes, sets or [], seeds, parallel, runs, resume, fmt, tensorboard, no_compile)
     loaded = [_load(recipe, asked.all_sets) for recipe in recipes]
     if print_recipe:
         from ..recipe.write import annotated_yaml
@@ -136,7 +136,7 @@ def train(
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class TrainArguments:
     """What the command line asks for, apart from looking only. The same words begin a run and go on with it."""
 
     recipes: list[str]
@@ -179,7 +179,7 @@ def _jobs(recipes: Sequence[Recipe], seeds: list[int]) -> Jobs:
     return [(r, seed) for r in recipes for seed in seeds or r.spec.training.seeds or (r.spec.training.seed,)]
 
 
-def _train(jobs: Jobs, asked: Asked, slot: tuple[int, int] | None) -> None:
+def _train(jobs: Jobs, asked: TrainArguments, slot: tuple[int, int] | None) -> None:
     """Train the jobs here or in processes of their own; with `slot`, as such a process.
 
     Raises:
@@ -201,7 +201,7 @@ def _train(jobs: Jobs, asked: Asked, slot: tuple[int, int] | None) -> None:
         raise
 
 
-def _run(jobs: Jobs, asked: Asked) -> None:
+def _run(jobs: Jobs, asked: TrainArguments) -> None:
     from .progress import Bars, progress
     from .train_view import show_runs
 
@@ -215,7 +215,7 @@ def _run(jobs: Jobs, asked: Asked) -> None:
     show_runs(results, asked.fmt)
 
 
-def _run_child(jobs: Jobs, asked: Asked, slot: tuple[int, int]) -> None:
+def _run_child(jobs: Jobs, asked: TrainArguments, slot: tuple[int, int]) -> None:
     """One of the processes of --parallel: progress goes to the parent as events."""
     from ..train.parallel import Events
     from ..train.processes import Slot
@@ -240,7 +240,7 @@ def _run_child(jobs: Jobs, asked: Asked, slot: tuple[int, int]) -> None:
     show_runs(results, asked.fmt)
 
 
-def _run_parallel(jobs: Jobs, asked: Asked) -> None:
+def _run_parallel(jobs: Jobs, asked: TrainArguments) -> None:
     from ..train.parallel import Child, FailedRuns, run_parallel
     from .progress import progress
     from .train_view import show_runs
