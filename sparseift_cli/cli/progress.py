@@ -11,21 +11,19 @@ import sys
 import textwrap
 import threading
 import time
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..base.metrics import metric_names
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.text import Text
+    from rich.console import Console, RenderableType
+    from rich.progress import Progress, TaskID
 
 SHOWN = ("train_loss", *metric_names())
 REFRESH = 2  # times a second
-WINDOW = 60  # the rate is that of so many drawings, half a minute
-BAR = 30  # its longest
-SHORTEST = 8  # a shorter bar says nothing: then there is none
+WINDOW = 30.0  # seconds over which the rate is the mean
+WITH_TIME, WITH_BAR, WITH_RATE = 40, 60, 80  # characters of a terminal that has room for these
 
 
 class Lines:
@@ -79,51 +77,48 @@ class Lines:
 
 
 class Bars(Lines):
-    """The same lines, folded to the terminal, above one bar for each run that is on its way."""
+    """The same lines, folded to the terminal, above one bar for each run in progress."""
 
     def __init__(self, console: Console, several: bool = False) -> None:
-        from rich.live import Live
-
         super().__init__(several)
         self._console = console
-        self._runs: dict[str, _Bar] = {}
-        self._live = Live(
-            console=console,
-            refresh_per_second=REFRESH,
-            transient=True,
-            redirect_stdout=False,
-            get_renderable=self._draw,
-        )
+        self._tasks: dict[str, TaskID] = {}
+        self._latest: dict[str, int] = {}
+        """The step of each run, as its loop stored it; the drawing thread reads it."""
+        self._progress = _progress(console, self._advance)
 
     def __enter__(self) -> Bars:
-        self._live.start()
+        self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._runs.clear()
-        self._live.stop()
+        for run in list(self._tasks):
+            self.end(run)
+        self._progress.stop()
 
     def note(self, text: str, steps: int = 0, begins: int = 0, run: str = "") -> None:
         super().note(text, steps, begins, run)
         if steps:
-            if not self._several:
-                self._runs.clear()
-            self._runs[run] = _Bar(run, steps, begins)
-            self._live.refresh()
+            for other in list(self._tasks) if not self._several else [run]:
+                self.end(other)
+            self._latest[run] = begins
+            self._tasks[run] = self._progress.add_task(run, total=steps, completed=begins)
 
     def row(self, row: Mapping[str, Any], run: str = "") -> None:
         super().row(row, run)
-        bar = self._runs.get(run or self._run)
-        if bar is not None:
-            bar.measured(row["step"])
+        self.tick(row["step"], run)
 
     def tick(self, step: int, run: str = "") -> None:
-        bar = self._runs.get(run or self._run)
-        if bar is not None:
-            bar.step, bar.ticks = step, True
+        self._latest[run or self._run] = step
 
     def end(self, run: str) -> None:
-        self._runs.pop(run, None)
+        task = self._tasks.pop(run, None)
+        if task is not None:
+            self._progress.remove_task(task)
+
+    def _advance(self) -> None:
+        for run, task in list(self._tasks.items()):
+            self._progress.update(task, completed=self._latest[run])
 
     def _say(self, words: Sequence[str], between: str) -> None:
         from rich.text import Text
@@ -131,57 +126,48 @@ class Bars(Lines):
         lines = fold(words, between, self._console.width - 1)
         self._console.print(Text("\n".join(lines)), soft_wrap=True)  # a path that is too long is left to the terminal
 
-    def _draw(self) -> Text:
-        from rich.text import Text
 
-        drawn = [bar.draw(self._console, time.monotonic()) for bar in list(self._runs.values())]
-        return Text("\n").join(drawn)
+def _progress(console: Console, before_drawing: Callable[[], None]) -> Progress:
+    """rich's bars with the columns that this terminal has room for: run, bar, steps, steps a second, time left."""
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task
+    from rich.table import Column
+    from rich.text import Text
 
+    class Words(ProgressColumn):
+        """A column of text about a task."""
 
-class _Bar:
-    """Where one run is, how fast, and how long it still takes."""
+        def __init__(self, words: Callable[[Task], str], **layout: Any) -> None:
+            super().__init__(Column(no_wrap=True, overflow="ellipsis", **layout))
+            self._words = words
 
-    def __init__(self, label: str, steps: int, begins: int) -> None:
-        self.step, self.ticks = begins, False
-        self._label, self._steps = label, steps
-        self._seen: deque[tuple[float, int]] = deque([(time.monotonic(), begins)], WINDOW)
+        def render(self, task: Task) -> Text:
+            return Text(self._words(task))
 
-    def measured(self, step: int) -> None:
-        """A line of metrics says where it is."""
-        self.step = step
-        self._see(time.monotonic())
+    class Drawn(Progress):
+        def get_renderables(self) -> Iterable[RenderableType]:
+            before_drawing()
+            yield from super().get_renderables()
 
-    def draw(self, console: Console, now: float) -> Text:
-        """One line that fits the terminal: the label gives way last, the bar first."""
-        from rich.text import Text
+    def rate(task: Task) -> str:
+        return f"{task.speed:.3g}/s" if task.speed else ""
 
-        if self.ticks:
-            self._see(now)
-        (first, low), (last, high) = self._seen[0], self._seen[-1]
-        rate = (high - low) / (last - first) if high > low and last > first else 0.0
-        step = self.step if self.ticks else min(self._steps, high + int(rate * (now - last)))
-        counts = f"{step:,}/{self._steps:,}"
-        shown = [counts, f"{rate:.3g}/s", f"{clock((self._steps - step) / rate)} left"] if rate else [counts]
-        limit = console.width - 1
-        if len(shown) > 1 and len("  ".join([self._label, *shown])) > limit:
-            shown = [counts, shown[2]]
-        room = limit - len("  ".join([self._label, *shown])) - 2
-        line = Text(self._label, no_wrap=True)
-        if room >= SHORTEST:
-            length = min(BAR, room)
-            done = length * step // self._steps
-            glyph = "-" if console.options.ascii_only else "━"
-            line.append("  ").append(glyph * done, "bar.complete")
-            line.append((" " if console.no_color else glyph) * (length - done), "bar.back")
-        elif room < -2:
-            line.truncate(max(0, limit - len("  ".join(["", *shown]))), overflow="ellipsis")
-        line.append("".join(f"  {t}" for t in shown))
-        line.truncate(limit)
-        return line
+    def left(task: Task) -> str:
+        return f"{clock((task.total or 0) / task.speed - task.completed / task.speed)} left" if task.speed else ""
 
-    def _see(self, now: float) -> None:
-        if self.step > self._seen[-1][1]:
-            self._seen.append((now, self.step))
+    columns: list[ProgressColumn] = [Words(lambda task: task.description, max_width=max(6, console.width // 3))]
+    columns += [BarColumn(bar_width=None)] if console.width >= WITH_BAR else []
+    columns.append(Words(lambda task: f"{int(task.completed):,}/{int(task.total or 0):,}"))
+    columns += [Words(rate)] if console.width >= WITH_RATE else []
+    columns += [Words(left)] if console.width >= WITH_TIME else []
+    return Drawn(
+        *columns,
+        console=console,
+        refresh_per_second=REFRESH,
+        speed_estimate_period=WINDOW,
+        transient=True,
+        redirect_stdout=False,
+        get_time=lambda: time.monotonic(),
+    )
 
 
 def progress(several: bool = False) -> Lines:
