@@ -337,7 +337,7 @@ def _documents(done: Transformation) -> dict[str, dict[str, Any]]:
 
 
 def _require_no_input(source: str, example_input: Any) -> None:
-    """A source is counted at its own input; another one would be given and not heard."""
+    """A source is counted at its own input; an input given beside it would be ignored."""
     if example_input is not None:
         raise UsageError(
             f"{source} brings its own input, and example_input is for a module",

@@ -3,6 +3,7 @@
 Random choices depend on a generator alone: `generator_for(seed, layer, part)` makes every mask a function of the seed and its
 own name, whatever else was drawn before it. Scores, masks and generators are on the CPU.
 
+    >>> from sparseift_cli.base.randomness import generator_for
     >>> mask = make_mask((4, 6), 8, generator=generator_for(0, "fc"))
     >>> int(mask.sum()), empty_rows_and_columns(mask)[0]
     (8, 0)
