@@ -56,6 +56,7 @@ def opened(name: str, sets: list[str] | None = None) -> Recipe:
 def ls(fmt: options.FormatOption = Format.table, json: options.Json = False) -> None:
     from ..base.durations import in_words
     from ..base.sheets import Column, Sheet, integer
+    from ..plan.members import MEMBERS, written_name
     from ..recipe.catalog import shipped
     from ..recipe.load import load
     from .output import render
@@ -72,7 +73,7 @@ def ls(fmt: options.FormatOption = Format.table, json: options.Json = False) -> 
                 "name": entry.name,
                 "model": spec.model.name,
                 "data": spec.data.name if spec.data else None,
-                "transform": recipe.transform.get("member"),
+                "transform": written_name(recipe.transform["member"]) if recipe.transform else None,
                 "sparsity": spec.transform.sparsity if spec.transform else None,
                 "algorithm": spec.algorithm.name,
                 "steps": recipe.training.get("steps"),
@@ -84,7 +85,7 @@ def ls(fmt: options.FormatOption = Format.table, json: options.Json = False) -> 
         Column("name", "recipe"),
         Column("model", "model", priority=3),
         Column("data", "data", priority=2),
-        Column("transform", "transform", priority=3),
+        Column("transform", "transform", MEMBERS.canonical, priority=3),
         Column("sparsity", "sparsity", right=True, priority=3),
         Column("algorithm", "algorithm", priority=3),
         Column("steps", "steps", steps, right=True, priority=2),
@@ -224,7 +225,7 @@ def import_(
 ) -> None:
     from ..errors import UsageError
     from ..recipe.catalog import write_new
-    from ..recipe.importers.dispatch import as_recipe, read_foreign
+    from ..recipe.importers import as_recipe, read_foreign
 
     picks = dict(p.split("=", 1) for p in pick or [] if "=" in p)
     if len(picks) != len(pick or []):

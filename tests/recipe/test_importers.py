@@ -9,7 +9,7 @@ import pytest
 
 from sparseift_cli.errors import UsageError
 from sparseift_cli.plan.spec import TransformSpec
-from sparseift_cli.recipe.importers.dispatch import as_recipe, read_foreign
+from sparseift_cli.recipe.importers import as_recipe, read_foreign
 from sparseift_cli.recipe.importers.foreign import Imported
 from sparseift_cli.recipe.load import Recipe, load
 
