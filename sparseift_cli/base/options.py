@@ -34,6 +34,7 @@ class Option:
         flags: its spellings on the command line; `--name-with-dashes` if none are given.
         names: the values it may have, where a registry or a tuple lists them and not a `Literal`. A registry also takes
             `package.module:Name`.
+        by_layer: beside a name, a mapping from globs over layer names to numbers is a value, in recipes and in Python.
         only: the members or algorithms that read it; the others ignore it. Shown before the help.
         minimum: the smallest value; `above` a limit that is no value itself.
         maximum: the largest value; `below` a limit that is no value itself.
@@ -52,6 +53,7 @@ class Option:
     above: float | None = None
     maximum: float | None = None
     below: float | None = None
+    by_layer: bool = False
     pattern: str | None = None
     metavar: str | None = None
     decimal: bool = False
@@ -158,6 +160,8 @@ def check_value(declared: DeclaredOption, value: Any) -> None:
         UsageError: it is not among the choices, or outside the bounds.
     """
     option, called = declared.option, declared.name.replace("_", " ")
+    if option.by_layer and not isinstance(value, str):
+        return  # whoever declares it checks the mapping
     if declared.choices and not (declared.takes_objects and ":" in str(value)):
         names = option.names
         if value not in (names if isinstance(names, Registry) else declared.choices):
@@ -201,7 +205,9 @@ def markdown(declaring: type) -> str:
 def values_text(declared: DeclaredOption) -> str:
     """What an option may be, in a few words: `wide, parallel` or `number, at least 0, below 1`."""
     if declared.choices:
-        return ", ".join((*declared.choices, *(("package.module:Name",) if declared.takes_objects else ())))
+        others = ("package.module:Name",) if declared.takes_objects else ()
+        mapping = ("or {layer glob: number}",) if declared.option.by_layer else ()
+        return ", ".join((*declared.choices, *others, *mapping))
     kind = "number" if declared.option.decimal else _KINDS.get(declared.type, "text")
     if get_origin(declared.type) is tuple:
         kind = "list"

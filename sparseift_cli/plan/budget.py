@@ -7,13 +7,14 @@ model is matched, what flooring lost goes to the layers with the largest remaind
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import floor
 
 from ..errors import CheckFailed, UsageError
-from ..table.shape import Shape
+from .distributions import BudgetedLayer
 from .layer_plan import LayerPlan
+from .selection import require_transformed
 from .spec import TrainingSpec, TransformSpec
 from .training_cost import dense_training_macs, run_macs, unrounded_macs
 from .widening import Widening
@@ -31,39 +32,37 @@ def allocate_nonzeros(
         widening: for the s_max of a refusal.
 
     Returns:
-        The rows with their non-zeros, and the factor on the transformed layers' dense cost where a whole model is matched.
+        The rows with their non-zeros, and the factor on the dense cost of the layers whose density is solved, where a whole
+        model is matched.
 
     Raises:
         CheckFailed: no density fits the budget.
-        UsageError: the pattern leaves nothing to choose.
+        UsageError: the pattern leaves nothing to choose, or the distribution names layers that are not transformed.
     """
     layers = list(layers)
     which = [i for i, plan in enumerate(layers) if plan.status == "transformed"]
     if not which:
         return layers, None
-    chosen = [layers[i] for i in which]
+    distribution = spec.distribution_rule
+    require_transformed(distribution.globs, [layers[i].layer.name for i in which])
+    given = {i: d for i in which if (d := distribution.given(layers[i].layer.name)) is not None}
     if spec.n_of_m:
-        if spec.match in ("model", "train"):
+        if spec.match in ("model", "train") or given:
+            what = "the model's FLOPs cannot be matched by it" if not given else "no other can be given"
             raise UsageError(
-                f"pattern {spec.pattern} fixes every density, so the model's FLOPs cannot be matched by it",
+                f"pattern {spec.pattern} fixes every density, so {what}",
                 hint="use --match layer, or a block or unstructured pattern",
             )
         return [_n_of_m_layer(p, *spec.n_of_m) if p.status == "transformed" else p for p in layers], None
-    scale = None
-    if spec.match == "off":
-        counts = [_unmatched(plan, spec) for plan in chosen]
-    elif spec.match == "layer":
-        counts = [clamp_to_room(plan, plan.dense_macs // plan.positions, spec) for plan in chosen]
-    else:
-        scale = _scale(layers, chosen, spec, training, widening)
-        counts = _matched(layers, chosen, scale, spec, training)
-    for i, nnz in zip(which, counts, strict=True):
-        layers[i] = layers[i].with_nonzeros(nnz, _unit(spec))
-        if spec.block:
-            _require_room(layers[i], *spec.block)
-    if spec.match in ("model", "train"):
-        require_within_budget(layers, spec, training, widening)
-    return layers, scale
+    for i in which:
+        if i in given or spec.match == "off":
+            layers[i] = _with_nonzeros(layers[i], _at_density(layers[i], given.get(i, spec.density), spec), spec)
+        elif spec.match == "layer":
+            nnz = clamp_to_room(layers[i], layers[i].dense_macs // layers[i].positions, spec)
+            layers[i] = _with_nonzeros(layers[i], nnz, spec)
+    if spec.match not in ("model", "train"):
+        return layers, None
+    return _match_model(_ModelBudget(layers, [i for i in which if i not in given], spec, training, widening))
 
 
 # --- one layer ---
@@ -102,9 +101,22 @@ def clamp_to_room(plan: LayerPlan, nnz: int, spec: TransformSpec) -> int:
     return dense + max(unit, min(room, nnz - dense) // unit * unit)
 
 
-def _unmatched(plan: LayerPlan, spec: TransformSpec) -> int:
+def _at_density(plan: LayerPlan, density: Fraction, spec: TransformSpec) -> int:
+    """Non-zeros of a layer whose masked parts have a density of their own, whatever that costs."""
     dense = plan.dense_nnz
-    return clamp_to_room(plan, dense + floor(spec.density * (plan.weights - dense)), spec)
+    return clamp_to_room(plan, dense + floor(density * (plan.weights - dense)), spec)
+
+
+def _with_nonzeros(plan: LayerPlan, nnz: int, spec: TransformSpec) -> LayerPlan:
+    """The layer with `nnz` non-zeros over its parts.
+
+    Raises:
+        UsageError: one of them has no room for its blocks.
+    """
+    plan = plan.with_nonzeros(nnz, _unit(spec))
+    if spec.block:
+        _require_room(plan, *spec.block)
+    return plan
 
 
 def _n_of_m_layer(plan: LayerPlan, n: int, m: int) -> LayerPlan:
@@ -131,38 +143,120 @@ def _require_room(plan: LayerPlan, rows: int, columns: int) -> None:
 # --- the whole model ---
 
 
-def _scale(
-    layers: Sequence[LayerPlan],
-    chosen: Sequence[LayerPlan],
-    spec: TransformSpec,
-    training: TrainingSpec,
-    widening: Widening | None,
-) -> Fraction:
-    """The factor on the transformed layers' dense cost that meets the budget exactly, before rounding to non-zeros.
+@dataclass(frozen=True)
+class _ModelBudget:
+    """A model whose FLOPs are matched as a whole.
 
-    For the forward pass: fixed + scale * transformed = budget, where `fixed` is what is left alone.
+    Args:
+        layers: its rows; those with a density of their own have their non-zeros already.
+        solved: the indices of the rows whose densities are solved for.
+        spec, training, widening: as in `allocate_nonzeros`.
     """
-    dense = sum(p.dense_macs for p in chosen)
-    if spec.match == "model":
-        fixed = sum(p.macs for p in layers if p.status != "transformed")
-        scale = Fraction(sum(p.dense_macs for p in layers) - fixed, dense)
+
+    layers: list[LayerPlan]
+    solved: list[int]
+    spec: TransformSpec
+    training: TrainingSpec
+    widening: Widening | None
+
+    @property
+    def chosen(self) -> list[LayerPlan]:
+        """The rows whose densities are solved for."""
+        return [self.layers[i] for i in self.solved]
+
+    @property
+    def others(self) -> list[LayerPlan]:
+        """The other rows: what is left alone, and layers whose density the distribution gives."""
+        return [plan for i, plan in enumerate(self.layers) if i not in self.solved]
+
+    @property
+    def dense_macs(self) -> int:
+        """Forward MACs that the rows in `chosen` have in the dense model."""
+        return sum(p.dense_macs for p in self.chosen)
+
+    @property
+    def total(self) -> Fraction | int:
+        """The budget: MACs of the dense model, of its forward pass or its mean training step."""
+        if self.spec.match == "model":
+            return sum(p.dense_macs for p in self.layers)
+        return dense_training_macs(self.layers, self.training)
+
+    def cost_of_others(self) -> Fraction | int:
+        """What `others` cost of the budget."""
+        if self.spec.match == "model":
+            return sum(p.macs for p in self.others)
+        return run_macs(self.others, self.training, self.spec.block)
+
+    def forward_budgets(self, scale: Fraction) -> list[Fraction]:
+        """Forward MACs of each layer in `chosen`, in all scale * dense cost, as the distribution has it."""
+        chosen = self.chosen
+        layers = [
+            BudgetedLayer(p.layer.name, p.parts[-1].shape, p.layer.kernel, p.full_macs, p.dense_macs) for p in chosen
+        ]
+        densities = self.spec.distribution_rule.densities(layers, scale * self.dense_macs)
+        if len(densities) != len(layers) or any(d < 0 for d in densities):
+            raise UsageError(f"distribution {self.spec.distribution}: needs one density for each layer, none below 0")
+        return [Fraction(d) * p.full_macs for d, p in zip(densities, chosen, strict=True)]
+
+    def cost_at(self, scale: Fraction) -> Fraction:
+        """What the model costs of the budget with `chosen` at `scale` times its dense cost, before rounding to non-zeros."""
+        others = Fraction(self.cost_of_others())
+        if self.spec.match == "model":
+            return others + scale * self.dense_macs
+        budgets = zip(self.chosen, self.forward_budgets(scale), strict=True)
+        return sum((unrounded_macs(p, b, self.training, self.spec.block) for p, b in budgets), others)
+
+
+def _match_model(budget: _ModelBudget) -> tuple[list[LayerPlan], Fraction | None]:
+    """The rows with non-zeros within the budget, and the scale that was solved for; None where nothing was to solve.
+
+    Raises:
+        CheckFailed: the budget cannot be met.
+    """
+    if not budget.solved:
+        _require_met(budget, budget.cost_of_others())
+        return budget.layers, None
+    scale, layers = _scale(budget), list(budget.layers)
+    for i, nnz in zip(budget.solved, _matched(budget, scale), strict=True):
+        layers[i] = _with_nonzeros(layers[i], nnz, budget.spec)
+    cost, total = matched_cost(layers, budget.spec, budget.training) or (0, 0)
+    if cost > total:  # one non-zero a layer is already too much
+        _refuse(budget)
+    return layers, scale
+
+
+def _scale(budget: _ModelBudget) -> Fraction:
+    """The factor on the dense cost of the solved layers that meets the budget exactly, before rounding to non-zeros.
+
+    For the forward pass: cost of the others + scale * dense cost = budget.
+    """
+    most = Fraction(sum(p.full_macs for p in budget.chosen), budget.dense_macs)
+    if budget.spec.match == "model":
+        scale = Fraction(budget.total - budget.cost_of_others(), budget.dense_macs)
     else:
-        most = Fraction(sum(p.full_macs for p in chosen), dense)
-        scale = _solve(lambda c: _training_at(layers, c, spec, training), dense_training_macs(layers, training), most)
+        scale = _solve(budget.cost_at, budget.total, most)
     if scale <= 0:
-        _refuse(layers, spec, training, widening)
+        _refuse(budget)
+    if any(
+        p.status == "transformed" for p in budget.others
+    ):  # sparser than what is matched, the others cannot make up for it
+        _require_met(budget, budget.cost_at(min(scale, most)))
     return scale
 
 
-def _training_at(layers: Sequence[LayerPlan], c: Fraction, spec: TransformSpec, training: TrainingSpec) -> Fraction:
-    """Training MACs with the transformed layers' forward at `c` times its dense cost, before rounding to non-zeros."""
-    chosen = [p for p in layers if p.status == "transformed"]
-    budgets = zip(chosen, _budgets(chosen, c, spec), strict=True)
-    return sum((unrounded_macs(p, b, training, spec.block) for p, b in budgets), _left_alone(layers, training))
-
-
-def _left_alone(layers: Sequence[LayerPlan], training: TrainingSpec) -> Fraction:
-    return run_macs([p for p in layers if p.status != "transformed"], training)
+def _require_met(budget: _ModelBudget, cost: Fraction | int) -> None:
+    """Refuse a distribution whose layers leave the model below (or above) its budget with all others dense."""
+    if cost == budget.total or (budget.solved and budget.total - cost < 1):
+        return
+    what = "FLOPs" if budget.spec.match == "model" else "training FLOPs"
+    rest = (
+        "with every other transformed layer dense" if budget.solved else "and gives every transformed layer its density"
+    )
+    raise CheckFailed(
+        f"distribution {budget.spec.distribution} does not match the model's {what}: {rest} it costs "
+        f"{2 * float(cost):,.0f} FLOPs, {float(cost / budget.total):.3f}x the dense model's {2 * float(budget.total):,.0f}",
+        hint="give other sparsities, leave layers for the budget to decide, or use --match off",
+    )
 
 
 def _solve(cost: Callable[[Fraction], Fraction], budget: Fraction | int, most: Fraction) -> Fraction:
@@ -189,32 +283,13 @@ def _solve(cost: Callable[[Fraction], Fraction], budget: Fraction | int, most: F
     return low
 
 
-def _budgets(chosen: Sequence[LayerPlan], scale: Fraction, spec: TransformSpec) -> list[Fraction]:
-    """Forward MACs per layer, in all scale * dense cost: uniform in FLOPs, or by Erdos-Renyi scores."""
-    if spec.distribution == "uniform":
-        return [p.dense_macs * scale for p in chosen]
-    densities = erdos_renyi(
-        [p.parts[-1].shape for p in chosen],
-        [p.layer.kernel for p in chosen],
-        [p.positions * p.weights // p.parts[-1].shape.weights for p in chosen],
-        sum(p.dense_macs for p in chosen) * scale,
-        kernel=spec.distribution == "erk",
-    )
-    return [d * p.full_macs for d, p in zip(densities, chosen, strict=True)]
-
-
-def _matched(
-    layers: Sequence[LayerPlan],
-    chosen: Sequence[LayerPlan],
-    scale: Fraction,
-    spec: TransformSpec,
-    training: TrainingSpec,
-) -> list[int]:
+def _matched(budget: _ModelBudget, scale: Fraction) -> list[int]:
     """Counts within the budget that `scale` was solved for: the forward pass's, or the run's as it is counted afterwards."""
+    spec, training, chosen = budget.spec, budget.training, budget.chosen
     unit = _unit(spec)
     dense = [p.dense_nnz for p in chosen]
     caps = [(_room(p, spec) - n) // unit for p, n in zip(chosen, dense, strict=True)]
-    budgets = [b - n * p.positions for b, n, p in zip(_budgets(chosen, scale, spec), dense, chosen, strict=True)]
+    budgets = [b - n * p.positions for b, n, p in zip(budget.forward_budgets(scale), dense, chosen, strict=True)]
     costs = [p.positions * unit for p in chosen]
     if spec.match == "model":
         counts = round_to_budget(budgets, costs, caps)
@@ -223,8 +298,7 @@ def _matched(
         def of_run(i: int, n: int) -> Fraction:
             return run_macs([chosen[i].with_nonzeros(dense[i] + n * unit, unit)], training, spec.block)
 
-        total = dense_training_macs(layers, training) - _left_alone(layers, training)
-        counts = round_to_budget(budgets, costs, caps, total, of_run)
+        counts = round_to_budget(budgets, costs, caps, budget.total - budget.cost_of_others(), of_run)
     return [n + c * unit for n, c in zip(dense, counts, strict=True)]
 
 
@@ -266,45 +340,6 @@ def round_to_budget(
     return counts
 
 
-def erdos_renyi(
-    layers: Sequence[Shape],
-    kernels: Sequence[tuple[int, ...]],
-    positions: Sequence[int],
-    macs: Fraction,
-    *,
-    kernel: bool,
-) -> list[Fraction]:
-    """Densities proportional to the Erdos-Renyi score, scaled so that the layers together cost `macs`; capped at 1.
-
-    Score (in + out + sum of kernel sizes) / (in * out * product of kernel sizes) for ERK, without the kernel for ER
-    (Evci et al. 2020, "Rigging the Lottery", section 3(1)); layers that would exceed density 1 are dense, and the scale
-    is solved again.
-
-    Args:
-        layers: their dimensions.
-        kernels: their kernel sizes.
-        positions: how often each weight is used.
-        macs: the MACs that all of them together may cost.
-        kernel: ERK, else ER.
-    """
-    score = []
-    for layer, k in zip(layers, kernels, strict=True):
-        d_in, d_out = layer.inputs // layer.groups, layer.outputs
-        extra, product = (sum(k), layer.taps) if kernel else (0, 1)
-        score.append(Fraction(d_in + d_out + extra, d_in * d_out * product))
-    cost = [n * layer.weights for n, layer in zip(positions, layers, strict=True)]
-    dense: set[int] = set()
-    while True:
-        rest = [i for i in range(len(layers)) if i not in dense]
-        if not rest:
-            return [Fraction(1)] * len(layers)
-        scale = (macs - sum(cost[i] for i in dense)) / sum(score[i] * cost[i] for i in rest)
-        over = {i for i in rest if scale * score[i] > 1}
-        if not over:
-            return [Fraction(1) if i in dense else max(Fraction(0), scale * score[i]) for i in range(len(layers))]
-        dense |= over
-
-
 # --- the check afterwards ---
 
 
@@ -319,36 +354,33 @@ def matched_cost(
     return None
 
 
-def require_within_budget(
-    layers: Sequence[LayerPlan], spec: TransformSpec, training: TrainingSpec, widening: Widening | None
-) -> None:
-    """Refuse a plan that exceeds its budget: where one non-zero a layer is already too much.
+def _refuse(budget: _ModelBudget) -> None:
+    """Say that no density is low enough, with the numbers.
 
     Raises:
-        CheckFailed: it does.
+        CheckFailed: always.
     """
-    cost, budget = matched_cost(layers, spec, training) or (0, 0)
-    if cost > budget:
-        _refuse(layers, spec, training, widening)
-
-
-def _refuse(
-    layers: Sequence[LayerPlan], spec: TransformSpec, training: TrainingSpec, widening: Widening | None
-) -> None:
+    spec, widening = budget.spec, budget.widening
     hint = "lower --sparsity, use --scope inner, or --match layer and accept the growth"
+    given = any(p.status == "transformed" for p in budget.others)
+    if given:
+        hint = "give the layers of the distribution a higher sparsity, or use --match off"
     if spec.match == "train":
-        dense, least = dense_training_macs(layers, training), _training_at(layers, Fraction(0), spec, training)
+        dense, least = budget.total, budget.cost_at(Fraction(0))
+        besides = " in the other transformed layers" if given else ""
         raise CheckFailed(
-            f"no density matches the model's training FLOPs with {training.algorithm} at sparsity {spec.sparsity}: without a "
-            f"single non-zero a step already costs {2 * float(least):,.0f} FLOPs, {float(least / dense):.3f}x the "
-            f"dense model's {2 * float(dense):,.0f}",
+            f"no density matches the model's training FLOPs with {budget.training.algorithm} at sparsity {spec.sparsity}: "
+            f"without a single non-zero{besides} a step already costs {2 * float(least):,.0f} FLOPs, "
+            f"{float(least / dense):.3f}x the dense model's {2 * float(dense):,.0f}",
             hint=hint,
         )
-    dense = sum(p.dense_macs for p in layers)
-    fixed = sum(p.macs for p in layers if p.status != "transformed")
-    limit = f" (s_max {widening.s_max(layers):.3f})" if widening else ""
+    dense, fixed = budget.total, budget.cost_of_others()
+    limit = f" (s_max {widening.s_max(budget.layers):.3f})" if widening and not given else ""
+    what = "what is left alone already costs"
+    if given:
+        what = f"what is left alone and the layers of distribution {spec.distribution} already cost"
     raise CheckFailed(
-        f"no density matches the model's FLOPs at sparsity {spec.sparsity}: what is left alone already costs "
+        f"no density matches the model's FLOPs at sparsity {spec.sparsity}: {what} "
         f"{2 * fixed:,} FLOPs forward, {fixed / dense:.3f}x the dense model's {2 * dense:,}{limit}",
         hint=hint,
     )

@@ -1,7 +1,8 @@
-"""Which layers --include and --exclude select. Pure."""
+"""Which layers --include, --exclude and the globs of a distribution select. Pure."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
@@ -28,3 +29,13 @@ def require_matches(table: LayerTable, spec: TransformSpec) -> None:
                     f"--{option} {glob!r} matches no layer of {table.model}",
                     hint=did_you_mean(glob, names) or "`sparseift inspect` names the layers",
                 )
+
+
+def require_transformed(globs: Sequence[str], names: Sequence[str]) -> None:
+    """Raise UsageError for a glob of a distribution that matches none of the transformed layers, `names`."""
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise UsageError(
+                f"distribution: {glob!r} matches no transformed layer",
+                hint=did_you_mean(glob, names) or "`sparseift inspect --why` says which layers are transformed",
+            )

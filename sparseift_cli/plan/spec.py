@@ -16,6 +16,7 @@ from ..base.options import Option, check
 from ..errors import UsageError, one_of
 from ..sparsity.algorithms import ALGORITHMS, MaskAlgorithm, make_algorithm, name_of
 from ..sparsity.schedule import UpdateSchedule
+from .distributions import DISTRIBUTIONS, Distribution, PerLayer, density
 from .members import MEMBERS, written_name
 
 Match = Literal["off", "layer", "model", "train"]
@@ -153,12 +154,18 @@ class TransformSpec:
         ),
     ] = "unstructured"
     distribution: Annotated[
-        Literal["uniform", "er", "erk"],
+        str | Mapping[str, float | str] | PerLayer,
         Option(
             "How non-zeros are distributed over layers; er and erk need match model or train.",
             panel=_TRANSFORM,
+            names=DISTRIBUTIONS,
+            by_layer=True,
         ),
     ] = "uniform"
+    """A name; or a mapping from globs over layer names to sparsities, which is kept as a `PerLayer`. The first glob that
+    matches a layer decides. Under match model and train these layers keep their sparsity and the others share the rest of the
+    budget; under match off the others have `sparsity`.
+    """
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
@@ -172,6 +179,15 @@ class TransformSpec:
                 hint="0.9 means that 90 % of the weights are zero",
             ) from None
         object.__setattr__(self, "member", MEMBERS.canonical(self.member))
+        if isinstance(self.distribution, Mapping):
+            object.__setattr__(self, "distribution", PerLayer.of(self.distribution))
+        elif isinstance(self.distribution, str):
+            object.__setattr__(self, "distribution", DISTRIBUTIONS.canonical(self.distribution))
+        elif not isinstance(self.distribution, PerLayer):
+            raise UsageError(
+                f"distribution {self.distribution!r} is neither a name nor a mapping from globs over layer names to sparsities",
+                hint=f'{", ".join(DISTRIBUTIONS)}, package.module:Name, or {{"layer4.*": 0.95}}',
+            )
         check(self)
         one_of("activation", self.activation.partition(":")[0], ("model", "none", *ACTIVATIONS))
         for name in ("width_multiple", "base_width"):
@@ -179,12 +195,20 @@ class TransformSpec:
             if size is not None:
                 object.__setattr__(self, name, int(size))  # an integer of numpy, too
         MEMBERS.get(self.member).check(self)
-        if self.distribution != "uniform" and self.match not in ("model", "train"):
-            raise UsageError(
-                f"distribution {self.distribution} gives layers different FLOPs, so it cannot match each layer",
-                hint="use it with --match model",
-            )
+        self._require_distribution()
         self._require_pattern()
+
+    def _require_distribution(self) -> None:
+        """The distribution can be used with what is matched."""
+        matches = self.distribution_rule.matches
+        if self.match in matches:
+            return
+        what = "it cannot match each layer" if self.match == "layer" else f"match {self.match} has no budget for it"
+        first, *others = (m for m in ("model", "train", "off", "layer") if m in matches)
+        raise UsageError(
+            f"distribution {self.distribution} gives layers different FLOPs, so {what}",
+            hint=f"use it with --match {first}" + (f", or {', '.join(others)}" if others else ""),
+        )
 
     def _require_pattern(self) -> None:
         """The pattern exists, and an N:M pattern has the density of the sparsity."""
@@ -201,6 +225,14 @@ class TransformSpec:
     @property
     def density(self) -> Fraction:
         return density(self.sparsity)
+
+    @property
+    def distribution_rule(self) -> Distribution:
+        """The distribution itself, where `distribution` is its name."""
+        if isinstance(self.distribution, str):
+            return DISTRIBUTIONS.get(self.distribution)
+        assert isinstance(self.distribution, PerLayer), "made so when the spec is made"
+        return self.distribution
 
     @property
     def n_of_m(self) -> tuple[int, int] | None:
@@ -227,6 +259,8 @@ class TransformSpec:
         data = asdict(self)
         data["sparsity"] = float(Fraction(self.sparsity))
         data["member"] = written_name(self.member)
+        if isinstance(self.distribution, PerLayer):
+            data["distribution"] = self.distribution.to_json()
         return {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
 
     @staticmethod
@@ -391,20 +425,3 @@ class InitSpec:
 
     def __post_init__(self) -> None:
         check(self)
-
-
-def density(sparsity: float | str | Fraction) -> Fraction:
-    """1 - s, with s read as it is written: 0.9 is nine tenths, not the nearest float.
-
-    >>> density("0.9")
-    Fraction(1, 10)
-
-    Raises:
-        ValueError: the sparsity is not in [0, 1).
-    """
-    if len(str(sparsity).lower().partition("e")[2]) > 5:  # 1e-99999 is read at once, 1e-400000000 takes for ever
-        raise ValueError(f"sparsity {sparsity} has an exponent without meaning")
-    s = Fraction(str(sparsity))
-    if not 0 <= s < 1:
-        raise ValueError(f"sparsity {sparsity} is not in [0, 1)")
-    return 1 - s

@@ -29,6 +29,7 @@ from ..models.request import proper_source
 from ..optim import optimizers, schedules
 from ..optim.optimizers import OPTIMIZERS
 from ..optim.schedules import SCHEDULES
+from ..plan.distributions import PerLayer
 from ..plan.spec import InitSpec, TrainingSpec, TransformSpec
 from ..sparsity.algorithms import ALGORITHMS, SHIPPED
 
@@ -84,16 +85,37 @@ class _NameIn:
     def __get_pydantic_json_schema__(self, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         return names_or_object(self.registry)
 
-    def _checked(self, name: str) -> str:
+    def _checked(self, value: Any) -> Any:
         try:
-            self.registry.get(name)
+            self.registry.get(value)
         except UsageError as error:
             raise ValueError(f"{error.message} ({error.hint})" if error.hint else error.message) from None
-        return self.registry.canonical(name)
+        return self.registry.canonical(value)
 
 
 OBJECT_PATTERN = r"^[\w.]+:[\w.]+$"
 """`package.module:Name`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _NameOrByLayer(_NameIn):
+    """A field's type: a name as `_NameIn` has it, or a mapping from globs over layer names to sparsities."""
+
+    def __get_pydantic_json_schema__(self, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        sparsity = {"type": "number", "minimum": 0, "exclusiveMaximum": 1}
+        mapping = {"type": "object", "additionalProperties": sparsity, "minProperties": 1}
+        return {"anyOf": [*names_or_object(self.registry)["anyOf"], mapping]}
+
+    def _checked(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return _NameIn._checked(self, value)
+        if not isinstance(value, dict):
+            raise ValueError(f"expected a name or a mapping from globs over layer names to sparsities, not {value!r}")
+        try:
+            PerLayer.of(value)
+        except UsageError as error:
+            raise ValueError(error.message) from None
+        return value
 
 
 def names_or_object(names: Iterable[str]) -> dict[str, Any]:
@@ -131,7 +153,9 @@ def field_of(declared: DeclaredOption, *, required: bool = False) -> tuple[Any, 
     """Type and default of the field of a section that a declared option means."""
     option = declared.option
     kind: Any = declared.type
-    if isinstance(option.names, Registry):
+    if isinstance(option.names, Registry) and option.by_layer:
+        kind = Annotated[Any, _NameOrByLayer(option.names)]
+    elif isinstance(option.names, Registry):
         kind = Annotated[str, _NameIn(option.names)]
     elif option.names is not None:
         kind = Literal[declared.choices]

@@ -47,7 +47,7 @@ def scalar(value: Any) -> str:
 def flow(value: Any) -> str:
     """A value on one line, lists and mappings in brackets."""
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{k}: {flow(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{scalar(k)}: {flow(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(flow(v) for v in value) + "]"
     return scalar(value)

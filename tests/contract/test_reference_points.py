@@ -11,7 +11,7 @@ import pytest
 from sparseift_cli.errors import CheckFailed, UsageError
 from sparseift_cli.models.source import Request, load_table
 from sparseift_cli.plan.audit import Audit, audit
-from sparseift_cli.plan.budget import erdos_renyi
+from sparseift_cli.plan.distributions import BudgetedLayer, ErdosRenyi
 from sparseift_cli.plan.plan import make_plan
 from sparseift_cli.plan.spec import TrainingSpec, TransformSpec
 from sparseift_cli.sparsity.algorithms import make_algorithm
@@ -251,11 +251,10 @@ def test_gradual_pruning_of_a_known_length_is_counted_to_the_non_zero(algorithm:
 def test_erk_of_resnet50(sparsity: str, expected: dict[str, float], dense_layers: int) -> None:
     """RigL's published ERK sparsities: a given density of all weights, each weight counted once."""
     t = table("resnet50")
-    rows = [r for r in t.layers if r.weighted]
-    shapes = [r.shape(t.sizes) for r in rows]
-    weights = (1 - Fraction(sparsity)) * sum(s.weights for s in shapes)
-    densities = erdos_renyi(shapes, [r.kernel for r in rows], [1] * len(rows), weights, kernel=True)
-    by_name = dict(zip((r.name for r in rows), densities, strict=True))
+    shapes = {r.name: (r.shape(t.sizes), r.kernel) for r in t.layers if r.weighted}
+    layers = [BudgetedLayer(name, s, kernel, s.weights, s.weights) for name, (s, kernel) in shapes.items()]
+    densities = ErdosRenyi(kernel=True).densities(layers, (1 - Fraction(sparsity)) * sum(s.macs for s in layers))
+    by_name = dict(zip(shapes, densities, strict=True))
     for name, figure in expected.items():
         assert float(1 - by_name[name]) == pytest.approx(figure, abs=1e-5)  # RigL floors the zeros of every layer
     assert sum(d == 1 for d in densities) == dense_layers

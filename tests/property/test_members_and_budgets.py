@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparseift_cli.plan.budget import erdos_renyi, round_to_budget
+from sparseift_cli.plan.budget import round_to_budget
+from sparseift_cli.plan.distributions import DISTRIBUTIONS, BudgetedLayer, PerLayer, density
 from sparseift_cli.plan.layer_plan import proportional_split
 from sparseift_cli.plan.members.base import factors
 from sparseift_cli.plan.members.doped import doped_rank
 from sparseift_cli.plan.members.factorized import factorized_rank
 from sparseift_cli.plan.members.parallel import branch_count
 from sparseift_cli.plan.members.wide import scaled_width
-from sparseift_cli.plan.spec import density
 from sparseift_cli.table.shape import Shape
 
 getcontext().prec = 60
@@ -116,12 +116,13 @@ def test_round_to_budget_never_exceeds_and_leaves_less_than_the_cheapest(
 
 
 @given(st.lists(layers(), min_size=1, max_size=8), st.integers(1, 999))
-def test_erdos_renyi_spends_the_budget(shapes: list[Shape], permille: int) -> None:
-    uses = [1 + i for i in range(len(shapes))]
-    total = Fraction(permille, 1000) * sum(u * s.weights for u, s in zip(uses, shapes, strict=True))
-    found = erdos_renyi(shapes, [(s.taps,) for s in shapes], uses, total, kernel=True)
-    assert all(0 <= d <= 1 for d in found)
-    assert sum(d * u * s.weights for d, u, s in zip(found, uses, shapes, strict=True)) == total
+def test_distributions_meet_the_budget(shapes: list[Shape], permille: int) -> None:
+    rows = [BudgetedLayer(f"{i}", s, (s.taps,), (1 + i) * s.weights, 7 + i) for i, s in enumerate(shapes)]
+    total = Fraction(permille, 1000) * sum(row.macs for row in rows)
+    for distribution in (*map(DISTRIBUTIONS.get, ("er", "erk")), PerLayer.of({"other": 0.5})):
+        found = distribution.densities(rows, total)
+        assert all(0 <= d <= 1 for d in found)
+        assert sum(d * row.macs for d, row in zip(found, rows, strict=True)) == total
 
 
 @pytest.mark.parametrize("sparsity", ["1", "1.5", "-0.1"])

@@ -43,7 +43,7 @@ class Wide(Member):
                 f"{what}, at fewer FLOPs than the dense model's, so match {spec.match} cannot be held",
                 hint="use it with match off",
             )
-        if spec.distribution != "uniform":
+        if "off" not in spec.distribution_rule.matches:
             raise UsageError(
                 f"{what}, each to the sparsity itself, so distribution {spec.distribution} has no budget to spread",
                 hint="use distribution uniform",
