@@ -7,14 +7,16 @@ A metric from outside is a `Metric` that `METRICS.register` adds, an entry point
         return logits.topk(3, dim=-1).indices.eq(targets[:, None]).any(1).sum()
 
     TOP3 = Metric("top3", "top-3 accuracy (%)", "points", lower_is_better=False, total=in_top3, value=percent)
+
+A run records the `MetricFacts` of what it measures, so that a report needs none of that code.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from .registry import Registry
 
@@ -23,6 +25,21 @@ if TYPE_CHECKING:
 
 TEST = "test_"
 """Before the name of what was measured on a test split that training never watched (`evaluation.test`)."""
+NOT_METRICS = (
+    "step",
+    "epoch",
+    "lr",
+    "train_loss",
+    "flops",
+    "seconds",
+    "peak_bytes",
+    "optimizer_bytes",
+    "density",
+    "itop_rate",
+    "churn",
+    "masks",
+)
+"""Keys of a line of metrics.jsonl besides the metrics, so no metric may be called one of them."""
 
 
 class Counted(Protocol):
@@ -41,7 +58,26 @@ class Counted(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Metric:
+class MetricFacts:
+    """How a metric is named, shown and compared; see `Metric`."""
+
+    name: str
+    label: str
+    unit: str
+    lower_is_better: bool
+
+    def to_json(self) -> dict[str, str | bool]:
+        """As provenance.json records it: key, label, unit, lower_is_better."""
+        return {"key": self.name, "label": self.label, "unit": self.unit, "lower_is_better": self.lower_is_better}
+
+    @classmethod
+    def from_json(cls, recorded: Mapping[str, Any]) -> MetricFacts:
+        """The facts that `to_json` gave."""
+        return cls(recorded["key"], recorded["label"], recorded["unit"], recorded["lower_is_better"])
+
+
+@dataclass(frozen=True, slots=True)
+class Metric(MetricFacts):
     """How one number is computed from all outputs and targets of a split.
 
     Args:
@@ -56,10 +92,6 @@ class Metric:
         kinds: the kinds of data that it is for; for others it is left out.
     """
 
-    name: str
-    label: str
-    unit: str
-    lower_is_better: bool
     total: Callable[[Tensor, Tensor], Tensor]
     value: Callable[[float, Counted], float | None]
     kinds: tuple[Literal["image", "tokens"], ...] = ("image", "tokens")
@@ -126,7 +158,14 @@ _SHIPPED = (
 
 
 def _not_a_metric(entry: object) -> str | None:
-    return None if isinstance(entry, Metric) else f"it is a {type(entry).__name__}, not a Metric"
+    if not isinstance(entry, Metric):
+        return f"it is a {type(entry).__name__}, not a Metric"
+    name = entry.name
+    if not name.isidentifier() or name.startswith(TEST) or name in NOT_METRICS:
+        return f"its name {name!r} must be letters, digits and _, not begin with {TEST}, and not be {', '.join(NOT_METRICS)}"
+    if any(name == shipped.name and entry is not shipped for shipped in _SHIPPED):
+        return f"its name {name!r} is that of a metric of this package"
+    return None
 
 
 METRICS: Registry[Metric] = Registry("metric", "metrics", {m.name: m for m in _SHIPPED}, check=_not_a_metric)
@@ -142,30 +181,43 @@ def metric_names() -> tuple[str, ...]:
     return (*METRICS, *(TEST + name for name in METRICS))
 
 
-def lower_is_better(name: str) -> bool:
-    """Whether smaller values of a metric are better, also of `test_` and its name. False for one that is not known."""
-    metric = _find(name)
-    return metric is not None and metric.lower_is_better
+def metrics_in(line: Iterable[str]) -> list[str]:
+    """The metrics among the keys of a line of metrics.jsonl: registered ones first, then others as they come.
 
-
-def label_of(name: str) -> str:
-    """What a metric is called on an axis: `top-1 accuracy (%)`, `test loss`.
-
-    >>> label_of("top1"), label_of("loss"), label_of("test_loss")
-    ('top-1 accuracy (%)', 'validation loss', 'test loss')
+    >>> metrics_in({"step": 10, "train_loss": 0.7, "sure": 61.0, "top1": 88.0, "loss": 0.4, "flops": 10**9})
+    ['loss', 'top1', 'sure']
     """
-    metric = _find(name)
-    label = metric.label if metric else name
-    return f"test {label.removeprefix('validation ')}" if metric and name.startswith(TEST) else label
+    keys, registered = [key for key in line if key not in NOT_METRICS], metric_names()
+    return [*(name for name in registered if name in keys), *(key for key in keys if key not in registered)]
 
 
-def unit_of(name: str) -> str:
-    """What a difference of a metric is measured in; its name where it is not known."""
-    metric = _find(name)
-    return metric.unit if metric else name
+def facts_of(name: str, recorded: Mapping[str, MetricFacts] | None = None) -> MetricFacts:
+    """What a metric is called on an axis, what a difference of it is measured in, and which direction is better.
 
+    >>> facts_of("test_loss")
+    MetricFacts(name='test_loss', label='test loss', unit='loss', lower_is_better=True)
 
-def _find(name: str) -> Metric | None:
-    """A registered metric. Never imports `package.module:Name`: a report reads runs of other people."""
+    Args:
+        name: a key of metrics.jsonl; with `test_` before it, the same on the test split.
+        recorded: by key, what a run recorded of its metrics. It is asked for all but the metrics of this package.
+
+    Returns:
+        What is known; a name that is not is its own label and unit, and larger values are better.
+    """
     bare = name.removeprefix(TEST)
-    return METRICS.get(bare) if ":" not in bare and bare in METRICS else None
+    shipped = next((metric for metric in _SHIPPED if metric.name == bare), None)
+    found = shipped or (recorded or {}).get(bare) or _registered(bare)
+    if found is None:
+        return MetricFacts(name, name, name, lower_is_better=False)
+    label = f"test {found.label.removeprefix('validation ')}" if name.startswith(TEST) else found.label
+    return MetricFacts(name, label, found.unit, found.lower_is_better)
+
+
+def is_shipped(name: str) -> bool:
+    """Whether a key of metrics.jsonl is that of a metric of this package."""
+    return name.removeprefix(TEST) in {metric.name for metric in _SHIPPED}
+
+
+def _registered(name: str) -> Metric | None:
+    """A registered metric. Never imports `package.module:Name`: a report reads runs of other people."""
+    return METRICS.get(name) if ":" not in name and name in METRICS else None

@@ -14,13 +14,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..base.metrics import metric_names
+from ..base.metrics import metrics_in
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.progress import Progress, TaskID
 
-SHOWN = ("train_loss", *metric_names())
 REFRESH = 2  # times a second
 WINDOW = 30.0  # seconds over which the rate is the mean
 WITH_TIME, WITH_BAR, WITH_RATE = 40, 60, 80  # characters of a terminal that has room for these
@@ -188,7 +187,7 @@ def row_fields(row: Mapping[str, Any], steps: int) -> list[str]:
     masks = [f"density {row['density']:.4f}, ever active {row['itop_rate']:.4f}"] if "itop_rate" in row else []
     return [
         f"step {step:,}/{steps:,}",
-        *(f"{k} {row[k]:.4g}" for k in SHOWN if k in row),
+        *(f"{k} {row[k]:.4g}" for k in ("train_loss", *metrics_in(row)) if k in row),
         *masks,
         f"{row['flops']:.4g} FLOPs",
         f"{clock(left)} left",

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..base.metrics import metric_names
 from ..base.sheets import Column, Sheet, integer
 from ..report import frame as frames
 from ..report.make import ReportOptions, sort
@@ -142,7 +141,7 @@ class ReportView:
         return "path" in self.options.by
 
     def _known(self) -> Sequence[str]:
-        return frames.RUN_COLUMNS if self.by_run else frames.GROUP_COLUMNS
+        return list((self.report.frame if self.by_run else self.report.groups).columns)
 
     def show(self, fmt: Format, output: Path | None) -> None:
         """Print it, or write it whole to `output`."""
@@ -208,7 +207,8 @@ class ReportView:
                 "mean, std, 95 % interval (Student's t): over n seeds, at the end of training; best: mean of each "
                 "run's best. FLOPs: of training, audited."
             )
-        columns = [_column(n, asked=self.columns is not None) for n in names]
+        numbers = frames.metrics_of(self.report.frame)
+        columns = [_column(n, asked=self.columns is not None, number=n in numbers) for n in names]
         if fmt is Format.table and self.columns is None:  # a picture, so no other format has it
             key, found = (
                 ("path", curves_by_run(self.report)) if self.by_run else ("group", curves_by_group(self.report))
@@ -425,8 +425,8 @@ def clean(value: Any) -> Any:
     return value
 
 
-def _column(name: str, *, asked: bool = False) -> Column:
-    head, show, right, priority = _HEADS.get(name, (name, _plain, name in metric_names(), 5))
+def _column(name: str, *, asked: bool = False, number: bool = False) -> Column:
+    head, show, right, priority = _HEADS.get(name, (name, _plain, number, 5))
     style = (lambda v: _STATES.get(v, "")) if name == "state" else None
     return Column(name, head, show, right, 0 if asked else priority, style)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from ..base.metrics import metric_names
+from ..base.metrics import metrics_in
 from ..base.sheets import Column, Sheet, integer, measured, ratio
 from ..models.request import Request, parse_input
 from ..models.source import build, load_table
@@ -44,7 +44,7 @@ def show_runs(results: Sequence[Mapping[str, Any]], fmt: Format) -> None:
 
 def _sheet(results: Sequence[Mapping[str, Any]]) -> Sheet:
     rows = [_row(result) for result in results]
-    shown = [m for m in metric_names() if m in rows[0]]
+    shown = metrics_in(results[0]["metrics"])
     columns = [
         Column("seed", "seed", right=True),
         *(Column(m, m.replace("_", " "), measured, right=True) for m in shown),
@@ -63,7 +63,7 @@ def _row(result: Mapping[str, Any]) -> dict[str, Any]:
     used = flops["spent"]
     return {
         "seed": result["seed"],
-        **{m: result["metrics"][m] for m in metric_names() if m in result["metrics"]},
+        **{m: result["metrics"][m] for m in metrics_in(result["metrics"])},
         "flops": used,
         "flops_ratio": used / flops["dense"] if flops["dense"] else None,
         "nonzero_params": result["nonzero_params"],

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ..base.metrics import LOSS, METRICS
 from ..data import DATASETS
 from ..errors import SparseiftError, UsageError, did_you_mean
 from ..models.zoo import registry
@@ -130,11 +131,25 @@ def _check(spec: schema.Spec, tree: Mapping[str, Value], start: Location, proble
             _location(tree, ["init", "zero_residual"], start),
             "init.zero_residual: is for fresh weights; preserve keeps the function of the checkpoint",
         )
+    _check_metrics(spec, tree, start, problems)
     if spec.checkpoint.best is not None and spec.checkpoint.best not in spec.evaluation.metrics:
         problems.add(
             _location(tree, ["checkpoint", "best"], start),
             f"checkpoint.best: {spec.checkpoint.best} is not among evaluation.metrics",
         )
+
+
+def _check_metrics(spec: schema.Spec, tree: Mapping[str, Value], start: Location, problems: Problems) -> None:
+    """Two metrics of one name would write to one key of metrics.jsonl."""
+    by_key: dict[str, str] = {}
+    for name in (LOSS.name, *spec.evaluation.metrics):
+        metric = METRICS.get(name)
+        other = by_key.setdefault(metric.name, name)
+        if METRICS.get(other) is not metric:
+            problems.add(
+                _location(tree, ["evaluation", "metrics"], start),
+                f"evaluation.metrics: {other} and {name} are both called {metric.name!r}, so one would hide the other",
+            )
 
 
 def _check_splits(data: Data, test: bool, tree: Mapping[str, Value], start: Location, problems: Problems) -> None:

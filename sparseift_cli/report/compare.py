@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..base.metrics import lower_is_better, unit_of
+from ..base.metrics import MetricFacts
 from ..errors import UsageError, did_you_mean
 from . import statistics
 from .frame import records
@@ -109,9 +109,10 @@ def _compared(
     else:
         interval = statistics.welch(_values(before), _values(after), rules.confidence)
     paired = len(pairs) >= 2 or len(before) == len(after) == len(pairs)
-    outcome, why = _outcome(interval, lower_is_better(row["metric"])) if allowed else ("refused", "")
+    facts: MetricFacts = row["metric_facts"]
+    outcome, why = _outcome(interval, facts.lower_is_better) if allowed else ("refused", "")
     if allowed:
-        verdict = _verdict(row["metric"], interval, (len(before), len(after)), ratio, equal, paired, outcome, why)
+        verdict = _verdict(facts.unit, interval, (len(before), len(after)), ratio, equal, paired, outcome, why)
     else:
         verdict = _refusal(base, row, ratio, rules)
     if allowed and not equal:
@@ -120,7 +121,7 @@ def _compared(
         base["group"],
         row["group"],
         row["metric"],
-        lower_is_better(row["metric"]),
+        facts.lower_is_better,
         outcome,
         verdict,
         base["mean"],
@@ -188,7 +189,7 @@ def _outcome(interval: statistics.Interval, lower: bool) -> tuple[Outcome, str]:
 
 
 def _verdict(
-    metric: str,
+    unit: str,
     interval: statistics.Interval,
     n: tuple[int, int],
     ratio: float | None,
@@ -197,7 +198,7 @@ def _verdict(
     outcome: Outcome,
     why: str,
 ) -> str:
-    unit, digits = unit_of(metric), _digits(interval, percent=unit_of(metric) == "points")
+    digits = _digits(interval, percent=unit == "points")
     parts = [f"{_signed(interval.mean, digits)} {unit}"]
     if interval.low is not None and interval.high is not None:
         parts[0] += f" [{_number(interval.low, digits)}, {_number(interval.high, digits)}]"

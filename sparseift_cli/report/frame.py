@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pandas as pd
 
-from ..base.metrics import lower_is_better, metric_names
+from ..base.metrics import TEST, MetricFacts, facts_of, metric_names
 from ..errors import UsageError, did_you_mean
 from . import statistics
 from .grouping import comparison_key, labels, primary
@@ -39,7 +39,7 @@ _COSTS = (
     "params",
     "nonzero_params",
 )
-RUN_COLUMNS = (
+_RUN_START = (
     "path",
     "group",
     "state",
@@ -49,7 +49,8 @@ RUN_COLUMNS = (
     *_ABOUT,
     "value",
     "best",
-    *metric_names(),
+)
+_RUN_END = (
     "train_loss",
     *_COSTS,
     "density",
@@ -60,9 +61,8 @@ RUN_COLUMNS = (
     "at_once",
     "torch",
     "commit",
-    "comparison_key",
 )
-GROUP_COLUMNS = (
+_GROUP_START = (
     "group",
     *_ABOUT,
     "runs",
@@ -72,24 +72,40 @@ GROUP_COLUMNS = (
     "low",
     "high",
     "best",
-    *metric_names(),
-    *_COSTS,
-    "device",
-    "at_once",
-    "comparison_key",
 )
 """mean, std, low and high are of `metric` at the end of training, best is the mean of each run's best evaluation. All are
 over `n` runs: finished ones, one a seed; `runs` counts every directory. Costs are means too; FLOPs are of a whole run."""
+_GROUP_END = (*_COSTS, "device", "at_once")
 _MIXED = "mixed"
-HIDDEN = "comparison_key"  # a column for internal use, which no user sees or asks for
+HIDDEN = ("comparison_key", "metric_facts")
+"""Columns for internal use, which no user sees or asks for: a text that is equal where results are comparable, and the
+`MetricFacts` of the row's metric."""
+
+
+def metric_columns(runs: Sequence[Run]) -> list[str]:
+    """The columns of metrics: of every registered one, then of those from outside that a run recorded; then `test_` each.
+
+    One that has the name of another column is left out.
+    """
+    recorded = dict.fromkeys(facts.name for run in runs for facts in run.measured.values())
+    others = [name for name in recorded if name not in metric_names()]
+    taken = {*_RUN_START, *_RUN_END, *_GROUP_START, *_GROUP_END, *HIDDEN}
+    return [name for name in (*metric_names(), *others, *(TEST + name for name in others)) if name not in taken]
+
+
+def metrics_of(frame: pd.DataFrame) -> list[str]:
+    """The columns of metrics (`metric_columns`) of a frame of runs or of groups."""
+    fixed = {*_RUN_START, *_RUN_END, *_GROUP_START, *_GROUP_END, *HIDDEN}
+    return [str(name) for name in frame.columns if name not in fixed]
 
 
 def runs_frame(runs: Sequence[Run], metric: str | None = None) -> pd.DataFrame:
-    """One row a run, columns RUN_COLUMNS, in the order of `runs`. Counts stay Python integers: FLOPs may exceed 64 bits.
+    """One row a run, in the order of `runs`. Counts stay Python integers: FLOPs may exceed 64 bits.
 
     `metric` is what they are judged by; None: the metric of each recipe (`grouping.primary`).
     """
-    rows = [_row(run, group, metric or primary(run)) for run, group in zip(runs, labels(runs), strict=True)]
+    metrics = metric_columns(runs)
+    rows = [_row(run, group, metric or primary(run), metrics) for run, group in zip(runs, labels(runs), strict=True)]
     newest: dict[tuple[Any, ...], int] = {}
     for i, row in enumerate(rows):  # a seed that was run twice is one sample: its newest finished run
         if row["state"] == "finished" and row["value"] is not None:
@@ -99,17 +115,17 @@ def runs_frame(runs: Sequence[Run], metric: str | None = None) -> pd.DataFrame:
                 newest[key] = i
     for i in newest.values():
         rows[i]["counted"] = True
-    return pd.DataFrame(rows, columns=list(RUN_COLUMNS), dtype=object)
+    return pd.DataFrame(rows, columns=[*_RUN_START, *metrics, *_RUN_END, *HIDDEN], dtype=object)
 
 
 def regroup(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """The frame with other groups: runs that agree in the columns `by`, in model and data, number of steps, and metric.
 
     Raises:
-        UsageError: a column of `by` is not in RUN_COLUMNS.
+        UsageError: the frame has no column of `by`.
     """
     for name in by:
-        require_column(name, RUN_COLUMNS, "--group-by")
+        require_column(name, list(frame.columns), "--group-by")
     rows = records(frame)
     varying = [c for c in ("model", "data", "steps", "metric") if c not in by and len({row[c] for row in rows}) > 1]
     label_of: dict[tuple[Any, ...], str] = {}
@@ -123,9 +139,15 @@ def regroup(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
 
 
 def groups_frame(frame: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
-    """One row a group, columns GROUP_COLUMNS, in the order in which the groups' first runs come."""
-    rows = [_grouped(str(label), part, confidence) for label, part in frame.groupby("group", sort=False)]
-    return pd.DataFrame(rows, columns=list(GROUP_COLUMNS), dtype=object)
+    """One row a group, in the order in which the groups' first runs come."""
+    metrics = metrics_of(frame)
+    rows = [_grouped(str(label), part, confidence, metrics) for label, part in frame.groupby("group", sort=False)]
+    return pd.DataFrame(rows, columns=group_columns(frame), dtype=object)
+
+
+def group_columns(frame: pd.DataFrame) -> list[str]:
+    """The columns of the groups of a frame of runs."""
+    return [*_GROUP_START, *metrics_of(frame), *_GROUP_END, *HIDDEN]
 
 
 def require_column(name: str, known: Sequence[str], where: str) -> None:
@@ -138,7 +160,7 @@ def require_column(name: str, known: Sequence[str], where: str) -> None:
 
 def visible(columns: Sequence[str]) -> list[str]:
     """Columns that a user may ask for, each once."""
-    return [c for c in dict.fromkeys(columns) if c != HIDDEN]
+    return [c for c in dict.fromkeys(columns) if c not in HIDDEN]
 
 
 def keep(table: pd.DataFrame, wanted: Sequence[bool]) -> pd.DataFrame:
@@ -157,13 +179,14 @@ def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     return [dict(zip(names, values, strict=True)) for values in frame.to_numpy(object).tolist()]
 
 
-def _row(run: Run, group: str, metric: str) -> dict[str, Any]:
+def _row(run: Run, group: str, metric: str, metrics: Sequence[str]) -> dict[str, Any]:
     recipe, summary, last = run.recipe, run.summary or {}, run.last
     transform = recipe.get("transform") or {}
     found = [v for line in run.metrics if (v := number(line.get(metric))) is not None and v == v]  # v != v: NaN
-    best = number(summary.get("best"))
-    if found and (best is None or metric != (recipe.get("checkpoint") or {}).get("best", metric)):
-        best = min(found) if lower_is_better(metric) else max(found)
+    best, watched = number(summary.get("best")), (recipe.get("checkpoint") or {}).get("best", metric)
+    facts = run.facts_of(metric)
+    if found and (best is None or metric != run.metric_key(str(watched))):
+        best = min(found) if facts.lower_is_better else max(found)
     flops = summary.get("flops") or {}
     audited, dense = _count(flops.get("audited")), _count(flops.get("dense"))
     sessions = (run.provenance or {}).get("sessions") or [{}]
@@ -187,7 +210,7 @@ def _row(run: Run, group: str, metric: str) -> dict[str, Any]:
         "metric": metric,
         "value": number(last.get(metric)),
         "best": best,
-        **{m: number(last.get(m)) for m in (*metric_names(), "train_loss", "density", "itop_rate")},
+        **{m: number(last.get(m)) for m in (*metrics, "train_loss", "density", "itop_rate")},
         **{name: _count(last.get(name)) for name in ("peak_bytes", "optimizer_bytes")},
         "flops": audited,
         "dense_flops": dense,
@@ -203,6 +226,7 @@ def _row(run: Run, group: str, metric: str) -> dict[str, Any]:
         "torch": (session.get("versions") or {}).get("torch"),
         "commit": ((session.get("git") or {}).get("commit") or "")[:12] or None,
         "comparison_key": comparison_key(run, metric),
+        "metric_facts": facts,
     }
 
 
@@ -229,10 +253,11 @@ def transform_columns(transform: Mapping[str, Any]) -> dict[str, str | None]:
     return {"transform": name, **{k: str(transform.get(k) or usual) for k, usual in plain.items()}, "widths": widths}
 
 
-def _grouped(label: str, part: pd.DataFrame, confidence: float) -> dict[str, Any]:
+def _grouped(label: str, part: pd.DataFrame, confidence: float, metrics: Sequence[str]) -> dict[str, Any]:
     counted = keep(part, list(part["counted"]))
     of = counted if len(counted) else part  # a group without finished runs is named by all of them
     interval = statistics.mean_interval(numbers(column(counted, "value")), confidence)
+    facts = _common(column(of, "metric_facts"))
     return {
         "group": label,
         **{name: _common(column(of, name)) for name in (*_ABOUT, "device", "at_once", "comparison_key")},
@@ -242,7 +267,8 @@ def _grouped(label: str, part: pd.DataFrame, confidence: float) -> dict[str, Any
         "std": interval.deviation,
         "low": interval.low,
         "high": interval.high,
-        **{name: mean(column(counted, name)) for name in ("best", *metric_names(), *_COSTS)},
+        **{name: mean(column(counted, name)) for name in ("best", *metrics, *_COSTS)},
+        "metric_facts": facts if isinstance(facts, MetricFacts) else facts_of(_common(column(of, "metric"))),
     }
 
 

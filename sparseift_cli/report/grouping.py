@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..base.metrics import metric_names
+from ..base.metrics import MetricFacts, is_shipped, metrics_in
 from .read import Run
 
 IRRELEVANT_SETTINGS = frozenset(
@@ -49,10 +49,15 @@ def flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settings(run: Run) -> dict[str, Any]:
-    """Settings that may change the result. One that is off is left out: recipes of older versions do not have it."""
-    return {
+    """Settings that may change the result, and unit and direction of each metric from outside the package.
+
+    A setting that is off is left out: recipes of older versions do not have it.
+    """
+    found = {
         k: v for k, v in flat(run.recipe).items() if k not in IRRELEVANT_SETTINGS and v not in (None, False, [], {})
     }
+    outside = [facts for facts in run.measured.values() if not is_shipped(facts.name)]
+    return found | {f"metric {facts.name}": _scale(facts) for facts in outside}
 
 
 def counts(run: Run) -> dict[str, int]:
@@ -66,19 +71,23 @@ def counts(run: Run) -> dict[str, int]:
 def primary(run: Run) -> str:
     """The metric by which the recipe judges: checkpoint.best, else the first of evaluation.metrics."""
     best = (run.recipe.get("checkpoint") or {}).get("best")
-    metrics = (run.recipe.get("evaluation") or {}).get("metrics") or ["loss"]
-    chosen = str(best or metrics[0])
+    metrics = [run.metric_key(str(m)) for m in (run.recipe.get("evaluation") or {}).get("metrics") or ["loss"]]
+    chosen = run.metric_key(str(best)) if best else metrics[0]
     if run.metrics and chosen not in run.last:  # as bits_per_byte of text that is not bytes
-        return next((m for m in [*map(str, metrics), *metric_names()] if m in run.last), chosen)
+        return next((m for m in [*metrics, *metrics_in(run.last)] if m in run.last), chosen)
     return chosen
 
 
 def comparison_key(run: Run, metric: str) -> str:
-    """Model, data and metric as text that is equal exactly where results are comparable."""
+    """Model, data and metric as text that is equal exactly where results are comparable.
+
+    Of a metric from outside the package, unit and direction belong to it: another package may have another of that name.
+    """
     data = {k: v for k, v in run.recipe["data"].items() if f"data.{k}" not in IRRELEVANT_SETTINGS}
     limit = (run.recipe.get("evaluation") or {}).get("limit")
+    scale = [] if is_shipped(metric) else [_scale(run.facts_of(metric))]
     return json.dumps(
-        [_without_unset(run.recipe["model"]), _without_unset(data), limit, metric], sort_keys=True, default=str
+        [_without_unset(run.recipe["model"]), _without_unset(data), limit, metric, *scale], sort_keys=True, default=str
     )
 
 
@@ -178,6 +187,29 @@ def edited(runs: Sequence[Run], groups: Sequence[str]) -> list[str]:
         for (group, module), digests in found.items()
         if len(digests) > 1
     ]
+
+
+def contradicting(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence for every metric that rows of runs are judged by and of which their runs recorded different facts."""
+    found: dict[str, dict[str, str]] = {}
+    for row in rows:
+        if not is_shipped(row["metric"]) and row["value"] is not None:
+            found.setdefault(row["metric"], {}).setdefault(_scale(row["metric_facts"]), row["group"])
+    return [
+        f"{metric}: {' but '.join(f'{group} measures it in {scale}' for scale, group in scales.items())}, so these "
+        "are different metrics and are not compared"
+        for metric, scales in found.items()
+        if len(scales) > 1
+    ]
+
+
+def _scale(facts: MetricFacts) -> str:
+    """What two metrics of one name must have in common to be compared; the label may differ.
+
+    >>> _scale(MetricFacts("sure", "sure predictions (%)", "points", lower_is_better=False))
+    'points (higher is better)'
+    """
+    return f"{facts.unit} ({'lower' if facts.lower_is_better else 'higher'} is better)"
 
 
 def _listed(keys: Sequence[str]) -> str:

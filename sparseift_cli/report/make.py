@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from ..base.metrics import metric_names
 from ..errors import ArtifactError, UsageError, did_you_mean
 from . import frame as frames
 from .collect import collect
 from .compare import ComparisonRules, compare
 from .filters import Expression
-from .grouping import duplicate_names, edited, pooled
+from .grouping import contradicting, duplicate_names, edited, pooled
 from .published import published_rows
 from .read import Run
 from .report import Report
@@ -65,7 +64,7 @@ def make(
             f"no run could be read in {', '.join(map(str, paths))}{reasons}",
             hint="give run directories, or folders that hold some: runs/",
         )
-    frame = frames.runs_frame(found.runs, _known_metric(options.metric))
+    frame = frames.runs_frame(found.runs, _known_metric(options.metric, found.runs))
     runs, frame, by_group = _filter_runs(found.runs, frame, options.filter)
     if "group" not in options.by:
         frame = frames.regroup(frame, options.by)
@@ -109,13 +108,18 @@ def sort(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     return table
 
 
-def _known_metric(name: str | None) -> str | None:
-    if name is not None and name not in metric_names():
-        raise UsageError(
-            f"--metric {name}: there is no such metric",
-            hint=did_you_mean(name, metric_names()) or f"metrics: {', '.join(metric_names())}",
-        )
-    return name
+def _known_metric(name: str | None, runs: Sequence[Run]) -> str | None:
+    """The key of `--metric`: a registered metric, or one that a run recorded, by its key or its name in the recipe."""
+    known = frames.metric_columns(runs)
+    if name is None or name in known:
+        return name
+    for run in runs:
+        if run.metric_key(name) in known:
+            return run.metric_key(name)
+    raise UsageError(
+        f"--metric {name}: there is no such metric",
+        hint=did_you_mean(name, known) or f"metrics: {', '.join(known)}",
+    )
 
 
 def _filter_runs(
@@ -124,8 +128,9 @@ def _filter_runs(
     """The runs that fit, their rows, and the expression if it is about groups, which are filtered later."""
     if wanted is None:
         return list(runs), frame, None
-    wanted.require(frames.visible([*frames.RUN_COLUMNS, *frames.GROUP_COLUMNS]), "--filter")
-    if any(name not in frames.RUN_COLUMNS for name in wanted.names):
+    of_runs, of_groups = list(frame.columns), frames.group_columns(frame)
+    wanted.require(frames.visible([*of_runs, *of_groups]), "--filter")
+    if any(name not in of_runs for name in wanted.names):
         return list(runs), frame, wanted
     keep = [wanted.on(row) for row in frames.records(frame)]
     if not any(keep):
@@ -134,7 +139,7 @@ def _filter_runs(
 
 
 def _filter_groups(groups: pd.DataFrame, wanted: Expression) -> pd.DataFrame:
-    wanted.require(frames.visible(frames.GROUP_COLUMNS), "--filter")  # a group has no seed or state
+    wanted.require(frames.visible(list(groups.columns)), "--filter")  # a group has no seed or state
     kept = frames.keep(groups, [wanted.on(row) for row in frames.records(groups)])
     if kept.empty:
         raise UsageError(f"--filter '{wanted.text}' leaves no group of {len(groups)}", hint="see them without --filter")
@@ -144,9 +149,10 @@ def _filter_groups(groups: pd.DataFrame, wanted: Expression) -> pd.DataFrame:
 def _group_notes(runs: Sequence[Run], frame: pd.DataFrame, options: ReportOptions) -> list[str]:
     """What a reader should know of how the runs were grouped."""
     labels = list(frame["group"])
+    different = contradicting(frames.records(frame))
     if "group" in options.by:
-        return [*duplicate_names(runs, labels), *edited(runs, labels), *_not_counted(frame)]
-    return [*pooled(runs, labels), *edited(runs, labels)]
+        return [*duplicate_names(runs, labels), *edited(runs, labels), *_not_counted(frame), *different]
+    return [*pooled(runs, labels), *edited(runs, labels), *different]
 
 
 def _not_counted(frame: pd.DataFrame) -> list[str]:

@@ -77,7 +77,7 @@ def evidence(reference: str = "paper") -> Mapping[str, str]:
 def published_rows(groups: Sequence[Mapping[str, Any]], reference: str = "paper") -> list[PublishedRow]:
     """Every published row in the order of the file, once for each group of ours that matches, once alone where none does.
 
-    `groups` are rows with the columns of `frame.GROUP_COLUMNS`.
+    `groups` are rows of `frame.groups_frame`.
     """
     found: list[PublishedRow] = []
     for row in published(reference):
@@ -145,7 +145,7 @@ def _without_match(row: PublishedResult, groups: Sequence[Mapping[str, Any]]) ->
 
 
 def same_task(row: PublishedResult, group: Mapping[str, Any]) -> bool:
-    """Whether a group (a row of `frame.GROUP_COLUMNS`) has the model, the data and the metric of a published row."""
+    """Whether a group (a row of `frame.groups_frame`) has the model, the data and the metric of a published row."""
     return (
         _model(group["model"]) == row.model
         and _SAME_DATA.get(group["data"], group["data"]) == row.data

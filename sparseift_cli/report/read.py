@@ -21,6 +21,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal
 
+from ..base.metrics import MetricFacts, facts_of
 from ..errors import ArtifactError, UsageError
 from ..models.request import proper_source
 from ..recipe import strict_yaml
@@ -71,6 +72,22 @@ class Run:
     def last(self) -> Mapping[str, Any]:
         """The newest line of metrics; empty before the first."""
         return self.metrics[-1] if self.metrics else {}
+
+    @property
+    def measured(self) -> Mapping[str, MetricFacts]:
+        """What the newest session recorded of its metrics, by their names in the recipe; empty for older versions."""
+        sessions = (self.provenance or {}).get("sessions") or [{}]
+        recorded = sessions[-1].get("metrics") or {}
+        return {name: MetricFacts.from_json(facts) for name, facts in recorded.items()}
+
+    def metric_key(self, name: str) -> str:
+        """The key in the lines of metrics of what the recipe calls `name`: `sure` for `own_metric:SURE`."""
+        measured = self.measured
+        return measured[name].name if name in measured else name
+
+    def facts_of(self, metric: str) -> MetricFacts:
+        """Label, unit and direction of a metric (a key of the lines of metrics)."""
+        return facts_of(metric, {facts.name: facts for facts in self.measured.values()})
 
     @property
     def stamp(self) -> str:
@@ -346,12 +363,23 @@ def _is_session(session: Any) -> bool:
     if not all(isinstance(session.get(k), dict | NoneType) for k in ("versions", "git", "data", "source")):
         return False
     texts = [session.get(k) for k in ("started", "device", "device_name", "recipe")]
+    if not isinstance(session.get("metrics"), dict | NoneType):
+        return False
     texts += [(session.get("git") or {}).get("commit"), (session.get("versions") or {}).get("torch")]
     at_once = session.get("at_once")
     return (
         all(isinstance(text, str | NoneType) for text in texts)
         and isinstance(session.get("threads"), int | NoneType)
+        and all(map(_are_metric_facts, (session.get("metrics") or {}).values()))
         and (at_once is None or (_is_count(at_once) and at_once > 0))
+    )
+
+
+def _are_metric_facts(facts: Any) -> bool:
+    return (
+        isinstance(facts, dict)
+        and all(isinstance(facts.get(k), str) for k in ("key", "label", "unit"))
+        and isinstance(facts.get("lower_is_better"), bool)
     )
 
 

@@ -87,12 +87,12 @@ class Comparison:
 class Report:
     """Everything that a report shows.
 
-    `groups` has a row a group; its columns are those of `frame.GROUP_COLUMNS`, among them: group (the label), recipe, model,
+    `groups` has a row a group; its columns are those of `frame.groups_frame`, among them: group (the label), recipe, model,
     data, transform, sparsity, algorithm, steps, metric, n (finished runs, one a seed), mean, std, low, high (of the metric at
     the end of training; 95 % by Student's t), best (mean of each run's best evaluation), the mean of every metric under its
     name, flops and flops_ratio (audited training FLOPs, and over the dense model's), seconds, peak_bytes, optimizer_bytes.
 
-    `frame` has a row a run (`frame.RUN_COLUMNS`), in the order of `runs`: its `group` is the label, and `counted` says
+    `frame` has a row a run (`frame.runs_frame`), in the order of `runs`: its `group` is the label, and `counted` says
     whether the run is in the means (finished, and the newest of its seed).
     """
 

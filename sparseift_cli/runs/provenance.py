@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ..base.metrics import MetricFacts
 from ..version import __version__
 
 SCHEMA = "sparseift.provenance/1"
@@ -43,11 +44,13 @@ def session(
     at_once: int = 1,
     recipe: str | None = None,
     source: Mapping[str, str] | None = None,
+    metrics: Mapping[str, MetricFacts] | None = None,
 ) -> dict[str, Any]:
     """An entry of provenance.json: this process, now, about to run from `step` on.
 
     `data` maps what was read to its SHA-256 (or whatever identifies it); `device` is PyTorch's name for it.
     `recipe` is the name that the run was begun with; `source` maps the user's own modules to the SHA-256 of their files.
+    `metrics`: what the run measures, by the name in its recipe: a report knows by it the metrics from outside the package.
     `at_once`: how many runs `train --parallel` keeps going beside each other, which lengthens the wall time of each.
     """
     import torch
@@ -76,6 +79,7 @@ def session(
         "data": dict(data or {}),
         "recipe": recipe,
         "source": dict(source or {}),
+        "metrics": {name: facts.to_json() for name, facts in (metrics or {}).items()},
     }
 
 
@@ -104,7 +108,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     }
     found = [(name, _at(before, key), _at(now, key)) for key, name in keys.items()]
     said = [f"{name}: {then} before, {today} now" for name, then, today in found if then != today]
-    for key, what in (("data", "data"), ("source", "the source of")):
+    for key, what in (("data", "data"), ("source", "the source of"), ("metrics", "the metric")):
         old, new = before.get(key) or {}, now.get(key) or {}
         said += [f"{what} {name} has changed" for name in sorted(old.keys() & new.keys()) if old[name] != new[name]]
     return said

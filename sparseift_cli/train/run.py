@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..base.metrics import LOSS, METRICS
 from ..errors import InterruptedRun, SparseiftError, UsageError
 from ..models.source import source_hash
 from ..plan.audit import to_json
@@ -193,6 +194,7 @@ def _train(run: Prepared, found: RunDirectory | None, text: str, call: _Call, ou
             at_once=ours.at_once,
             recipe=name,
             source=source_hash(run.spec.model.name),
+            metrics={name: METRICS.get(name) for name in (LOSS.name, *run.spec.evaluation.metrics)},
         )
         for difference in folder.begin(facts):
             note(f"not as before, so bits may differ: {difference}")

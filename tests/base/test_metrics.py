@@ -13,11 +13,10 @@ from sparseift_cli.base.metrics import (
     METRICS,
     TEST,
     Metric,
-    label_of,
-    lower_is_better,
+    MetricFacts,
+    facts_of,
     metric_names,
     percent,
-    unit_of,
 )
 from sparseift_cli.data import Targets
 from sparseift_cli.errors import UsageError
@@ -25,13 +24,12 @@ from sparseift_cli.errors import UsageError
 
 def test_names_and_directions() -> None:
     assert metric_names()[:5] == ("loss", "top1", "top5", "perplexity", "bits_per_byte")
-    assert {name for name in metric_names() if "top" in name} == {n for n in metric_names() if not lower_is_better(n)}
-    assert (label_of("top1"), label_of(TEST + "loss"), label_of("seconds")) == (
-        "top-1 accuracy (%)",
-        "test loss",
-        "seconds",
-    )
-    assert (unit_of("test_top5"), unit_of("seconds")) == ("points", "seconds")
+    assert {name for name in metric_names() if "top" in name} == {
+        n for n in metric_names() if not facts_of(n).lower_is_better
+    }
+    labels = [facts_of(name).label for name in ("top1", TEST + "loss", "seconds")]
+    assert labels == ["top-1 accuracy (%)", "test loss", "seconds"]
+    assert (facts_of("test_top5").unit, facts_of("seconds").unit) == ("points", "seconds")
 
 
 def hits(logits: Tensor, targets: Tensor) -> Tensor:
@@ -46,7 +44,7 @@ def accuracy() -> Iterator[Metric]:
 
 
 def test_a_metric_from_outside(accuracy: Metric) -> None:
-    assert "test_accuracy" in metric_names() and label_of("test_accuracy") == "test accuracy (%)"
+    assert "test_accuracy" in metric_names() and facts_of("test_accuracy").label == "test accuracy (%)"
     logits = torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]])
     targets = torch.tensor([0, 1, 1])
     assert float(accuracy.total(logits, targets)) == 2
@@ -59,6 +57,24 @@ def test_what_is_no_metric_is_refused() -> None:
     with pytest.raises(UsageError, match="unknown metric 'tpo1'") as caught:
         METRICS.get("tpo1")
     assert caught.value.hint == "did you mean 'top1'?"
+
+
+@pytest.mark.parametrize("name", ["top1", "test_accuracy", "seconds", "own accuracy"])
+def test_a_name_that_reports_use_otherwise_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="its name"):
+        METRICS.register("accuracy", Metric(name, "accuracy (%)", "points", False, total=hits, value=percent))
+    assert "accuracy" not in METRICS
+
+
+def test_what_a_run_recorded_is_used_where_the_metric_is_not_known() -> None:
+    recorded = {
+        "sure": MetricFacts("sure", "sure (%)", "points", lower_is_better=True),
+        "top1": MetricFacts("top1", "?", "?", lower_is_better=True),
+    }
+    assert facts_of("test_sure", recorded) == MetricFacts("test_sure", "test sure (%)", "points", lower_is_better=True)
+    assert facts_of("sure") == MetricFacts("sure", "sure", "sure", lower_is_better=False)
+    assert facts_of("top1", recorded) == facts_of("top1")
+    assert MetricFacts.from_json(recorded["sure"].to_json()) == recorded["sure"]
 
 
 def test_targets_past_the_end_do_not_count() -> None:

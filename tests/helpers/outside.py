@@ -67,6 +67,7 @@ def _wrong(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 ERROR = Metric("error", "error (%)", "points", lower_is_better=True, total=_wrong, value=percent)
+OTHER_ERROR = Metric("error", "error (%)", "points", lower_is_better=False, total=_wrong, value=percent)
 
 
 @dataclass(frozen=True)

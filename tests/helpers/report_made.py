@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from sparseift_cli.base.metrics import facts_of
 from sparseift_cli.report.read import Run
 from sparseift_cli.report.report import Report
 
@@ -98,6 +99,7 @@ def report(runs: list[Run], **more: Any) -> Report:
                 "model": "pkg:net",
                 "data": "toy",
                 "metric": "top1",
+                "metric_facts": facts_of("top1"),
                 "comparison_key": "s",
                 "n": len(values),
                 "transform": "dense" if "dense" in name else "wide",

@@ -9,6 +9,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from sparseift_cli.base.metrics import MetricFacts, facts_of
+
 RECIPE = """\
 model:
   name: "{model}"
@@ -72,8 +74,15 @@ def make_run(
     device: str = "cpu",
     more: Mapping[str, Any] | None = None,
     at_once: int = 1,
+    recorded: Mapping[str, MetricFacts] | None = None,
 ) -> Path:
-    """`root/name/<date>-<hash>/` with one evaluation for each of `values`; finished unless asked otherwise."""
+    """`root/name/<date>-<hash>/` with one evaluation for each of `values`; finished unless asked otherwise.
+
+    `recorded`: facts of metrics by their names in the recipe; the first of them is that of `values`, in place of `metric`.
+    """
+    named = next(iter(recorded), metric) if recorded else metric
+    metric = recorded[named].name if recorded else metric
+    recorded_by_key = {facts.name: facts for facts in (recorded or {}).values()}
     steps = steps or 390 * epochs
     begun = START + timedelta(seconds=seed + 1000 * stamp)
     folder = root / name / f"{begun:%Y%m%dT%H%M%SZ}-{seed:08x}"
@@ -89,8 +98,8 @@ def make_run(
             lr=lr,
             epochs=epochs,
             seed=seed,
-            metrics=metric,
-            best=metric,
+            metrics=named,
+            best=named,
         )
     )
     rows = [
@@ -126,12 +135,14 @@ def make_run(
         "at_once": at_once,
         "data": {data: data_hash},
     }
+    if recorded:
+        session["metrics"] = {name: facts.to_json() for name, facts in recorded.items()}
     write(folder / "provenance.json", {"schema": "sparseift.provenance/1", "sessions": [session]})
     write(folder / "audit.json", audit or {"schema": "sparseift.flops/1", "training": {"steps": steps}})
     if plan:
         write(folder / "plan.json", plan)
     if finished:
-        best = min(values) if metric in ("loss", "perplexity", "bits_per_byte") else max(values)
+        best = min(values) if facts_of(metric, recorded_by_key).lower_is_better else max(values)
         write(
             folder / "summary.json",
             {

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from sparseift_cli.base.durations import in_words
-from sparseift_cli.base.metrics import label_of, lower_is_better
+from sparseift_cli.base.metrics import facts_of
 from sparseift_cli.recipe.catalog import shipped
 from sparseift_cli.recipe.load import load
 from sparseift_cli.recipe.write import flow, resolved_yaml
@@ -126,7 +126,7 @@ def _table(report: Report, rows: Sequence[Mapping[str, Any]]) -> str:
     head = [
         "recipe",
         "seeds",
-        f"{_name(metric)} {'↓' if lower_is_better(metric) else '↑'}",
+        f"{_name(metric)} {'↓' if facts_of(metric).lower_is_better else '↑'}",
         "best",
         *map(_name, others),
         "training FLOPs",
@@ -159,7 +159,7 @@ def _table(report: Report, rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _name(metric: str) -> str:
     """`top-1 (%)`: as on an axis, but shorter."""
-    return label_of(metric).replace(" accuracy", "")
+    return facts_of(metric).label.replace(" accuracy", "")
 
 
 def _spread(values: Sequence[float | None]) -> str:

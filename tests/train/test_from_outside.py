@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sparseift_cli.base.metrics import METRICS
+from sparseift_cli.base.metrics import METRICS, NOT_METRICS, metrics_in
 from sparseift_cli.base.registry import Registry
+from sparseift_cli.cli.options import Format
+from sparseift_cli.cli.progress import row_fields
+from sparseift_cli.cli.train_view import show_runs
 from sparseift_cli.data import DATASETS
 from sparseift_cli.errors import UsageError
 from sparseift_cli.models.zoo.catalog import MODELS
@@ -108,4 +114,56 @@ def test_options_from_outside_are_checked(tmp_path: Path, old: str, new: str, me
     path = tmp_path / "recipe.yaml"
     path.write_text(RECIPE.format(**BY_PATH).replace(old, new), "utf-8")
     with pytest.raises(UsageError, match=message):
+        load(path)
+
+
+OWN_METRIC = """
+from sparseift.base.metrics import Metric, percent
+
+def wrong(logits, targets):
+    return logits.argmax(-1).ne(targets).sum()
+
+MISSED = Metric("missed", "missed predictions (%)", "points", lower_is_better=True, total=wrong, value=percent)
+"""
+
+
+@pytest.mark.filterwarnings("ignore:RMSprop may move weights")
+def test_a_metric_from_outside_is_shown_and_reported_without_its_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "missed_metric.py").write_text(OWN_METRIC, "utf-8")
+    monkeypatch.syspath_prepend(str(code))
+    path = tmp_path / "own.yaml"
+    text = RECIPE.format(**BY_PATH | {"metric": "missed_metric:MISSED"}).replace("[loss, ", "[").replace("24", "8")
+    path.write_text(text.replace("every: 8", "every: 4").replace("period: 10", "period: 20"), "utf-8")
+    rows: list[Any] = []
+    (summary,) = run_jobs([(load(path), 0)], tmp_path / "runs", None, rows.append, lambda *_: None)
+    row = rows[-1]
+    assert metrics_in(row) == ["loss", "missed"] and {*row} <= {"loss", "missed", *NOT_METRICS}
+    assert f"missed {row['missed']:.4g}" in row_fields(row, 8)
+    show_runs([summary], Format.table)
+    assert "missed" in capsys.readouterr().out
+    provenance = json.loads((Path(summary["path"]) / "provenance.json").read_text("utf-8"))
+    assert provenance["sessions"][0]["metrics"]["missed_metric:MISSED"] == {
+        "key": "missed",
+        "label": "missed predictions (%)",
+        "unit": "points",
+        "lower_is_better": True,
+    }
+    command = [sys.executable, "-m", "sparseift_cli", "report", "runs", "--json"]
+    for more in ([], ["--metric", "missed", "--sort=-missed", "--filter", "missed >= 0"]):
+        done = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        (group,) = json.loads(done.stdout)["groups"]
+        assert (group["metric"], group["mean"]) == ("missed", row["missed"])
+        assert group["best"] == min(line["missed"] for line in rows)
+
+
+def test_two_metrics_of_one_name_are_refused(tmp_path: Path, registered: None) -> None:
+    path = tmp_path / "recipe.yaml"
+    both = RECIPE.format(**BY_PATH).replace("metrics: [loss, ", 'metrics: ["tests.helpers.outside:OTHER_ERROR", ')
+    path.write_text(both, "utf-8")
+    with pytest.raises(UsageError, match="are both called 'error'"):
         load(path)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from ...base.metrics import label_of, lower_is_better
+from ...base.metrics import MetricFacts, facts_of
 from ...table.shape import Shape
 from ..read import Run
 from ..report import Report
@@ -78,8 +78,13 @@ class Family:
     @property
     def metric_name(self) -> str:
         """The metric in words, with its unit and direction."""
-        name = label_of(self.metric)
-        return f"{name} (lower is better)" if lower_is_better(self.metric) else name
+        name = self.facts.label
+        return f"{name} (lower is better)" if self.facts.lower_is_better else name
+
+    @property
+    def facts(self) -> MetricFacts:
+        """Label, unit and direction of the metric."""
+        return self.groups[0].row["metric_facts"] if self.groups else facts_of(self.metric)
 
     @property
     def axis(self) -> str:

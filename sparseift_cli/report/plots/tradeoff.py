@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from ...base.metrics import lower_is_better
 from .families import Family, Group, is_number, scaled
 from .style import INK, MUTED, legend_below, new_figure, style_context
 
@@ -181,7 +180,7 @@ def _log_axis(axes: Axes) -> None:
 
 def _name_ends(axes: Axes, family: Family, curves: Sequence[Sequence[tuple[float, float]]], budget: float) -> None:
     """Label every curve that does not end near the dense budget, vertically, on the side where the curves lie."""
-    offset, side = (6, "bottom") if lower_is_better(family.metric) else (-6, "top")
+    offset, side = (6, "bottom") if family.facts.lower_is_better else (-6, "top")
     for group, points in zip(family.groups, curves, strict=True):
         if points and points[-1][0] > 0 and budget and not 1 / _FAR < points[-1][0] / budget < _FAR:
             axes.annotate(
