@@ -12,6 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from typing import Literal
@@ -113,8 +114,9 @@ def closest(tensors: Shapes, catalogue: Mapping[str, Shapes]) -> Match | None:
     return max((m for m in matches if m and m.same), key=lambda m: (m.similarity, m.named), default=None)
 
 
-def load_catalogue() -> dict[str, Shapes]:
-    """State dict shapes of every zoo model, from the generated tables; empty where these are not built."""
+@cache
+def load_catalogue() -> Mapping[str, Shapes]:
+    """State dict shapes of every zoo model, from the generated tables, read once; empty where these are not built."""
     parsed = {name: json.loads((_tables() / f"{name}.json").read_text("utf-8")) for name in table_names()}
     return {name: table["state_dict"] for name, table in parsed.items() if "state_dict" in table}
 

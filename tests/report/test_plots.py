@@ -241,7 +241,7 @@ def test_names_are_no_formulas() -> None:
     odd = report([run("_$x^$_dense", 0, dense=True), run("_$x^$_wide", 0, dense=False)])
     for _, made in pictures(odd):
         for picture in made:
-            assert ElementTree.fromstring(style.to_svg(picture.figure, picture.title, text=True)) is not None
+            assert ElementTree.fromstring(style.to_svg(picture.draw(), picture.title, text=True)) is not None
     alone = family(report([run("_$x^$", 0, dense=True)]))
     assert alone.groups[0].short == "$x^$"
 

@@ -11,6 +11,7 @@ import difflib
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -60,16 +61,14 @@ def figures(report: Report) -> dict[str, tuple[str, str]]:
 
     Letters are text, so that a picture is small; the bytes are those of the matplotlib of .ci/constraints.txt.
     """
-    return {
-        f"{picture.name}.svg": (
-            picture.figure.get_suptitle().replace("\n", " "),
-            to_svg(picture.figure, picture.title, text=True),
-        )
-        for family, drawn in pictures(report)
-        if family.transformed
-        for picture in drawn
-        if picture.name.endswith("-flops")
-    }
+    drawn = {}
+    for family, of_family in pictures(report):
+        for picture in of_family:
+            if family.transformed and picture.name.endswith("-flops"):
+                figure = picture.draw()
+                title = figure.get_suptitle().replace("\n", " ")
+                drawn[f"{picture.name}.svg"] = (title, to_svg(figure, picture.title, text=True))
+    return drawn
 
 
 def page(folder: Path, shown: str) -> str:
@@ -220,7 +219,7 @@ def commands(runs: Sequence[Run]) -> list[str]:
             line = command(run)
             seeds.setdefault(line, []) if line else None
             continue
-        now = flat(yaml.safe_load(resolved_yaml(load(entry.path).spec)))
+        now = _settings(entry.path)
         then = flat(run.recipe)
         changed = {k: v for k, v in then.items() if k not in IRRELEVANT_SETTINGS and k in now and now[k] != v}
         words = [
@@ -231,6 +230,12 @@ def commands(runs: Sequence[Run]) -> list[str]:
         ]
         seeds.setdefault(shlex.join(words), []).append(run.seed)
     return [f"{line} --seeds {_seeds(sorted(set(of)))}" if of else line for line, of in seeds.items()]
+
+
+@cache
+def _settings(recipe: Path) -> Mapping[str, Any]:
+    """Every setting of a recipe by its path of keys, `optimizer.lr`."""
+    return flat(yaml.safe_load(resolved_yaml(load(recipe).spec)))
 
 
 def _seeds(seeds: Sequence[int]) -> str:
@@ -261,9 +266,13 @@ def _clock(seconds: float | None) -> str:
 
 def stale(folder: Path, root: Path = ROOT) -> str:
     """How the page of `folder` and its pictures differ from what its runs give, as a unified diff; empty if current."""
+    return _difference(folder, root, _files(folder, root))
+
+
+def _difference(folder: Path, root: Path, files: Mapping[Path, str]) -> str:
     shown = folder.relative_to(root).as_posix()
     difference = ""
-    for file, new in _files(folder, shown).items():
+    for file, new in files.items():
         old = file.read_text("utf-8") if file.exists() else ""
         name = f"{shown}/{file.relative_to(folder).as_posix()}"
         difference += "".join(
@@ -272,8 +281,9 @@ def stale(folder: Path, root: Path = ROOT) -> str:
     return difference
 
 
-def _files(folder: Path, shown: str) -> dict[Path, str]:
-    report = made(folder)
+def _files(folder: Path, root: Path) -> dict[Path, str]:
+    """The page of `folder` and its pictures, as made from its runs."""
+    report, shown = made(folder), folder.relative_to(root).as_posix()
     drawn = figures(report)
     pictured = {folder / name: svg for name, (_, svg) in drawn.items()}
     return {folder / PAGE: _page(report, drawn, shown, _discussion(folder))} | (pictured if _draws_as_pinned() else {})
@@ -288,11 +298,12 @@ def _draws_as_pinned() -> bool:
 def main(write: bool, root: Path = ROOT) -> int:
     """Write every page anew, or print how it differs. Returns the exit code."""
     for folder in folders(root):
-        if difference := stale(folder, root):
+        files = _files(folder, root)
+        if difference := _difference(folder, root, files):
             if not write:
                 print(difference)
                 return 1
-            for file, content in _files(folder, folder.relative_to(root).as_posix()).items():
+            for file, content in files.items():
                 file.write_text(content, "utf-8")
             print(f"{folder.relative_to(root).as_posix()}: written")
     return 0

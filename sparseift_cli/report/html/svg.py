@@ -35,7 +35,7 @@ def inline(picture: Picture, described_by: str) -> str:
     A screen reader gets the description of the element with the id `described_by`. Colours are the page's variables (`--ink`,
     `--blue`, ...), so that the picture is dark where the page is.
     """
-    root = ElementTree.fromstring(style.to_svg(picture.figure, picture.title, text=True))
+    root = ElementTree.fromstring(style.to_svg(picture.draw(), picture.title, text=True))
     prefix = f"{picture.name}-"
     for node in root.iter():
         node.tag = node.tag.rpartition("}")[2]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -17,14 +18,15 @@ from .style import to_png, to_svg
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A figure, its title, and what it shows in words."""
+    """A figure that is drawn when asked for, its title, and what it shows in words."""
 
     name: str
     """The file's name without its ending; unique in a report."""
     title: str
     described: str
     """The same in words, with the main numbers, for readers who cannot see it."""
-    figure: Figure
+    draw: Callable[[], Figure]
+    """Makes the figure, a new one with every call: most of the time of a report goes into it."""
     group: Group | None = None
     """The group that it shows, if it does not show the whole family."""
 
@@ -43,28 +45,28 @@ def pictures(report: Report) -> Iterator[tuple[Family, list[Picture]]]:
             if layers.counted(group):
                 file = _unused(used, f"{name}-layers-{slug(group.name)}")
                 title, words = f"FLOPs per layer: {family.plan_name(group)}", layers.flops_described(family, group)
-                made.append(Picture(file, title, words, layers.flops_per_layer(family, group), group))
+                made.append(Picture(file, title, words, partial(layers.flops_per_layer, family, group), group))
         if any(layers.weighted(group) for group in family.transformed):
-            words, figure = layers.sparsity_described(family), layers.sparsity_per_layer(family)
-            made.append(Picture(f"{name}-sparsity", "Sparsity per layer", words, figure))
+            words, draw = layers.sparsity_described(family), partial(layers.sparsity_per_layer, family)
+            made.append(Picture(f"{name}-sparsity", "Sparsity per layer", words, draw))
         yield family, made
 
 
 def _results(name: str, family: Family) -> Iterator[Picture]:
     if family.drawable:
-        words, figure = tradeoff.described(family), tradeoff.accuracy_against_flops(family)
-        yield Picture(f"{name}-flops", "Against training FLOPs", words, figure)
-        words, figure = curves.learning_described(family), curves.learning_curves(family)
-        yield Picture(f"{name}-curves", "Learning curves", words, figure)
+        words, draw = tradeoff.described(family), partial(tradeoff.accuracy_against_flops, family)
+        yield Picture(f"{name}-flops", "Against training FLOPs", words, draw)
+        words, draw = curves.learning_described(family), partial(curves.learning_curves, family)
+        yield Picture(f"{name}-curves", "Learning curves", words, draw)
 
 
 def _masks(name: str, family: Family, report: Report) -> Iterator[Picture]:
     if curves.moving(family):
-        words, figure = curves.movement_described(family), curves.mask_movement(family)
-        yield Picture(f"{name}-masks", "Mask churn and ITOP rate", words, figure)
+        words, draw = curves.movement_described(family), partial(curves.mask_movement, family)
+        yield Picture(f"{name}-masks", "Mask churn and ITOP rate", words, draw)
     if curves.with_spectra(report, family):
-        words, figure = curves.spectra_described(report, family), curves.mask_spectra(report, family)
-        yield Picture(f"{name}-spectra", "How well the masks connect", words, figure)
+        words, draw = curves.spectra_described(report, family), partial(curves.mask_spectra, report, family)
+        yield Picture(f"{name}-spectra", "How well the masks connect", words, draw)
 
 
 def save_all(report: Report, directory: Path) -> list[Path]:
@@ -81,8 +83,9 @@ def save_all(report: Report, directory: Path) -> list[Path]:
         for _, made in pictures(report):
             for picture in made:
                 svg, png = (directory / f"{picture.name}.{ending}" for ending in ("svg", "png"))
-                svg.write_text(to_svg(picture.figure, picture.title), encoding="utf-8")
-                png.write_bytes(to_png(picture.figure))
+                figure = picture.draw()
+                svg.write_text(to_svg(figure, picture.title), encoding="utf-8")
+                png.write_bytes(to_png(figure))
                 written += [svg, png]
     except OSError as error:
         raise UsageError(
