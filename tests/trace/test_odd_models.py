@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,8 @@ from sparseift_cli.plan.plan import make_plan
 from sparseift_cli.plan.spec import TransformSpec
 from sparseift_cli.table.table import LayerTable
 from sparseift_cli.trace.build import layer_table
+from tests.helpers.dynamo import trace_and_compile
+from tests.helpers.forked import in_processes
 from tests.helpers.parts import Net
 
 
@@ -389,43 +390,10 @@ def test_a_weight_used_in_parts_is_left_alone_by_name() -> None:
     assert row.weights == row.parts[0].shape.inputs * row.parts[0].shape.outputs
 
 
-FRESH = """
-import sys
-import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
-from sparseift_cli.trace.build import trace
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 3)
-
-    def forward(self, x):
-        {body}
-
-assert "torch._dynamo" not in sys.modules
-table = trace(Net(), (torch.zeros(2, 5, 16),), name="net", input_shape=(2, 5, 16)).table
-assert (table.macs, table.untraceable) == (10 * (2 * 16 * 16 + 16 * 3), None), table
-import torch._dynamo.source
-assert torch._dynamo.source is sys.modules["torch._dynamo.source"] and type(torch._dynamo) is type(sys)
-assert not [f for f in sys.meta_path if type(f).__name__ == "_StandIn"]
-assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item() == 2
-"""
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        "return self.c(self.b(self.a(x)) * torch.tensor([1.0, 2.0])[0])",
-        "return self.c(checkpoint(self.b, self.a(x), use_reentrant=False))",
-    ],
-    ids=["constant", "checkpoint"],
-)
-def test_a_forward_that_needs_the_real_dynamo_gets_it(body: str) -> None:
-    """In a process of its own: one test that loads torch._dynamo would hide it from the rest."""
-    done = subprocess.run([sys.executable, "-c", FRESH.format(body=body)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_a_forward_that_needs_the_real_dynamo_gets_it() -> None:
+    """In processes of their own: a test that loads torch._dynamo would hide it from the rest."""
+    for done in in_processes(trace_and_compile, [("constant",), ("checkpoint",)]):
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,12 +26,12 @@ OPTIMIZERS = {
 }
 
 
-@pytest.fixture
-def write_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """`write_recipe("rigl", "sgd", steps=12)`: a recipe file; dense where the algorithm is None."""
-    monkeypatch.chdir(Path(__file__).resolve().parent.parent.parent)  # `tests.helpers.nets` is found from here
+@pytest.fixture(scope="session")
+def write_recipe_in() -> Callable[[Path], Callable[..., Path]]:
+    """`write_recipe_in(folder)("rigl", "sgd", steps=12)`: a recipe file in `folder`; dense where the algorithm is None."""
 
-    def write(
+    def write_in(
+        folder: Path,
         algorithm: str | None,
         optimizer: str = "sgd",
         *,
@@ -47,10 +48,19 @@ def write_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
                 f"transform: {{member: wide, match: {'layer' if net == 'mlp' else 'model'}}}\nsparsity: 0.75\n"
                 f'algorithm: {{name: "{algorithm}"{schedule}}}'
             )
-        path = tmp_path / f"{(algorithm or 'dense').rpartition(':')[2]}_{optimizer}.yaml"
+        path = folder / f"{(algorithm or 'dense').rpartition(':')[2]}_{optimizer}.yaml"
         path.write_text(
             RECIPE.format(net=net, transform=transform, optimizer=OPTIMIZERS[optimizer], steps=steps, save=save) + more
         )
         return path
 
-    return write
+    return lambda folder: partial(write_in, folder)
+
+
+@pytest.fixture
+def write_recipe(
+    write_recipe_in: Callable[[Path], Callable[..., Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """`write_recipe("rigl", "sgd", steps=12)`: a recipe file in the folder of the test."""
+    monkeypatch.chdir(Path(__file__).resolve().parent.parent.parent)  # `tests.helpers.nets` is found from here
+    return write_recipe_in(tmp_path)

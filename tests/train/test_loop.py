@@ -29,7 +29,7 @@ from sparseift_cli.train.processes import Processes
 from sparseift_cli.train.run import run_jobs, run_seeds
 from sparseift_cli.train.state import unpack
 from sparseift_cli.train.step import EagerStep
-from tests.helpers.two_processes import on_two_processes
+from tests.helpers.two_processes import all_on_two_processes, on_two_processes
 
 Write = Callable[..., Path]
 CPU = Processes(torch.device("cpu"))
@@ -305,11 +305,34 @@ def test_tensorboard_gets_every_number(write_recipe: Write, tmp_path: Path, monk
         run_seeds(loaded, [0], tmp_path / "runs", None, quiet, quiet, tensorboard=True)
 
 
-def test_two_processes_compute_what_one_does(write_recipe: Write, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def two_runs_on_two_processes(
+    write_recipe_in: Callable[[Path], Write], tmp_path_factory: pytest.TempPathFactory, root: Path
+) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Name -> recipe and summary of two runs that one torchrun makes in turn: `rigl_sgd`, and `dense_sgd` of the digits."""
+    folder = tmp_path_factory.mktemp("two")
+    write = write_recipe_in(folder)
+    rigl, dense = write("rigl", net="mlp", save=7), write(None, steps=20)
+    digits = dense.read_text()
+    for old, new in (
+        ('{name: "tests.helpers.nets:cnn", input: 3x8x8}', "digits_mlp"),
+        ("data: synthetic-images", "data: digits"),
+        ("limit: 32", "limit: 200"),
+    ):
+        assert old in digits
+        digits = digits.replace(old, new)
+    dense.write_text(digits)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)  # `tests.helpers.nets` is found from here
+        summaries = all_on_two_processes([rigl, dense], folder / "runs")
+    assert [summary["recipe"] for summary in summaries] == ["rigl_sgd", "dense_sgd"]
+    return {summary["recipe"]: (recipe, summary) for recipe, summary in zip((rigl, dense), summaries, strict=True)}
+
+
+def test_two_processes_compute_what_one_does(two_runs_on_two_processes: Any, tmp_path: Path) -> None:
     """Half the batch each, on a net without batch norm: equal masks, weights within 1e-5 of their size (sums in another order)."""
-    recipe = write_recipe("rigl", net="mlp", save=7)
+    recipe, together = two_runs_on_two_processes["rigl_sgd"]
     (alone,) = run(recipe, tmp_path / "one")
-    together = on_two_processes(recipe, tmp_path / "two")
     one, two = final_state(alone["path"])[0], final_state(together["path"])[0]
     for name, tensor in one.items():
         if name.startswith("masks/"):
@@ -318,30 +341,27 @@ def test_two_processes_compute_what_one_does(write_recipe: Write, tmp_path: Path
             torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-5 * float(tensor.abs().max()))
     assert together["flops"] == alone["flops"]
     assert together["metrics"]["loss"] == pytest.approx(alone["metrics"]["loss"], rel=1e-5)
+
+
+def test_two_processes_go_on_where_two_were_stopped(two_runs_on_two_processes: Any, tmp_path: Path) -> None:
+    recipe, together = two_runs_on_two_processes["rigl_sgd"]
     copy = (
         tmp_path / "copy" / Path(together["path"]).name
     )  # after step 7: losses of steps 6 and 7 are in the checkpoint
     shutil.copytree(together["path"], copy)
     (copy / "summary.json").unlink()
     shutil.rmtree(copy / "checkpoints" / "step-00000012")
-    again = on_two_processes(recipe, tmp_path / "two", "--resume", str(copy))
-    resumed = final_state(again["path"])[0]
+    again = on_two_processes(recipe, tmp_path / "two", "--resume", str(copy), forked=True)
+    two, resumed = final_state(together["path"])[0], final_state(again["path"])[0]
     assert [n for n in two if not torch.equal(resumed[n], two[n])] == []
     losses = [[row["train_loss"] for row in read_metrics(Path(r["path"]) / "metrics.jsonl")] for r in (together, again)]
     assert losses[0] == losses[1] and len(losses[0]) == 3
 
 
-def test_two_processes_measure_the_model_that_is_saved(write_recipe: Write, tmp_path: Path) -> None:
+def test_two_processes_measure_the_model_that_is_saved(two_runs_on_two_processes: Any) -> None:
     """Each has batch statistics of its own after a step; rank 0's are those of the checkpoint."""
-    recipe = write_recipe(None, steps=20)
-    sets = [
-        "model.name=digits_mlp",
-        "model.input=null",
-        "data=digits",
-        "evaluation.limit=200",
-    ]
-    together = on_two_processes(recipe, tmp_path / "two", *(word for one in sets for word in ("--set", one)))
-    ready = prepare(load(recipe, sets), 0, CPU)
+    recipe, together = two_runs_on_two_processes["dense_sgd"]
+    ready = prepare(load(recipe), 0, CPU)
     newest = RunDirectory.open(Path(together["path"])).checkpoints.newest()
     assert newest is not None
     unpack(newest, ready.model, ready.optimizer, ready.sparsifier)
