@@ -161,7 +161,7 @@ def check_value(declared: DeclaredOption, value: Any) -> None:
     """
     option, called = declared.option, declared.name.replace("_", " ")
     if option.by_layer and not isinstance(value, str):
-        return  # whoever declares it checks the mapping
+        return  # the class that declares it checks the mapping
     if declared.choices and not (declared.takes_objects and ":" in str(value)):
         names = option.names
         if value not in (names if isinstance(names, Registry) else declared.choices):
