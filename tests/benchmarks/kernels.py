@@ -1,0 +1,195 @@
+"""What a block-sparse linear layer costs on a GPU, beside the dense layer of as many FLOPs and the masked-dense layer.
+
+`python -m tests.benchmarks.kernels [--device cuda] [--json FILE] [--rounds N] [--only TEXT]`. A dense layer (inputs, outputs)
+is widened by (1 - s)^-1/2 at sparsity s, so that all three do the same useful FLOPs. Timed are forward, dX and dW, each as a
+CUDA graph of a few launches; all of them in turns, so that a change of the GPU's clock meets all. Printed are ratios to the
+dense layer: the median over the rounds and, in brackets, the smallest and largest. `kernels.md` keeps what was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparseift_cli.kernels import choose
+from sparseift_cli.kernels.index import BlockIndex
+from sparseift_cli.kernels.registry import LayerRequest
+
+LAYERS = {"Llama-1B up": (2048, 8192), "GPT-3 Small up": (768, 3072)}
+SPARSITIES = (0.5, 0.75, 0.9)
+BLOCKS = (128, 64, 32)
+TOKENS = 16384
+LAUNCHES = 4
+PHASES = ("forward", "dX", "dW")
+Calls = dict[str, Callable[[], object]]
+
+
+@dataclass
+class Ratio:
+    """Time of one way over that of the dense layer: median, smallest and largest over the rounds."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, times: list[float], dense: list[float]) -> Ratio:
+        """From times of the same rounds, in any unit."""
+        ratios = [time / base for time, base in zip(times, dense, strict=True)]
+        return cls(statistics.median(ratios), min(ratios), max(ratios))
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} [{self.low:.2f},{self.high:.2f}]"
+
+
+@dataclass
+class Row:
+    """One layer at one sparsity, by one way; `dense_ms` are the medians of the dense layer's three phases."""
+
+    layer: str
+    sparsity: float
+    way: str
+    grid: str
+    forward: Ratio
+    dX: Ratio
+    dW: Ratio
+    step: Ratio
+    dense_ms: list[float]
+    rounds: int
+
+    def __str__(self) -> str:
+        phases = "  ".join(f"{name} {getattr(self, name)}" for name in (*PHASES, "step"))
+        return f"{self.layer:15} s={self.sparsity:<5} {self.way:13} {self.grid:9} {phases}"
+
+
+def balanced_mask(rows: int, columns: int, count: int, generator: torch.Generator) -> Tensor:
+    """Bool [R, C] with `count` blocks at random; rows, and nearly so columns, differ by at most one."""
+    mask = torch.zeros(rows, columns, dtype=torch.bool)
+    used = torch.zeros(columns)
+    extra = set(torch.randperm(rows, generator=generator)[: count % rows].tolist())
+    for row in range(rows):
+        order = (used + 0.9 * torch.rand(columns, generator=generator)).argsort()
+        chosen = order[: count // rows + (row in extra)]
+        mask[row, chosen] = True
+        used[chosen] += 1
+    return mask
+
+
+def normal(*shape: int) -> Tensor:
+    """Random bfloat16 on the GPU: zeros would be faster than real data."""
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def dense_calls(inputs: int, outputs: int) -> Calls:
+    """The three products of a dense layer [outputs, inputs], by cuBLAS."""
+    x, grad, weight = normal(TOKENS, inputs), normal(TOKENS, outputs), normal(outputs, inputs)
+    return {"forward": lambda: x @ weight.T, "dX": lambda: grad @ weight, "dW": lambda: grad.T @ x}
+
+
+def block_calls(mask: Tensor, block: int) -> Calls:
+    """The three products of a layer with the blocks of `mask` [R, C]."""
+    request = LayerRequest(block, "bfloat16", "cuda", torch.cuda.get_device_capability())
+    functions = choose("auto", request).functions()
+    index = BlockIndex.from_mask(mask.cuda(), block)
+    rows, columns = mask.shape
+    x, grad = normal(TOKENS, columns * block), normal(TOKENS, rows * block)
+    values = normal(index.num_blocks, block, block)
+    return {
+        "forward": lambda: functions.multiply(x, values, index),
+        "dX": lambda: functions.multiply(grad, values, index, True),
+        "dW": lambda: functions.weight_gradient(grad, x, index),
+    }
+
+
+def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A graph of LAUNCHES calls: replayed, it has no gaps between launches."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(LAUNCHES):
+            call()
+    return graph
+
+
+def timed(ways: dict[str, Calls], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Milliseconds by way and phase, a time a round; the first round warms up and is not counted."""
+    times: dict[str, dict[str, list[float]]] = {way: {phase: [] for phase in PHASES} for way in ways}
+    graphs = {way: {phase: captured(calls[phase]) for phase in PHASES} for way, calls in ways.items()}
+    for turn in range(rounds + 1):
+        for phase in PHASES:
+            for way in ways:
+                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                begin.record()
+                graphs[way][phase].replay()
+                end.record()
+                end.synchronize()
+                if turn:
+                    times[way][phase].append(begin.elapsed_time(end) / LAUNCHES)
+    return times
+
+
+def compare(layer: str, sparsity: float, rounds: int) -> Iterator[Row]:
+    """The dense layer's rivals at one sparsity."""
+    inputs, outputs = LAYERS[layer]
+    wider = (1 - sparsity) ** -0.5
+    generator = torch.Generator().manual_seed(0)
+    ways = {"dense": dense_calls(inputs, outputs)}
+    grids = {}
+    for block in BLOCKS:
+        rows, columns = round(outputs * wider / block), round(inputs * wider / block)
+        way = f"blocks of {block}"
+        ways[way] = block_calls(balanced_mask(rows, columns, round(inputs * outputs / block**2), generator), block)
+        grids[way] = f"{columns}x{rows}"
+        if block == BLOCKS[0]:
+            ways["masked-dense"] = dense_calls(columns * block, rows * block)
+            grids["masked-dense"] = ""
+    times = timed(ways, rounds)
+    dense = times.pop("dense")
+    base = [sum(parts) for parts in zip(*dense.values(), strict=True)]
+    for way, phases in times.items():
+        step = [sum(parts) for parts in zip(*phases.values(), strict=True)]
+        ratios = [Ratio.of(phases[phase], dense[phase]) for phase in PHASES]
+        medians = [statistics.median(dense[phase]) for phase in PHASES]
+        yield Row(layer, sparsity, way, grids[way], *ratios, Ratio.of(step, base), medians, rounds)
+
+
+def main() -> int:
+    """Print the table, and write it as JSON where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", help="cuda, or cuda:N")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    parser.add_argument("--rounds", type=int, default=15, metavar="N")
+    parser.add_argument("--only", default="", metavar="TEXT", help="layers whose name contains this")
+    options = parser.parse_args()
+    if not options.device.startswith("cuda") or not torch.cuda.is_available():
+        print("the kernels run on a CUDA device; there is none here", file=sys.stderr)
+        return 2
+    torch.cuda.set_device(torch.device(options.device).index or 0)
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {version('triton')}, bf16, {TOKENS} tokens"
+    )
+    rows: list[Row] = []
+    for layer in filter(lambda name: options.only in name, LAYERS):
+        for sparsity in SPARSITIES:
+            for row in compare(layer, sparsity, options.rounds):
+                print(row, flush=True)
+                rows.append(row)
+            torch.cuda.empty_cache()
+        print("  dense: " + ", ".join(f"{p} {ms:.3f} ms" for p, ms in zip(PHASES, rows[-1].dense_ms, strict=True)))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""What only a GPU shows: random shapes, compiled models, CUDA graphs, autocast, the same bits twice."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparseift_cli.kernels.linear import BlockLinear
+from tests.kernels.cases import Case, relative
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+pytest.importorskip("triton")
+blocks = importlib.import_module("sparseift_cli.kernels.blocks")
+
+BOUND = {torch.bfloat16: 6e-3, torch.float16: 1e-3, torch.float32: 1e-3}
+
+
+def random_mask(rows: int, columns: int, density: float, seed: int) -> Tensor:
+    """Bool [R, C] with at least one block."""
+    mask = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < density
+    mask[seed % rows, seed % columns] = True
+    return mask
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("block", [128, 64, 32])
+@pytest.mark.parametrize("seed", range(8))
+def test_random_shapes(block: int, dtype: torch.dtype, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns, tokens = (int(torch.randint(1, top, (), generator=generator)) for top in (40, 40, 3000))
+    case = Case.draw(random_mask(rows, columns, 0.05 + 0.1 * seed, seed), block, tokens, dtype, "cuda", seed)
+    for _ in range(2):  # the second time in memory that the first has used
+        y, z = blocks.multiply(case.x, case.values, case.index, False, case.bias, "silu", True)
+        assert relative(y, case.y("silu")) < BOUND[dtype] and relative(z, case.z) < BOUND[dtype]
+        assert relative(blocks.multiply(case.grad, case.values, case.index, True)[0], case.dx) < BOUND[dtype]
+        assert relative(blocks.weight_gradient(case.grad, case.x, case.index), case.dvalues) < BOUND[dtype]
+
+
+@pytest.mark.parametrize("block", [128, 64, 32])
+def test_same_bits_twice(block: int) -> None:
+    case = Case.draw(random_mask(24, 12, 0.3, 0), block, 4096, torch.bfloat16, "cuda")
+
+    def once() -> list[Tensor]:
+        y, z = blocks.multiply(case.x, case.values, case.index, False, case.bias, "gelu", True)
+        dx, _ = blocks.multiply(case.grad, case.values, case.index, True)
+        return [y, z, dx, blocks.weight_gradient(case.grad, case.x, case.index)]
+
+    first = once()
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(first, once(), strict=True))
+
+
+class Feedforward(nn.Module):
+    """Two block-sparse layers with a GELU between them, on a residual stream of 256 features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = BlockLinear(random_mask(16, 4, 0.5, 1), 64, activation="gelu_tanh", device="cuda")
+        self.down = BlockLinear(random_mask(4, 16, 0.5, 2), 64, device="cuda")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(x))
+
+
+def dense(model: Feedforward, x: Tensor) -> Tensor:
+    """What `model` computes, in float64, from dense weights."""
+    up, down = model.up, model.down
+    hidden = F.gelu(F.linear(x.double(), up.dense().double(), up.bias.double()), approximate="tanh")
+    return x.double() + F.linear(hidden, down.dense().double(), down.bias.double())
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_under_autocast_while_blocks_move(mode: str) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    model = Feedforward()
+    compiled = torch.compile(model, fullgraph=True, mode=mode)
+    x = torch.randn(2, 333, 256, device="cuda")
+    for step in range(5):
+        if step == 3:
+            model.up.index.move_(model.up.index.mask().flip(0))
+        model.zero_grad()
+        torch.compiler.cudagraph_mark_step_begin()
+        with torch.autocast("cuda", torch.bfloat16):
+            y = compiled(x)
+        assert relative(y, dense(model, x)) < 2e-2
+        y.float().square().mean().backward()
+        found = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            model(x).float().square().mean().backward()
+        assert all(relative(a, p.grad) < 2e-2 for a, p in zip(found, model.parameters(), strict=True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_cuda_graph_replays_moved_blocks() -> None:
+    layer = BlockLinear(random_mask(16, 4, 0.5, 1), 128, activation="relu", device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(1000, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            layer(x).sum().backward()
+    torch.cuda.current_stream().wait_stream(stream)
+    layer.zero_grad(set_to_none=True)
+    x.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+        y.sum().backward()
+    layer.index.move_(layer.index.mask().flip(0, 1))
+    with torch.no_grad():
+        x.normal_()
+        layer.values.normal_()
+    graph.replay()
+    torch.cuda.synchronize()
+    wanted = F.relu(F.linear(x.double(), layer.dense().double(), layer.bias.double()))
+    assert relative(y, wanted) < BOUND[torch.bfloat16]
+    mask = (wanted > 0).double()
+    assert relative(x.grad, mask @ layer.dense().double()) < 2e-2
+
+
+def test_trains() -> None:
+    torch.manual_seed(0)
+    model = Feedforward()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, fused=True)
+    x = torch.randn(512, 256, device="cuda")
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = (model(x) - x.roll(1, 1)).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]

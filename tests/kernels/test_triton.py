@@ -1,0 +1,145 @@
+"""The Triton kernels against the dense layer in float64: on a GPU, or on a CPU in Triton's interpreter.
+
+Without a GPU, `test_interpreter` runs this file in the interpreter (`TRITON_INTERPRET=1`), in float32 and at small sizes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+import pytest
+import torch
+
+from sparseift_cli.kernels import KERNELS, LayerRequest
+from sparseift_cli.kernels.linear import BlockLinear
+from sparseift_cli.kernels.reference import ACTIVATIONS
+from tests.kernels.cases import MASKS, Case, mask_of, relative
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
+pytest.importorskip("triton")
+blocks = importlib.import_module("sparseift_cli.kernels.blocks")
+
+# Triton 3.6's interpreter takes scalars from arrays of one element, which numpy deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = (torch.float32,) if INTERPRETED else (torch.bfloat16, torch.float16, torch.float32)
+BOUND = {
+    torch.bfloat16: 6e-3,
+    torch.float16: 1e-3,
+    torch.float32: 1e-5 if INTERPRETED else 1e-3,
+}  # float32 runs as tf32
+WAYS = ("descriptors", "pointers") if INTERPRETED else ("chosen", "descriptors", "pointers")
+ways = pytest.mark.parametrize("way", WAYS)
+sizes = pytest.mark.parametrize("block", [128, 64, 32])
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def descriptors(way: str) -> bool | None:
+    """The option of the functions in `blocks` for a way; skips where the device has no descriptors."""
+    if way == "descriptors" and not INTERPRETED and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs a device with tensor descriptors")
+    return None if way == "chosen" else way == "descriptors"
+
+
+def multiply_everything(case: Case, way: str, dtype: torch.dtype) -> None:
+    """Forward with bias and GELU, forward alone, and dX."""
+    option = {"descriptors": descriptors(way)}
+    y, z = blocks.multiply(case.x, case.values, case.index, False, case.bias, "gelu", True, **option)
+    assert relative(z, case.z) < BOUND[dtype] and relative(y, case.y("gelu")) < BOUND[dtype]
+    plain, nothing = blocks.multiply(case.x, case.values, case.index, **option)
+    assert relative(plain, case.z - case.bias.double()) < BOUND[dtype] and nothing.numel() == 0
+    assert relative(blocks.multiply(case.grad, case.values, case.index, True, **option)[0], case.dx) < BOUND[dtype]
+
+
+@ways
+@sizes
+@dtypes
+@pytest.mark.parametrize("tokens", [1, 37] if INTERPRETED else [1, 37, 777])
+def test_products(block: int, dtype: torch.dtype, way: str, tokens: int) -> None:
+    multiply_everything(
+        Case.draw(mask_of("an empty row and an empty column"), block, tokens, dtype, DEVICE), way, dtype
+    )
+
+
+@ways
+@dtypes
+@pytest.mark.parametrize("name", [name for name in MASKS if "empty" not in name])
+def test_corners(name: str, dtype: torch.dtype, way: str) -> None:
+    for block in (32,) if INTERPRETED else (128, 64, 32):
+        case = Case.draw(mask_of(name), block, 33, dtype, DEVICE)
+        multiply_everything(case, way, dtype)
+        gradient = blocks.weight_gradient(case.grad, case.x, case.index, descriptors=descriptors(way))
+        assert relative(gradient, case.dvalues) < BOUND[dtype]
+
+
+@ways
+@sizes
+@dtypes
+@pytest.mark.parametrize("parts", [None, 1, 3])
+def test_weight_gradient(block: int, dtype: torch.dtype, way: str, parts: int | None) -> None:
+    tokens = 70 if INTERPRETED else 777
+    case = Case.draw(mask_of("an empty row and an empty column"), block, tokens, dtype, DEVICE)
+    found = blocks.weight_gradient(case.grad, case.x, case.index, parts=parts, descriptors=descriptors(way))
+    assert relative(found, case.dvalues) < BOUND[dtype]
+
+
+@ways
+@dtypes
+@pytest.mark.parametrize("shape", [(1, 50), (50, 1)], ids=str)
+def test_weight_gradient_of_groups_of_eight(shape: tuple[int, int], dtype: torch.dtype, way: str) -> None:
+    mask = torch.ones(shape, dtype=torch.bool)
+    case = Case.draw(mask, 64, 40, dtype, DEVICE)
+    assert case.index.groups.shape[1] == 8
+    found = blocks.weight_gradient(case.grad, case.x, case.index, descriptors=descriptors(way))
+    assert relative(found, case.dvalues) < BOUND[dtype]
+
+
+@ways
+@dtypes
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_epilogues(activation: str, dtype: torch.dtype, way: str) -> None:
+    for block in (32,) if INTERPRETED else (128, 64, 32):
+        case = Case.draw(mask_of("an empty row and an empty column"), block, 33, dtype, DEVICE)
+        option = {"descriptors": descriptors(way)}
+        y, _ = blocks.multiply(case.x, case.values, case.index, False, case.bias, activation, False, **option)
+        assert relative(y, case.y(activation)) < BOUND[dtype]
+
+
+def test_layer_takes_the_kernels() -> None:
+    mask = mask_of("an empty row and an empty column")
+    layer = BlockLinear(mask, 32, activation="gelu_tanh", device=DEVICE, dtype=torch.float32)
+    request = LayerRequest(32, "float32", DEVICE, None if INTERPRETED else torch.cuda.get_device_capability())
+    assert KERNELS.get("blocks").why_not(request) is None
+    x = torch.randn(2, 5, 128, device=DEVICE, requires_grad=True)
+    y = layer(x)
+    y.square().sum().backward()
+    found = [y.detach(), x.grad, layer.values.grad, layer.bias.grad]
+    layer.backend = "reference"
+    layer.zero_grad()
+    x.grad = None
+    y = layer(x)
+    y.square().sum().backward()
+    for a, b in zip(found, [y.detach(), x.grad, layer.values.grad, layer.bias.grad], strict=True):
+        assert relative(a, b) < (1e-5 if INTERPRETED else 3e-3)
+
+
+def test_moved_blocks_are_the_ones_computed() -> None:
+    mask = mask_of("an empty row and an empty column")
+    case = Case.draw(mask, 32, 9, torch.float32, DEVICE)
+    moved = mask.flip(0, 1)
+    case.index.move_(moved.to(DEVICE))
+    fresh = Case.draw(moved, 32, 9, torch.float32, DEVICE)
+    y, _ = blocks.multiply(fresh.x, fresh.values, case.index)
+    assert relative(y, fresh.z - fresh.bias.double()) < BOUND[torch.float32]
+    gradient = blocks.weight_gradient(fresh.grad, fresh.x, case.index)
+    assert relative(gradient, fresh.dvalues) < BOUND[torch.float32]
+
+
+def test_memory_that_is_not_aligned() -> None:
+    case = Case.draw(mask_of("all blocks"), 32, 5, torch.float32, DEVICE)
+    shifted = torch.empty(case.x.numel() + 1, device=DEVICE)[1:].view_as(case.x).copy_(case.x)
+    y, _ = blocks.multiply(shifted, case.values, case.index, bias=case.bias)
+    assert relative(y, case.z) < BOUND[torch.float32]
