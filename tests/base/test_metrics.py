@@ -53,7 +53,7 @@ def test_a_metric_from_outside(accuracy: Metric) -> None:
 
 def test_what_is_no_metric_is_refused() -> None:
     with pytest.raises(UsageError, match="not a Metric"):
-        METRICS.register("accuracy", hits)  # pyright: ignore[reportArgumentType]
+        METRICS.register("accuracy", hits)
     with pytest.raises(UsageError, match="unknown metric 'tpo1'") as caught:
         METRICS.get("tpo1")
     assert caught.value.hint == "did you mean 'top1'?"

@@ -46,7 +46,7 @@ def test_what_is_no_model_is_refused() -> None:
         (ModelInfo("net", make=two_layers), "one of them"),
     ):
         with pytest.raises(UsageError, match=reason):
-            MODELS.register("net", entry)  # pyright: ignore[reportArgumentType]
+            MODELS.register("net", entry)
 
 
 @pytest.mark.parametrize("name", ["digits_mlp", "digits_cnn", "bytes_gpt", "wikitext_gpt"])

@@ -169,4 +169,4 @@ def test_what_is_no_algorithm_is_refused() -> None:
 
     for found, reason in ((dict, "a subclass of"), (RigL(), "a subclass of"), (Halved, "overridden together")):
         with pytest.raises(UsageError, match=reason):
-            ALGORITHMS.register("mine", found)  # pyright: ignore[reportArgumentType]
+            ALGORITHMS.register("mine", found)

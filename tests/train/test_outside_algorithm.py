@@ -32,7 +32,7 @@ def test_python_trains_it_and_every_update_follows_its_scores() -> None:
     nnz, moved = dict(sparsifier.nnz), 0
     for t in range(STEPS):
         loss_of(net, t).backward()
-        gradients = {name: net.get_parameter(name).grad.clone().abs() for name in nnz}  # type: ignore[union-attr]
+        gradients = {name: net.get_parameter(name).grad.clone().abs() for name in nnz}
         before = {name: mask.clone() for name, mask in sparsifier.masks().items()}
         sparsifier.step()
         optimizer.step()
