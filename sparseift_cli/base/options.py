@@ -13,7 +13,7 @@ Imports neither typer nor pydantic nor torch: the classes that declare options m
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from functools import cache
 from numbers import Integral
@@ -39,6 +39,7 @@ class Option:
         minimum: the smallest value; `above` a limit that is no value itself.
         maximum: the largest value; `below` a limit that is no value itself.
         pattern: regular expression that the text must match.
+        reads: what reads the text, and raises UsageError where it means nothing.
         metavar: what `--help` prints for the value, in place of its choices or type.
         decimal: the field keeps the text of a number, so that 0.9 means 9/10 exactly; files write it as a number.
         shown: how the default is shown, where its value does not explain itself.
@@ -55,6 +56,7 @@ class Option:
     below: float | None = None
     by_layer: bool = False
     pattern: str | None = None
+    reads: Callable[[str], object] | None = None
     metavar: str | None = None
     decimal: bool = False
     shown: str | None = None
@@ -167,6 +169,8 @@ def check_value(declared: DeclaredOption, value: Any) -> None:
         if value not in (names if isinstance(names, Registry) else declared.choices):
             known = f"known: {', '.join(declared.choices)}"
             raise UsageError(f"unknown {called} {value!r}", hint=did_you_mean(str(value), declared.choices) or known)
+    if option.reads is not None:
+        option.reads(value)
     if declared.type in (int, float) or option.decimal:
         problem = _outside(declared, value)
         if problem:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from .layout import Block, Layout, NofM, parse_pattern, room
-from .n_of_m import n_of_m_masks
-from .select import at_random, disjoint
+from .layout import Layout
+from .patterns import MaskPattern, parse_pattern
+from .select import without_nan
 
 
 def make_mask(
@@ -55,19 +55,9 @@ def make_mask(
     """
     layout, kind = Layout(tuple(shape), groups, transposed), parse_pattern(pattern)
     matrix = None if scores is None else _score_matrix(layout, scores)
-    _check_counts(layout, kind, pattern, [nnz])
-    if isinstance(kind, NofM):
-        (mask,) = n_of_m_masks(layout, kind, 1, generator, matrix)
-    else:
-        balance = _balance(layout, kind, row_balance, column_balance)
-        keys = None if matrix is None else _without_nan(layout.to_blocks(matrix, kind))
-        if keys is None and balance == (1, 1):
-            blocks = at_random(layout.grid(kind), nnz // kind.size, generator)
-            if not connect or not blocks.numel() or blocks.view(torch.uint8).amax(1).all():
-                return layout.from_matrix(layout.from_blocks(blocks, kind))
-        (blocks,) = disjoint(layout.grid(kind), [nnz // kind.size], generator, keys, connect=connect, balance=balance)
-        mask = layout.from_blocks(blocks, kind)
-    return layout.from_matrix(mask)
+    kind.check_counts(layout, [nnz])
+    balance = _balance(layout, kind, row_balance, column_balance)
+    return layout.from_matrix(kind.draw(layout, nnz, generator, matrix, connect=connect, balance=balance))
 
 
 def disjoint_masks(
@@ -92,13 +82,10 @@ def disjoint_masks(
         UsageError: the weight has fewer places than sum(nnzs), or one of the counts is impossible by itself.
     """
     layout, kind = Layout(tuple(shape), groups, transposed), parse_pattern(pattern)
-    _check_counts(layout, kind, pattern, nnzs)
-    if isinstance(kind, NofM):
-        return [layout.from_matrix(m) for m in n_of_m_masks(layout, kind, len(nnzs), generator)]
+    kind.check_counts(layout, nnzs)
     balance = _balance(layout, kind, row_balance, column_balance)
-    counts = [nnz // kind.size for nnz in nnzs]
-    chosen = disjoint(layout.grid(kind), counts, generator, connect=connect, balance=balance)
-    return [layout.from_matrix(layout.from_blocks(blocks, kind)) for blocks in chosen]
+    masks = kind.draw_disjoint(layout, nnzs, generator, connect=connect, balance=balance)
+    return [layout.from_matrix(mask) for mask in masks]
 
 
 def empty_rows_and_columns(mask: Tensor, groups: int = 1, transposed: bool = False) -> tuple[int, int]:
@@ -114,17 +101,20 @@ def empty_rows_and_columns(mask: Tensor, groups: int = 1, transposed: bool = Fal
     return rows.numel() - int(rows.count_nonzero()), columns.numel() - int(columns.count_nonzero())
 
 
-def _balance(layout: Layout, kind: Block, rows: int | None, columns: int | None) -> tuple[int, int]:
-    """How many blocks of rows and of columns get equal shares."""
+def _balance(layout: Layout, pattern: MaskPattern, rows: int | None, columns: int | None) -> tuple[int, int]:
+    """How many blocks of rows and of columns get equal shares. A pattern of fixed density is balanced anyway."""
+    if pattern.density is not None:
+        return 1, 1
     if rows is not None and columns is not None:
         raise UsageError("a mask is balanced over rows or over columns, not both")
     if (rows is not None or columns is not None) and layout.groups > 1:
         raise UsageError("a grouped convolution has no heads to balance")
-    for parts, size, side, what in (
-        (rows, layout.rows, kind.rows, "rows"),
-        (columns, layout.columns, kind.columns, "columns"),
+    grid = pattern.grid(layout)
+    for parts, size, side, cells, what in (
+        (rows, layout.rows, pattern.sides[0], grid[0], "rows"),
+        (columns, layout.columns, pattern.sides[1], grid[1], "columns"),
     ):
-        if parts is not None and (parts < 1 or size % parts or size // parts % side):
+        if parts is not None and (parts < 1 or size % parts or size // parts % side or cells % parts):
             whole = f" of whole blocks of {side}" if side > 1 else ""
             raise UsageError(
                 f"{size} {what} are not {parts} equal parts{whole}",
@@ -133,34 +123,7 @@ def _balance(layout: Layout, kind: Block, rows: int | None, columns: int | None)
     return rows or 1, columns or 1
 
 
-def _check_counts(layout: Layout, kind: NofM | Block, pattern: str, nnzs: Sequence[int]) -> None:
-    named = f"a weight of {layout.rows} outputs x {layout.columns}"
-    space = room(layout.shape, kind, groups=layout.groups, transposed=layout.transposed)
-    if isinstance(kind, NofM):
-        if any(nnz != space for nnz in nnzs):
-            raise UsageError(f"{pattern} gives {named} {space} non-zeros, not {_listed(nnzs)}")
-        if len(nnzs) * kind.n > kind.m:
-            raise UsageError(f"{len(nnzs)} disjoint {pattern} masks need groups of {len(nnzs) * kind.n} inputs or more")
-        return
-    if min(nnzs, default=0) < 0 or sum(nnzs) > space:
-        raise UsageError(f"{_listed(nnzs)} non-zeros do not fit {named}: {pattern} has room for {space}")
-    if any(nnz % kind.size for nnz in nnzs):
-        raise UsageError(f"{_listed(nnzs)} non-zeros are not whole {pattern} blocks of {kind.size}")
-
-
-def _listed(nnzs: Sequence[int]) -> str:
-    return " + ".join(map(str, nnzs)) or "no"
-
-
 def _score_matrix(layout: Layout, scores: Tensor) -> Tensor:
     if tuple(scores.shape) != layout.shape:
         raise UsageError(f"scores of shape {tuple(scores.shape)} for a weight of shape {layout.shape}")
-    return _without_nan(layout.to_matrix(scores.detach().to("cpu", torch.float32)))
-
-
-def _without_nan(keys: Tensor) -> Tensor:
-    """`keys` themselves; the sum of a block can be NaN where infinities of both signs meet in it."""
-    found = int(keys.isnan().count_nonzero())
-    if found:
-        raise UsageError(f"{found} of {keys.numel()} scores are NaN")
-    return keys
+    return without_nan(layout.to_matrix(scores.detach().to("cpu", torch.float32)))

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .layout import Block, Layout, NofM, parse_pattern
+from .layout import Layout
 
 _CHUNK = 1 << 21  # places sorted at a time: a sort holds 24 bytes a place
 
 
 def n_of_m_masks(
-    layout: Layout, pattern: NofM, branches: int, generator: torch.Generator, scores: Tensor | None = None
+    layout: Layout, n: int, m: int, branches: int, generator: torch.Generator, scores: Tensor | None = None
 ) -> list[Tensor]:
     """`branches` pairwise disjoint masks [rows, columns], the first of the best by `scores` [rows, columns], or at random.
 
@@ -30,14 +30,14 @@ def n_of_m_masks(
     masks = [torch.zeros(rows, columns, dtype=torch.bool) for _ in range(branches)]
     for start, stop in _row_chunks(rows, columns):
         part = None if keys is None else keys[start:stop]
-        for first, m in groups_of(columns, pattern.m):
-            n = m * pattern.n // pattern.m  # N in a whole group
-            whole = (columns - first) // m * m
-            wanted = None if part is None else part[:, first : first + whole].reshape(-1, m)
-            order = _ranked((stop - start) * whole // m, m, wanted, generator)
+        for first, size in groups_of(columns, m):
+            held = size * n // m  # N in a whole group
+            whole = (columns - first) // size * size
+            wanted = None if part is None else part[:, first : first + whole].reshape(-1, size)
+            order = _ranked((stop - start) * whole // size, size, wanted, generator)
             for b, mask in enumerate(masks):
                 taken = torch.zeros(order.shape, dtype=torch.bool)
-                taken.scatter_(1, order[:, b * n : (b + 1) * n], True)
+                taken.scatter_(1, order[:, b * held : (b + 1) * held], True)
                 mask[start:stop, first : first + whole] = taken.reshape(stop - start, whole)
     return [layout.by_channel(mask) for mask in masks]
 
@@ -66,25 +66,3 @@ def _ranked(groups: int, m: int, scores: Tensor | None, generator: torch.Generat
         return order
     shuffled = scores.gather(1, order)
     return order.gather(1, shuffled.sort(dim=1, descending=True, stable=True).indices)
-
-
-def has_pattern(mask: Tensor, pattern: str, groups: int = 1, transposed: bool = False) -> bool:
-    """Whether `mask` [*shape] has the pattern: every block full or empty and none outside of them, or N of every M inputs.
-
-    Raises:
-        UsageError: a pattern that does not exist, or not the shape of a weight.
-    """
-    kind, layout = parse_pattern(pattern), Layout(tuple(mask.shape), groups, transposed)
-    if kind == Block(1, 1):
-        return True
-    matrix = layout.to_matrix(mask)
-    if isinstance(kind, NofM):
-        live = layout.by_tap(matrix)
-        for first, m in groups_of(layout.columns, kind.m):
-            whole = (layout.columns - first) // m * m
-            held = live[:, first : first + whole].reshape(-1, m).sum(1)
-            if bool((held != m * kind.n // kind.m).any()):
-                return False
-        return True
-    full = layout.from_blocks(layout.to_blocks(matrix.float(), kind) == kind.size, kind)
-    return bool((full == matrix).all())

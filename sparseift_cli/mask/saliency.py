@@ -17,8 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..base.randomness import generator_for
 from ..errors import UsageError, did_you_mean
-from .layout import Block, NofM, parse_pattern, room
+from .layout import Layout
 from .mask import make_mask
+from .patterns import UNSTRUCTURED, parse_pattern
 
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
@@ -227,8 +228,8 @@ def force_masks(
     (iterative SNIP). Source: de Jorge, Sanyal, Behl, Torr, Rogez, Dokania, "Progressive skeletonization", ICLR 2021,
     arXiv 2006.09081. One round is SNIP.
 
-    An N:M pattern has one count, so the rounds before the last are unstructured; there a pruned weight returns in
-    iterative SNIP too where a group has too few others.
+    A pattern of fixed density (N:M) has one count, so the rounds before the last are unstructured; there a pruned weight
+    returns in iterative SNIP too where a group has too few others.
 
     Args:
         structure: pattern and layout of each key's mask, where it is not that of a plain unstructured weight.
@@ -261,10 +262,10 @@ def _step(shape: tuple[int, ...], nnz: int, progress: float, form: MaskLayout) -
     """Non-zeros of a weight at `progress` (1 at the end) of the pruning, and the structure that can have them."""
     if progress == 1 or nnz < 1:
         return nnz, form
-    kind = parse_pattern(form.get("pattern", "unstructured"))
-    if isinstance(kind, NofM):
-        kind, form = Block(1, 1), form.copy()
+    pattern = parse_pattern(form.get("pattern", "unstructured"))
+    if pattern.density is not None:
+        pattern, form = UNSTRUCTURED, form.copy()
         form["pattern"] = "unstructured"
-    most = room(shape, kind, groups=form.get("groups", 1), transposed=form.get("transposed", False))
+    most = pattern.room(Layout(shape, form.get("groups", 1), form.get("transposed", False)))
     count = round(most ** (1 - progress) * nnz**progress)
-    return max(nnz, count // kind.size * kind.size), form
+    return max(nnz, count // pattern.unit * pattern.unit), form

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..errors import UsageError
+
 _DRAWN_TOGETHER = (
     1 << 15
 )  # places drawn at a time, into one buffer: few enough that torch does not split them over threads
@@ -133,6 +135,18 @@ def _compress(values: Tensor, mask: Tensor) -> Tensor:
     """values[mask] [places], in pieces: indexing holds 8 bytes for every place it takes."""
     step = rows_at_once(values[:1].numel())
     return torch.cat([part[where] for part, where in zip(values.split(step), mask.split(step), strict=True)])
+
+
+def without_nan(keys: Tensor) -> Tensor:
+    """`keys` [*shape] themselves. The sum of a block can be NaN where infinities of both signs meet in it.
+
+    Raises:
+        UsageError: some are NaN.
+    """
+    found = int(keys.isnan().count_nonzero())
+    if found:
+        raise UsageError(f"{found} of {keys.numel()} scores are NaN")
+    return keys
 
 
 # --- in a matrix: no empty rows, equal shares for heads, several disjoint masks ---

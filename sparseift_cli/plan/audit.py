@@ -119,8 +119,8 @@ class Audit(ShownAsSheets):
         if self.plan is None or self.transformed is None:
             return self.dense.nonzero_params
         rows = [row for row in self.plan.layers if row.status == "transformed"]
-        block = self.plan.spec.block
-        more = sum(final_nonzeros(row, p, self.training, block) - p.nnz for row in rows for p in row.parts)
+        pattern = self.plan.spec.mask_pattern
+        more = sum(final_nonzeros(row, p, self.training, pattern) - p.nnz for row in rows for p in row.parts)
         return self.transformed.nonzero_params + more
 
     def owners(self) -> dict[str, int]:
@@ -183,7 +183,7 @@ def audit(counted: Plan | LayerTable, training: TrainingSpec | None = None, *, c
     stored = sum(row.params for row in plan.layers)
     transformed = Totals(
         forward_macs=sum(row.macs for row in plan.layers),
-        training_macs=run_macs(plan.layers, training, plan.spec.block),
+        training_macs=run_macs(plan.layers, training, plan.spec.mask_pattern),
         params=stored,
         activations=sum(row.activations for row in plan.layers),
         nonzero_params=stored - sum(row.weights - row.nnz for row in plan.layers),

@@ -12,6 +12,7 @@ from fractions import Fraction
 from math import floor
 
 from ..errors import CheckFailed, UsageError
+from ..mask.patterns import MaskPattern
 from .distributions import BudgetedLayer
 from .layer_plan import LayerPlan
 from .selection import require_transformed
@@ -46,14 +47,15 @@ def allocate_nonzeros(
     distribution = spec.distribution_rule
     require_transformed(distribution.globs, [layers[i].layer.name for i in which])
     given = {i: d for i in which if (d := distribution.given(layers[i].layer.name)) is not None}
-    if spec.n_of_m:
+    pattern = spec.mask_pattern
+    if pattern.density is not None:
         if spec.match in ("model", "train") or given:
             what = "the model's FLOPs cannot be matched by it" if not given else "no other can be given"
             raise UsageError(
                 f"pattern {spec.pattern} fixes every density, so {what}",
                 hint="use --match layer, or a block or unstructured pattern",
             )
-        return [_n_of_m_layer(p, *spec.n_of_m) if p.status == "transformed" else p for p in layers], None
+        return [_fixed_density(p, pattern) if p.status == "transformed" else p for p in layers], None
     for i in which:
         if i in given or spec.match == "off":
             layers[i] = _with_nonzeros(layers[i], _at_density(layers[i], given.get(i, spec.density), spec), spec)
@@ -68,21 +70,9 @@ def allocate_nonzeros(
 # --- one layer ---
 
 
-def _unit(spec: TransformSpec) -> int:
-    """Non-zeros come in whole blocks."""
-    rows, columns = spec.block or (1, 1)
-    return rows * columns
-
-
-def _room(plan: LayerPlan, spec: TransformSpec) -> int:
-    """The most non-zeros a layer can hold: all its weights, or all its whole blocks beside the dense parts."""
-    if not spec.block:
-        return plan.weights
-    rows, columns = spec.block
-    room = 0
-    for part in plan.parts:
-        room += part.shape.weights if part.dense else part.shape.blocks(rows, columns) * rows * columns
-    return room
+def _room(plan: LayerPlan, pattern: MaskPattern) -> int:
+    """The most non-zeros a layer can hold: what the pattern lets its masked parts have, beside the dense parts."""
+    return sum(part.shape.weights if part.dense else pattern.room(part.shape) for part in plan.parts)
 
 
 def clamp_to_room(plan: LayerPlan, nnz: int, spec: TransformSpec) -> int:
@@ -91,8 +81,8 @@ def clamp_to_room(plan: LayerPlan, nnz: int, spec: TransformSpec) -> int:
     Raises:
         UsageError: it has no room for one block.
     """
-    unit, dense = _unit(spec), plan.dense_nnz
-    room = _room(plan, spec) - dense
+    unit, dense = spec.mask_pattern.unit, plan.dense_nnz
+    room = _room(plan, spec.mask_pattern) - dense
     if room < unit:
         raise UsageError(
             f"layer {plan.layer.name} has no room for one {spec.pattern} block",
@@ -113,28 +103,24 @@ def _with_nonzeros(plan: LayerPlan, nnz: int, spec: TransformSpec) -> LayerPlan:
     Raises:
         UsageError: one of them has no room for its blocks.
     """
-    plan = plan.with_nonzeros(nnz, _unit(spec))
-    if spec.block:
-        _require_room(plan, *spec.block)
+    plan = plan.with_nonzeros(nnz, spec.mask_pattern.unit)
+    _require_room(plan, spec.mask_pattern)
     return plan
 
 
-def _n_of_m_layer(plan: LayerPlan, n: int, m: int) -> LayerPlan:
-    """N of every M inputs of every sparse part; a last group shorter than M keeps its share, rounded down."""
-    parts = []
-    for part in plan.parts:
-        whole, rest = divmod(part.shape.taps * part.shape.inputs // part.shape.groups, m)
-        parts.append(part if part.dense else replace(part, nnz=part.shape.outputs * (whole * n + rest * n // m)))
+def _fixed_density(plan: LayerPlan, pattern: MaskPattern) -> LayerPlan:
+    """The layer with the only number of non-zeros that the pattern lets each masked part have."""
+    parts = (part if part.dense else replace(part, nnz=pattern.room(part.shape)) for part in plan.parts)
     return replace(plan, parts=tuple(parts))
 
 
-def _require_room(plan: LayerPlan, rows: int, columns: int) -> None:
+def _require_room(plan: LayerPlan, pattern: MaskPattern) -> None:
     """A layer's room can be all in one of its parts: V of a depthwise layer has one output a group."""
     for part in plan.parts:
-        room = part.shape.blocks(rows, columns) * rows * columns
-        if not part.dense and part.nnz > room:
+        room = part.shape.weights if part.dense else pattern.room(part.shape)
+        if part.nnz > room:
             raise UsageError(
-                f"layer {plan.layer.name} gives {part.name} {part.nnz} non-zeros, and {rows}x{columns} blocks have "
+                f"layer {plan.layer.name} gives {part.name} {part.nnz} non-zeros, and {pattern.name} blocks have "
                 f"room for {room}",
                 hint="--exclude it, or use smaller blocks",
             )
@@ -185,7 +171,7 @@ class _ModelBudget:
         """What `others` cost of the budget."""
         if self.spec.match == "model":
             return sum(p.macs for p in self.others)
-        return run_macs(self.others, self.training, self.spec.block)
+        return run_macs(self.others, self.training, self.spec.mask_pattern)
 
     def forward_budgets(self, scale: Fraction) -> list[Fraction]:
         """Forward MACs of each layer in `chosen`, in all scale * dense cost, as the distribution has it."""
@@ -204,7 +190,7 @@ class _ModelBudget:
         if self.spec.match == "model":
             return others + scale * self.dense_macs
         budgets = zip(self.chosen, self.forward_budgets(scale), strict=True)
-        return sum((unrounded_macs(p, b, self.training, self.spec.block) for p, b in budgets), others)
+        return sum((unrounded_macs(p, b, self.training, self.spec.mask_pattern) for p, b in budgets), others)
 
 
 def _match_model(budget: _ModelBudget) -> tuple[list[LayerPlan], Fraction | None]:
@@ -286,9 +272,9 @@ def _solve(cost: Callable[[Fraction], Fraction], budget: Fraction | int, most: F
 def _matched(budget: _ModelBudget, scale: Fraction) -> list[int]:
     """Counts within the budget that `scale` was solved for: the forward pass's, or the run's as it is counted afterwards."""
     spec, training, chosen = budget.spec, budget.training, budget.chosen
-    unit = _unit(spec)
+    unit = spec.mask_pattern.unit
     dense = [p.dense_nnz for p in chosen]
-    caps = [(_room(p, spec) - n) // unit for p, n in zip(chosen, dense, strict=True)]
+    caps = [(_room(p, spec.mask_pattern) - n) // unit for p, n in zip(chosen, dense, strict=True)]
     budgets = [b - n * p.positions for b, n, p in zip(budget.forward_budgets(scale), dense, chosen, strict=True)]
     costs = [p.positions * unit for p in chosen]
     if spec.match == "model":
@@ -296,7 +282,7 @@ def _matched(budget: _ModelBudget, scale: Fraction) -> list[int]:
     else:
 
         def of_run(i: int, n: int) -> Fraction:
-            return run_macs([chosen[i].with_nonzeros(dense[i] + n * unit, unit)], training, spec.block)
+            return run_macs([chosen[i].with_nonzeros(dense[i] + n * unit, unit)], training, spec.mask_pattern)
 
         counts = round_to_budget(budgets, costs, caps, budget.total - budget.cost_of_others(), of_run)
     return [n + c * unit for n, c in zip(dense, counts, strict=True)]
@@ -350,7 +336,7 @@ def matched_cost(
     if spec.match == "model":
         return sum(p.macs for p in layers), sum(p.dense_macs for p in layers)
     if spec.match == "train":
-        return run_macs(layers, training, spec.block), dense_training_macs(layers, training)
+        return run_macs(layers, training, spec.mask_pattern), dense_training_macs(layers, training)
     return None
 
 

@@ -5,7 +5,6 @@ Every option is declared here and only here, on its annotated field: `base/optio
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
@@ -14,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from ..base.options import Option, check
 from ..errors import UsageError, one_of
+from ..mask.patterns import WRITTEN, MaskPattern, parse_pattern
 from ..sparsity.algorithms import ALGORITHMS, MaskAlgorithm, make_algorithm, name_of
 from ..sparsity.schedule import UpdateSchedule
 from .distributions import DISTRIBUTIONS, Distribution, PerLayer, density
@@ -147,9 +147,10 @@ class TransformSpec:
     pattern: Annotated[
         str,
         Option(
-            "Where zeros may be: unstructured, N:M (2:4) or blocks (4x4).",
+            "Where zeros may be: unstructured, N:M (2:4), blocks (4x4), or package.module:Name.",
             panel=_TRANSFORM,
-            pattern=r"^(unstructured|\d+:\d+|\d+x\d+)$",
+            pattern=WRITTEN,
+            reads=parse_pattern,
             metavar="PATTERN",
         ),
     ] = "unstructured"
@@ -211,15 +212,12 @@ class TransformSpec:
         )
 
     def _require_pattern(self) -> None:
-        """The pattern exists, and an N:M pattern has the density of the sparsity."""
-        if self.n_of_m and Fraction(*self.n_of_m) != self.density:
-            n, m = self.n_of_m
+        """The pattern exists, and one of fixed density (N:M) has the density of the sparsity."""
+        fixed = self.mask_pattern.density
+        if fixed is not None and fixed != self.density:
             raise UsageError(
-                f"pattern {n}:{m} has density {n}/{m}, not {self.density}", hint=f"use sparsity {1 - n / m}"
-            )
-        if not (self.pattern == "unstructured" or self.n_of_m or self.block):
-            raise UsageError(
-                f"unknown pattern {self.pattern!r}", hint="use unstructured, N:M (2:4) or a block RxC (4x4)"
+                f"pattern {self.pattern} has density {fixed}, not {self.density}",
+                hint=f"use sparsity {float(1 - fixed)}",
             )
 
     @property
@@ -235,20 +233,9 @@ class TransformSpec:
         return self.distribution
 
     @property
-    def n_of_m(self) -> tuple[int, int] | None:
-        """(N, M) of an N:M pattern with 0 < N <= M."""
-        found = re.fullmatch(r"(\d+):(\d+)", self.pattern)
-        if not found or not 0 < int(found[1]) <= int(found[2]):
-            return None
-        return int(found[1]), int(found[2])
-
-    @property
-    def block(self) -> tuple[int, int] | None:
-        """(rows, columns) of a block pattern."""
-        found = re.fullmatch(r"(\d+)x(\d+)", self.pattern)
-        if not found or not int(found[1]) * int(found[2]):
-            return None
-        return int(found[1]), int(found[2])
+    def mask_pattern(self) -> MaskPattern:
+        """The pattern itself, which `pattern` names."""
+        return parse_pattern(self.pattern)
 
     @staticmethod
     def of(options: Mapping[str, Any]) -> TransformSpec:

@@ -15,13 +15,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
+from ..mask.patterns import UNSTRUCTURED, MaskPattern
 from ..sparsity.algorithms import MaskAlgorithm
 from ..sparsity.schedule import StepCost
 from ..table.table import Layer
 from .layer_plan import LayerPlan, Part
 from .spec import TrainingSpec
-
-Block = tuple[int, int] | None  # rows, columns
 
 
 def step_cost(plan: LayerPlan, *, recompute: bool = False) -> StepCost:
@@ -77,23 +76,24 @@ def _training_macs(
     return total
 
 
-def run_macs(layers: Sequence[LayerPlan], training: TrainingSpec, block: Block = None) -> Fraction:
+def run_macs(layers: Sequence[LayerPlan], training: TrainingSpec, pattern: MaskPattern = UNSTRUCTURED) -> Fraction:
     """Mean MACs of a training step over a run, to the non-zero: those of the whole run over its steps.
 
     Gradual pruning has a whole number of non-zeros (of blocks, where masks consist of them) at every step, so with known
     steps those are added up. Without, it is the limit of long runs, above it by less than a non-zero (a block) a weight.
     """
     method, schedule = training.method, training.method.schedule(training.steps)
-    together = block[0] * block[1] if block else 1
 
     def mean(plan: LayerPlan, part: Part, cost: StepCost) -> Fraction:
-        start = initial_nonzeros(plan, part, method, block)
-        return method.mean_step(cost, start, part.nnz, part.shape.weights, schedule, together)
+        start = initial_nonzeros(plan, part, method, pattern)
+        return method.mean_step(cost, start, part.nnz, part.shape.weights, schedule, pattern.unit)
 
     return _training_macs(layers, training, mean)
 
 
-def unrounded_macs(plan: LayerPlan, macs: Fraction | int, training: TrainingSpec, block: Block = None) -> Fraction:
+def unrounded_macs(
+    plan: LayerPlan, macs: Fraction | int, training: TrainingSpec, pattern: MaskPattern = UNSTRUCTURED
+) -> Fraction:
     """`run_macs` of a transformed layer whose forward costs `macs`, before rounding to whole non-zeros.
 
     Dense parts keep all their weights, whatever `macs` says; the others share what is left by size.
@@ -105,7 +105,7 @@ def unrounded_macs(plan: LayerPlan, macs: Fraction | int, training: TrainingSpec
 
     def mean(plan: LayerPlan, part: Part, cost: StepCost) -> Fraction:
         nnz = density * part.shape.weights
-        start = max(nnz, _start(plan, part, method, block))
+        start = max(nnz, _start(plan, part, method, pattern))
         return method.mean_step(cost, start, nnz, part.shape.weights, schedule)
 
     return _training_macs([plan], training, mean)
@@ -124,22 +124,21 @@ def executed_macs(layers: Sequence[LayerPlan], training: TrainingSpec) -> Fracti
     return _training_macs(layers, training, lambda _, part, cost: cost.total * part.shape.weights)
 
 
-def initial_nonzeros(plan: LayerPlan, part: Part, method: MaskAlgorithm, block: Block) -> int:
+def initial_nonzeros(plan: LayerPlan, part: Part, method: MaskAlgorithm, pattern: MaskPattern) -> int:
     """The non-zeros of a part at step 0: the planned ones, or more where the algorithm starts denser."""
-    return max(part.nnz, _start(plan, part, method, block))
+    return max(part.nnz, _start(plan, part, method, pattern))
 
 
-def final_nonzeros(plan: LayerPlan, part: Part, training: TrainingSpec, block: Block) -> int:
+def final_nonzeros(plan: LayerPlan, part: Part, training: TrainingSpec, pattern: MaskPattern) -> int:
     """The non-zeros of a part when training ends: the planned ones, unless the algorithm uses no masks."""
     schedule = training.method.schedule(training.steps)
-    start = initial_nonzeros(plan, part, training.method, block)
+    start = initial_nonzeros(plan, part, training.method, pattern)
     return training.method.nonzeros(schedule.end, start, part.nnz, schedule)
 
 
-def _start(plan: LayerPlan, part: Part, method: MaskAlgorithm, block: Block) -> int:
+def _start(plan: LayerPlan, part: Part, method: MaskAlgorithm, pattern: MaskPattern) -> int:
     """The non-zeros of the algorithm's start density, in whole blocks; 0 for parts that keep theirs: dense or frozen ones."""
     if method.start_density is None or part.dense or not plan.layer.grad_weight:
         return 0
-    rows, columns = block or (1, 1)
-    count = int(method.start_density * part.shape.weights / (rows * columns))
-    return min(part.shape.blocks(rows, columns), count) * rows * columns
+    count = int(method.start_density * part.shape.weights / pattern.unit)
+    return min(pattern.places(part.shape) // pattern.unit, count) * pattern.unit

@@ -157,6 +157,8 @@ def field_of(declared: DeclaredOption, *, required: bool = False) -> tuple[Any, 
         kind = Annotated[Any, _NameOrByLayer(option.names)]
     elif isinstance(option.names, Registry):
         kind = Annotated[str, _NameIn(option.names)]
+    elif option.reads is not None:
+        kind = Annotated[str, AfterValidator(_read_by(option.reads))]
     elif option.names is not None:
         kind = Literal[declared.choices]
     elif option.decimal:
@@ -173,6 +175,19 @@ def field_of(declared: DeclaredOption, *, required: bool = False) -> tuple[Any, 
     bounds = {"ge": option.minimum, "gt": option.above, "le": option.maximum, "lt": option.below}
     limits: dict[str, Any] = {word: limit for word, limit in bounds.items() if limit is not None}
     return kind, Field(default, description=declared.help, pattern=option.pattern, **limits)
+
+
+def _read_by(reads: Callable[[str], object]) -> Callable[[str], str]:
+    """A check of a text by what reads it; pydantic reports ValueErrors."""
+
+    def checked(text: str) -> str:
+        try:
+            reads(text)
+        except UsageError as error:
+            raise ValueError(f"{error.message} ({error.hint})" if error.hint else error.message) from None
+        return text
+
+    return checked
 
 
 def option(declaring: type, name: str) -> Any:

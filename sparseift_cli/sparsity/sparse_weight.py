@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 from ..base.randomness import generator_for
 from ..errors import UsageError
 from ..mask.attached import SUFFIX, is_transposed, masks_of, pattern_of
-from ..mask.layout import Block, Layout, NofM, parse_pattern
+from ..mask.layout import Layout
+from ..mask.patterns import UNSTRUCTURED, parse_pattern
 from ..mask.saliency import MaskLayout
 from .gpu.primitives import as_words, count, invert_
 from .guard import multiply_
@@ -24,27 +25,27 @@ Fill = str | Callable[[str, Tensor], Tensor]
 
 
 class SparseWeight:
-    """A parameter [*shape], its mask, and what is counted about it. A block is what moves as one; often a single weight.
+    """A parameter [*shape], its mask, and what is counted about it.
+
+    A block, a cell of the mask's pattern, moves as one; often it is a single weight.
 
     Raises:
-        UsageError: an N:M pattern although the mask `moves`, or a mask that is not made of whole blocks.
+        UsageError: a pattern that cannot move (N:M) although the mask `moves`, or a mask that is not made of whole blocks.
     """
 
     def __init__(self, name: str, module: nn.Module, attribute: str, form: MaskLayout, *, moves: bool) -> None:
         self.name = name
         self._module, self._buffer = module, attribute + SUFFIX
         self.parameter: nn.Parameter = module._parameters[attribute]  # pyright: ignore[reportAttributeAccessIssue]
-        kind = parse_pattern(form.get("pattern", "unstructured"))
-        if isinstance(kind, NofM):
-            if moves:
-                raise UsageError(
-                    f"the mask of {name} is {kind.n}:{kind.m}, which only static sparsity keeps",
-                    hint="use algorithm static, or an unstructured or block pattern",
-                )
-            kind = Block(1, 1)
-        self.block = kind
+        pattern = parse_pattern(form.get("pattern", "unstructured"))
+        if moves and not pattern.movable:
+            raise UsageError(
+                f"the mask of {name} is {pattern.name}, which only static sparsity keeps",
+                hint="use algorithm static, or an unstructured or block pattern",
+            )
+        self.pattern = pattern if pattern.movable else UNSTRUCTURED
         self._layout = Layout(tuple(self.parameter.shape), form.get("groups", 1), form.get("transposed", False))
-        self.block_size = kind.size
+        self.block_size = self.pattern.unit
         """Weights in a block."""
         self.moves = moves and self.parameter.requires_grad
         self.ever_active = self.mask.clone()
@@ -53,10 +54,13 @@ class SparseWeight:
         self.nnz = int(self.mask.count_nonzero())
         self.num_grown: int | Tensor = 0
         """Weights that the last update made active: an int, or an int64 scalar on the device that no one has read yet."""
-        down, across = self._layout.grid(kind)
-        self.num_blocks = down * across
-        if self.block_size > 1 and moves and int(self.active_blocks().count_nonzero()) * self.block_size != self.nnz:
-            raise UsageError(f"the mask of {name} is not made of whole {kind.rows}x{kind.columns} blocks")
+        self.num_blocks = self.pattern.places(self._layout) // self.block_size
+        if (
+            not self.single_weights
+            and moves
+            and int(self.active_blocks().count_nonzero()) * self.block_size != self.nnz
+        ):
+            raise UsageError(f"the mask of {name} is not made of whole {pattern.name} blocks")
 
     @property
     def mask(self) -> Tensor:
@@ -71,23 +75,28 @@ class SparseWeight:
         return self.num_grown
 
     @property
+    def single_weights(self) -> bool:
+        """Whether a block is a single weight and every weight is one, so that masks of blocks are [*shape]."""
+        return self.pattern.unrestricted
+
+    @property
     def num_active(self) -> int:
         """Active blocks."""
         return self.nnz // self.block_size
 
     def block_scores(self, scores: Tensor) -> Tensor:
         """Scores [*shape] summed over each block: [*shape] for single weights, else [block rows, block columns]."""
-        return scores if self.block_size == 1 else self._layout.to_blocks(self._layout.to_matrix(scores), self.block)
+        return scores if self.single_weights else self.pattern.to_cells(self._layout, self._layout.to_matrix(scores))
 
     def active_blocks(self) -> Tensor:
         """Which blocks are active: bool [*shape] for single weights, else [block rows, block columns]."""
-        return self.mask if self.block_size == 1 else self.block_scores(self.mask.float()) == self.block_size
+        return self.mask if self.single_weights else self.block_scores(self.mask.float()) == self.block_size
 
     def mask_of_blocks(self, blocks: Tensor) -> Tensor:
         """The mask [*shape] with these active blocks, as `active_blocks` has them."""
-        if self.block_size == 1:
+        if self.single_weights:
             return blocks
-        return self._layout.from_matrix(self._layout.from_blocks(blocks, self.block))
+        return self._layout.from_matrix(self.pattern.from_cells(self._layout, blocks))
 
     @torch.no_grad()
     def set_mask(self, blocks: Tensor, state: Iterable[Tensor] = (), nnz: int | None = None) -> None:

@@ -111,7 +111,7 @@ class Sparsifier:
             every algorithm, so that one call serves a loop over algorithms.
 
     Raises:
-        UsageError: no masks; an algorithm, option or value that does not exist; an N:M pattern with masks that move.
+        UsageError: no masks; an algorithm, option or value that does not exist; a pattern that cannot move (N:M).
     """
 
     def __init__(
@@ -413,7 +413,7 @@ class Sparsifier:
             most: an upper bound of the blocks that are dropped.
         """
         algorithm, view = self.algorithm, self._view(w, gradient, key)
-        by_magnitude = w.block_size == 1 and type(algorithm).drop_scores is MaskAlgorithm.drop_scores
+        by_magnitude = w.single_weights and type(algorithm).drop_scores is MaskAlgorithm.drop_scores
         # magnitudes of active weights alone are far fewer than those of all
         drop = view.weight if by_magnitude else w.block_scores(algorithm.drop_scores(view).float())
         return FastUpdate(

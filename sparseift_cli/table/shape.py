@@ -11,8 +11,8 @@ class Shape:
     """A layer: `inputs` and `outputs` are channels or features over all groups, `taps` is k_h * k_w (1 for a linear layer).
 
     >>> conv = Shape(inputs=64, outputs=128, taps=9)
-    >>> conv.weights, conv.blocks(16, 16)  # 128 x 576 weights: 8 x 36 blocks of 16 x 16
-    (73728, 288)
+    >>> conv.weights, conv.rows, conv.columns
+    (73728, 128, 576)
     >>> conv.rank  # U V of this rank has as many weights: 576 * 128 / (576 + 128)
     Fraction(1152, 11)
     """
@@ -27,9 +27,15 @@ class Shape:
         """Number of weights, without biases."""
         return self.taps * self.inputs * self.outputs // self.groups
 
-    def blocks(self, rows: int, columns: int) -> int:
-        """Number of whole blocks of `rows` outputs x `columns` inputs (times taps); no block crosses groups."""
-        return self.groups * (self.outputs // self.groups // rows) * (self.taps * self.inputs // self.groups // columns)
+    @property
+    def rows(self) -> int:
+        """Rows of the weight as a matrix: outputs over all groups."""
+        return self.outputs
+
+    @property
+    def columns(self) -> int:
+        """Columns of the weight as a matrix: the weights that one output has."""
+        return self.taps * self.inputs // self.groups
 
     @property
     def rank(self) -> Fraction:

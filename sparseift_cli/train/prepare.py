@@ -17,7 +17,7 @@ from ..base.metrics import METRICS, Metric
 from ..data import Batches, DataSet, open_data
 from ..data.images import ImageSet, hold_out
 from ..errors import UsageError
-from ..mask import force_masks, scores
+from ..mask.saliency import force_masks, scores
 from ..models.request import Request, parse_input
 from ..models.source import build
 from ..optim.optimizers import make_optimizer

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from ..base.randomness import generator_for
 from ..errors import CheckFailed
-from ..mask import disjoint_masks, empty_rows_and_columns, has_pattern, make_mask
+from ..mask.mask import disjoint_masks, empty_rows_and_columns, make_mask
+from ..mask.patterns import has_pattern
 from ..plan.plan import Plan
 from .edits import Masked, Surgery
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from sparseift_cli.base.randomness import generator_for
-from sparseift_cli.mask import make_mask
 from sparseift_cli.mask.attached import attach
+from sparseift_cli.mask.mask import make_mask
 from sparseift_cli.sparsity.drop_and_grow import drop_and_grow, extend
 from sparseift_cli.sparsity.sparsifier import Sparsifier
 from tests.helpers.sparse_net import STEPS, assert_zeros, make, sparse_net

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from sparseift_cli.base.randomness import generator_for, key_of
-from sparseift_cli.mask import make_mask
 from sparseift_cli.mask.attached import attach
+from sparseift_cli.mask.mask import make_mask
 from sparseift_cli.sparsity.sparsifier import Sparsifier
 
 Matrix = list[list[float]]

@@ -8,8 +8,8 @@ from torch import nn
 
 from sparseift_cli.base.randomness import generator_for
 from sparseift_cli.errors import CheckFailed
-from sparseift_cli.mask import make_mask
 from sparseift_cli.mask.attached import attach
+from sparseift_cli.mask.mask import make_mask
 from sparseift_cli.sparsity.sparsifier import Sparsifier
 
 

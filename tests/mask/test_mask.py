@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from sparseift_cli.base.randomness import generator_for
 from sparseift_cli.checkpoint import open_checkpoint, scan
 from sparseift_cli.errors import UsageError
-from sparseift_cli.mask import disjoint_masks, empty_rows_and_columns, make_mask, room
+from sparseift_cli.mask.mask import disjoint_masks, empty_rows_and_columns, make_mask
+from sparseift_cli.mask.patterns import room
 from sparseift_cli.mask.select import nth_largest, top
 
 

@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from sparseift_cli.base.randomness import generator_for
 from sparseift_cli.errors import UsageError
-from sparseift_cli.mask import force_masks, make_mask, scores
+from sparseift_cli.mask.mask import make_mask
+from sparseift_cli.mask.saliency import force_masks, scores
 
 LOSS = functional.cross_entropy
 KEYS = ["0.weight", "2.weight"]

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from sparseift_cli.base.randomness import generator_for
 from sparseift_cli.errors import UsageError
-from sparseift_cli.mask import disjoint_masks, empty_rows_and_columns, make_mask, room
+from sparseift_cli.mask.mask import disjoint_masks, empty_rows_and_columns, make_mask
+from sparseift_cli.mask.patterns import room
 
 
 @dataclass(frozen=True)

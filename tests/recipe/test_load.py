@@ -105,7 +105,7 @@ def test_all_problems_at_once_with_their_places_in_order(tmp_path: Path) -> None
         ("model: resnet18\ninit: preserve\n", "preserve needs the dense checkpoint: init.checkpoint"),
         (
             "model: resnet18\nsparsity: .3\ntransform: {pattern: '2:4'}\n",
-            "pattern 2:4 has density 2/4, not 7/10 (use sparsity 0.5)",
+            "pattern 2:4 has density 1/2, not 7/10 (use sparsity 0.5)",
         ),
         ("model: resnet18\nsparsity: .3\ntransform: {distribution: erk}\n", "it cannot match each layer"),
         ("model: resnet18\ndata: cifr10\n", "data.name: unknown data set 'cifr10' (did you mean 'cifar10'?)"),

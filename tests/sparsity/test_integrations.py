@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from sparseift_cli.base.randomness import generator_for
 from sparseift_cli.errors import UsageError
-from sparseift_cli.mask import make_mask
 from sparseift_cli.mask.attached import attach
+from sparseift_cli.mask.mask import make_mask
 from sparseift_cli.sparsity.integrations import STATE_FILE, hugging_face_callback, lightning_callback
 
 STEPS = 12

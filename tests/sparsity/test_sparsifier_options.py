@@ -11,8 +11,8 @@ from torch import nn
 from sparseift_cli import transform
 from sparseift_cli.base.randomness import generator_for
 from sparseift_cli.errors import UsageError
-from sparseift_cli.mask import make_mask
 from sparseift_cli.mask.attached import attach
+from sparseift_cli.mask.mask import make_mask
 from sparseift_cli.sparsity.sparsifier import Sparsifier
 from sparseift_cli.sparsity.statistics import total
 from tests.helpers.sparse_net import STEPS, Net, assert_zeros, loss_of, make, sparse_net, train

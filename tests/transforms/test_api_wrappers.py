@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import sparseift_cli as sparseift
 from sparseift_cli import ArtifactError, CheckFailed, UsageError
-from sparseift_cli.mask import has_pattern
+from sparseift_cli.mask.patterns import has_pattern
 
 X = torch.randn(4, 16)
 

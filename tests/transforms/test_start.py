@@ -11,8 +11,8 @@ from torch import nn
 import sparseift_cli as sparseift
 from sparseift_cli import Options
 from sparseift_cli.errors import UsageError
-from sparseift_cli.mask import scores
 from sparseift_cli.mask.attached import masks_of
+from sparseift_cli.mask.saliency import scores
 from sparseift_cli.models.zoo import registry
 
 

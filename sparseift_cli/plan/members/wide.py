@@ -127,7 +127,7 @@ def widen(table: LayerTable, spec: TransformSpec) -> Widening:
         if base:
             square = Fraction(spec.base_width or 0, base) ** 2
         multiple = lcm(free.step, _multiple(table, solution, free.id, spec))
-        size = scaled_width(free.size, square, multiple, down=spec.n_of_m is not None)
+        size = scaled_width(free.size, square, multiple, down=spec.mask_pattern.density is not None)
         if size <= free.size and spec.width_multiple > 1:
             ideal = free.size * float(square) ** 0.5
             raise UsageError(
@@ -219,7 +219,7 @@ def _base(table: LayerTable) -> int:
 
 def _multiple(table: LayerTable, solution: Solution, free: int, spec: TransformSpec) -> int:
     """The step of a free width that makes every weight width proportional to it a multiple of --width-multiple."""
-    wanted = spec.width_multiple if spec.n_of_m is None else lcm(spec.width_multiple, spec.n_of_m[1])
+    wanted = lcm(spec.width_multiple, spec.mask_pattern.width_multiple)
     step = 1
     for i, form in enumerate(solution.affine):
         if wanted > 1 and set(form) == {free} and table.widths[i].kind == "width":

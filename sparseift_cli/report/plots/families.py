@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from ...base.metrics import MetricFacts, facts_of
+from ...mask.patterns import UNSTRUCTURED, Block, MaskPattern
 from ...table.shape import Shape
 from ..read import Run
 from ..report import Report
@@ -164,9 +165,8 @@ def as_trained(audit: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     if not without_masks(audit):
         return audit
-    block = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", str(audit["transform"].get("pattern")))
-    unit = (int(block[1]), int(block[2])) if block else None
-    layers = [_with_all_weights(row, unit) for row in audit.get("layers", ())]
+    pattern = Block.parse(str(audit["transform"].get("pattern"))) or UNSTRUCTURED  # never imports what a file names
+    layers = [_with_all_weights(row, pattern) for row in audit.get("layers", ())]
     totals = dict(audit.get("totals") or {})
     if after := totals.get("transformed"):
         macs, nnz = (
@@ -178,19 +178,20 @@ def as_trained(audit: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**audit, "layers": layers, "totals": totals}
 
 
-def _with_all_weights(row: Mapping[str, Any], block: tuple[int, int] | None) -> Mapping[str, Any]:
-    """A transformed row with all its weights, or all in whole blocks; each weight is used as often as before."""
+def _with_all_weights(row: Mapping[str, Any], pattern: MaskPattern) -> Mapping[str, Any]:
+    """A transformed row with all its weights that are in cells of the pattern; each weight is used as often as before."""
     if row["status"] != "transformed" or not row.get("nnz") or not row.get("weights"):
         return row
-    nnz = row["weights"] if block is None else sum(_weights_in_blocks(part, *block) for part in row["parts"])
+    nnz = row["weights"] if pattern.unrestricted else sum(_places(part, pattern) for part in row["parts"])
     macs = row["transformed_macs"] * nnz // row["nnz"]
     ratio = macs / row["dense_macs"] if row["dense_macs"] else None
     return {**row, "nnz": nnz, "transformed_macs": macs, "ratio": ratio, "density": nnz / row["weights"]}
 
 
-def _weights_in_blocks(part: Mapping[str, Any], rows: int, columns: int) -> int:
+def _places(part: Mapping[str, Any], pattern: MaskPattern) -> int:
+    """The weights of a part that a mask of the pattern can have."""
     shape = Shape(*(part[key] for key in ("inputs", "outputs", "taps", "groups")))
-    return part["nnz"] if part["dense"] else shape.blocks(rows, columns) * rows * columns
+    return part["nnz"] if part["dense"] else pattern.places(shape)
 
 
 def _layers(group: Group) -> Any:

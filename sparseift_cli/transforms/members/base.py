@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UsageError
-from ...mask import make_mask
+from ...mask.mask import make_mask
 from ...plan.plan import Plan
 from ...trace.structure import Structure
 from ..edits import Masked, Replace, Surgery

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UsageError
+from ...mask.patterns import parse_pattern
 from ..edits import Replace
 from ..layers import bias_of, like, outputs_of
 from .base import Decomposition, DenseWeight, MemberModule, non_linearity
@@ -63,7 +64,7 @@ class SparseParallel(MemberModule):
     @classmethod
     def decompose(cls, dense: DenseWeight) -> Decomposition:
         """Every weight in one branch; exact where the planned non-zeros are as many as the dense weights."""
-        if dense.pattern != "unstructured":
+        if not parse_pattern(dense.pattern).unrestricted:
             raise UsageError(
                 f"weights that are distributed over branches are not in the pattern {dense.pattern}",
                 hint="use --init fresh, or leave these layers out with --exclude",

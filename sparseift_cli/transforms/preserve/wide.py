@@ -39,7 +39,7 @@ def fill_wide(start: DenseStart) -> Preserved:
         UsageError: a pattern other than unstructured, or a width whose channels have no single order.
     """
     pattern = start.plan.spec.pattern
-    if pattern != "unstructured":
+    if not start.plan.spec.mask_pattern.unrestricted:
         raise UsageError(f"the positions of the dense weights do not form a {pattern} pattern", hint=HINT)
     return _WideFill(start).run()
 
