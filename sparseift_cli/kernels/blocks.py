@@ -245,12 +245,10 @@ def _weight_gradient(
     k0 = tl.load(entry)
     if k0 < 0:  # an unused group
         return
+    k1, k2, k3 = tl.load(entry + 1 % SIZE), tl.load(entry + 2 % SIZE), tl.load(entry + 3 % SIZE)
     r0, c0 = tl.load(rows + k0), tl.load(columns + k0)
-    k1 = tl.load(entry + 1 % SIZE)
     r1, c1 = tl.load(rows + k1), tl.load(columns + k1)
-    k2 = tl.load(entry + 2 % SIZE)
     r2, c2 = tl.load(rows + k2), tl.load(columns + k2)
-    k3 = tl.load(entry + 3 % SIZE)
     r3, c3 = tl.load(rows + k3), tl.load(columns + k3)
     a0 = tl.zeros((B, B), dtype=tl.float32)
     a1, a2, a3 = a0, a0, a0

@@ -35,6 +35,18 @@ OUTSIDE = gl.constexpr(1 << 30)  # a row and a column that no matrix has
 
 
 @gluon.jit
+def _barriers(STAGES: gl.constexpr):
+    """(full, empty): a stage is full when its loads have arrived, and empty when both groups of warps have used it."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    fence_async_shared()
+    return full, empty
+
+
+@gluon.jit
 def _place(tile, offsets, num_token_tiles, num_lines, GROUP: gl.constexpr, TOKENS: gl.constexpr):
     """(first token, line, position of its first block, of its last + 1) of an output tile."""
     tile = gl.minimum(tile, num_token_tiles * num_lines - 1)  # the tile after the last is asked for, and not computed
@@ -47,18 +59,7 @@ def _place(tile, offsets, num_token_tiles, num_lines, GROUP: gl.constexpr, TOKEN
 
 @gluon.jit
 def _load_tiles(
-    x,
-    values,
-    offsets,
-    indices,
-    order,
-    left,
-    right,
-    weights,
-    full,
-    empty,
-    num_token_tiles,
-    num_lines,
+    operands,
     B: gl.constexpr,
     TOKENS: gl.constexpr,
     DEPTH: gl.constexpr,
@@ -67,6 +68,7 @@ def _load_tiles(
     TRANSPOSED: gl.constexpr,
 ):
     """The warp that loads."""
+    x, values, offsets, indices, order, left, right, weights, full, empty, num_token_tiles, num_lines = operands
     STEPS: gl.constexpr = B // DEPTH
     turn = 0
     token, _, begin, end = _place(gl.program_id(0), offsets, num_token_tiles, num_lines, GROUP, TOKENS)
@@ -136,17 +138,7 @@ def _write_tile(target, tile, stage, token, column, ACTIVATION: gl.constexpr):
 
 @gluon.jit
 def _compute(
-    y,
-    z,
-    bias,
-    offsets,
-    mine,
-    weights,
-    stage_y,
-    full,
-    empty,
-    num_token_tiles,
-    num_lines,
+    operands,
     HALF: gl.constexpr,
     B: gl.constexpr,
     TOKENS: gl.constexpr,
@@ -159,6 +151,7 @@ def _compute(
     KEEP: gl.constexpr,
 ):
     """Four warps that compute one half of the tokens of each output tile."""
+    y, z, bias, offsets, mine, weights, stage_y, full, empty, num_token_tiles, num_lines = operands
     STEPS: gl.constexpr = B // DEPTH
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, B, 16])
     turn = 0
@@ -221,89 +214,15 @@ def multiply_kernel(
     )
     stage_left = gl.allocate_shared_memory(x.dtype, y.block_type.shape, y.layout)
     stage_right = gl.allocate_shared_memory(x.dtype, y.block_type.shape, y.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
-    fence_async_shared()
+    full, empty = _barriers(STAGES)
+    one = (y, z, bias, offsets, left, weights, stage_left, full, empty, num_token_tiles, num_lines)
+    other = (y, z, bias, offsets, right, weights, stage_right, full, empty, num_token_tiles, num_lines)
+    loads = (x, values, offsets, indices, order, left, right, weights, full, empty, num_token_tiles, num_lines)
     gl.warp_specialize(
         [
-            (
-                _compute,
-                (
-                    y,
-                    z,
-                    bias,
-                    offsets,
-                    left,
-                    weights,
-                    stage_left,
-                    full,
-                    empty,
-                    num_token_tiles,
-                    num_lines,
-                    0,
-                    B,
-                    TOKENS,
-                    DEPTH,
-                    GROUP,
-                    STAGES,
-                    TRANSPOSED,
-                    BIAS,
-                    ACTIVATION,
-                    KEEP,
-                ),
-            ),
-            (
-                _compute,
-                (
-                    y,
-                    z,
-                    bias,
-                    offsets,
-                    right,
-                    weights,
-                    stage_right,
-                    full,
-                    empty,
-                    num_token_tiles,
-                    num_lines,
-                    1,
-                    B,
-                    TOKENS,
-                    DEPTH,
-                    GROUP,
-                    STAGES,
-                    TRANSPOSED,
-                    BIAS,
-                    ACTIVATION,
-                    KEEP,
-                ),
-            ),
-            (
-                _load_tiles,
-                (
-                    x,
-                    values,
-                    offsets,
-                    indices,
-                    order,
-                    left,
-                    right,
-                    weights,
-                    full,
-                    empty,
-                    num_token_tiles,
-                    num_lines,
-                    B,
-                    TOKENS,
-                    DEPTH,
-                    GROUP,
-                    STAGES,
-                    TRANSPOSED,
-                ),
-            ),
+            (_compute, (one, 0, B, TOKENS, DEPTH, GROUP, STAGES, TRANSPOSED, BIAS, ACTIVATION, KEEP)),
+            (_compute, (other, 1, B, TOKENS, DEPTH, GROUP, STAGES, TRANSPOSED, BIAS, ACTIVATION, KEEP)),
+            (_load_tiles, (loads, B, TOKENS, DEPTH, GROUP, STAGES, TRANSPOSED)),
         ],
         [4, 1],
         [208, 40],
@@ -312,20 +231,8 @@ def multiply_kernel(
 
 @gluon.jit
 def _load_tokens(
-    grad,
-    x,
-    groups,
-    rows,
-    columns,
-    first,
-    second,
-    shared,
-    full,
-    empty,
-    tokens,
-    tokens_each,
-    num_groups,
-    num_parts,
+    matrices,
+    operands,
     B: gl.constexpr,
     TOKENS: gl.constexpr,
     OTHERS: gl.constexpr,
@@ -333,6 +240,8 @@ def _load_tokens(
     BY_COLUMN: gl.constexpr,
 ):
     """The warp that loads: of each step, the tile that a group shares and those of its blocks."""
+    grad, x, groups, rows, columns = matrices
+    first, second, shared, full, empty, tokens, tokens_each, num_groups, num_parts = operands
     turn = 0
     for item in range(gl.program_id(0), num_groups * num_parts, gl.num_programs(0)):
         entry = groups + item % num_groups * (2 * OTHERS)
@@ -360,17 +269,7 @@ def _load_tokens(
 
 @gluon.jit
 def _sum_tokens(
-    out,
-    groups,
-    mine,
-    shared,
-    full,
-    empty,
-    tokens,
-    tokens_each,
-    num_blocks,
-    num_groups,
-    num_parts,
+    operands,
     HALF: gl.constexpr,
     B: gl.constexpr,
     TOKENS: gl.constexpr,
@@ -379,6 +278,7 @@ def _sum_tokens(
     BY_COLUMN: gl.constexpr,
 ):
     """Four warps that compute half of the blocks of each group: [B, OTHERS * B], the shared tile transposed times the others."""
+    out, groups, mine, shared, full, empty, tokens, tokens_each, num_blocks, num_groups, num_parts = operands
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OTHERS * B, 16])
     turn = 0
     for item in range(gl.program_id(0), num_groups * num_parts, gl.num_programs(0)):
@@ -434,82 +334,16 @@ def weight_gradient_kernel(
     first_tiles = first._reinterpret(x.dtype, [STAGES * OTHERS, TOKENS, B], grad.layout)
     second_tiles = second._reinterpret(x.dtype, [STAGES * OTHERS, TOKENS, B], grad.layout)
     shared = gl.allocate_shared_memory(x.dtype, [STAGES, TOKENS, B], grad.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
-    fence_async_shared()
+    full, empty = _barriers(STAGES)
+    one = (out, groups, first, shared, full, empty, tokens, tokens_each, num_blocks, num_groups, num_parts)
+    other = (out, groups, second, shared, full, empty, tokens, tokens_each, num_blocks, num_groups, num_parts)
+    matrices = (grad, x, groups, rows, columns)
+    loads = (first_tiles, second_tiles, shared, full, empty, tokens, tokens_each, num_groups, num_parts)
     gl.warp_specialize(
         [
-            (
-                _sum_tokens,
-                (
-                    out,
-                    groups,
-                    first,
-                    shared,
-                    full,
-                    empty,
-                    tokens,
-                    tokens_each,
-                    num_blocks,
-                    num_groups,
-                    num_parts,
-                    0,
-                    B,
-                    TOKENS,
-                    OTHERS,
-                    STAGES,
-                    BY_COLUMN,
-                ),
-            ),
-            (
-                _sum_tokens,
-                (
-                    out,
-                    groups,
-                    second,
-                    shared,
-                    full,
-                    empty,
-                    tokens,
-                    tokens_each,
-                    num_blocks,
-                    num_groups,
-                    num_parts,
-                    1,
-                    B,
-                    TOKENS,
-                    OTHERS,
-                    STAGES,
-                    BY_COLUMN,
-                ),
-            ),
-            (
-                _load_tokens,
-                (
-                    grad,
-                    x,
-                    groups,
-                    rows,
-                    columns,
-                    first_tiles,
-                    second_tiles,
-                    shared,
-                    full,
-                    empty,
-                    tokens,
-                    tokens_each,
-                    num_groups,
-                    num_parts,
-                    B,
-                    TOKENS,
-                    OTHERS,
-                    STAGES,
-                    BY_COLUMN,
-                ),
-            ),
+            (_sum_tokens, (one, 0, B, TOKENS, OTHERS, STAGES, BY_COLUMN)),
+            (_sum_tokens, (other, 1, B, TOKENS, OTHERS, STAGES, BY_COLUMN)),
+            (_load_tokens, (matrices, loads, B, TOKENS, OTHERS, STAGES, BY_COLUMN)),
         ],
         [4, 1],
         [208, 40],

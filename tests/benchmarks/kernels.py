@@ -1,6 +1,6 @@
 """What a block-sparse linear layer costs on a GPU, beside the dense layer of as many FLOPs and the masked-dense layer.
 
-`python -m tests.benchmarks.kernels [--device cuda] [--json FILE] [--rounds N] [--only TEXT]`. A dense layer (inputs, outputs)
+`python -m tests.benchmarks.kernels [--device cuda] [--json FILE] [--rounds N] [--only TEXT] [--ways TEXT,TEXT]`. A dense layer (inputs, outputs)
 is widened by (1 - s)^-1/2 at sparsity s, so that all three do the same useful FLOPs. Timed are forward, dX and dW, each as a
 CUDA graph of a few launches; all of them in turns, so that a change of the GPU's clock meets all. Printed are ratios to the
 dense layer: the median over the rounds and, in brackets, the smallest and largest. `kernels.md` keeps what was measured.
@@ -138,8 +138,8 @@ def timed(ways: dict[str, Calls], rounds: int) -> dict[str, dict[str, list[float
     return times
 
 
-def compare(layer: str, sparsity: float, rounds: int) -> Iterator[Row]:
-    """The dense layer's rivals at one sparsity."""
+def compare(layer: str, sparsity: float, rounds: int, wanted: list[str]) -> Iterator[Row]:
+    """The dense layer's rivals at one sparsity, those whose name contains one of `wanted`."""
     inputs, outputs = LAYERS[layer]
     wider = (1 - sparsity) ** -0.5
     generator = torch.Generator().manual_seed(0)
@@ -148,11 +148,12 @@ def compare(layer: str, sparsity: float, rounds: int) -> Iterator[Row]:
     for block in BLOCKS:
         rows, columns = round(outputs * wider / block), round(inputs * wider / block)
         way = f"blocks of {block}"
-        ways[way] = block_calls(balanced_mask(rows, columns, round(inputs * outputs / block**2), generator), block)
-        grids[way] = f"{columns}x{rows}"
-        if block == BLOCKS[0]:
-            ways["masked-dense"] = dense_calls(columns * block, rows * block)
-            grids["masked-dense"] = ""
+        if any(text in way for text in wanted):
+            mask = balanced_mask(rows, columns, round(inputs * outputs / block**2), generator)
+            ways[way], grids[way] = block_calls(mask, block), f"{columns}x{rows}"
+    if any(text in "masked-dense" for text in wanted):
+        features = [round(side * wider / BLOCKS[0]) * BLOCKS[0] for side in (inputs, outputs)]
+        ways["masked-dense"], grids["masked-dense"] = dense_calls(*features), ""
     times = timed(ways, rounds)
     dense = times.pop("dense")
     base = [sum(parts) for parts in zip(*dense.values(), strict=True)]
@@ -170,6 +171,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     parser.add_argument("--rounds", type=int, default=15, metavar="N")
     parser.add_argument("--only", default="", metavar="TEXT", help="layers whose name contains this")
+    parser.add_argument(
+        "--ways", default="blocks,masked", metavar="TEXT,TEXT", help="ways whose name contains one of these"
+    )
     options = parser.parse_args()
     if not options.device.startswith("cuda") or not torch.cuda.is_available():
         print("the kernels run on a CUDA device; there is none here", file=sys.stderr)
@@ -181,7 +185,7 @@ def main() -> int:
     rows: list[Row] = []
     for layer in filter(lambda name: options.only in name, LAYERS):
         for sparsity in SPARSITIES:
-            for row in compare(layer, sparsity, options.rounds):
+            for row in compare(layer, sparsity, options.rounds, options.ways.split(",")):
                 print(row, flush=True)
                 rows.append(row)
             torch.cuda.empty_cache()
