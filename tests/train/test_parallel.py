@@ -28,6 +28,7 @@ from sparseift_cli.train.prepare import with_seed
 from sparseift_cli.train.run import run_jobs, run_seeds
 
 Write = Callable[..., Path]
+Command = Callable[..., tuple[int, str, str]]
 ONE_THREAD = "training.threads=1"
 
 
@@ -35,8 +36,12 @@ def quiet(*_: Any, **__: Any) -> None:
     """A report to nobody."""
 
 
+def train_words(recipe: Path, root: Path, *words: str) -> list[str]:
+    return ["train", str(recipe), "--runs", str(root), *words]
+
+
 def command(recipe: Path, root: Path, *words: str) -> list[str]:
-    return [sys.executable, "-m", "sparseift_cli", "train", str(recipe), "--runs", str(root), *words]
+    return [sys.executable, "-m", "sparseift_cli", *train_words(recipe, root, *words)]
 
 
 @contextmanager
@@ -68,14 +73,16 @@ def wait_for_lines(process: subprocess.Popen[str], *wanted: str) -> None:
         missing -= {w for w in missing if w in line}
 
 
-def test_runs_at_once_have_the_bits_of_runs_in_turn(write_recipe: Write, tmp_path: Path) -> None:
+def test_runs_at_once_have_the_bits_of_runs_in_turn(
+    sparseift: Command, write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
     recipe = write_recipe("rigl", steps=8)
     in_turn = run_seeds(load(recipe, [ONE_THREAD]), [1, 0], tmp_path / "turn", None, quiet, quiet)
-    words = command(recipe, tmp_path / "once", "--set", ONE_THREAD, "--seeds", "1,0", "--parallel", "2", "--json")
-    env = {**os.environ, "FORCE_COLOR": "1"}
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False, env=env)
-    assert done.returncode == 0, done.stderr
-    shown = json.loads(done.stdout)
+    words = train_words(recipe, tmp_path / "once", "--set", ONE_THREAD, "--seeds", "1,0", "--parallel", "2", "--json")
+    code, out, err = sparseift(*words)
+    assert code == 0, err
+    shown = json.loads(out)
     assert shown["schema"] == "sparseift.train/1"
     at_once = shown["runs"]
     assert [r["seed"] for r in at_once] == [1, 0]
@@ -86,8 +93,8 @@ def test_runs_at_once_have_the_bits_of_runs_in_turn(write_recipe: Write, tmp_pat
         assert [session_of(r)["at_once"] for r in (one, other)] == [1, 2]
         assert one["metrics"]["loss"] == other["metrics"]["loss"] and one["flops"] == other["flops"]
     assert {w for r in at_once for w in session_of(r)["command"] if "--slot" in w} == {"--slot=0", "--slot=1"}
-    assert "\x1b" not in done.stderr and "\r" not in done.stderr and "@sparseift" not in done.stderr
-    assert "\nseed 1: step 8/8  train_loss" in done.stderr and "\nseed 0: step 8/8  train_loss" in done.stderr
+    assert "\x1b" not in err and "\r" not in err and "@sparseift" not in err
+    assert "\nseed 1: step 8/8  train_loss" in err and "\nseed 0: step 8/8  train_loss" in err
 
 
 def test_sigterm_saves_every_run_and_begins_no_other(write_recipe: Write, tmp_path: Path) -> None:
@@ -107,18 +114,18 @@ def test_sigterm_saves_every_run_and_begins_no_other(write_recipe: Write, tmp_pa
         assert f"seed {seed}: stopped after step {newest.step} of 100000" in err
 
 
-def test_a_failing_run_leaves_the_others_to_finish(write_recipe: Write, tmp_path: Path) -> None:
+def test_a_failing_run_leaves_the_others_to_finish(sparseift: Command, write_recipe: Write, tmp_path: Path) -> None:
     recipe = write_recipe("static", steps=6)
     loaded = load(recipe)
     held = RunDirectory.create(tmp_path / "runs", loaded.name, resolved_yaml(with_seed(loaded, 0).spec))
-    words = command(recipe, tmp_path / "runs", "--seeds", "0..1", "--parallel", "2", "--resume", "latest", "-f", "json")
+    words = ("--seeds", "0..1", "--parallel", "2", "--resume", "latest", "-f", "json")
     with held.lock():
-        done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 4
-    assert [r["seed"] for r in json.loads(done.stdout)["runs"]] == [1]
-    assert "seed 0: failed, exit code 4\n" in done.stderr
-    assert f"sparseift: 1 of 2 runs failed\n  seed 0: {held.path} is in use by process {os.getpid()}" in done.stderr
-    assert "hint: wait for it" in done.stderr
+        code, out, err = sparseift(*train_words(recipe, tmp_path / "runs", *words))
+    assert code == 4
+    assert [r["seed"] for r in json.loads(out)["runs"]] == [1]
+    assert "seed 0: failed, exit code 4\n" in err
+    assert f"sparseift: 1 of 2 runs failed\n  seed 0: {held.path} is in use by process {os.getpid()}" in err
+    assert "hint: wait for it" in err
 
 
 def test_runs_whose_parent_was_killed_save_and_stop(write_recipe: Write, tmp_path: Path) -> None:
