@@ -134,7 +134,7 @@ def test_comparison_names_what_cannot_be_matched_and_exits_1(sparseift) -> None:
 
 
 def test_verify_of_a_model_too_large_for_fvcore_uses_flop_counter_mode(sparseift) -> None:
-    code, out, _ = sparseift("flops", "gpt3_175b", "--verify", "--json")
+    code, out, _ = sparseift("flops", "gpt3_2_7b", "--verify", "--json")
     found = json.loads(out)["verify"]
     assert code == 0 and found["agree"] is True
     assert found["rows"][0]["flop_counter"] == found["rows"][0]["ours"] and found["rows"][0]["fvcore"] is None

@@ -24,7 +24,11 @@ WHOLE = pytest.mark.parametrize("whole", [False, True], ids=["masked", "whole"])
 @WHOLE
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("regrow", ["allow", "forbid"])
-@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize(
+    ("cls", "_at_once"),
+    [(torch.optim.SGD, 1 << 27), (torch.optim.AdamW, 1 << 27), (torch.optim.AdamW, 1)],
+    indirect=["_at_once"],
+)
 @pytest.mark.parametrize("algorithm", ["rigl", "set"])
 def test_equals_the_sparsifiers_own_update(algorithm: str, cls: Any, regrow: str, ties: bool, whole: bool) -> None:
     options = {"momentum": 0.9} if cls is torch.optim.SGD else {}

@@ -14,7 +14,7 @@ from tests.helpers.sparse_net import STEPS, assert_zeros, loss_of, make, sparse_
 ALGORITHMS = ("static", "set", "snfs", "rigl", "gmp", "granet")
 SGD, ADAM, ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 CASES = [
-    pytest.param(cls, options | how, id=f"{cls.__name__}-{len(options)}-{next(iter(how), 'default')}")
+    pytest.param(algorithm, cls, options | how, id=f"{algorithm}-{cls.__name__}-{len(options)}-{how}")
     for cls, options in (
         (SGD, {"lr": 0.1}),
         (SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
@@ -23,13 +23,14 @@ CASES = [
         (ADAM, {"lr": 0.01, "amsgrad": True, "weight_decay": 0.01}),
         (ADAMW, {"lr": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.95)}),
     )
-    for how in ({"foreach": True}, {"foreach": False}, {"fused": True})
+    for algorithm in ALGORITHMS
+    # one algorithm that keeps the number of non-zeros and one that lowers it, for the other ways to compute the same step
+    for how in ({"foreach": True}, {"foreach": False}, {"fused": True})[: 3 if algorithm in ("rigl", "granet") else 1]
 ]
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize(("cls", "options"), CASES)
-def test_zeros_stay_zeros(cls, options: dict, algorithm: str) -> None:
+@pytest.mark.parametrize(("algorithm", "cls", "options"), CASES)
+def test_zeros_stay_zeros(algorithm: str, cls, options: dict) -> None:
     net = sparse_net()
     final = {
         name: int(m.count_nonzero())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparseift_cli.errors import UsageError
 from sparseift_cli.sparsity.algorithms import ALGORITHMS
 from sparseift_cli.sparsity.sparsifier import Sparsifier
-from tests.helpers.sparse_net import make, sparse_net, train
+from tests.helpers.sparse_net import STEPS, make, sparse_net, train
 
 SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
 
@@ -26,24 +26,24 @@ def test_resume_at_every_step_gives_equal_bytes(cls, options: dict, algorithm: s
     def fresh() -> tuple[nn.Module, torch.optim.Optimizer, Sparsifier]:
         net = sparse_net()
         optimizer = cls(net.parameters(), **options)
-        return net, optimizer, make(net, optimizer, algorithm, total_steps=40)
+        return net, optimizer, make(net, optimizer, algorithm)
 
     def everything(net, optimizer, sparsifier) -> dict:
         return {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "sparsifier": sparsifier.state_dict()}
 
     run = fresh()
     saved = [copy.deepcopy(everything(*run))]
-    for t in range(40):
+    for t in range(STEPS):
         train(*run, t, t + 1)
         saved.append(copy.deepcopy(everything(*run)))
-    for k in range(41):
+    for k in range(STEPS + 1):
         net, optimizer, sparsifier = fresh()
         held = {w.name: (w.mask.data_ptr(), w.mask_float.data_ptr()) for w in sparsifier.weights}
         net.load_state_dict(copy.deepcopy(saved[k]["model"]))
         optimizer.load_state_dict(copy.deepcopy(saved[k]["optimizer"]))
         sparsifier.load_state_dict(saved[k]["sparsifier"])
         assert held == {w.name: (w.mask.data_ptr(), w.mask_float.data_ptr()) for w in sparsifier.weights}
-        stop = min(40, k + 8)  # over the next updates; equal states go on equally
+        stop = min(STEPS, k + 4)  # over the next update, one in three steps; equal states go on equally
         train(net, optimizer, sparsifier, k, stop)
         assert_equal(everything(net, optimizer, sparsifier), saved[stop])
 
