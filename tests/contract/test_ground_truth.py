@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -114,14 +115,24 @@ def test_reference_file(shared: Path) -> None:
             )
 
 
+def promised_shape(name: str) -> tuple[int, ...]:
+    """[batch, classes], or of a text [batch, hidden] under BERT's pooler and [batch, tokens, words] under a decoder."""
+    info = registry.lookup(name)
+    config = import_module(f"sparseift_cli.models.zoo.{info.family}").CONFIGS[name]
+    if info.kind == "image":
+        return 1, info.num_classes
+    return (1, config.hidden) if info.family == "bert" else (1, info.seq, config.vocab)
+
+
 @pytest.mark.parametrize("name", registry.names())
 def test_shipped_table_is_current_and_equals_pytorchs_counter(name: str) -> None:
-    """The generated file, a fresh trace and FlopCounterMode agree; parameters are the model's own."""
-    assert (TABLES / f"{name}.json").read_text() == generate_tables.document(name), "run: make tables"
+    """The generated file, a fresh trace and FlopCounterMode agree; parameters are the model's own, its output as promised."""
     built = build(Request(name))
+    assert (TABLES / f"{name}.json").read_text() == generate_tables.document(name, built), "run: make tables"
     model, inputs = built.model, built.args
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(*inputs)
+        output = model(*inputs)
+    assert output.shape == promised_shape(name)
     table = load_table(Request(name))
     assert 2 * table.macs == counter.get_total_flops()
     assert table.params == sum(p.numel() for p in model.parameters())

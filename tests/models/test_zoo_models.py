@@ -85,19 +85,6 @@ def macs(model: nn.Module, inputs: torch.Tensor) -> int:
 
 
 @pytest.mark.parametrize("name", zoo.names())
-def test_forward_gives_the_promised_shape(name: str) -> None:
-    info, model = zoo.lookup(name), on_meta(name)
-    output = model(zoo.example_input(info, batch=2, seq=None if info.kind == "image" else 8, device="meta"))
-    config = import_module(f"sparseift_cli.models.zoo.{info.family}").CONFIGS[name]
-    if info.kind == "image":
-        assert output.shape == (2, info.num_classes)
-    elif info.family == "bert":
-        assert output.shape == (2, config.hidden)
-    else:
-        assert output.shape == (2, 8, config.vocab)
-
-
-@pytest.mark.parametrize("name", zoo.names())
 def test_all_on_meta_and_no_buffers_but_norm_statistics(name: str) -> None:
     model = on_meta(name)
     assert {p.device.type for p in model.parameters()} == {"meta"}

@@ -10,13 +10,12 @@ import json
 import sys
 
 from ...trace.build import layer_table
-from ..source import TABLES, Request, build
+from ..source import TABLES, Built, Request, build
 from . import registry
 
 
-def document(name: str) -> str:
-    """The generated file of one zoo model, as text."""
-    built = build(Request(name))
+def document(name: str, built: Built) -> str:
+    """The generated file of the zoo model `name`, built at its default input, as text."""
     table = layer_table(built.model, built.args, name=name, input_shape=built.input_shape)
     shapes = {key: list(tensor.shape) for key, tensor in built.model.state_dict().items()}
     data = {"table": table.to_json(), "state_dict": shapes}
@@ -27,7 +26,7 @@ def main(names: list[str]) -> None:
     """Write the files of the named models, or of all."""
     TABLES.mkdir(exist_ok=True)
     for name in names or registry.names():
-        (TABLES / f"{name}.json").write_text(document(name), encoding="utf-8")
+        (TABLES / f"{name}.json").write_text(document(name, build(Request(name))), encoding="utf-8")
 
 
 if __name__ == "__main__":
