@@ -90,7 +90,12 @@ class Order:
     def _shuffled(self, epoch: int) -> Tensor:
         """The sample ids of an epoch, int64 [size], on the device."""
         if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = (epoch, permutation(self.size, "order", epoch, seed=self.seed).to(self.device))
+            order = permutation(self.size, "order", epoch, seed=self.seed)
+            if (
+                self.device.type == "cuda"
+            ):  # a copy from other memory would wait for everything that the GPU still has to do
+                order = order.pin_memory()
+            self._epoch = (epoch, order.to(self.device, non_blocking=True))
         return self._epoch[1]
 
 

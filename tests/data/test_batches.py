@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from sparseift_cli.data import Augment, Batches, open_data
 from sparseift_cli.data.augment import Normalise, crop_and_flip, cut_out
 from sparseift_cli.data.images import ImageSet
 from sparseift_cli.errors import UsageError
+from tests.helpers.gpu import never_waiting
 
 ODD = (3, 7, 5)  # channels, height, width: no two alike
 
@@ -216,17 +215,6 @@ def test_sets_that_do_not_hold_what_they_say(what: str) -> None:
     )
     with pytest.raises(UsageError, match="here: "):
         dataset.images("train")
-
-
-@contextlib.contextmanager
-def never_waiting() -> Iterator[None]:
-    """Where the host waits for the GPU is an error."""
-    with warnings.catch_warnings(action="ignore"):  # the mode calls itself a prototype
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
