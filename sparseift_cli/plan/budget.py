@@ -187,9 +187,9 @@ class _ModelBudget:
     def cost_at(self, scale: Fraction) -> Fraction:
         """What the model costs of the budget with `chosen` at `scale` times its dense cost, before rounding to non-zeros."""
         others = Fraction(self.cost_of_others())
-        if self.spec.match == "model":
-            return others + scale * self.dense_macs
         budgets = zip(self.chosen, self.forward_budgets(scale), strict=True)
+        if self.spec.match == "model":
+            return sum((max(b, Fraction(p.dense_nnz * p.positions)) for p, b in budgets), others)
         return sum((unrounded_macs(p, b, self.training, self.spec.mask_pattern) for p, b in budgets), others)
 
 
@@ -219,13 +219,13 @@ def _scale(budget: _ModelBudget) -> Fraction:
     most = Fraction(sum(p.full_macs for p in budget.chosen), budget.dense_macs)
     if budget.spec.match == "model":
         scale = Fraction(budget.total - budget.cost_of_others(), budget.dense_macs)
+        if scale > 0 and budget.cost_at(scale) > budget.total:  # some layers' dense parts cost more than is theirs
+            scale = _solve(budget.cost_at, budget.total, scale)
     else:
         scale = _solve(budget.cost_at, budget.total, most)
     if scale <= 0:
         _refuse(budget)
-    if any(
-        p.status == "transformed" for p in budget.others
-    ):  # sparser than what is matched, the others cannot make up for it
+    if any(p.status == "transformed" for p in budget.others):  # the others may be unable to make up for these
         _require_met(budget, budget.cost_at(min(scale, most)))
     return scale
 
@@ -278,7 +278,7 @@ def _matched(budget: _ModelBudget, scale: Fraction) -> list[int]:
     budgets = [b - n * p.positions for b, n, p in zip(budget.forward_budgets(scale), dense, chosen, strict=True)]
     costs = [p.positions * unit for p in chosen]
     if spec.match == "model":
-        counts = round_to_budget(budgets, costs, caps)
+        counts = round_to_budget([max(Fraction(0), b) for b in budgets], costs, caps)
     else:
 
         def of_run(i: int, n: int) -> Fraction:

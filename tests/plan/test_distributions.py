@@ -138,6 +138,16 @@ def test_what_is_wrong_is_said(options: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize("distribution", ["er", "erk"])
+@pytest.mark.parametrize("model", ["resnet18", "mobilenet_v2", "gpt3_small"])
+def test_large_layers_whose_dense_factors_cost_more_than_is_theirs(model: str, distribution: str) -> None:
+    """Sparse Doped keeps U and V dense; where a layer's part of the budget is less, the other layers get less."""
+    ratio = sparseift.flops(
+        model, sparsity=0.75, member="doped", match="model", distribution=distribution
+    ).forward_ratio
+    assert ratio is not None and Fraction(999, 1000) < ratio <= 1
+
+
+@pytest.mark.parametrize("distribution", ["er", "erk"])
 def test_layers_of_two_unlike_factors_meet_the_budget(distribution: str) -> None:
     """U and V are of other sizes: rounding a layer's cost to a multiple of V's made the model exceed its budget."""
     ratio = counted(member="factorized", distribution=distribution).forward_ratio
