@@ -236,9 +236,9 @@ def test_version_and_help(sparseift) -> None:
 
 
 def test_what_trains_without_masks_says_that_its_non_zeros_are_the_plans(sparseift) -> None:
-    told = "Trained without masks"
-    assert told in sparseift("flops", "resnet18_cifar100/wide75_unmasked", "--summary")[1]
-    assert told not in sparseift("flops", "resnet18_cifar100/wide75_rigl", "--summary")[1]
+    note = "Trained without masks"
+    assert note in sparseift("flops", "resnet18_cifar100/wide75_unmasked", "--summary")[1]
+    assert note not in sparseift("flops", "resnet18_cifar100/wide75_rigl", "--summary")[1]
 
 
 def test_a_causal_count_that_counts_nothing_says_so(sparseift) -> None:

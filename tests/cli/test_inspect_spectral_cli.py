@@ -103,7 +103,7 @@ def test_foreign_checkpoints(sparseift, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "told"),
+    ("words", "code", "printed"),
     [
         (("resnet18", "--spectral"), 2, "sparseift transform"),
         ((".", "--spectral"), 2, "not a transformed model"),
@@ -119,7 +119,7 @@ def test_foreign_checkpoints(sparseift, tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_explained(
-    sparseift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], code: int, told: str
+    sparseift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], code: int, printed: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     save_file({"a.weight": torch.ones(3, 3)}, "dense.safetensors")
@@ -131,4 +131,4 @@ def test_mistakes_are_explained(
     (folder / "tensors.safetensors").write_text("")
     got, stdout, stderr = sparseift("inspect", *words)
     assert (got, stdout) == (code, "")
-    assert told in stderr and "Traceback" not in stderr
+    assert printed in stderr and "Traceback" not in stderr

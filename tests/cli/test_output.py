@@ -114,18 +114,18 @@ def test_words_go_on_below_where_there_is_no_room(monkeypatch: pytest.MonkeyPatc
     words = "no: it follows the wider stream"
     sheet = Sheet("Why", columns, [{"name": "conv1", "macs": 10**6, "wide": words, "doped": words}])
     for width, lines in ((87, 1), (86, 2), (60, 3), (36, 4)):
-        told = shown_at(monkeypatch, width, sheet)
-        assert max(map(len, told)) <= width
-        assert told.index("", 4) - 4 <= lines and "wide" in told[2] and "doped" in told[2]
-        assert ("1,000,000" in "".join(told)) is (width > 36)
+        printed = shown_at(monkeypatch, width, sheet)
+        assert max(map(len, printed)) <= width
+        assert printed.index("", 4) - 4 <= lines and "wide" in printed[2] and "doped" in printed[2]
+        assert ("1,000,000" in "".join(printed)) is (width > 36)
 
 
 def test_an_empty_column_gives_way_first_and_is_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
     columns = [Column("a", "a" * 20), Column("note", "note", priority=1), Column("b", "b" * 20, priority=2)]
     sheet = Sheet("T", columns, [{"a": 1, "b": 2}])
     assert "note" in "".join(shown_at(monkeypatch, 80, sheet))
-    told = "".join(shown_at(monkeypatch, 46, sheet))
-    assert "b" * 20 in told and "note" not in told and "left out" not in told
+    printed = "".join(shown_at(monkeypatch, 46, sheet))
+    assert "b" * 20 in printed and "note" not in printed and "left out" not in printed
 
 
 @pytest.mark.parametrize(
@@ -144,10 +144,10 @@ def test_commands_on_narrow_terminals(
     terminal = Terminal()
     monkeypatch.setattr("sys.stdout", terminal)
     assert sparseift(*words)[0] == 0
-    told = re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue())
-    first = re.split(r" {2,}", next(line for line in told.splitlines() if all(h in line for h in heads)).strip())
+    printed = re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue())
+    first = re.split(r" {2,}", next(line for line in printed.splitlines() if all(h in line for h in heads)).strip())
     assert set(heads) <= set(first) and "note" not in first and len(first) == len(set(first))
-    assert max(len(line.rstrip()) for line in told.splitlines()) <= width
+    assert max(len(line.rstrip()) for line in printed.splitlines()) <= width
 
 
 def test_what_is_huge_is_written_by_its_size(capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,8 +166,8 @@ def test_json_has_no_word_for_what_is_no_number(capsys: pytest.CaptureFixture[st
     def refuse(word: str) -> None:
         raise AssertionError(word)
 
-    told = json.loads(capsys.readouterr().out, parse_constant=refuse)
-    assert told == {"runs": [{"loss": None, "best": [None, 1.5], "steps": 2, "name": "NaN"}]}
+    printed = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert printed == {"runs": [{"loss": None, "best": [None, 1.5], "steps": 2, "name": "NaN"}]}
 
 
 @pytest.mark.parametrize("fmt", [Format.table, Format.json, Format.csv, Format.md])

@@ -41,7 +41,7 @@ def shell(script: str, *words: str, folder: Path | None = None) -> subprocess.Co
 @needs_full
 @pytest.mark.parametrize("words", [("flops", "resnet18"), ("flops", "resnet18", "--json"), ("--version",)])
 def test_a_full_disk_under_stdout_is_no_gate(words: tuple[str, ...]) -> None:
-    """Exit code 1 is a gate's word; a result that could not be written is said in two lines."""
+    """Exit code 1 belongs to gates; a result that cannot be written is an error of two lines."""
     done = shell('"$@" > /dev/full', *words)
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines()[0] == "sparseift: cannot write the result: No space left on device"
@@ -60,13 +60,13 @@ def test_closed_streams() -> None:
 
 
 @pytest.mark.parametrize("sparsity", ["0.9", "0.5,0.9"])
-def test_a_gate_has_its_say_where_nobody_reads(sparsity: str) -> None:
+def test_a_gate_sets_the_exit_code_where_the_reader_has_gone(sparsity: str) -> None:
     words = ("flops", "resnet18", "-s", sparsity, "--max-flops-ratio", "1.0")
     done = shell('"$@" | head -c 0; exit ${PIPESTATUS[0]}', *words)
     assert done.returncode == 1 and "above 1.0" in done.stderr
 
 
-def test_a_comparison_bit_for_bit_has_its_say_where_nobody_reads(tmp_path: Path) -> None:
+def test_a_comparison_bit_for_bit_sets_the_exit_code_where_the_reader_has_gone(tmp_path: Path) -> None:
     a, b = make_run(tmp_path), make_run(tmp_path, seed=1, values=(50.0, 71.0))
     done = shell('"$@" | head -c 0; exit ${PIPESTATUS[0]}', "report", "diff", str(a), str(b), "--exact")
     assert done.returncode == 1 and "not equal bit for bit" in done.stderr
@@ -99,7 +99,7 @@ def test_a_full_disk_under_the_log_loses_no_run(tmp_path: Path) -> None:
     assert done.returncode == 0 and [r["steps"] for r in json.loads(done.stdout)["runs"]] == [40]
 
 
-def test_a_run_whose_log_nobody_reads_is_saved(tmp_path: Path) -> None:
+def test_a_run_whose_log_has_no_reader_is_saved(tmp_path: Path) -> None:
     """`train 2>&1 | head -1`: it was a traceback into nowhere, exit code 1, and what came after the last save was lost."""
     done = shell('"$@" 2>&1 > /dev/null | head -n 1; exit ${PIPESTATUS[0]}', *TRAIN, "--runs", str(tmp_path))
     assert done.returncode == 143, done.stdout

@@ -34,11 +34,11 @@ def test_it_is_two_settings(
     assert "cuda_graph: false " in shown and "--set training.cuda_graph=false" in shown
 
 
-def test_runs_in_parallel_hear_of_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    told: list[Any] = []
-    monkeypatch.setattr(train_command, "_run_parallel", lambda *of: told.append(of))
+def test_parallel_runs_get_the_option(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(train_command, "_run_parallel", lambda *of: calls.append(of))
     with pytest.raises(SystemExit):
         sparseift(monkeypatch, MLP, "--no-compile", "--seeds", "0..1", "--parallel", "2", "--runs", str(tmp_path))
-    ((jobs, sets, *_),) = told
+    ((jobs, sets, *_),) = calls
     assert list(sets) == ["training.compile=false", "training.cuda_graph=false"]
     assert all(recipe.spec.training.cuda_graph is False for recipe, _ in jobs)

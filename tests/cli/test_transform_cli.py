@@ -31,7 +31,7 @@ def test_from_the_zoo_to_a_folder_and_back(sparseift, tmp_path: Path) -> None:
 
 
 def test_a_folder_is_held_to_a_budget_as_its_source_is(sparseift, tmp_path: Path) -> None:
-    """Gates and ways to count were taken of a folder, and not heard."""
+    """Gates and ways to count were accepted with a folder, and ignored."""
     out = str(tmp_path / "plan")
     made = ("resnet20", "-s", "0.75")
     assert sparseift("transform", *made, "--plan-only", "-o", out)[0] == 0
@@ -94,7 +94,7 @@ def test_a_foreign_checkpoint(sparseift, tmp_path: Path, shared: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "told"),
+    ("words", "code", "printed"),
     [
         (("resnet20", "-s", "0.5"), 2, "-o FOLDER"),
         (("resnet20", "-o", "x"), 2, "--sparsity"),
@@ -110,10 +110,10 @@ def test_a_foreign_checkpoint(sparseift, tmp_path: Path, shared: Path) -> None:
     ],
 )
 def test_mistakes_are_explained(
-    sparseift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], code: int, told: str
+    sparseift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], code: int, printed: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     got, stdout, stderr = sparseift("transform", *words)
     assert (got, stdout) == (code, "")
-    assert told in stderr and "Traceback" not in stderr
+    assert printed in stderr and "Traceback" not in stderr
     assert list(tmp_path.iterdir()) == []

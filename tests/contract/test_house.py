@@ -1,4 +1,4 @@
-"""The house itself: what lies at the top, the two commands of the README, and a wheel that stands alone."""
+"""The repository: files at the top, the two commands of the README, and a wheel that needs nothing else of it."""
 
 from __future__ import annotations
 

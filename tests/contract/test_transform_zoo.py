@@ -49,8 +49,8 @@ def test_measured_is_planned(name: str) -> None:
 
 
 @pytest.mark.parametrize("sparsity", ["0.5", "0.75", "0.9"])
-def test_doped_spends_its_whole_budget(sparsity: str) -> None:
-    """The authors' code masks U and V too: 0.746, 0.439 and 0.194 of the budget (design, section 6)."""
+def test_doped_uses_its_whole_budget(sparsity: str) -> None:
+    """The authors' code masks U and V too: 0.746, 0.439 and 0.194 of the budget."""
     built = build(Request("resnet18"))
     before = trace(built.model, built.args, name="resnet18", input_shape=built.input_shape)
     plan = make_plan(before.table, TransformSpec(member="sparse_doped", sparsity=sparsity))

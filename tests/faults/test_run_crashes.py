@@ -140,7 +140,7 @@ def test_what_the_disk_refuses_is_told_and_nothing_is_lost(tmp_path: Path, numbe
 
     save(tmp_path / "count", 1)
     total = calls_of(lambda: save(tmp_path / "count", 2))
-    told = 0
+    reported = 0
     for n in range(1, total + 1):
         folder = tmp_path / str(n)
         save(folder, 1)
@@ -151,12 +151,12 @@ def test_what_the_disk_refuses_is_told_and_nothing_is_lost(tmp_path: Path, numbe
             except ArtifactError as caught:
                 error = caught
         if error is not None:
-            told += 1
+            reported += 1
             assert (error.exit_code, os.strerror(number) in error.message) == (4, True)
         require_whole(Checkpoints(folder), 1)
         save(folder, 3)
         require_whole(Checkpoints(folder), 3)
-    assert told > 15
+    assert reported > 15
 
 
 def test_stopped_anywhere_in_a_run_no_line_that_a_checkpoint_followed_is_lost(tmp_path: Path) -> None:

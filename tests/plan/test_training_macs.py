@@ -60,14 +60,14 @@ def frozen(module: nn.Module) -> Any:
 # --- recurrent layers ---
 
 
-def told(n: Net, x: Tensor) -> Tensor:
+def with_rnn(n: Net, x: Tensor) -> Tensor:
     """A state that is learned, before the first step."""
     state = n._parameters["state"]
     return n.out(n.rnn(x, (state, torch.zeros_like(state)) if isinstance(n.rnn, nn.LSTM) else state)[0])
 
 
 def learned_state(rnn: nn.RNNBase) -> Net:
-    net = Net(told, rnn=rnn, out=nn.Linear(16, 3))
+    net = Net(with_rnn, rnn=rnn, out=nn.Linear(16, 3))
     net.register_parameter("state", nn.Parameter(torch.randn(1, 2, 16)))
     return net
 
@@ -115,7 +115,7 @@ def test_recurrent_layers(name: str) -> None:
     assert sparseift.flops(model, x).dense.training_macs == executed(model, x)
 
 
-# --- whoever asks ---
+# --- through the library and the command ---
 
 
 def chain() -> nn.Sequential:
@@ -123,7 +123,7 @@ def chain() -> nn.Sequential:
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_a_caller_that_wants_no_gradients_is_told_what_training_costs(
+def test_a_caller_without_gradients_gets_the_cost_of_training(
     context: Callable[[], AbstractContextManager[Any]],
 ) -> None:
     model, x = chain(), torch.randn(2, 4)

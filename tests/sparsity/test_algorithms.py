@@ -131,7 +131,7 @@ def test_cubic_schedule() -> None:
 
 
 @pytest.mark.parametrize("steps", [40, 75, 400])
-def test_gmp_spends_what_the_cost_model_says(steps: int) -> None:
+def test_gmp_costs_what_the_cost_model_says(steps: int) -> None:
     """Summed over a run, GMP's non-zeros are those of its mean step, within the one per step that is rounded down."""
     schedule = UpdateSchedule(10, Fraction(3, 4), steps)
     start, final = 10_000, 1_234

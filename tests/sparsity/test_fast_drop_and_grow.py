@@ -66,7 +66,7 @@ def test_equals_the_exact_update(
     n = max(1, int(share * active))
     found, uncertain = fast(mask, active, drop, grow, n, 7, regrow)
     assert found.stride() == mask.stride()
-    if form != "few values":  # a third of all places tie with the pivot there: the guess may be told to be wrong
+    if form != "few values":  # a third of all places tie with the pivot there: the guess may be reported as wrong
         assert uncertain == 0
     if uncertain == 0:
         assert torch.equal(found, drop_and_grow(mask, active, drop, grow, n, 7, regrow))

@@ -195,9 +195,9 @@ def test_a_loop_in_the_wrong_order_does_not_go_on() -> None:
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     sparsifier = make(net, optimizer)
     loss_of(net, 0).backward()
-    with pytest.warns(UserWarning, match="without sparsifier") as told:
+    with pytest.warns(UserWarning, match="without sparsifier") as warned:
         optimizer.step()
-    assert told[0].filename == __file__  # the line that called it
+    assert warned[0].filename == __file__  # the line that called it
     sparsifier.step()
     optimizer.zero_grad()
     loss_of(net, 1).backward()
@@ -206,7 +206,7 @@ def test_a_loop_in_the_wrong_order_does_not_go_on() -> None:
     assert refused.value.hint and "sparsifier.step(), optimizer.step()" in refused.value.hint
 
 
-def test_steps_that_no_sparsifier_hears_of_may_come_first() -> None:
+def test_steps_without_the_sparsifier_may_come_first() -> None:
     net = sparse_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     sparsifier = make(net, optimizer)

@@ -1,4 +1,4 @@
-"""A model that does not fit its data is told before a run begins, and one that does is left as it is."""
+"""A model that does not fit its data is refused before a run begins, and one that does is left as it is."""
 
 from __future__ import annotations
 

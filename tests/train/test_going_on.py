@@ -24,7 +24,7 @@ Write = Callable[..., Path]
 
 
 def quiet(*_: Any) -> None:
-    """A report to nobody."""
+    """Take a report and print nothing."""
 
 
 def interrupt(row: Mapping[str, Any]) -> None:

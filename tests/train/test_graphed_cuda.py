@@ -125,6 +125,6 @@ def test_a_loss_that_is_no_number_leaves_the_weights_alone(tmp_path: Path) -> No
     kept = [p.detach().clone() for p in run.model.parameters()]
     for step in range(12, 15):
         make(step)
-    with pytest.raises(DivergedError, match="step 12"):  # told at a mask update at the latest
+    with pytest.raises(DivergedError, match="step 12"):  # reported at a mask update at the latest
         make(15)
     assert all(torch.equal(a, b) for a, b in zip(kept, run.model.parameters(), strict=True))

@@ -36,7 +36,7 @@ CPU = Processes(torch.device("cpu"))
 
 
 def quiet(*_: Any) -> None:
-    """A report to nobody."""
+    """Take a report and print nothing."""
 
 
 def run(
@@ -217,7 +217,7 @@ def test_a_run_that_began_in_another_order_is_refused(
 
 
 def test_a_run_of_an_older_version_goes_on(write_recipe: Write, tmp_path: Path) -> None:
-    """Its recipe lacks keys that have come since; a key that says something else is still told."""
+    """Its recipe lacks keys that have come since; a key with another value is still refused."""
     recipe = write_recipe("rigl")
     (done,) = run(recipe, tmp_path / "runs")
     kept = Path(done["path"]) / "recipe.yaml"
@@ -284,14 +284,14 @@ def test_every_line_has_the_masks_of_every_weight(write_recipe: Write, tmp_path:
 
 def test_tensorboard_gets_every_number(write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in for the writer; and without the package one sentence says what to do."""
-    told: list[tuple[str, float, int]] = []
+    scalars: list[tuple[str, float, int]] = []
 
     class Writer:
         def __init__(self, folder: str) -> None:
             self.folder = folder
 
         def add_scalar(self, *of: Any) -> None:
-            told.append(of)
+            scalars.append(of)
 
         def flush(self) -> None:
             """Nothing is buffered."""
@@ -299,8 +299,8 @@ def test_tensorboard_gets_every_number(write_recipe: Write, tmp_path: Path, monk
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type("module", (), {"SummaryWriter": Writer}))
     loaded = load(write_recipe("rigl"))
     run_seeds(loaded, [0], tmp_path / "runs", None, quiet, quiet, tensorboard=True)
-    assert {"loss", "flops", "churn/3.weight"} <= {name for name, _, _ in told}
-    assert {step for _, _, step in told} == {5, 10, 12}
+    assert {"loss", "flops", "churn/3.weight"} <= {name for name, _, _ in scalars}
+    assert {step for _, _, step in scalars} == {5, 10, 12}
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UsageError, match="needs the package tensorboard"):
         run_seeds(loaded, [0], tmp_path / "runs", None, quiet, quiet, tensorboard=True)
@@ -372,7 +372,7 @@ def test_two_processes_measure_the_model_that_is_saved(two_runs_on_two_processes
 
 
 def test_masks_are_not_sent_with_every_forward(write_recipe: Write, tmp_path: Path) -> None:
-    """That would cost as much as the weights, and a mask that differs would be overwritten instead of told."""
+    """That would cost as much as the weights, and a mask that differs would be overwritten instead of reported."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
     try:
         ready = prepare(load(write_recipe("rigl")), 0, CPU)

@@ -33,7 +33,7 @@ ONE_THREAD = "training.threads=1"
 
 
 def quiet(*_: Any, **__: Any) -> None:
-    """A report to nobody."""
+    """Take a report and print nothing."""
 
 
 def train_words(recipe: Path, root: Path, *words: str) -> list[str]:
@@ -172,7 +172,7 @@ def test_a_changed_recipe_is_held_against_the_run_of_its_own_seed(write_recipe: 
     assert run_seeds(load(recipe), [0], tmp_path, "latest", quiet, quiet) == [first]
 
 
-def test_a_run_that_cannot_be_started_gives_its_seat_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_run_that_cannot_be_started_frees_its_slot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     slots: list[int] = []
 
     def start(crew: Any, child: parallel.Child, slot: int, result: Any) -> Any:
@@ -187,8 +187,8 @@ def test_a_run_that_cannot_be_started_gives_its_seat_back(monkeypatch: pytest.Mo
 
 
 def test_what_a_child_says_last_does_not_hide_why_it_failed() -> None:
-    told: list[str] = []
-    watch: Any = SimpleNamespace(note=lambda text, run: told.append(text))
+    notes: list[str] = []
+    watch: Any = SimpleNamespace(note=lambda text, run: notes.append(text))
     crew, child = parallel._Children([], 1, 1, watch), parallel.Child(Path("x.yaml"), [], 0, "seed 0")
     error = f'{parallel.MARK}{{"kind": "error", "message": "x is in use", "hint": "wait"}}'
     for lines, message in (
@@ -200,13 +200,13 @@ def test_what_a_child_says_last_does_not_hide_why_it_failed() -> None:
         crew._listen(child, io.StringIO("".join(f"{line}\n" for line in lines)), outcome)
         crew._close(outcome, 4, "")
         assert (outcome.message, outcome.code) == (message, 4)
-    assert told == ["Traceback", "ValueError: 3", "a warning at exit"]
+    assert notes == ["Traceback", "ValueError: 3", "a warning at exit"]
 
 
 def test_a_child_that_crashes_when_all_is_done_has_finished(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """On a GPU a library's own clean-up can crash at the very end: what is written is written."""
-    told: list[str] = []
-    watch: Any = SimpleNamespace(note=lambda text, run: told.append(text), end=lambda run: None)
+    notes: list[str] = []
+    watch: Any = SimpleNamespace(note=lambda text, run: notes.append(text), end=lambda run: None)
     crew, child = parallel._Children([], 1, 1, watch), parallel.Child(tmp_path / "x.yaml", [], 0, "seed 0")
     crash = "import os, signal, sys; sys.stdout.flush(); os.kill(os.getpid(), signal.SIGSEGV)"
     for printed, summary, said in (
@@ -223,7 +223,7 @@ def test_a_child_that_crashes_when_all_is_done_has_finished(monkeypatch: pytest.
         monkeypatch.setattr(crew, "_start", begin)
         outcome = crew.run(child)
         assert (outcome.summary, outcome.code, outcome.message) == (summary, 139, "ended by SIGSEGV")
-        assert told.pop() == said
+        assert notes.pop() == said
 
 
 def test_recipes_after_another_begin_with_a_clean_compiler(
@@ -248,7 +248,7 @@ def test_a_deterministic_run_lets_cudnn_search_for_nothing(
         return {}
 
     monkeypatch.setattr(train_run, "train", looks)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)  # as whoever called may have it
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)  # as the caller may have set it
     for deterministic in ("true", "false"):
         recipe = load(write_recipe("static", steps=5), [f"training.deterministic={deterministic}"])
         run_jobs([(recipe, 0)], tmp_path / deterministic, None, quiet, quiet)
@@ -268,7 +268,9 @@ def test_what_a_run_sets_for_the_process_is_undone(
     assert not torch.backends.cudnn.benchmark
 
 
-def test_a_loop_that_ticks_is_heard(write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ticks_of_the_loop_reach_the_caller(
+    write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loop = train_run.train
 
     def ticking(*of: Any, tick: Callable[[int], None] | None = None) -> dict[str, Any]:
@@ -277,6 +279,6 @@ def test_a_loop_that_ticks_is_heard(write_recipe: Write, tmp_path: Path, monkeyp
         return loop(*of)
 
     monkeypatch.setattr(train_run, "train", ticking)
-    told: list[int] = []
-    run_jobs([(load(write_recipe("static", steps=5)), 0)], tmp_path / "runs", None, quiet, quiet, tick=told.append)
-    assert told == [1]
+    notes: list[int] = []
+    run_jobs([(load(write_recipe("static", steps=5)), 0)], tmp_path / "runs", None, quiet, quiet, tick=notes.append)
+    assert notes == [1]

@@ -25,7 +25,7 @@ def taken(wanted: str, of: int) -> list[tuple[str, int]]:
 
 
 @pytest.mark.parametrize("wanted", ["auto", "cuda"])
-def test_seats_are_dealt_to_the_gpus_in_turn(three_gpus: None, wanted: str) -> None:
+def test_slots_take_the_gpus_in_turn(three_gpus: None, wanted: str) -> None:
     assert taken(wanted, 1) == [("cuda:0", 1)]
     assert taken(wanted, 5) == [("cuda:0", 2), ("cuda:1", 2), ("cuda:2", 1), ("cuda:0", 2), ("cuda:1", 2)]
 

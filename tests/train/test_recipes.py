@@ -23,7 +23,7 @@ BATCH = 8
 
 
 def quiet(*_: Any) -> None:
-    """A report to nobody."""
+    """Take a report and print nothing."""
 
 
 def shrunk(recipe: Recipe) -> list[str]:

@@ -30,7 +30,7 @@ CNN = "digits_cnn"
 
 
 def quiet(*_: Any) -> None:
-    """A report to nobody."""
+    """Take a report and print nothing."""
 
 
 def signal_myself(number: int) -> None:
@@ -87,7 +87,7 @@ def signal_at(monkeypatch: pytest.MonkeyPatch, batch: int) -> list[int]:
     return seen
 
 
-def told(path: str | Path) -> list[dict[str, Any]]:
+def rows_of(path: str | Path) -> list[dict[str, Any]]:
     rows = read_metrics(Path(path) / "metrics.jsonl")
     return [{k: v for k, v in row.items() if k not in ("seconds", "peak_bytes")} for row in rows]
 
@@ -117,11 +117,11 @@ def test_an_evaluation_that_a_signal_ended_is_made_when_the_run_goes_on(
         have = RunDirectory.open(Path(again["path"])).checkpoints.newest()
         assert have is not None
         assert [n for n, t in want.tensors.items() if not torch.equal(have.tensors[n], t)] == []
-        assert told(again["path"]) == told(whole["path"])
+        assert rows_of(again["path"]) == rows_of(whole["path"])
         assert (again["best"], again["flops"]) == (whole["best"], whole["flops"])
 
 
-@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="nobody says who sent a signal here")
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="this system does not say who sent a signal")
 def test_workers_leave_signals_to_the_process_that_trains(tmp_path: Path) -> None:
     """A cluster sends SIGTERM to every process of a job; the run has to save, and needs no dead worker's error for that."""
     for place in ("train/a", "train/b", "val/a", "val/b"):

@@ -1,4 +1,4 @@
-"""`evaluation.test`: a split that nobody watched is measured once, at the end of the run."""
+"""`evaluation.test`: a split that was not looked at in training is measured once, at the end of the run."""
 
 from __future__ import annotations
 
