@@ -17,12 +17,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from .registry import import_object
 
 PIPE_WIDTH = 10_000  # rich would cut tables at 80 columns where there is no terminal
 _HEIGHT = 25  # lines: nothing that is printed here depends on it
@@ -128,9 +130,13 @@ def tables_text(sheets: Sequence[Sheet], *, like: Any = None) -> str:
 class ShownAsSheets:
     """Base of results that `print` and a notebook show as tables, and that have a line as their repr."""
 
+    sheets_by: ClassVar[str]
+    """`package.module:function` that makes the tables of an object: a module above the class, imported when they are shown."""
+
     def sheets(self) -> list[Sheet]:
-        """The tables."""
-        raise NotImplementedError(type(self).__name__)
+        """The tables, as the command prints them."""
+        make: Any = import_object(self.sheets_by, "function that makes tables")
+        return make(self)
 
     def __str__(self) -> str:
         return tables_text(self.sheets(), like=sys.stdout)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar
 
-from ..base.sheets import Sheet, ShownAsSheets
+from ..base.sheets import ShownAsSheets
 from ..errors import UsageError
 from ..table.table import LayerTable
 from .budget import matched_cost
@@ -72,6 +72,8 @@ class Audit(ShownAsSheets):
             else the mean of the whole run.
     """
 
+    sheets_by: ClassVar[str] = "sparseift_cli.plan.sheets:audit_sheets"
+
     table: LayerTable
     causal: str
     training: TrainingSpec
@@ -79,12 +81,6 @@ class Audit(ShownAsSheets):
     plan: Plan | None = None
     transformed: Totals | None = None
     training_while_updating: Fraction | None = None
-
-    def sheets(self) -> list[Sheet]:
-        """The layers, the totals and what causes the difference, as `sparseift flops` prints them."""
-        from .sheets import audit_sheets
-
-        return audit_sheets(self)
 
     @property
     def forward_ratio(self) -> Fraction | None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar
 
-from ..base.sheets import Sheet, ShownAsSheets
+from ..base.sheets import ShownAsSheets
 from ..errors import UsageError
 from ..table.poly import Poly
 from ..table.table import Layer, LayerTable
@@ -48,6 +48,8 @@ class Plan(ShownAsSheets):
         causal: how attention under a causal mask was counted: `full`, `half` or `exact`.
     """
 
+    sheets_by: ClassVar[str] = "sparseift_cli.plan.sheets:plan_sheets"
+
     table: LayerTable
     spec: TransformSpec
     training: TrainingSpec
@@ -56,12 +58,6 @@ class Plan(ShownAsSheets):
     scale: Fraction | None = None
     widening: Widening | None = None
     causal: str = "full"
-
-    def sheets(self) -> list[Sheet]:
-        """The layers and the new widths."""
-        from .sheets import plan_sheets
-
-        return plan_sheets(self)
 
     @property
     def member(self) -> Member:
