@@ -115,7 +115,7 @@ def test_reference_file(shared: Path) -> None:
             )
 
 
-def promised_shape(name: str) -> tuple[int, ...]:
+def promised_shape(name: str) -> tuple[int | None, ...]:
     """[batch, classes], or of a text [batch, hidden] under BERT's pooler and [batch, tokens, words] under a decoder."""
     info = registry.lookup(name)
     config = import_module(f"sparseift_cli.models.zoo.{info.family}").CONFIGS[name]
