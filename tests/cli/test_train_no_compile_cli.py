@@ -39,6 +39,6 @@ def test_parallel_runs_get_the_option(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(train_command, "_run_parallel", lambda *of: calls.append(of))
     with pytest.raises(SystemExit):
         sparseift(monkeypatch, MLP, "--no-compile", "--seeds", "0..1", "--parallel", "2", "--runs", str(tmp_path))
-    ((jobs, sets, *_),) = calls
-    assert list(sets) == ["training.compile=false", "training.cuda_graph=false"]
+    ((jobs, asked),) = calls
+    assert asked.all_sets == ["training.compile=false", "training.cuda_graph=false"]
     assert all(recipe.spec.training.cuda_graph is False for recipe, _ in jobs)
