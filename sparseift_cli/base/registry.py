@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ..errors import UsageError, did_you_mean
 
@@ -70,9 +70,12 @@ class Registry(Generic[T]):
         """
         if ":" in name:
             return name
-        listed = {_squeezed(known): known for known in self.names}
-        spellings = {_squeezed(alias): known for alias, known in self.aliases.items()} | listed
-        return spellings.get(_squeezed(name), name)
+        word = _squeezed(name)
+        spellings = {_squeezed(alias): known for alias, known in self.aliases.items()}
+        spellings |= {_squeezed(known): known for known in self._entries}
+        if word in spellings:  # before entry points are looked for, which takes some milliseconds
+            return spellings[word]
+        return next((known for known in self._installed if _squeezed(known) == word), name)
 
     def get(self, name: str) -> T:
         """The entry called `name`, one of an installed package, or the object that `package.module:Name` imports.
@@ -102,14 +105,15 @@ class Registry(Generic[T]):
         return iter(self.names)
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and self.canonical(name) in self.names
+        if not isinstance(name, str):
+            return False
+        known = self.canonical(name)
+        return known in self._entries or known in self._installed
 
     @cached_property
     def _installed(self) -> dict[str, str]:
-        """Entry points of installed packages: name -> package.module:Name. Read once a process, when first asked for."""
-        from importlib.metadata import entry_points
-
-        return {point.name: point.value for point in entry_points(group=self.group)}
+        """Entry points of installed packages: name -> package.module:Name. Read once a process, when first needed."""
+        return {point.name: point.value for point in _entry_points().select(group=self.group)}
 
     def _import(self, target: str) -> T:
         entry = import_object(target, self.kind)
@@ -120,6 +124,14 @@ class Registry(Generic[T]):
         reason = self._check(entry) if self._check else None
         if reason:
             raise UsageError(f"{name} is not {'an' if self.kind[0] in 'aeio' else 'a'} {self.kind}: {reason}")
+
+
+@cache
+def _entry_points() -> Any:
+    """All entry points of all installed packages: one search for every registry."""
+    from importlib.metadata import entry_points
+
+    return entry_points()
 
 
 def _squeezed(name: str) -> str:

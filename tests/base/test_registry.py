@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sparseift_cli.base import registry
 from sparseift_cli.base.registry import Registry
 from sparseift_cli.errors import UsageError
 
@@ -62,6 +63,7 @@ def test_an_object_by_module_and_name(colours: Registry[str], tmp_path: Path, mo
 
 def test_entry_points_of_installed_packages(colours: Registry[str], monkeypatch: pytest.MonkeyPatch) -> None:
     point = metadata.EntryPoint("sep", "os:sep", "sparseift.colours")
-    monkeypatch.setattr(metadata, "entry_points", lambda *, group: [point] if group == "sparseift.colours" else [])
+    other = metadata.EntryPoint("cli", "os:sep", "console_scripts")
+    monkeypatch.setattr(registry, "_entry_points", lambda: metadata.EntryPoints([other, point]))
     assert colours.names == ("light_red", "sep")
     assert colours.get("sep") == "/"
