@@ -68,6 +68,14 @@ RULES = {
         never=(".sparsity", ".plan", ".transforms", ".models", ".recipe"),
         breaks=("mask.mask", "from ..plan import spec"),
     ),
+    "kernels see tensors and indices": Rule(
+        who=("kernels", "kernels.*"),
+        never=(".plan", ".table", ".recipe", ".transforms", ".train", ".models", ".sparsity"),
+        breaks=("kernels.blocks", "from ..plan import spec"),
+    ),
+    "kernels cost nothing until one is used": Rule(
+        who=("kernels",), never=HEAVY, lazy=True, breaks=("kernels", "import torch")
+    ),
     "sparsity never sees transforms": Rule(
         who=("sparsity", "sparsity.*"),
         never=(".transforms", ".plan"),
@@ -76,8 +84,18 @@ RULES = {
     "report never imports torch": Rule(
         who=("report", "report.*"), never=TORCH, breaks=("report.html.page", "def f():\n    from torch import nn")
     ),
-    "the registry starts without torch": Rule(
-        who=("models", "models.zoo", "models.zoo.registry", "models.zoo.catalog", "data", "data.registry"),
+    "registries start without torch": Rule(
+        who=(
+            *("models", "models.zoo", "models.zoo.registry", "models.zoo.catalog", "data", "data.registry"),
+            *(
+                "optim",
+                "optim.optimizers",
+                "optim.schedules",
+                "sparsity.algorithms",
+                "sparsity.schedule",
+                "mask.patterns",
+            ),
+        ),
         never=TORCH,
         lazy=True,
         breaks=("models.zoo.registry", "from torch import nn"),
