@@ -1,0 +1,28 @@
+"""What an Audit derives from its totals and its plan."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+
+import sparseift_cli as sparseift
+from sparseift_cli.plan.audit import Totals
+
+
+@pytest.mark.parametrize(("macs", "flops"), [(Fraction(11, 12), 2), (Fraction(13, 12), 2), (Fraction(7), 14)])
+def test_training_flops_are_the_nearest_whole_number(macs: Fraction, flops: int) -> None:
+    assert Totals(1, macs, 1, 1, 1).training_flops == flops
+
+
+def test_a_control_has_no_sparsity_that_it_can_match_up_to() -> None:
+    """Its layers are sparse at their dense size, so it costs less than the dense model at any sparsity."""
+    assert sparseift.flops("resnet20", sparsity=0.5, scope="none", match="off").s_max is None
+    assert sparseift.flops("resnet20", sparsity=0.5).s_max == pytest.approx(0.99, abs=0.01)
+
+
+def test_a_width_multiple_counts_the_factor_of_a_width() -> None:
+    """Four heads, and two of keys, of 32 features are 128 and 64: multiples of 64, though 32 is none."""
+    audit = sparseift.flops("llama_tiny", sparsity=0.75, width_multiple=64)
+    assert audit.plan is not None and audit.plan.widening is not None
+    assert {(w.dense, w.size) for w in audit.plan.widening.widened} == {(256, 512), (688, 1408), (16, 32)}
