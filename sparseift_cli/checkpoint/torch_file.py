@@ -195,7 +195,7 @@ class TorchFile:
     storages: Mapping[str, Storage]
 
     def place(self, name: str, tensor: PickledTensor) -> TensorInfo:
-        """`tensor` under `name`, with its position in the file."""
+        """The TensorInfo for `tensor`, called `name`: shape, dtype, and where its bytes are in the file."""
         storage = self.storages[tensor.storage.key]
         return TensorInfo(name, tensor.shape, tensor.dtype, storage, tensor.stride, tensor.first)
 

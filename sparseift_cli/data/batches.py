@@ -89,7 +89,7 @@ class Batches:
 
     @property
     def targets(self) -> Targets:
-        """What one epoch predicts, over all ranks: divide summed losses by it."""
+        """The targets that one epoch predicts, counted over all ranks; divide summed losses by this."""
         return self._loader.targets
 
     def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:

@@ -116,7 +116,10 @@ class InMemoryLoader(ABC):
         return self._order.at(epoch, step)
 
     def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        """The batch x, y of this rank on the device: [b, C, H, W] and [b] of images, [b, seq] both of tokens."""
+        """Inputs x and targets y of this rank's batch, on the device.
+
+        Images: x [b, C, H, W], y [b]. Tokens: x and y [b, seq].
+        """
         return self.assemble(*self.picks(epoch, step))
 
     @abstractmethod

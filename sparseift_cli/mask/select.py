@@ -138,7 +138,9 @@ def _compress(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def without_nan(keys: Tensor) -> Tensor:
-    """`keys` [*shape] themselves. The sum of a block can be NaN where infinities of both signs meet in it.
+    """Return `keys` [*shape] unchanged, after checking that none is NaN.
+
+    The sum of a block is NaN where it holds inf and -inf.
 
     Raises:
         UsageError: some are NaN.

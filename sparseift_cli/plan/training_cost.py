@@ -54,7 +54,7 @@ def _forwards(layer: Layer, recompute: bool) -> int:
 
 
 def dense_training_macs(layers: Sequence[LayerPlan], training: TrainingSpec) -> Fraction | int:
-    """MACs of one training step (one sample batch) of the model one started from."""
+    """MACs of one training step of the dense model, at the table's batch size."""
     total: Fraction | int = 0
     for plan in layers:
         operands = plan.layer.grad_inputs + plan.layer.grad_weight

@@ -39,7 +39,7 @@ def collect(paths: Sequence[Path]) -> Collected:
     """Read every run below `paths`: single runs, folders of them at any depth, or any mix. A run given twice counts once.
 
     Raises:
-        UsageError: a path is not there, or is a file that no run is kept in.
+        UsageError: a path does not exist, or is a file but not one that `report keep` wrote.
     """
     found, reader, seen = Collected(), RunReader(), set[Path]()
     for path in paths:

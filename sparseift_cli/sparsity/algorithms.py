@@ -50,7 +50,7 @@ Regrow = Literal["allow", "forbid"]
 
 @dataclass(frozen=True, slots=True)
 class WeightView:
-    """One weight as scores see it, behind the optimiser's step. Score functions change none of these tensors."""
+    """One weight as scores see it, after the optimiser's step. Score functions change none of these tensors."""
 
     weight: Tensor
     """[*shape]; zero where the mask is False."""
@@ -99,7 +99,7 @@ class MaskAlgorithm:
     # --- which weights ---
 
     def drop_scores(self, at: WeightView) -> Tensor:
-        """Scores [*shape] of the active weights; the lowest are dropped. Magnitude, |w| behind the optimiser's step."""
+        """Scores [*shape] of the active weights; the lowest are dropped. Magnitude, |w| after the optimiser's step."""
         return at.weight.abs()
 
     def grow_scores(self, at: WeightView) -> Tensor:
@@ -107,7 +107,7 @@ class MaskAlgorithm:
         return at.random_scores()
 
     def observe(self, at: WeightView) -> None:
-        """Update `at.state` in place; called behind every step that the optimiser made, before a mask update of this step."""
+        """Update `at.state` in place; called after every optimiser step that was made, and before a mask update of that step."""
 
     # --- when, and how many ---
 
@@ -173,7 +173,7 @@ class MaskAlgorithm:
 
     @property
     def costs_more_while_updating(self) -> bool:
-        """Whether steps cost more before `stop` than behind it, and only because of dense gradients at mask updates."""
+        """Whether steps cost more before `stop` than after it, and only because of dense gradients at mask updates."""
         return self.dense_gradient == "at updates" and self.start_density is None
 
     def updating_step(self, cost: StepCost, final: int, weights: int, schedule: UpdateSchedule) -> Fraction:

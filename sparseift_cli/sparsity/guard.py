@@ -61,7 +61,7 @@ def require_masked_gradients(weights: Iterable[tuple[nn.Parameter, Tensor]]) -> 
     """Refuse gradients [*shape] that are not zero where the mask, given in floats [*shape] beside the parameter, is.
 
     Raises:
-        UsageError: `Sparsifier.step` was called behind the optimiser's step, and masked gradients that were used already.
+        UsageError: `Sparsifier.step` was called after the optimiser's step, and masked gradients that were used already.
     """
     if any(p.grad is not None and bool(p.grad[mask == 0].any()) for p, mask in weights):
         raise UsageError(

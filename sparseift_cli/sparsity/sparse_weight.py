@@ -120,7 +120,7 @@ class SparseWeight:
 
     @torch.no_grad()
     def apply_mask(self, state: Iterable[Tensor] = ()) -> None:
-        """Zero at every inactive place, in `state` [*shape] too: behind an optimiser that does not leave it so."""
+        """Zero at every inactive place, in `state` [*shape] too: after an optimiser that does not leave it so."""
         tensors = [self.parameter, *state]
         multiply_(tensors, [self.mask_float] * len(tensors))
 

@@ -9,13 +9,13 @@
 
 Zeros are stored in the weights, so the forward pass needs no masks. `step` multiplies gradients by their masks; then weights
 and optimiser state of inactive places stay exactly zero under SGD, Adam and AdamW. At a mask update `step` keeps the dense
-gradient, and a hook behind the optimiser's step drops and grows weights: by their new values, and by that gradient.
+gradient, and a hook after the optimiser's step drops and grows weights: by their new values, and by that gradient.
 
     step t:  backward ─► Sparsifier.step(): keep dense gradients, prune for step t + 1, mask gradients
                       ─► clip ─► optimizer.step() ─► hook: observe, drop and grow, zero what changed
 
-A grown weight starts at zero with zero state, so Adam's first step on it is large: with betas .9, .999 and many steps behind
-it (1 - .9) / sqrt(1 - .999) = 3.16 times the learning rate, whatever the gradient.
+A grown weight starts at zero with zero state, so Adam's first step on it is large: with betas .9, .999 and after many steps
+it is (1 - .9) / sqrt(1 - .999) = 3.16 times the learning rate, whatever the gradient.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
-    """What is to be done behind the optimiser's step, if it makes one: observe gradients, update masks."""
+    """What is to be done after the optimiser's step, if it makes one: observe gradients, update masks."""
 
     step: int
     updates: bool
@@ -235,7 +235,7 @@ class Sparsifier:
         self.count_step(dense_gradients=False)
 
     def count_step(self, *, dense_gradients: bool) -> None:
-        """Record a step that changed no number of non-zeros."""
+        """Record a step in which every weight kept its number of non-zeros."""
         self.last = StepRecord(self.steps, self._nnz, dense_gradients)
         self.steps += 1
 
@@ -323,7 +323,7 @@ class Sparsifier:
         """Before the optimiser touches a weight: a gradient that is not finite ends the run at a mask update."""
         if not self._stepped:
             warn_of_order([w.parameter for w in self.weights])
-        elif self._missed:  # step() may have been called one iteration late, behind the optimiser's step
+        elif self._missed:  # step() may have been called one iteration late, after the optimiser's step
             require_masked_gradients((w.parameter, w.mask_float) for w in self.weights)
         self._missed = not self._stepped
         self._first_step, self._stepped = not optimizer.state, False
@@ -428,7 +428,7 @@ class Sparsifier:
         )
 
     def view_of(self, w: SparseWeight, t: int, gradient: Tensor | None) -> WeightView:
-        """What the algorithm sees of a weight behind the optimiser's step `t`; `gradient` is the dense one [*shape]."""
+        """What the algorithm sees of a weight after the optimiser's step `t`; `gradient` is the dense one [*shape]."""
         return self._view(w, gradient, self.keys_of(w, t)[0])
 
     def _view(self, w: SparseWeight, gradient: Tensor | None, key: int | Tensor) -> WeightView:

@@ -112,7 +112,10 @@ class _DynamoSubstitute(ModuleType):
         return importlib.import_module("torch._dynamo")
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """For an import of a submodule (a constant made in a forward pass needs one): that of the real package."""
+        """The import spec of `torch._dynamo.<submodule>`, from the real package.
+
+        PyTorch imports one when a forward pass makes a constant.
+        """
         if not name.startswith("torch._dynamo."):
             return None
         self.import_real()

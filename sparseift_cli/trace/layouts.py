@@ -27,7 +27,10 @@ Dim = Any  # int or SymInt
 
 
 def concrete(dim: Dim) -> int:
-    """The value of a dim in this run. Unlike int(dim), it does not freeze the width (see `symint`)."""
+    """The value of a dim in this run, as an int.
+
+    int(dim) would also fix the width to this value; this does not (see `symint`).
+    """
     return dim.node.value if isinstance(dim, torch.SymInt) else int(dim)
 
 

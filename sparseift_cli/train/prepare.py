@@ -294,6 +294,6 @@ def _dense_rows(counted: Audit) -> Any:
 
 
 def with_seed(recipe: Recipe, seed: int) -> Recipe:
-    """The recipe of one run: its seed, and no list of them."""
+    """A copy of `recipe` for one run: `seed` is set and `seeds` is empty."""
     training = recipe.spec.training.model_copy(update={"seed": seed, "seeds": ()})
     return replace(recipe, spec=recipe.spec.model_copy(update={"training": training}))

@@ -55,10 +55,10 @@ class Artifact:
         """The FLOP audit, counted again from the table and compared with the stored plan.
 
         Args:
-            training: how training FLOPs are counted; None: as they were when the folder was written. So is `causal`.
+            training, causal: how FLOPs are counted; None means what is stored in the folder.
 
         Raises:
-            ArtifactError: this version plans other non-zeros than the folder holds.
+            ArtifactError: the plan made by this version differs from the stored one.
             UsageError: these training options do not fit the plan.
         """
         plan = make_plan(self.table, self.spec, self.training, causal=self.causal)

@@ -108,7 +108,7 @@ class BoTNet(ResNet):
 
 
 def reset(module: nn.Module) -> None:
-    """Projections by fan-in, relative positions with the deviation of a head's query: 1/sqrt(head_dim)."""
+    """Initialise attention: qkv weights with std 1/sqrt(in_channels), relative-position tables with std 1/sqrt(head_dim)."""
     if isinstance(module, MHSA):
         nn.init.normal_(module.qkv.weight, std=module.qkv.in_channels**-0.5)
         for table in module.pos_embed.parameters():

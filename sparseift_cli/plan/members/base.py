@@ -2,7 +2,7 @@
 
 A member makes a layer larger and sparse so that it costs what the dense layer costs. Its half without torch is an object
 of a subclass of `Member` (most often of `LayerwiseMember`): how large, which weights, which parameters beside them, and
-why a layer is left as it is. Its half with torch is a class under `transform/members`, or of one's own, that
+why a layer is left as it is. Its half with torch is a class under `transforms/members`, or of one's own, that
 `torch_half` names. Nothing else in the package asks which member it has.
 
 A dense layer has `groups` groups of D_in x D_out weights, D_in = taps * inputs / groups and D_out = outputs / groups.

@@ -11,7 +11,9 @@ from .base import DenseLayer, LayerwiseMember, factors
 
 
 def doped_rank(layer: Shape, density: Fraction) -> int:
-    """Rank per group of the dense factors, r = floor(s * r0); 0 means that the layer stays as it is.
+    """Rank per group of the dense factors: floor((1 - density) * r0).
+
+    r0 = `layer.rank` is the rank at which U and V together have as many weights as the layer. 0: the layer stays as it is.
 
     >>> doped_rank(Shape(64, 64), Fraction(1, 10))  # r0 = 32
     28
