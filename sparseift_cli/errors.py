@@ -1,6 +1,6 @@
 """What users see when something is wrong: what, where, what to do. Imports nothing of ours.
 
-Exit codes (one home for them): 0 fine, 1 a gate or check said no, 2 usage, recipe or input, 3 a training run diverged,
+Exit codes (one home for them): 0 fine, 1 a gate or a check failed, 2 usage, recipe or input, 3 a training run diverged,
 4 a run directory or checkpoint, 130 interrupted, 143 terminated.
 """
 
@@ -26,7 +26,7 @@ class UsageError(SparseiftError):
 
 
 class CheckFailed(SparseiftError):
-    """A gate or check that the user asked for said no (exit 1)."""
+    """A gate or check that the user asked for failed (exit 1)."""
 
     exit_code = 1
 
@@ -51,7 +51,7 @@ class InterruptedRun(SparseiftError):
     """A training run that a signal stopped, after it was saved (exit 128 + the signal). A command line puts its own as hint."""
 
     def __init__(self, message: str, signal: int) -> None:
-        super().__init__(message, hint="go on with --resume latest")
+        super().__init__(message, hint="continue with --resume latest")
         self.exit_code = 128 + signal
 
 

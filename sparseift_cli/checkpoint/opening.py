@@ -219,11 +219,11 @@ def size_of(path: Path) -> int:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise CheckpointError(f"{shown}: {reason}") from None
     if stat.S_ISDIR(status.st_mode):
-        raise CheckpointError(f"{shown}: is a directory, not a checkpoint", hint=_in_directory(path))
+        raise CheckpointError(f"{shown} is a directory, not a checkpoint", hint=_in_directory(path))
     if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(f"{shown}: is not a regular file", hint="checkpoints are read from files on disk")
+        raise CheckpointError(f"{shown} is not a regular file", hint="checkpoints are read from files on disk")
     if status.st_size == 0:
-        raise CheckpointError(f"{shown}: is empty (0 bytes)", hint=_AGAIN)
+        raise CheckpointError(f"{shown} is empty (0 bytes)", hint=_AGAIN)
     return status.st_size
 
 

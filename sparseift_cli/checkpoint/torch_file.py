@@ -272,7 +272,7 @@ def read_legacy(path: Path, file: BinaryIO, size: int) -> TorchFile:
     if first != MAGIC_NUMBER:
         raise Malformed(
             f"a plain Python pickle (it holds: {describe(first).type}), not a file of torch.save",
-            hint="where you trust it, load it yourself and save its state dict with torch.save",
+            hint="if you trust the file, load it yourself and save its state dict with torch.save",
         )
     if (version := read_pickle(window, rules)) != PROTOCOL_VERSION:
         shown = version if isinstance(version, int) and version < 1 << 32 else describe(version).type

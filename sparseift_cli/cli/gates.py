@@ -45,7 +45,7 @@ class Limits:
     def __post_init__(self) -> None:
         for name, limit in self._given():
             if not limit > 0:
-                raise UsageError(f"{name} {limit} is no ratio", hint=f"{name} 1.001")
+                raise UsageError(f"{name} must be above 0, not {limit}", hint=f"{name} 1.001")
 
     def check(self, result: Audit) -> list[Problem]:
         """All problems of an audit.

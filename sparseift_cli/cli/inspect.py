@@ -65,7 +65,11 @@ def inspect(
     state_dict: dict[str, Any],
     model: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Compare with this zoo model, name by name.", rich_help_panel=_CHECKPOINT),
+        typer.Option(
+            metavar="NAME",
+            help="Compare with this zoo model: names and shapes of the tensors.",
+            rich_help_panel=_CHECKPOINT,
+        ),
     ] = None,
     spectral: Annotated[
         bool,

@@ -1,4 +1,4 @@
-"""`sparseift inspect RUN`: the recipe of a run, how far it got, its newest metrics, and commands to go on with."""
+"""`sparseift inspect RUN`: the recipe of a run, how far it got, its newest metrics, and commands to continue with."""
 
 from __future__ import annotations
 

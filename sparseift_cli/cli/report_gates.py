@@ -77,7 +77,7 @@ def _failures(gate: Expression, rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _over_ratio(report: Report, rows: Sequence[Mapping[str, Any]], limit: float) -> list[str]:
     if not limit > 0:
-        raise UsageError(f"--max-flops-ratio {limit} is not a ratio", hint="--max-flops-ratio 1.001")
+        raise UsageError(f"--max-flops-ratio must be above 0, not {limit}", hint="--max-flops-ratio 1.001")
     name = "flops_vs_baseline" if report.comparisons else "flops_ratio"
     what = "the baseline's" if report.comparisons else "the dense model's"
     applicable = [row for row in rows if row[name] is not None]

@@ -60,7 +60,7 @@ Resume = Annotated[
     str | None,
     typer.Option(
         metavar="latest|RUN",
-        help="Go on with the newest run of this recipe and seed, or this one.",
+        help="Continue with the newest run of this recipe and seed, or this one.",
         rich_help_panel=_RUNS_PANEL,
     ),
 ]
@@ -130,14 +130,14 @@ def train(
 
         show_plans(loaded, [sum(job[0] is r for job in jobs) for r in loaded], fmt, tflops=_speed(tflops))
     elif tflops is not None:
-        raise UsageError("--tflops is the speed of the device for --dry-run", hint="add --dry-run")
+        raise UsageError("--tflops is only for --dry-run", hint="add --dry-run")
     else:
         _train(jobs, asked, (slot, at_once) if events else None)
 
 
 @dataclass(frozen=True, slots=True)
 class TrainArguments:
-    """What the command line asks for, apart from looking only. The same words begin a run and go on with it."""
+    """What the command line asks for, apart from looking only. The same words begin a run and continue with it."""
 
     recipes: list[str]
     sets: list[str]
@@ -155,7 +155,7 @@ class TrainArguments:
         return [*self.sets, *(NO_COMPILE if self.no_compile else ())]
 
     def words_to_resume(self) -> list[str]:
-        """The command that goes on with what this one began: finished runs are read, others resumed or begun."""
+        """The command that continues with what this one began: finished runs are read, others resumed or begun."""
         program = ["sparseift"]
         if "TORCHELASTIC_RUN_ID" in os.environ:
             program = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m", "sparseift_cli"]
@@ -197,7 +197,7 @@ def _train(jobs: Jobs, asked: TrainArguments, slot: tuple[int, int] | None) -> N
         else:
             _run(jobs, asked)
     except InterruptedRun as stopped:
-        stopped.hint = f"go on with: {shlex.join(asked.words_to_resume())}"
+        stopped.hint = f"continue with: {shlex.join(asked.words_to_resume())}"
         raise
 
 

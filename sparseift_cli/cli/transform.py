@@ -135,7 +135,7 @@ def _require_output(out: Path | None, init: InitSpec, *, force: bool, plan_only:
     one_of("--export", export or "dense", ("dense",))
     if out is None and not plan_only:
         raise UsageError(
-            "no folder is given to write to", hint="-o FOLDER, or --plan-only to see the plan and write nothing"
+            "no output folder is given", hint="-o FOLDER, or --plan-only to see the plan and write nothing"
         )
     if out is not None:
         require_writable(out, force=force)

@@ -44,7 +44,9 @@ def open_text(
     path = Path(root).expanduser()
     if valid_percent is not None and path.is_dir():
         raise UsageError(
-            f"{path} is a folder, whose files say what is held out", hint="leave out the share to hold out"
+            f"valid_percent is for a single text file; {path} is a folder, and its train and valid files already say "
+            "what is held out",
+            hint="leave out valid_percent",
         )
     texts = _halves(path, percent) if path.is_file() else search("text", root, [], _files)
     return _by_bytes("text", path, texts) if level == "bytes" else _by_words("text", path, texts, max_vocab)
@@ -190,7 +192,7 @@ def _lines(text: _Text, where: str) -> list[str]:
     if not lines[-1]:
         lines.pop()
     if not lines:
-        raise UsageError(f"{where}: is empty")
+        raise UsageError(f"{where} is empty")
     return lines
 
 

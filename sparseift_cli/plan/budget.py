@@ -241,7 +241,7 @@ def _require_met(budget: _ModelBudget, cost: Fraction | int) -> None:
     raise CheckFailed(
         f"distribution {budget.spec.distribution} does not match the model's {what}: {rest} it costs "
         f"{2 * float(cost):,.0f} FLOPs, {float(cost / budget.total):.3f}x the dense model's {2 * float(budget.total):,.0f}",
-        hint="give other sparsities, leave layers for the budget to decide, or use --match off",
+        hint="use other sparsities, give no sparsity to some layers (the budget then decides theirs), or use --match off",
     )
 
 

@@ -143,7 +143,7 @@ class RunDirectory:
 
     @property
     def name(self) -> str | None:
-        """The recipe's name that it was begun with, whatever file it goes on with; None where nothing says it."""
+        """The recipe's name that it was begun with, whatever file it continues with; None where nothing says it."""
         file = self.path / PROVENANCE
         sessions = atomic.read_json(file)["sessions"] if file.exists() else []
         whole = self.path.resolve()  # versions before wrote the name at the end alone

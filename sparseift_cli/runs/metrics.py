@@ -97,8 +97,8 @@ class Metrics:
         size = os.fstat(self._handle).st_size
         if position > size or (position and os.pread(self._handle, 1, position - 1) != b"\n"):
             raise ArtifactError(
-                f"{self.path} is not the file that the checkpoint was written beside: it has {size:,} bytes, and "
-                f"the checkpoint's last line should end at byte {position:,}",
+                f"{self.path} does not match the checkpoint: a line should end at byte {position:,}, and the file has "
+                f"{size:,} bytes",
                 hint="put the file back, or start a new run",
             )
         if position < size:

@@ -93,7 +93,7 @@ _TELLING = (
 
 
 def begun_as(sessions: Sequence[Mapping[str, Any]]) -> str | None:
-    """The recipe's name that a run was begun with, whatever file it goes on with; None of versions that did not write it."""
+    """The recipe's name that a run was begun with, whatever file it continues with; None of versions that did not write it."""
     return next((session["recipe"] for session in sessions if session.get("recipe")), None)
 
 

@@ -207,7 +207,7 @@ def _save(
 
 
 def _require_same_order(run: Prepared, loaded: Loaded) -> None:
-    """Refuse to go on with a run that began when epochs were shuffled by another formula: it would see images twice.
+    """Refuse to continue with a run that began when epochs were shuffled by another formula: it would see images twice.
 
     Token sets draw their windows at random places, which no version changed.
 

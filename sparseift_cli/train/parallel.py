@@ -78,13 +78,13 @@ class _Outcome:
 
 
 def require_one_run(resume: str | None, runs: int) -> None:
-    """Refuse to go on with one run directory for several runs.
+    """Refuse to continue with one run directory for several runs.
 
     Raises:
         UsageError: `resume` names a directory.
     """
     if resume not in (None, "latest") and runs > 1:
-        raise UsageError("--resume RUN goes on with one run", hint="--resume latest finds the run of every seed")
+        raise UsageError("--resume RUN continues one run", hint="--resume latest finds the run of every seed")
 
 
 def require_parallel(at_once: int) -> None:

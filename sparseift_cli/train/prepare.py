@@ -163,10 +163,11 @@ def _batches(spec: Spec, dataset: DataSet, seed: int, processes: Processes) -> t
     """What is trained on, what is watched, and what is measured once at the end where the recipe says so."""
     training, data = spec.training, spec.data
     assert data is not None
-    if training.batch_size % (processes.world * training.accumulate):
+    pieces = processes.world * training.accumulate
+    if training.batch_size % pieces:
         raise UsageError(
-            f"batch_size {training.batch_size} does not divide over {processes.world} processes and "
-            f"{training.accumulate} micro-batches"
+            f"batch_size {training.batch_size} is not a multiple of {pieces} ({processes.world} processes x "
+            f"{training.accumulate} micro-batches)"
         )
     seq = _seq(spec, dataset)
     shared: dict[str, Any] = {

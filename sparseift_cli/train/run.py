@@ -75,7 +75,7 @@ def run_jobs(
 
     Runs that are done already are read, not repeated.
 
-    `resume`: None begins new runs; `latest` goes on with the newest run of each recipe and seed where there is one; a
+    `resume`: None begins new runs; `latest` continues with the newest run of each recipe and seed where there is one; a
     folder names one run. `report` is called with every line of metrics, `note` with
     what begins and what was skipped, `tick` after every step. `slot`: the place of this process among those of
     `train --parallel`.
@@ -171,7 +171,7 @@ def _train(run: Prepared, found: RunDirectory | None, text: str, call: _Call, ou
     recipe, seed, note = run.recipe, run.seed, call.note
     if ours.first and found is None:
         if call.resume == "latest":
-            note(f"nothing of {recipe.name} seed {seed} to go on with in {call.root}: from the start")
+            note(f"nothing of {recipe.name} seed {seed} to continue with in {call.root}: from the start")
         plan = run.transformation.plan.to_json() if run.transformation else None
         found = RunDirectory.create(call.root, recipe.name, text, plan=plan, audit=to_json(run.audit), **_keeping(run))
     path = Path(ours.from_first(str(found.path) if found else ""))

@@ -94,7 +94,9 @@ def _load_weights(model: nn.Module, stored: Artifact, surgery: Surgery) -> None:
         weight = model.get_parameter(m.key)
         if mask is None or mask.shape != weight.shape or int(mask.count_nonzero()) != m.nnz:
             raise ArtifactError(
-                f"{stored.path / MASKS}: the mask of {m.key} is not the planned one", hint="transform the model again"
+                f"{stored.path / MASKS}: the mask of {m.key} is not the planned one (missing, or other shape or number of "
+                "non-zeros)",
+                hint="transform the model again",
             )
     try:
         require_masked(model, masks, surgery.masked, stored.spec.pattern)

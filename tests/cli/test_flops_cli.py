@@ -182,8 +182,11 @@ def test_verify_agrees_and_names_what_fvcore_misses(sparseift) -> None:
         (("flops", "tests.benchmarks.model:make"), "input of tests.benchmarks.model:make is not known"),
         (("flops", "tests.benchmarks.model:make", "--input", "4x8x8"), "does not run on input 1x4x8x8"),
         (("flops", "missing.yaml"), "no recipe missing.yaml"),
-        (("flops", "resnet18", "-s", "0.9", "--max-flops-ratio", "nan"), "--max-flops-ratio nan is no ratio"),
-        (("flops", "resnet18", "-s", "0.5,0.9", "--max-layer-ratio", "nan"), "--max-layer-ratio nan is no ratio"),
+        (("flops", "resnet18", "-s", "0.9", "--max-flops-ratio", "nan"), "--max-flops-ratio must be above 0, not nan"),
+        (
+            ("flops", "resnet18", "-s", "0.5,0.9", "--max-layer-ratio", "nan"),
+            "--max-layer-ratio must be above 0, not nan",
+        ),
         (("flops", "mobilenet_v2", "-t", "factorized", "-s", ".75", "--pattern", "4x4"), "blocks have room for 0"),
         (("inspect", "resnet18", "--sparsity", "0.5"), "add --why"),
     ],

@@ -95,4 +95,4 @@ def test_a_folder_of_runs_is_told_what_reads_it(sparseift, tmp_path: Path) -> No
     (tmp_path / "runs" / "net").mkdir(parents=True)
     code, out, err = sparseift("inspect", "runs")
     assert (code, out) == (2, "")
-    assert "runs: is a directory, not a checkpoint" in err and "sparseift report runs" in err
+    assert "runs is a directory, not a checkpoint" in err and "sparseift report runs" in err

@@ -217,10 +217,10 @@ def test_sizes_of_official_sets_give_steps_without_the_data(sparseift) -> None:
     [
         ((MLP, "--parallel", "0"), "--parallel 0 runs nothing"),
         ((MLP, "--seeds", "0,0"), "names a seed twice"),
-        ((MLP, "--seeds", "0..1", "--resume", "runs/x/y"), "--resume RUN goes on with one run"),
+        ((MLP, "--seeds", "0..1", "--resume", "runs/x/y"), "--resume RUN continues one run"),
         (
             (MLP, "quickstart/digits_mlp_dense", "--parallel", "2", "--resume", "runs/x/y"),
-            "--resume RUN goes on with one run",
+            "--resume RUN continues one run",
         ),
         ((MLP, f"{MLP}.yaml"), "are both called quickstart_digits_mlp_wide75_rigl"),
         ((MLP, "quickstart/digits_mpl"), "is no recipe"),

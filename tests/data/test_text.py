@@ -128,7 +128,7 @@ def test_one_file_is_split_between_lines(tmp_path: Path) -> None:
     assert train.endswith(b"\n")
     assert abs(len(valid) / len(text) - 0.2) < 0.02
     assert dict(dataset.splits) == {"train": len(train), "valid": len(valid)}
-    with pytest.raises(UsageError, match="is a folder, whose files say what is held out"):
+    with pytest.raises(UsageError, match="is for a single text file"):
         open_data("text", tmp_path, valid_percent=20)
 
 

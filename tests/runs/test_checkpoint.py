@@ -191,7 +191,7 @@ def test_a_broken_line_in_the_middle_is_told(tmp_path: Path) -> None:
 def test_a_file_that_the_checkpoint_does_not_know_is_refused(tmp_path: Path, position: int) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n')
-    with pytest.raises(ArtifactError, match="is not the file that the checkpoint was written beside"):
+    with pytest.raises(ArtifactError, match="does not match the checkpoint"):
         Metrics(path, position=position)
     assert path.stat().st_size == 24
 

@@ -69,7 +69,7 @@ def test_a_moved_run_keeps_the_name(sparseift, write_recipe: Write, tmp_path: Pa
 def test_the_hint_after_a_signal_is_the_whole_command(
     sparseift, monkeypatch: pytest.MonkeyPatch, write_recipe: Write, tmp_path: Path, parallel: bool
 ) -> None:
-    """Pasted as it is, it goes on with the run that was stopped and begins the one that was not."""
+    """Pasted as it is, it continues with the run that was stopped and begins the one that was not."""
     recipe, root = write_recipe("rigl", save=100), tmp_path / "my runs é"
     where = "sparseift_cli.train.parallel.run_parallel" if parallel else "sparseift_cli.train.run.run_jobs"
 
@@ -82,7 +82,7 @@ def test_the_hint_after_a_signal_is_the_whole_command(
     words += ["--parallel", "2"] if parallel else []
     code, _, err = sparseift(*words)
     assert code == 130
-    hint = err.strip().splitlines()[-1].removeprefix("  hint: go on with: ")
+    hint = err.strip().splitlines()[-1].removeprefix("  hint: continue with: ")
     given = shlex.split(hint)
     assert given[:3] == ["sparseift", "train", str(recipe)] and f"'{root}'" in hint
     options = {given[i] for i in range(len(given)) if given[i].startswith("--")}
@@ -107,11 +107,11 @@ def test_the_pasted_hint_goes_on(
     monkeypatch.setattr(running, "train", stop_once)
     code, _, err = sparseift("train", str(recipe), "--runs", str(root), "--seeds", "0..1")
     assert code == 130
-    hint = shlex.split(err.strip().splitlines()[-1].removeprefix("  hint: go on with: "))
+    hint = shlex.split(err.strip().splitlines()[-1].removeprefix("  hint: continue with: "))
     code, _, err = sparseift(*hint[1:])
     assert code == 0 and "(seed 0, 12 steps, cpu): from step " in err and len(list((root / "rigl_sgd").iterdir())) == 2
-    assert f"nothing of rigl_sgd seed 1 to go on with in {root}: from the start" in err
-    assert "seed 0 to go on" not in err
+    assert f"nothing of rigl_sgd seed 1 to continue with in {root}: from the start" in err
+    assert "seed 0 to continue" not in err
 
 
 def test_edited_code_is_told_when_a_run_goes_on(
