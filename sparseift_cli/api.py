@@ -21,7 +21,7 @@ from .plan.audit import Audit, to_json
 from .plan.audit import audit as count
 from .plan.plan import Plan, make_plan
 from .plan.spec import TrainingSpec, TransformSpec
-from .recipe.load import resolve
+from .recipe.load import resolve_request
 from .table.table import LayerTable
 from .transforms.artifact import BUFFERS, MASKS, WEIGHTS, is_artifact, open_artifact, provenance, write
 
@@ -119,7 +119,7 @@ def flops(
         _require_no_input(model, example_input)
         if is_artifact(model):
             return open_artifact(model).audit(training, causal)
-        request, recipe = resolve(Request(model))
+        request, recipe = resolve_request(Request(model))
         if wanted is None and recipe and recipe.transform:
             wanted, training = TransformSpec.of(recipe.transform), training or TrainingSpec(**recipe.training)
         return _count(load_table(request), wanted, training, causal)
@@ -176,7 +176,7 @@ def inspect(source: nn.Module | str | Path, example_input: Any = None) -> LayerT
         from .checkpoint import open_checkpoint
 
         return open_checkpoint(source)
-    request, _ = resolve(Request(source))
+    request, _ = resolve_request(Request(source))
     return load_table(request)
 
 

@@ -126,10 +126,10 @@ def _count(
     from ..models.source import load_table
     from ..plan.audit import audit
     from ..plan.plan import make_plan
-    from ..recipe.load import resolve
+    from ..recipe.load import resolve_request
     from .gates import Problem
 
-    request, recipe = resolve(request)
+    request, recipe = resolve_request(request)
     given: dict[str, Any] = (dict(recipe.transform) if recipe else {}) | spec
     sparsities = [s.strip() for s in given["sparsity"].split(",")] if "sparsity" in given else []
     if given and not sparsities:

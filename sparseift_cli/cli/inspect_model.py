@@ -10,14 +10,14 @@ from ..base.sheets import Column, Sheet, integer
 from ..errors import SparseiftError, UsageError
 from ..models.request import Request
 from ..models.source import load_table
-from ..plan.audit import audit, row_json, rows
+from ..plan.audit import audit, row_fields, rows
 from ..plan.layer_plan import LayerPlan
 from ..plan.members import MEMBERS
 from ..plan.plan import make_plan
 from ..plan.sheets import layer_shape_text
 from ..plan.spec import TransformSpec
 from ..plan.widths import solve
-from ..recipe.load import resolve
+from ..recipe.load import resolve_request
 from ..table.table import LayerTable
 from .flops_view import fold, sorted_entries
 from .options import Format
@@ -42,7 +42,7 @@ def inspect_model(
     Raises:
         UsageError: options in `spec` without `why`, or a member, layer or column that does not exist.
     """
-    request, recipe = resolve(request)
+    request, recipe = resolve_request(request)
     if not why and spec:
         raise UsageError(
             "--transform, --sparsity, --scope, --include and --exclude are options of --why",
@@ -55,7 +55,7 @@ def inspect_model(
     if spec.get("scope") == "none":  # the control of wide alone: it keeps no FLOPs
         options["match"], members = "off", [asked or "wide"]
     result = audit(table)
-    entries = [row_json(row) | {"shape": layer_shape_text(row, result)} for row in rows(result)]
+    entries = [row_fields(row) | {"shape": layer_shape_text(row, result)} for row in rows(result)]
     notes = _notes(table)
     if why:
         for member in members:

@@ -156,9 +156,9 @@ def _convert(
 ) -> tuple[nn.Module, Transformation]:
     """The transformed module; what the command line gives wins over the recipe."""
     from ..errors import UsageError
-    from ..recipe.load import resolve
+    from ..recipe.load import resolve_request
 
-    request, recipe = resolve(request) if request.source else (request, None)
+    request, recipe = resolve_request(request) if request.source else (request, None)
     given: dict[str, Any] = (dict(recipe.transform) if recipe else {}) | spec
     if "sparsity" not in given:
         raise UsageError("a transform needs its sparsity", hint="--sparsity 0.9")

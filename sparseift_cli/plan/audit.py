@@ -237,7 +237,7 @@ def to_json(result: Audit) -> dict[str, Any]:
             if t is None
             else {"forward": _number(result.forward_ratio), "training": _number(result.training_ratio)},
         },
-        "layers": [row_json(row) for row in rows(result)],
+        "layers": [row_fields(row) for row in rows(result)],
         "uncounted": list(result.table.uncounted),
     }
     if plan is not None:
@@ -261,8 +261,8 @@ def rows(result: Audit) -> list[LayerPlan]:
     return dense_layers(result.table)
 
 
-def row_json(row: LayerPlan) -> dict[str, Any]:
-    """One row of `layers` in the JSON document."""
+def row_fields(row: LayerPlan) -> dict[str, Any]:
+    """The fields of one row: of `layers` in the JSON document, and of tables."""
     layer = row.layer
     return {
         "name": layer.name,

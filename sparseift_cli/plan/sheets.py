@@ -10,7 +10,7 @@ from typing import Any
 from ..base.sheets import Column, Sheet, digits_that_differ, integer, ratio
 from ..base.text import shape_text
 from ..table.shape import Shape
-from .audit import Audit, audit, row_json, rows
+from .audit import Audit, audit, row_fields, rows
 from .layer_plan import LayerPlan
 from .plan import Plan
 
@@ -84,7 +84,7 @@ def title_of(result: Audit) -> str:
 
 
 def _entry(row: LayerPlan, result: Audit) -> dict[str, Any]:
-    entry = row_json(row)
+    entry = row_fields(row)
     entry["shape"] = layer_shape_text(row, result)
     return entry
 
@@ -118,12 +118,15 @@ def totals_sheet(result: Audit, title: str) -> Sheet:
     """MACs, FLOPs, parameters and activation elements of the whole model, dense and transformed, and notes on them."""
     dense, after = result.dense, result.transformed
 
-    def line(what: str, a: int, b: int | None) -> dict[str, Any]:
-        return {"what": what, "dense": a, "transformed": b, "ratio": b / a if b is not None and a else None}
+    def line(what: str, a: int, b: int | None, known: Fraction | None = None) -> dict[str, Any]:
+        share = float(known) if known is not None else b / a if b is not None and a else None
+        return {"what": what, "dense": a, "transformed": b, "ratio": share}
 
+    forward = result.forward_ratio
     entries = [
-        line("forward MACs", dense.forward_macs, after and after.forward_macs),
-        line("forward FLOPs", dense.forward_flops, after and after.forward_flops),
+        line("forward MACs", dense.forward_macs, after and after.forward_macs, forward),
+        line("forward FLOPs", dense.forward_flops, after and after.forward_flops, forward),
+        # Over the whole FLOPs of this row. `training_ratio` divides unrounded MACs: under RigL its last digits differ.
         line(f"training FLOPs, {result.training.algorithm}", dense.training_flops, after and after.training_flops),
         line("parameters", dense.params, after and after.params),
         line("non-zero parameters", dense.nonzero_params, after and after.nonzero_params),

@@ -116,7 +116,7 @@ def _training(spec: Spec, origins: Mapping[str, str]) -> dict[str, Any]:
     return {k: v for k, v in counted.items() if v is not None}
 
 
-def resolve(request: Request) -> tuple[Request, Recipe | None]:
+def resolve_request(request: Request) -> tuple[Request, Recipe | None]:
     """The model that a recipe means, if the source is one; options of the command line win over the recipe's."""
     path = find(request.source)
     if path is None:

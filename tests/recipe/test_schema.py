@@ -171,7 +171,7 @@ def test_quickstart_models_build_and_widen(name: str) -> None:
 
     from sparseift_cli.models.request import Request
     from sparseift_cli.models.source import build
-    from sparseift_cli.recipe.load import find, resolve
+    from sparseift_cli.recipe.load import find, resolve_request
 
     built = build(Request(name), device="cpu")
     model, inputs = built.model.train(), built.args[0]
@@ -181,7 +181,7 @@ def test_quickstart_models_build_and_widen(name: str) -> None:
     for size in ("dense", "wide50_rigl", "wide75_rigl"):
         path = find(f"quickstart/{name}_{size}")
         assert path is not None
-        request, recipe = resolve(Request(str(path)))
+        request, recipe = resolve_request(Request(str(path)))
         assert (request.source, recipe is not None) == (name, True)
 
 
