@@ -28,7 +28,7 @@ demo: $(STAMP) ## See what Sparse-IFT does to ResNet-18, and what that costs
 	done
 
 test: $(STAMP) ## Run every test
-	$(BIN)/python -m pytest -n auto --maxprocesses=8
+	$(BIN)/python -m pytest -n auto --maxprocesses=8 --dist worksteal
 
 check: $(STAMP) ## Lint, formatting and types
 	$(BIN)/ruff check
