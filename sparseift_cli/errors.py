@@ -19,6 +19,8 @@ class SparseiftError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        if hint:  # a traceback shows notes; the command line prints message and hint itself
+            self.add_note(f"hint: {hint}")
 
 
 class UsageError(SparseiftError):

@@ -236,10 +236,12 @@ def _require_met(budget: _ModelBudget, cost: Fraction | int) -> None:
         return
     what = "FLOPs" if budget.spec.match == "model" else "training FLOPs"
     rest = (
-        "with every other transformed layer dense" if budget.solved else "and gives every transformed layer its density"
+        "with every other transformed layer dense the model costs"
+        if budget.solved
+        else "it fixes every transformed layer, and the model then costs"
     )
     raise CheckFailed(
-        f"distribution {budget.spec.distribution} does not match the model's {what}: {rest} it costs "
+        f"distribution {budget.spec.distribution} does not match the model's {what}: {rest} "
         f"{2 * float(cost):,.0f} FLOPs, {float(cost / budget.total):.3f}x the dense model's {2 * float(budget.total):,.0f}",
         hint="use other sparsities, give no sparsity to some layers (the budget then decides theirs), or use --match off",
     )

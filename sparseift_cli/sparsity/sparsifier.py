@@ -98,7 +98,7 @@ class Sparsifier:
             in its final dtype; DistributedDataParallel and torch.compile wrappers are looked through.
         plan: its pattern replaces the one that the masks came with. May be left out: `Sparsifier(model, optimizer)`.
         optimizer: holds every trained sparse weight.
-        algorithm: a name in `ALGORITHMS`, `package.module:Name`, or a `MaskAlgorithm` with its options.
+        algorithm: a name in `ALGORITHMS`, `package.module:Name`, a mapping with its name and options, or a `MaskAlgorithm`.
         total_steps: optimiser steps of the whole run; needed by every algorithm that moves masks.
         seed: of random growth and of ties. Random choices are functions of (seed, weight name, step).
         layouts: pattern, groups and transposition of single weights (`MaskLayout`), in place of those of plan and module.
@@ -120,7 +120,7 @@ class Sparsifier:
         plan: Planned | Optimizer | None,
         optimizer: Optimizer | None = None,
         *,
-        algorithm: str | MaskAlgorithm = "rigl",
+        algorithm: str | Mapping[str, Any] | MaskAlgorithm = "rigl",
         total_steps: int | None = None,
         seed: int = 0,
         layouts: Mapping[str, MaskLayout] | None = None,
@@ -137,6 +137,9 @@ class Sparsifier:
             one_of("fill", fill, ("normal", "zeros"))
         if "schedule" in options:  # the name that `decay` had
             options["decay"] = options.pop("schedule")
+        if isinstance(algorithm, Mapping):  # as recipes have it
+            options = {k: v for k, v in algorithm.items() if k != "name"} | options
+            algorithm = str(algorithm.get("name", ""))
         if isinstance(algorithm, str):
             options = own_options(algorithm, options, whatever_value=True)
         self.algorithm = make_algorithm(algorithm, options)

@@ -6,6 +6,7 @@ in the order of the page, in an empty folder that has what the page says the rea
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import sys
@@ -83,3 +84,10 @@ def test_how_to_add(root: Path, folder: Path, sparseift: Sparseift) -> None:
     assert [line.split()[1] for line in done].count("train") == 2
     (metrics,) = (folder / "runs" / "own").glob("*/metrics.jsonl")
     assert '"sure"' in metrics.read_text()
+    for run in (
+        "own",
+        "quickstart_digits_mlp_wide75_rigl",
+    ):  # the algorithm of the page has moved weights, not only been named
+        (metrics,) = (folder / "runs" / run).glob("*/metrics.jsonl")
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+        assert lines[-1]["itop_rate"] > lines[-1]["density"], run

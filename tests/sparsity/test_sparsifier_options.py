@@ -304,3 +304,12 @@ def test_stop_is_read_as_written() -> None:
     net = sparse_net()
     for stop in (0.8, "0.8", "4/5", Fraction(4, 5)):
         assert make(net, SGD(net.parameters(), lr=0.1), stop=stop).schedule.stop == Fraction(4, 5)
+
+
+def test_an_algorithm_as_recipes_write_it() -> None:
+    net = sparse_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    sparsifier = Sparsifier(net, optimizer, algorithm={"name": "rigl", "delta_t": 7}, total_steps=70)
+    assert (sparsifier.algorithm_name, sparsifier.schedule.delta_t) == ("rigl", 7)
+    with pytest.raises(UsageError, match="unknown mask algorithm ''"):
+        Sparsifier(sparse_net(), optimizer, algorithm={}, total_steps=70)
