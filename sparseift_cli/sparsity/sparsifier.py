@@ -90,6 +90,22 @@ class _Pending:
     """Dense gradients [*shape] by weight name; empty where the algorithm wants none of this step."""
 
 
+def _chosen(
+    algorithm: str | Mapping[str, Any] | MaskAlgorithm, options: Mapping[str, Any]
+) -> tuple[MaskAlgorithm, str]:
+    """The algorithm with its options, and what it is called."""
+    given = dict(options)
+    if "schedule" in given:  # the name that `decay` had
+        given["decay"] = given.pop("schedule")
+    if isinstance(algorithm, Mapping):  # as recipes have it
+        given = {k: v for k, v in algorithm.items() if k != "name"} | given
+        algorithm = str(algorithm.get("name", ""))
+    if isinstance(algorithm, MaskAlgorithm):
+        return make_algorithm(algorithm, given), name_of(algorithm)
+    made = make_algorithm(algorithm, own_options(algorithm, given, whatever_value=True))
+    return made, ALGORITHMS.canonical(algorithm)
+
+
 class Sparsifier:
     """Keeps the weights that a model's masks leave out at zero, and moves the masks as an algorithm says.
 
@@ -135,15 +151,7 @@ class Sparsifier:
             raise UsageError("a Sparsifier needs the optimiser of the model", hint="Sparsifier(model, optimizer)")
         if isinstance(fill, str):
             one_of("fill", fill, ("normal", "zeros"))
-        if "schedule" in options:  # the name that `decay` had
-            options["decay"] = options.pop("schedule")
-        if isinstance(algorithm, Mapping):  # as recipes have it
-            options = {k: v for k, v in algorithm.items() if k != "name"} | options
-            algorithm = str(algorithm.get("name", ""))
-        if isinstance(algorithm, str):
-            options = own_options(algorithm, options, whatever_value=True)
-        self.algorithm = make_algorithm(algorithm, options)
-        self.algorithm_name = ALGORITHMS.canonical(algorithm) if isinstance(algorithm, str) else name_of(algorithm)
+        self.algorithm, self.algorithm_name = _chosen(algorithm, options)
         self.total_steps, self.seed = total_steps, seed
         if total_steps is None and self.algorithm.moves and self.algorithm.masked:
             raise UsageError(f"{self.algorithm_name} moves masks on a schedule, which needs total_steps")

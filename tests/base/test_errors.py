@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 
+import pytest
 import torch
 from torch import nn
 
@@ -12,10 +13,9 @@ from sparseift_cli.errors import UsageError
 
 
 def test_a_traceback_shows_the_hint() -> None:
-    try:
+    with pytest.raises(UsageError) as caught:
         sparseift_cli.transform(nn.Linear(3, 3), torch.zeros(1, 3), member="wid", sparsity=0.5)
-    except UsageError as error:
-        shown = "".join(traceback.format_exception(error))
+    shown = "".join(traceback.format_exception(caught.value))
     assert "unknown member 'wid'\nhint: did you mean 'wide'?" in shown
 
 

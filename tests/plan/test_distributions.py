@@ -100,7 +100,7 @@ def test_what_was_planned_is_measured_and_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"distribution": {"2": 0, "4": 0, "6": 0}, "match": "model"}, r"gives every transformed layer .* 3\.\d+x"),
+        ({"distribution": {"2": 0, "4": 0, "6": 0}, "match": "model"}, r"fixes every transformed layer, .* 3\.\d+x"),
         ({"distribution": {"2": 0.9, "4": 0.9, "6": 0.9}, "match": "train"}, r"training FLOPs: .* 0\.\d+x"),
         ({"distribution": {"6": 0.99, "4": 0.99}, "match": "model"}, r"other transformed layer dense .* 0\.\d+x"),
         ({"distribution": {"6": 0, "4": 0}, "match": "model"}, r"by layer \(6 0, 4 0\) already cost .* 3\.\d+x"),

@@ -111,7 +111,7 @@ def test_a_training_budget_with_fractions_is_refused_in_whole_flops() -> None:
             return self.c(torch.relu(self.b(torch.relu(self.a(torch.relu(self.a(x)))))))
 
     training = TrainingSpec(algorithm="snfs", steps=10)
-    with pytest.raises(CheckFailed, match=r"the dense model's [\d,]+$"):
+    with pytest.raises(CheckFailed, match=r"(?m)the dense model's [\d,]+$"):
         sparseift.transform(
             Twice(), torch.randn(2, 16), member="factorized", sparsity="0.9", match="train", training=training
         )
