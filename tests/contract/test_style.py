@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tools import docs
+
 LONGEST_FUNCTION = 60  # lines
 DIALECT = frozenset(
     [
@@ -85,6 +87,13 @@ def test_plain_words(root: Path) -> None:
             kinds = (tokenize.COMMENT, tokenize.STRING, tokenize.NAME, getattr(tokenize, "FSTRING_MIDDLE", -1))
             if token.type in kinds and (words := dialect(SCHEMA_KEYS.sub("", token.string))):
                 found.append(f"{path.relative_to(root)}:{token.start[0]}: {', '.join(words)}")
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("name", [*docs.PAGES, "sparseift_cli/README.md"])
+def test_plain_words_on_pages(name: str, root: Path) -> None:
+    lines = (root / name).read_text("utf-8").splitlines()
+    found = [f"{name}:{i}: {', '.join(words)}" for i, line in enumerate(lines, 1) if (words := dialect(line))]
     assert not found, "\n".join(found)
 
 
