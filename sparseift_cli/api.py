@@ -8,6 +8,7 @@ model = load("out")
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -87,6 +88,8 @@ def transform(
             training=training,
             options=options,
         )
+    if growth := count(done.plan).growth():
+        warnings.warn(growth, stacklevel=2)
     return new, done.plan
 
 

@@ -76,7 +76,11 @@ def flops(
     ] = None,
     strict: Annotated[
         bool,
-        typer.Option("--strict", help="Exit 1 if an operation could not be counted.", rich_help_panel=options.GATES),
+        typer.Option(
+            "--strict",
+            help="Exit 1 if an operation could not be counted, or a body layer grows untransformed.",
+            rich_help_panel=options.GATES,
+        ),
     ] = False,
     verify: Annotated[
         bool,

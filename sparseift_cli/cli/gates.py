@@ -32,7 +32,7 @@ class Limits:
     Args:
         model: `--max-flops-ratio`.
         layer: `--max-layer-ratio`.
-        strict: `--strict`: every operation must have been counted.
+        strict: `--strict`: every operation must have been counted, and no row of the body may grow untransformed.
 
     Raises:
         UsageError: a ratio that is not a positive number; a NaN would pass every model.
@@ -56,7 +56,7 @@ class Limits:
         return self.check_ratios(result) + self.check_counted(result.table)
 
     def check_ratios(self, result: Audit, prefix: str = "") -> list[Problem]:
-        """The ratios above their limits; `prefix` begins each message.
+        """The ratios above their limits, and what grows untransformed under `strict`; `prefix` begins each message.
 
         Raises:
             UsageError: a ratio is limited and nothing is transformed: every ratio is 1, and a forgotten --sparsity would pass.
@@ -67,7 +67,9 @@ class Limits:
                     f"{name} holds a transformed model to the dense one, and nothing is transformed",
                     hint="add --sparsity 0.9",
                 )
-        return self._check_model(result, prefix) + self._check_layers(result, prefix)
+        growth = result.growth() if self.strict else None
+        grown = [Problem(result.growing[0].layer.name, prefix + growth)] if growth else []
+        return self._check_model(result, prefix) + self._check_layers(result, prefix) + grown
 
     def check_counted(self, table: LayerTable) -> list[Problem]:
         """The operations that `strict` refuses: those that could not be counted."""

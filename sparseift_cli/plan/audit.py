@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, ClassVar
 
-from ..base.sheets import ShownAsSheets
+from ..base.sheets import ShownAsSheets, ratio
 from ..errors import UsageError
 from ..table.table import LayerTable
 from .budget import matched_cost
@@ -127,6 +127,27 @@ class Audit(ShownAsSheets):
         return {k: v for k, v in difference.items() if v}
 
     @property
+    def growing(self) -> list[LayerPlan]:
+        """Rows of the body that cost more than dense although no member transforms them; what `other untouched` owns.
+
+        Depthwise rows are not among them: they stay dense by an option, and have an owner of their own.
+        """
+        rows = self.plan.layers if self.plan else ()
+        return [row for row in rows if row.macs > row.dense_macs and _owner(row, self.plan) == "other untouched"]
+
+    def growth(self) -> str | None:
+        """A sentence that names the rows in `growing`, by how much they grow and why; None where there are none."""
+        rows = self.growing
+        if not rows:
+            return None
+        names = [row.layer.name for row in rows]
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        factor = ratio(sum(row.macs for row in rows) / sum(row.dense_macs for row in rows))
+        reasons = "; ".join(sorted({row.reason for row in rows}))
+        what = "layer of the body costs" if len(rows) == 1 else "layers of the body cost"
+        return f"{len(rows)} {what} {factor}x dense without being transformed: {shown} ({reasons})"
+
+    @property
     def s_max(self) -> float | None:
         """The sparsity above which --match model cannot be met (Sparse Wide that widens)."""
         if self.plan is None or self.plan.widening is None or self.control:
@@ -239,6 +260,7 @@ def to_json(result: Audit) -> dict[str, Any]:
         },
         "layers": [row_fields(row) for row in rows(result)],
         "uncounted": list(result.table.uncounted),
+        "warnings": [text for text in [result.growth()] if text],
     }
     if plan is not None:
         data["difference"] = result.owners()

@@ -169,6 +169,8 @@ def _notes(result: Audit) -> list[str]:
             notes.append(
                 "Warning: less than half of the transformed layers' FLOPs are left; what stays dense eats the rest."
             )
+    if growth := result.growth():
+        notes.append(f"Warning: {growth}.")
     limit = result.s_max
     if limit is not None and limit < 1:
         notes.append(

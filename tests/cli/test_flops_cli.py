@@ -125,6 +125,15 @@ def test_a_list_of_sparsities_is_held_to_strict_as_well(sparseift) -> None:
     assert code == 2 and not out and "--verify counts the dense model" in err
 
 
+def test_strict_refuses_a_body_layer_that_grows_untransformed(sparseift) -> None:
+    source = "tests.helpers.nets:shared_weight"
+    for sparsity, named in (("0.75", ""), ("0.5,0.75", "sparsity 0.75: ")):
+        code, out, err = sparseift("flops", source, "-s", sparsity, "--strict")
+        assert code == 1 and out and f"{named}2 layers of the body cost 4.00000x dense" in err
+    assert sparseift("flops", source, "-s", "0.75")[0] == 0
+    assert sparseift("flops", source, "--strict")[0] == 0
+
+
 def test_comparison_names_what_cannot_be_matched_and_exits_1(sparseift) -> None:
     code, out, err = sparseift("flops", "gpt3-small", "-s", "0.5,0.9", "--match", "model", "--json")
     rows = json.loads(out)["rows"]

@@ -83,6 +83,24 @@ class Inverting(nn.Module):
         return self.last(self.inner(self.first(x).relu()).relu()) @ torch.linalg.inv(torch.eye(4, device=x.device))
 
 
+class SharedWeight(nn.Module):
+    """Two layers of the body with one weight, which no member transforms, and one of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b, self.own = nn.Linear(4, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.head = nn.Linear(16, 2)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.own(self.b(self.a(self.stem(x)).relu()).relu()).relu())
+
+
+def shared_weight() -> Made:
+    """[B, 4] -> 2."""
+    return SharedWeight(), torch.zeros(1, 4)
+
+
 def uncounted() -> Made:
     """[B, 16] -> 4."""
     return Inverting(), torch.zeros(1, 16)

@@ -7,7 +7,8 @@ from fractions import Fraction
 import pytest
 
 import sparseift_cli as sparseift
-from sparseift_cli.plan.audit import Totals
+from sparseift_cli.plan.audit import Totals, to_json
+from tests.helpers import nets
 
 
 @pytest.mark.parametrize(("macs", "flops"), [(Fraction(11, 12), 2), (Fraction(13, 12), 2), (Fraction(7), 14)])
@@ -26,3 +27,19 @@ def test_a_width_multiple_counts_the_factor_of_a_width() -> None:
     audit = sparseift.flops("llama_tiny", sparsity=0.75, width_multiple=64)
     assert audit.plan is not None and audit.plan.widening is not None
     assert {(w.dense, w.size) for w in audit.plan.widening.widened} == {(256, 512), (688, 1408), (16, 32)}
+
+
+def test_a_body_row_that_grows_untransformed_is_named_and_owned() -> None:
+    """Two layers 16 -> 16 become 32 -> 32 and dense: 2 * (1024 - 256) MACs that no other row causes."""
+    with pytest.warns(UserWarning, match=r"2 layers of the body cost 4\.00000x dense .*: a, b \(weight shared"):
+        module, _ = sparseift.transform(*nets.shared_weight(), sparsity=0.75)
+    audit = sparseift.flops(module)
+    assert [row.layer.name for row in audit.growing] == ["a", "b"]
+    assert audit.owners() == {"stem": 64, "head": 32, "other untouched": 1536}
+    assert to_json(audit)["warnings"] == [audit.growth()]
+    assert f"Warning: {audit.growth()}." in str(audit)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_depthwise_rows_that_stay_dense_as_asked_are_no_warning(name: str) -> None:
+    assert sparseift.flops(name, sparsity=0.75).growth() is None
