@@ -6,14 +6,17 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
+from math import floor
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from ..errors import one_of
+from ..errors import UsageError, one_of
 from .augment import Augment
+from .order import permutation
 
 Kind = Literal["image", "tokens"]
 
@@ -102,6 +105,7 @@ class DataSet(ABC):
     std: tuple[float, ...] = ()
     augment: Augment | None = None  # what training does to its images where nothing else is said
     split_names: tuple[str, ...]
+    drawn_from_training: str = ""  # where the split valid is a part of the files' training split: which part, in words
 
     @cached_property
     def splits(self) -> Mapping[str, int]:
@@ -110,8 +114,39 @@ class DataSet(ABC):
 
     @property
     def held_out(self) -> str:
-        """The split to watch during training: valid where there is one, else test, else the only one."""
-        return next((name for name in ("valid", "test") if name in self.split_names), self.split_names[-1])
+        """The split to watch during training: valid where there is one, else test.
+
+        Raises:
+            UsageError: there is neither; what is measured on training data is no result.
+        """
+        found = next((name for name in ("valid", "test") if name in self.split_names), None)
+        if found is None:
+            raise UsageError(
+                f"{self.name} ({self.source}) has only the split {', '.join(self.split_names)}: nothing is held out to "
+                "measure on",
+                hint="add a split valid or test; data.validation=0.1 holds a part out of a set that can be divided",
+            )
+        return found
+
+    def with_validation(self, share: float) -> DataSet:
+        """The same set with a split valid that is `share` of its training split, drawn once for all seeds and runs.
+
+        Raises:
+            UsageError: it has such a split already, or this kind of set cannot be divided.
+        """
+        raise UsageError(
+            f"{self.name}: a {type(self).__name__} has no part of its training split to hold out",
+            hint="give it a split valid, or define with_validation",
+        )
+
+    def require_no_validation(self) -> None:
+        """Raise UsageError where there is a split valid already."""
+        if "valid" in self.split_names:
+            raise UsageError(f"{self.name} has a validation split of its own", hint="leave out data.validation")
+
+    def repeats(self, split: str) -> int:
+        """How many samples of `split` are in the training split too, byte for byte; 0 where that was not looked for."""
+        return 0
 
     @property
     def hashed(self) -> str:
@@ -149,6 +184,27 @@ class DataSet(ABC):
     def check_split(self, split: str) -> None:
         """Raise UsageError unless there is such a split."""
         one_of(f"split of {self.name}", split, self.split_names)
+
+
+def stratified_draw(labels: Tensor, count: int, *names: str) -> Tensor:
+    """`count` of N samples, drawn once (`names` seed it): a mask bool [N] of labels int64 [N].
+
+    Every class gives its share, rounded by largest remainder, and keeps at least one sample as long as another can give.
+    """
+    sizes = labels.bincount().tolist()
+    shares = [Fraction(count * size, len(labels)) for size in sizes]
+    counts = [floor(share) for share in shares]
+
+    def last_to_give(label: int) -> tuple[bool, Fraction]:
+        return counts[label] + 1 >= sizes[label], counts[label] - shares[label]
+
+    for label in sorted((c for c, size in enumerate(sizes) if size), key=last_to_give)[: count - sum(counts)]:
+        counts[label] += 1
+    order = permutation(len(labels), *names, "held out")
+    drawn = torch.zeros(len(labels), dtype=torch.bool)
+    for label, wanted in enumerate(counts):
+        drawn[order[labels[order] == label][:wanted]] = True
+    return drawn
 
 
 def hash_tensors(parts: Iterable[tuple[str, Tensor]]) -> str:

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..base.durations import held_out_images
 from ..base.machine import cores
 from ..base.randomness import fractions
 from ..errors import UsageError
 from .augment import Augment, Normalise
-from .dataset import BatchSettings, DataSet, Targets
+from .dataset import BatchSettings, DataSet, Targets, stratified_draw
+from .images import drawn_images
 from .order import Order
 from .places import read_file
 
@@ -266,6 +268,41 @@ class FolderSet(DataSet):
             self._held[split] = found
         return self._held[split]
 
+    def with_validation(self, share: float) -> FolderSet:
+        """The same set, with `share` of each class's training files as the split valid."""
+        self.require_no_validation()
+        files = self.files("train")
+        count = held_out_images(len(files), share)
+        if not 0 < count < len(files):
+            raise UsageError(
+                f"{self.source}: {count} of {len(files)} training images cannot be held out",
+                hint=f"put images into {self.source}/val, or choose another data.validation",
+            )
+        held = stratified_draw(torch.tensor([label for _, label in files]), count, self.name).tolist()
+        folders = {"train": self._folders["train"], "valid": self._folders["train"], **self._folders}
+        divided = FolderSet(self.name, folders, size=self.shape[1], resize=self.resize, mean=self.mean, std=self.std)
+        for split, wanted in (("train", False), ("valid", True)):
+            divided._held[split] = [file for file, drawn in zip(files, held, strict=True) if drawn is wanted]
+        divided.drawn_from_training = drawn_images(count, len(files))
+        return divided
+
+    def repeats(self, split: str) -> int:
+        """Only files of one size are compared, and none of a set whose contents are not read for the hash."""
+        if self.hashed != "content":
+            return 0
+        by_size: dict[int, list[str]] = {}
+        for path, _ in self.files("train"):
+            by_size.setdefault(Path(path).stat().st_size, []).append(path)
+        digests: dict[int, set[bytes]] = {}
+        found = 0
+        for path, _ in self.files(split):
+            size = Path(path).stat().st_size
+            if size in by_size:
+                if size not in digests:
+                    digests[size] = {_digest(each) for each in by_size[size]}
+                found += _digest(path) in digests[size]
+        return found
+
     def _size(self, split: str) -> int:
         return len(self.files(split))
 
@@ -291,6 +328,10 @@ class FolderSet(DataSet):
     def loader(self, settings: BatchSettings) -> FolderLoader:
         files = self.files(settings.split)[: settings.limit]
         return FolderLoader(files, settings, size=self.shape[1], resize=self.resize, mean=self.mean, std=self.std)
+
+
+def _digest(path: str) -> bytes:
+    return hashlib.sha256(read_file(Path(path), _READ_WHOLE)).digest()
 
 
 def _images(folder: str) -> list[str]:

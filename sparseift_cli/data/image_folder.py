@@ -22,7 +22,8 @@ def open_image_folder(
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
     std: tuple[float, float, float] = (0.229, 0.224, 0.225),
 ) -> FolderSet:
-    """A folder with train/<class>/ and val/<class>/ (or valid, validation, test). Needs Pillow once images are read.
+    """A folder with train/<class>/ and val/<class>/ (or valid, validation, test). Runs hold a tenth of train/ out where it
+    is alone. Needs Pillow once images are read.
 
     Training: RandomResizedCrop to `size` and a flip. Evaluation: the shorter side to `resize` (by default size * 256 /
     224), then the centre. Both bilinear. Mean and standard deviation are ImageNet's.
@@ -43,6 +44,7 @@ IMAGE_FOLDER = DataSource(
     kind="image",
     open=open_image_folder,
     summary="a folder of images per class (ImageNet)",
+    can_hold_out=True,
     settings="imagenet",
     data_defaults={"workers": 8},
 )

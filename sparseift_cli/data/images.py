@@ -7,54 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..base.durations import held_out_images
 from ..errors import UsageError
 from .augment import Augment, Normalise, crop_and_flip, cut_out
-from .dataset import BatchSettings, DataSet, Targets, fits_on, hash_tensors
-from .order import InMemoryLoader, Order, permutation
-
-# A part of the training images kept aside, so that what is chosen by accuracy is not chosen on the test split.
-
-
-def hold_out(dataset: ImageSet, count: int) -> ImageSet:
-    """The same set with a split `valid`: `count` of its training images, drawn once for all seeds and runs.
-
-    Reads the training images, which then lie in memory twice.
-
-    Raises:
-        UsageError: it has a split called valid already, or not so many training images.
-    """
-    if "valid" in dataset.split_names:
-        raise UsageError(f"{dataset.name} has a validation split of its own", hint="leave out data.validation")
-    size = len(dataset.images("train")[1])
-    if not 0 < count < size:
-        raise UsageError(
-            f"{count} of {size} training images of {dataset.name} cannot be held out",
-            hint="choose another data.validation",
-        )
-    drawn = permutation(size, dataset.name, "held out")[:count]
-    held = torch.zeros(size, dtype=torch.bool).index_fill_(0, drawn, True)
-
-    def read(split: str) -> tuple[Tensor, Tensor]:
-        if split not in ("train", "valid"):
-            return dataset.images(split)
-        images, labels = dataset.images("train")
-        wanted = held if split == "valid" else ~held
-        return images[wanted], labels[wanted]
-
-    channels, height, width = dataset.shape
-    others = [name for name in dataset.split_names if name != "train"]
-    return ImageSet(
-        dataset.name,
-        read,
-        split_names=("train", "valid", *others),
-        shape=(channels, height, width),
-        classes=dataset.classes,
-        source=dataset.source,
-        mean=dataset.mean,
-        std=dataset.std,
-        augment=dataset.augment,
-    )
-
+from .dataset import BatchSettings, DataSet, Targets, fits_on, hash_tensors, raw_bytes, stratified_draw
+from .order import InMemoryLoader, Order
 
 Read = Callable[[str], tuple[Tensor, Tensor]]
 
@@ -104,6 +61,44 @@ class ImageSet(DataSet):
             self._held[split] = (images.contiguous(), labels)
         return self._held[split]
 
+    def with_validation(self, share: float) -> ImageSet:
+        """The same set, with `share` of each class's training images as the split valid. They then lie in memory twice."""
+        self.require_no_validation()
+        labels = self.images("train")[1]
+        count = held_out_images(len(labels), share)
+        if not 0 < count < len(labels):
+            raise UsageError(
+                f"{count} of {len(labels)} training images of {self.name} cannot be held out",
+                hint="choose another data.validation",
+            )
+        held = stratified_draw(labels, count, self.name)
+
+        def read(split: str) -> tuple[Tensor, Tensor]:
+            if split not in ("train", "valid"):
+                return self.images(split)
+            images, labels = self.images("train")
+            wanted = held if split == "valid" else ~held
+            return images[wanted], labels[wanted]
+
+        channels, height, width = self.shape
+        divided = ImageSet(
+            self.name,
+            read,
+            split_names=("train", "valid", *(name for name in self.split_names if name != "train")),
+            shape=(channels, height, width),
+            classes=self.classes,
+            source=self.source,
+            mean=self.mean,
+            std=self.std,
+            augment=self.augment,
+        )
+        divided.drawn_from_training = drawn_images(count, len(labels))
+        return divided
+
+    def repeats(self, split: str) -> int:
+        known = {bytes(raw_bytes(image)) for image in self.images("train")[0]}
+        return sum(bytes(raw_bytes(image)) in known for image in self.images(split)[0])
+
     def _sha256(self) -> str:
         return hash_tensors(
             (f"{name}/{part}", tensor)
@@ -116,6 +111,13 @@ class ImageSet(DataSet):
 
     def loader(self, settings: BatchSettings) -> ImageLoader:
         return ImageLoader(self, settings)
+
+
+def drawn_images(count: int, size: int) -> str:
+    """What was held out, in words."""
+    return (
+        f"{count:,} of its {size:,} training images, the same share of every class, drawn once for all seeds and runs"
+    )
 
 
 class ImageLoader(InMemoryLoader):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 UNKNOWN, END = "<unk>", "<eos>"
 _LIMIT = 1 << 34
+_Text = bytes | Path
 _NAMES = {"train": ("train",), "valid": ("valid", "val", "validation"), "test": ("test",)}
 _SUFFIXES = (".txt", ".txt.gz", ".tokens", ".tokens.gz", ".raw", ".raw.gz")
 
@@ -29,11 +31,13 @@ def open_text(
 ) -> TokenSet:
     """Text files as tokens: bytes (vocabulary 256), or words as `open_wikitext` makes them.
 
-    `root` is a folder with train, valid and test files (.txt or .tokens, plain or .gz; not all need be there), or one
-    file whose last `valid_percent` (10) are held out: whole lines.
+    `root` is a folder with train, valid and test files (.txt or .tokens, plain or .gz), or one file. Of one file, and of a
+    train file alone, the last `valid_percent` (10) are held out: whole lines. Beside a test file they are where
+    `valid_percent` is given.
 
     Raises:
-        UsageError: no such files, text that is not UTF-8 where words are asked for, or `valid_percent` of a folder.
+        UsageError: no such files, text that is not UTF-8 where words are asked for, or `valid_percent` where a file says
+            what is held out.
     """
     one_of("level", level, ("bytes", "words"))
     percent = require_integer("valid_percent", 10 if valid_percent is None else valid_percent, 1, 99)
@@ -42,14 +46,19 @@ def open_text(
             "the data set text needs a root", hint="name a text file, or a folder with train and valid files"
         )
     path = Path(root).expanduser()
-    if valid_percent is not None and path.is_dir():
+    texts: dict[str, _Text] = {"train": path} if path.is_file() else dict(search("text", root, [], _files))
+    if valid_percent is not None and "valid" in texts:
         raise UsageError(
-            f"valid_percent is for a single text file; {path} is a folder, and its train and valid files already say "
-            "what is held out",
-            hint="leave out valid_percent",
+            f"{path} has a file that says what is held out, so no part of the training text can be",
+            hint="leave out valid_percent (data.validation), or name the training text alone",
         )
-    texts = _halves(path, percent) if path.is_file() else search("text", root, [], _files)
-    return _by_bytes("text", path, texts) if level == "bytes" else _by_words("text", path, texts, max_vocab)
+    divided = valid_percent is not None or not texts.keys() & {"valid", "test"}
+    if divided:
+        texts |= _halves(texts["train"], percent)
+    found = _by_bytes("text", path, texts) if level == "bytes" else _by_words("text", path, texts, max_vocab)
+    if divided:
+        found.drawn_from_training = f"the last {percent} % of its training text, from the next whole line on"
+    return found
 
 
 def open_wikitext2(root: str | Path | None = None, *, level: str = "words", max_vocab: int | None = None) -> TokenSet:
@@ -104,8 +113,6 @@ WIKITEXT103 = DataSource(
     data_defaults={"level": "words"},
 )
 
-_Text = bytes | Path
-
 
 def _files(folder: Path) -> dict[str, Path] | None:
     """The files of the splits; None unless there is something to train on."""
@@ -118,12 +125,12 @@ def _files(folder: Path) -> dict[str, Path] | None:
     return found if "train" in found else None
 
 
-def _halves(path: Path, valid_percent: int) -> dict[str, bytes]:
-    text = bytes(read_file(path, _LIMIT))
+def _halves(path: _Text, valid_percent: int) -> dict[str, _Text]:
+    text = bytes(_load(path))
     cut = text.find(b"\n", len(text) * (100 - valid_percent) // 100) + 1
     if not 0 < cut < len(text):
         raise UsageError(
-            f"{path}: too little text to hold {valid_percent} % out", hint="give a folder with both splits"
+            f"{path}: too little text to hold {valid_percent} % out", hint="give a folder with train and valid files"
         )
     return {"train": text[:cut], "valid": text[cut:]}
 
@@ -148,7 +155,7 @@ def byte_stream(data: bytes | bytearray) -> Stream:
     return Stream(tokens, words=lambda: len(data.split()) + data.count(b"\n"), bytes=lambda: len(data) - 1)
 
 
-def _by_bytes(name: str, source: Path, texts: dict[str, Path] | dict[str, bytes]) -> TokenSet:
+def _by_bytes(name: str, source: Path, texts: Mapping[str, _Text]) -> TokenSet:
     from .tokens import TokenSet
 
     def read(split: str) -> Stream:
@@ -160,7 +167,7 @@ def _by_bytes(name: str, source: Path, texts: dict[str, Path] | dict[str, bytes]
     return TokenSet(name, read, split_names=tuple(texts), vocab=256, source=str(source))
 
 
-def _by_words(name: str, source: Path, texts: dict[str, Path] | dict[str, bytes], max_vocab: int | None) -> TokenSet:
+def _by_words(name: str, source: Path, texts: Mapping[str, _Text], max_vocab: int | None) -> TokenSet:
     from .tokens import TokenSet
 
     if max_vocab is not None:

@@ -68,7 +68,13 @@ def open_tokens(root: str | Path | None = None) -> TokenSet:
     return TokenSet("tokens", read, split_names=tuple(counts), vocab=vocab, source=str(path.parent))
 
 
-TOKENS = DataSource(name="tokens", kind="tokens", open=open_tokens, summary="token files made elsewhere, memory-mapped")
+TOKENS = DataSource(
+    name="tokens",
+    kind="tokens",
+    open=open_tokens,
+    summary="token files made elsewhere, memory-mapped",
+    can_hold_out=True,
+)
 
 
 def _checked(folder: Path, split: str, entry: object, width: int) -> tuple[Path, int, int | None, int | None]:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..base.randomness import below, counters
 from ..errors import UsageError
-from .dataset import BatchSettings, DataSet, Targets, fits_on, hash_tensors
+from .dataset import BatchSettings, DataSet, Targets, fits_on, hash_tensors, raw_bytes
 from .order import InMemoryLoader, Order
 
 IGNORE = -100  # the target of what is no token: cross_entropy leaves it out by default
+_SEARCHED = 1 << 28  # bytes of a stream: up to here it is looked for in another one
 # Unsigned 16- and 32-bit files are held as the signed type of the same size: torch indexes those everywhere.
 BITS = {torch.uint8: 0xFF, torch.int16: 0xFFFF, torch.int32: 0xFFFFFFFF, torch.int64: (1 << 63) - 1}
 
@@ -62,6 +63,37 @@ class TokenSet(DataSet):
         if split not in self._held:
             self._held[split] = self._read(split)
         return self._held[split]
+
+    def with_validation(self, share: float) -> TokenSet:
+        """The same set, with the last `share` of its training tokens as the split valid."""
+        self.require_no_validation()
+        tokens = self.stream("train").tokens
+        cut = len(tokens) - round(share * len(tokens))
+        if not 1 < cut < len(tokens) - 1:
+            raise UsageError(f"{self.name}: {len(tokens)} training tokens are too few to hold {share:g} of them out")
+
+        def read(split: str) -> Stream:
+            if split not in ("train", "valid"):
+                return self.stream(split)
+            return Stream(tokens[:cut] if split == "train" else tokens[cut:])
+
+        divided = TokenSet(
+            self.name,
+            read,
+            split_names=("train", "valid", *(name for name in self.split_names if name != "train")),
+            vocab=self.vocab,
+            source=self.source,
+            vocabulary=self.vocabulary,
+        )
+        divided.drawn_from_training = f"the last {len(tokens) - cut:,} of its {len(tokens):,} training tokens"
+        return divided
+
+    def repeats(self, split: str) -> int:
+        """All or none: whether the whole split is a stretch of the training text."""
+        train, other = self.stream("train").tokens, self.stream(split).tokens
+        if train.dtype != other.dtype or max(train.nbytes, other.nbytes) > _SEARCHED:
+            return 0
+        return len(other) if bytes(raw_bytes(other)) in bytes(raw_bytes(train)) else 0
 
     def _sha256(self) -> str:
         """The hash reads every token anyway: so this is where ids beyond the vocabulary are found."""

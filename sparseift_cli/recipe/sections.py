@@ -236,8 +236,8 @@ class Data(Section):
     )
     validation: Annotated[float, Field(ge=0.01, le=0.99)] | None = Field(
         None,
-        description="Held out to watch: of CIFAR, MNIST or digits a part of the training images, drawn once (then "
-        "evaluation.test is for the test split); of text in a single file its end, 0.1 unless given.",
+        description="Held out to watch: a part of the training images, drawn once (then evaluation.test is for the test "
+        "split); of text and tokens the end of the training part. 0.1 where no files say what is held out.",
     )
     workers: Annotated[int, Field(ge=0)] = Field(
         0, description="Image folders: processes that decode; 0: the main one."

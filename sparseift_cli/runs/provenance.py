@@ -45,12 +45,14 @@ def session(
     recipe: str | None = None,
     source: Mapping[str, str] | None = None,
     metrics: Mapping[str, MetricFacts] | None = None,
+    held_out: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """An entry of provenance.json: this process, now, about to run from `step` on.
 
     `data` maps what was read to its SHA-256 (or whatever identifies it); `device` is PyTorch's name for it.
     `recipe` is the name that the run was begun with; `source` maps the user's own modules to the SHA-256 of their files.
     `metrics`: what the run measures, by the name in its recipe: a report knows by it the metrics from outside the package.
+    `held_out`: the split that is measured on, and how it was divided from the training split where the files do not say.
     `at_once`: how many runs `train --parallel` keeps going beside each other, which lengthens the wall time of each.
     """
     import torch
@@ -77,6 +79,7 @@ def session(
         "environment": {k: v for k, v in sorted(os.environ.items()) if k in _TELLING},
         "seed": seed,
         "data": dict(data or {}),
+        "held_out": dict(held_out or {}),
         "recipe": recipe,
         "source": dict(source or {}),
         "metrics": {name: facts.to_json() for name, facts in (metrics or {}).items()},

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..base.durations import held_out_images, in_steps
+from ..base.durations import in_steps
 from ..base.metrics import METRICS, Metric
-from ..data import Batches, DataSet, open_data
-from ..data.images import ImageSet, hold_out
+from ..data import DATASETS, Batches, DataSet, open_data
 from ..errors import UsageError
 from ..mask.saliency import force_masks, scores
 from ..models.request import Request, parse_input
@@ -41,6 +40,8 @@ from .recompute import recompute
 if TYPE_CHECKING:
     from ..recipe.schema import Spec
 
+HELD_OUT = 0.1
+"""The share of the training split that is held out where a set has nothing else to measure on."""
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -108,8 +109,7 @@ def prepare(recipe: Recipe, seed: int, processes: Processes) -> Prepared:
     """
     require_data(recipe)
     spec = recipe.spec
-    name, root, options = open_arguments(spec)
-    dataset = _with_validation(open_data(name, root, **options), spec)
+    dataset = open_recipe_data(spec)
     train, held_out, test = _batches(spec, dataset, seed, processes)
     steps = run_steps(spec, train.steps_per_epoch * spec.training.batch_size)
     assert steps is not None
@@ -186,12 +186,22 @@ def _batches(spec: Spec, dataset: DataSet, seed: int, processes: Processes) -> t
     return train, held_out, Batches(dataset, _test(dataset), size, seed, **measured) if spec.evaluation.test else None
 
 
-def _with_validation(dataset: DataSet, spec: Spec) -> DataSet:
+def open_recipe_data(spec: Spec) -> DataSet:
+    """The data of a recipe, with something to watch: a part of the training split where it says so, or where nothing else is.
+
+    A text's end is held out when it is opened.
+
+    Raises:
+        UsageError: data that is not there, or cannot be divided as the recipe says.
+    """
     assert spec.data is not None
-    share = spec.data.validation
-    if share is None or not isinstance(dataset, ImageSet):
-        return dataset  # a text's end was held out when it was opened
-    return hold_out(dataset, held_out_images(len(dataset.images("train")[1]), share))
+    name, root, options = open_arguments(spec)
+    dataset = open_data(name, root, **options)
+    source, share = DATASETS.get(name), spec.data.validation
+    watched = bool({"valid", "test"} & set(dataset.split_names))
+    if "valid_percent" in source.options_of_recipes or (share is None and (watched or not source.can_hold_out)):
+        return dataset
+    return dataset.with_validation(HELD_OUT if share is None else share)
 
 
 def _test(dataset: DataSet) -> str:

@@ -34,6 +34,10 @@ Job = tuple[Recipe, int]
 """A recipe, and the seed of one run of it."""
 
 
+REPEATED = 0.05
+"""The share of a held-out split from which on samples that are training samples too are said: CIFAR has a few."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Call:
     """What the runs of one call share: their folder, and the callbacks for their progress."""
@@ -195,6 +199,7 @@ def _train(run: Prepared, found: RunDirectory | None, text: str, call: _Call, ou
             recipe=name,
             source=source_hash(run.spec.model.name),
             metrics={name: METRICS.get(name) for name in (LOSS.name, *run.spec.evaluation.metrics)},
+            held_out=_held_out(run, note),
         )
         for difference in folder.begin(facts):
             note(f"not as before, so bits may differ: {difference}")
@@ -211,6 +216,29 @@ def _train(run: Prepared, found: RunDirectory | None, text: str, call: _Call, ou
         summary |= {"recipe": name, "path": str(path)}
         folder.finish(summary)
     return summary
+
+
+def _held_out(run: Prepared, note: Note) -> dict[str, Any]:
+    """What is measured on, for provenance; and said where it is not what the files name, or not apart from training."""
+    dataset = run.dataset
+    if dataset.drawn_from_training:
+        note(f"held out to measure on: {dataset.drawn_from_training}")
+    repeated: dict[str, int] = {}
+    for batches in (run.held_out, run.test):
+        if batches is None or not (again := dataset.repeats(batches.split)):
+            continue
+        repeated[batches.split], size = again, dataset.splits[batches.split]
+        if again >= REPEATED * size:
+            what = "images" if dataset.kind == "image" else "tokens"
+            note(
+                f"warning: {again:,} of {size:,} {what} of the split {batches.split} of {dataset.name} are in the training "
+                "split too: what is measured on them says little about new data"
+            )
+    return {
+        "split": run.held_out.split,
+        "drawn_from_training": dataset.drawn_from_training or None,
+        "repeated": repeated,
+    }
 
 
 def _existing(recipe: Recipe, text: str, call: _Call) -> RunDirectory | None:

@@ -128,7 +128,9 @@ def test_one_file_is_split_between_lines(tmp_path: Path) -> None:
     assert train.endswith(b"\n")
     assert abs(len(valid) / len(text) - 0.2) < 0.02
     assert dict(dataset.splits) == {"train": len(train), "valid": len(valid)}
-    with pytest.raises(UsageError, match="is for a single text file"):
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.txt").write_bytes(text)
+    with pytest.raises(UsageError, match="no part of the training text can be"):
         open_data("text", tmp_path, valid_percent=20)
 
 
@@ -137,6 +139,7 @@ def test_text_that_is_none(tmp_path: Path) -> None:
         open_data("text")
     with pytest.raises(UsageError, match="text is not there; tried"):
         open_data("text", tmp_path)
+    (tmp_path / "valid.txt").write_bytes(b"abc\n")
     (tmp_path / "train.txt").write_bytes(b"abc \xff\n")
     with pytest.raises(UsageError, match="no UTF-8 at byte 4"):
         open_data("text", tmp_path, level="words")
