@@ -54,7 +54,8 @@ def transform(
         member: wide, parallel, factorized or doped.
         sparsity: in [0, 1); 0.9 makes layers 10 times larger and 90 % sparse.
         training: how training FLOPs are counted and, with `match="train"`, matched.
-        options: how weights and masks start; see `Options`.
+        options: how weights and masks start; see `Options`. By default the sparse and the larger layers get new weights: of
+            a trained model say `Options(start="preserve")`, which starts at its function, or `Options(start="fresh")`.
         spec: any other field of TransformSpec: match="model", scope="inner", exclude=("head",), pattern="2:4", ...
 
     The masks are boolean buffers beside the weights: `sparseift_cli.masks(model)`. After every optimiser step the weights
@@ -77,6 +78,8 @@ def transform(
     model = cast("M", unwrapped(model))
     args, kwargs = as_call(example_input)
     wanted = TransformSpec.of({"member": member, "sparsity": str(sparsity), **spec})
+    if options is None or options.start is None:
+        _warn_of_trained(model)
     with inference_mode(False):  # what is made there could never be trained
         new, done = transform_module(
             model,
@@ -91,6 +94,18 @@ def transform(
     if growth := count(done.plan).growth():
         warnings.warn(growth, stacklevel=2)
     return new, done.plan
+
+
+def _warn_of_trained(model: nn.Module) -> None:
+    """Warn that the weights of a model that shows its training are about to be left behind."""
+    from .transforms.initialise import trained_norm
+
+    if norm := trained_norm(model):
+        warnings.warn(
+            f"this {type(model).__name__} was trained ({norm} has unequal values), and the transformed copy starts with new "
+            'weights: options=Options(start="preserve") keeps its function, start="fresh" says that this is meant',
+            stacklevel=3,
+        )
 
 
 def flops(

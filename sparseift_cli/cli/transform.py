@@ -114,7 +114,7 @@ def transform(
     if checkpoint is None and (model or init.key):
         raise UsageError("--model and --key are for checkpoint files", hint=f"{source} is a model")
     request = Request(model or "" if checkpoint else source, num_classes, parse_input(input_shape), seq, batch)
-    new, done = _convert(request, spec, init, checkpoint, seed, plan_only=plan_only)
+    new, done = _convert(request, spec, start, init, checkpoint, seed, plan_only=plan_only)
     if output is not None:
         from ..api import save
 
@@ -148,6 +148,7 @@ def _require_output(out: Path | None, init: InitSpec, *, force: bool, plan_only:
 def _convert(
     request: Request,
     spec: dict[str, Any],
+    start: dict[str, Any],
     init: InitSpec,
     checkpoint: str | None,
     seed: int,
@@ -175,7 +176,7 @@ def _convert(
         plan_only=plan_only,
         training=TrainingSpec(**recipe.training) if recipe else None,
         options=Options(
-            start=init.start,
+            start=start.get("start"),
             init=init.weights,
             scores="magnitude" if init.masks == "magnitude" else None,
             seed=seed,

@@ -26,11 +26,12 @@ DEFAULT_SEQ = 128
 
 @dataclass(frozen=True)
 class Made:
-    """A module, and the arguments that one forward takes."""
+    """A module, the arguments that one forward takes, and whether its weights were read from a file."""
 
     model: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
+    trained: bool = False
 
 
 def maker(source: str) -> Callable[[Request, str], Made] | None:
@@ -83,20 +84,21 @@ def _hugging_face(request: Request, device: str) -> Made:
     config = _explained(request.source, lambda: library.AutoConfig.from_pretrained(str(file)))
     weights = [f for f in ("model.safetensors", "model.safetensors.index.json") if (file.parent / f).is_file()]
     cls = _class_of(library, config, request.source)
-    if weights and device != "meta":
+    trained = bool(weights) and device != "meta"
+    if trained:
         model = _explained(request.source, lambda: cls.from_pretrained(str(file.parent), local_files_only=True))
     else:
         model = _on(device, lambda: cls(config))
     if model.main_input_name == "pixel_values":
         side = getattr(config, "image_size", 224)
         shape = (getattr(config, "num_channels", 3), *(side if isinstance(side, (list, tuple)) else (side, side)))
-        return Made(model, (), {"pixel_values": _image(request, shape, device)})
+        return Made(model, (), {"pixel_values": _image(request, shape, device)}, trained)
     limit = getattr(config, "max_position_embeddings", None) or DEFAULT_SEQ
     ids = torch.zeros((request.batch, request.seq or min(DEFAULT_SEQ, limit)), dtype=torch.int64, device=device)
     kwargs = {model.main_input_name: ids}
     if getattr(config, "is_encoder_decoder", False):
         kwargs["decoder_input_ids"] = ids
-    return Made(model, (), kwargs)
+    return Made(model, (), kwargs, trained)
 
 
 def _class_of(library: Any, config: Any, source: str) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,12 +48,13 @@ def load_table(request: Request, *, fresh: bool = False) -> LayerTable:
 
 @dataclass(frozen=True)
 class Built:
-    """A model in eval mode, the arguments of one forward, and the name to print."""
+    """A model in eval mode, the arguments of one forward, the name to print, and whether its weights were read from a file."""
 
     model: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     name: str
+    trained: bool = False
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -76,7 +78,7 @@ def build(request: Request, *, device: str = "meta") -> Built:
     make = maker(request.source) if ":" in request.source else None
     if make is not None:
         made = make(request, device)
-        return Built(made.model.eval(), made.args, made.kwargs, request.source)
+        return Built(made.model.eval(), made.args, made.kwargs, request.source, made.trained)
     info = import_object(request.source, "model") if ":" in request.source else registry.lookup(request.source)
     if not isinstance(info, ModelInfo):
         made = _foreign(request, info, device)
@@ -158,7 +160,8 @@ def _called(source: str, target: Any, device: str) -> Any:
     from ..trace.fake_mode import no_init
 
     try:
-        with torch.device(device), no_init(device):
+        with torch.device(device), no_init(device), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(?s).*copying from a non-meta parameter")  # a checkpoint that it reads
             return target()
     except Exception as error:
         raise UsageError(

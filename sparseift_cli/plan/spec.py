@@ -360,7 +360,8 @@ class InitSpec:
     start: Annotated[
         Literal["fresh", "preserve"],
         Option(
-            "Draw weights anew, or preserve the function of a dense checkpoint (with scope none: its largest weights).",
+            "Draw weights anew, or preserve the function of a dense checkpoint (with scope none: its largest weights). Where the "
+            "source has trained weights, one of the two must be given.",
             panel=_START,
             flags=("--init",),
         ),

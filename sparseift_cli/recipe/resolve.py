@@ -122,7 +122,8 @@ def _check(spec: schema.Spec, tree: Mapping[str, Value], start: Location, proble
         problems.add(_location(tree, ["algorithm", "name"], start), f"algorithm: {spec.algorithm.name} {reason}")
     if spec.data is not None:
         _check_splits(spec.data, spec.evaluation.test, tree, start, problems)
-    if spec.init.start == "preserve" and spec.init.checkpoint is None:
+    own_weights = ":" in spec.model.name and not spec.model.name.startswith(("torchvision:", "timm:"))
+    if spec.init.start == "preserve" and spec.init.checkpoint is None and not own_weights:
         problems.add(
             _location(tree, ["init", "start"], start), "init: preserve needs the dense checkpoint: init.checkpoint"
         )

@@ -261,7 +261,7 @@ def _model(
             table = trace(built.model, built.args, built.kwargs, name=built.name, input_shape=built.input_shape).table
             return built.model, None, audit(table, training)
         options = Options(
-            start=spec.init.start,
+            start=spec.init.start if "start" in spec.init.model_fields_set else None,
             init=spec.init.weights,
             seed=seed,
             connect=spec.init.connect,

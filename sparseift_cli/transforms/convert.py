@@ -10,6 +10,7 @@ from ..models.request import Request
 from ..models.source import build
 from ..models.weights import load_into, recognised
 from ..plan.spec import TrainingSpec, TransformSpec
+from .initialise import trained_norm
 from .transformation import Options, Transformation, record, transform_module
 
 if TYPE_CHECKING:
@@ -41,16 +42,24 @@ def convert(
         The transformed module, and the record of what was done, with the source in it.
 
     Raises:
-        UsageError, CheckpointError: no such source, or a checkpoint that does not fit it.
+        UsageError, CheckpointError: no such source, a checkpoint that does not fit it, or trained weights without a choice of
+            what becomes of them (`Options.start`).
         CheckFailed: no density fits the budget, or the new module does not have the planned cost.
     """
     opened: Checkpoint | None = None
     match: Match | None = None
+    chosen = plan_only or (options is not None and options.start is not None)
     if checkpoint is not None:
+        if not chosen:
+            raise _undecided(f"{checkpoint} has trained weights")
         opened, match, request = _with_checkpoint(request, checkpoint, key)
     built = build(request, device="meta" if plan_only else "cpu")
     if opened is not None and not plan_only:
         load_into(built.model, opened, match)
+    if not chosen and built.trained:
+        raise _undecided(f"{request.source} has trained weights")
+    if not chosen and (norm := trained_norm(built.model)):
+        raise _undecided(f"{request.source} has trained weights ({norm} has unequal values)")
     new, done = transform_module(
         built.model,
         built.args,
@@ -64,6 +73,14 @@ def convert(
     done = replace(done, source=request.to_json())
     record(new, done)
     return new, done
+
+
+def _undecided(what: str) -> UsageError:
+    return UsageError(
+        f"{what}, and nothing says what becomes of them",
+        hint="--init preserve starts at the function that they compute, --init fresh draws new ones (in a recipe: "
+        "init: preserve, or init: fresh)",
+    )
 
 
 def _with_checkpoint(request: Request, path: str, key: str | None) -> tuple[Checkpoint, Match | None, Request]:

@@ -21,11 +21,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from ..base.randomness import generator_for
 from ..errors import UsageError
 from ..mask.attached import is_transposed
 from ..plan.plan import Plan
+from ..trace.flow import is_layer_norm
 from ..trace.structure import Structure
 from .edits import Surgery
 from .layers import weight_of
@@ -94,6 +96,19 @@ def initialise(model: nn.Module, dense: nn.Module, surgery: Surgery, *, seed: in
             if not member.weight.is_meta:
                 weights = [weight_of(part) for part in member.parts()]
                 member.balance([nonzeros.get(id(weight), weight.numel()) for weight in weights])
+
+
+def trained_norm(model: nn.Module) -> str | None:
+    """The name of a gain or bias of a norm whose values differ, which shows that `model` was trained; None if there is none.
+
+    Every rule of initialisation sets all of them to one value. A model without norms does not show it.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, (_NormBase, nn.GroupNorm)) or is_layer_norm(module):
+            for name, values in module.named_parameters(recurse=False):
+                if values.numel() and not values.is_meta and not torch.equal(values.min(), values.max()):
+                    return f"{path}.{name}".removeprefix(".")
+    return None
 
 
 def _member(model: nn.Module, path: str) -> MemberModule:

@@ -38,7 +38,8 @@ class Options:
     """How the transformed module starts: its weights, its masks, its seed.
 
     Args:
-        start: `fresh` draws new weights; `preserve` keeps the function of the dense model.
+        start: `fresh` draws new weights; `preserve` keeps the function of the dense model. None, not chosen: fresh, with a
+            warning where the model shows that it was trained (`initialise.trained_norm`).
         init: fresh weights as the dense model's were drawn, or `density_scaled`: larger by density ** -1/2.
         seed: of fresh weights and random masks.
         connect: random masks give every output a non-zero where the count allows.
@@ -48,7 +49,7 @@ class Options:
         preserve_slack: share of each layer's weights that `preserve` replaces by random ones on added channels.
     """
 
-    start: Start = "fresh"
+    start: Start | None = None
     init: Init = "dense"
     seed: int = 0
     connect: bool = True
@@ -56,7 +57,7 @@ class Options:
     preserve_slack: float = 0.1
 
     def __post_init__(self) -> None:
-        one_of("start", self.start, get_args(Start))
+        one_of("start", self.start or "fresh", get_args(Start))
         one_of("init", self.init, get_args(Init))
         if not callable(self.scores):
             one_of("scores", self.scores or "magnitude", ("magnitude",))
@@ -64,7 +65,10 @@ class Options:
     def to_json(self) -> dict[str, Any]:
         """A function in `scores` is written as `a function`, and not restored."""
         scores = self.scores if self.scores is None or isinstance(self.scores, str) else "a function"
-        return {f.name: getattr(self, f.name) for f in fields(self)} | {"scores": scores}
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {
+            "start": self.start or "fresh",
+            "scores": scores,
+        }
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Options:

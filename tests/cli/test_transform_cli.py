@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import sparseift_cli
 from sparseift_cli.errors import UsageError
@@ -87,10 +88,45 @@ def test_plan_only_writes_no_weights(sparseift, tmp_path: Path) -> None:
 def test_a_foreign_checkpoint(sparseift, tmp_path: Path, shared: Path) -> None:
     source = shared / "data" / "checkpoints" / "resnet20-12fca82f.th"
     out = tmp_path / "out"
-    code, _, stderr = sparseift("transform", str(source), "-s", "0.75", "-o", str(out))
+    code, stdout, stderr = sparseift("transform", str(source), "-s", "0.75", "-o", str(out))
+    assert (code, stdout) == (2, "") and "--init preserve" in stderr and "--init fresh" in stderr and not out.exists()
+    code, _, stderr = sparseift("transform", str(source), "-s", "0.75", "-o", str(out), "--init", "fresh")
     assert code == 0, stderr
     assert json.loads((out / "provenance.json").read_text())["source"]["source"] == "resnet20"
     assert sparseift_cli.load(out)(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_trained_weights_are_not_left_behind_without_a_word(
+    sparseift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether a checkpoint is read, or a function of the user's returns a model that it trained."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():
+        dense[1].weight.copy_(torch.rand(8))
+    torch.save(dense.state_dict(), "weights.pt")
+    (tmp_path / "trained_or_not.py").write_text(
+        "import torch\nfrom torch import nn\n\n\ndef fresh():\n"
+        "    layers = nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)\n"
+        "    return nn.Sequential(*layers), torch.zeros(1, 4)\n\n\ndef trained():\n"
+        "    model, x = fresh()\n    model.load_state_dict(torch.load('weights.pt'))\n    return model, x\n"
+    )
+    shape = ("-s", "0.75", "--summary")
+    sources = {
+        "weights.pt": ("weights.pt", "--model", "trained_or_not:fresh"),
+        "trained_or_not:trained": ("trained_or_not:trained",),
+    }
+    for name, source in sources.items():
+        out = f"out_of_{len(source)}"
+        code, stdout, stderr = sparseift("transform", *source, *shape, "-o", out)
+        assert (code, stdout) == (2, "") and stderr.startswith(f"sparseift: {name} has trained weights")
+        assert not (tmp_path / out).exists()
+        assert sparseift("transform", *source, *shape, "--plan-only")[0] == 0
+        for start in ("fresh", "preserve"):
+            code, _, stderr = sparseift("transform", *source, *shape, "-o", out, "--force", "--init", start)
+            assert code == 0 and ("dense model's output: 0" in stderr or "e-" in stderr) == (start == "preserve")
+    assert sparseift("transform", "trained_or_not:fresh", *shape, "-o", "new")[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def test_init_section_has_the_options_of_the_transformation() -> None:
     from sparseift_cli.transforms.transformation import Options
 
     hints = get_type_hints(Options)
-    assert schema.choices(Init.model_fields["start"].annotation) == get_args(hints["start"])
+    assert schema.choices(Init.model_fields["start"].annotation) == get_args(get_args(hints["start"])[0])
     assert schema.choices(Init.model_fields["weights"].annotation) == get_args(hints["init"])
     assert Init.model_fields["slack"].default == Options().preserve_slack
 

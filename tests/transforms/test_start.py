@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -249,3 +250,18 @@ def test_a_deep_net_keeps_its_variance(member: str, init: str) -> None:
 def test_a_glob_that_matches_no_layer_is_an_error() -> None:
     with pytest.raises(UsageError, match="matches no layer"):
         sparseift.transform(net(), X, sparsity=0.75, exclude=("layer9*",))
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(12), nn.RMSNorm(12), nn.BatchNorm1d(12), nn.GroupNorm(3, 12)])
+def test_a_trained_model_is_not_drawn_anew_without_a_word(norm: nn.Module) -> None:
+    """Its norms show that it was trained: whatever draws weights first gives all gains of a norm one value."""
+    model = nn.Sequential(
+        nn.Linear(4, 12), copy.deepcopy(norm), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 3)
+    )
+    sparseift.transform(model, torch.zeros(2, 4), sparsity=0.75)
+    with torch.no_grad():
+        model.get_parameter("1.weight")[0] = 1.5
+    with pytest.warns(UserWarning, match=r"was trained \(1\.weight has unequal values\)"):
+        sparseift.transform(model, torch.zeros(2, 4), sparsity=0.75)
+    for start in ("fresh", "preserve"):  # chosen: no warning, which would be an error here
+        sparseift.transform(model, torch.zeros(2, 4), sparsity=0.75, options=Options(start=start))
