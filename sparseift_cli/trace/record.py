@@ -183,6 +183,15 @@ class Recorder(TorchDispatchMode):
         self.parameters.setdefault(storage, (key, parameter))
         self.keys.setdefault(storage, {})[key.rpartition(".")[0]] = key
 
+    def converted(self, old: Tensor, new: Tensor) -> Tensor:
+        """`new` in place of the parameter or buffer `old` (both any shape), which it is in another dtype: under the same keys."""
+        before, after = old.untyped_storage()._cdata, new.untyped_storage()._cdata
+        if before in self.parameters and after not in self.parameters:
+            key, parameter = self.parameters[before]
+            self.parameters[after], self.keys[after] = (key, new), self.keys[before]
+            set_summands(annotate(new, flags_of(parameter)), summands_of(parameter))
+        return new
+
     def parameter_of(self, tensor: Tensor) -> tuple[str, Tensor] | None:
         """(key, fake parameter) whose memory a tensor of any shape shares; a tied one by its key in the running module."""
         storage = tensor.untyped_storage()._cdata

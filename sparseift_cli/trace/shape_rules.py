@@ -235,6 +235,11 @@ def _rms_norm(rules: ShapeRules, input: Tensor, normalized_shape: Any, weight: A
     return _layer_norm(rules, input, normalized_shape, weight)
 
 
+def _local_response_norm(rules: ShapeRules, input: Tensor, *_: Any, **__: Any) -> Any:
+    """Divides each channel by a sum over its neighbours; PyTorch pools over them, which freezes the number of channels."""
+    return rules.new_output(input, input.shape)
+
+
 # --- attention, experts, embeddings ---
 
 
@@ -320,6 +325,14 @@ def _multi_head_attention(
     if weight is not None:
         rules.recorder.note_query_weight(weight, poly_of(head_dim), 0 if fused else None)
     return NotImplemented
+
+
+def _never_left_aligned(rules: ShapeRules, *_: Any, **__: Any) -> bool:
+    """nn.TransformerEncoder packs a batch without its padding if the values of the mask allow it, in eval mode alone.
+
+    Training computes every position, and so does the count.
+    """
+    return False
 
 
 def _embedding(rules: ShapeRules, input: Tensor, weight: Tensor, *_: Any, **__: Any) -> Any:
@@ -534,6 +547,7 @@ _RULES: dict[Any, Rule] = {
     F.group_norm: _group_norm,
     F.layer_norm: _layer_norm,
     F.rms_norm: _rms_norm,
+    F.local_response_norm: _local_response_norm,
     F.scaled_dot_product_attention: _attention,
     **{
         getattr(holder, name): _grouped_mm
@@ -541,6 +555,7 @@ _RULES: dict[Any, Rule] = {
         if hasattr(holder, name)
     },
     F.multi_head_attention_forward: _multi_head_attention,
+    torch._nested_tensor_from_mask_left_aligned: _never_left_aligned,
     F.embedding: _embedding,
     F.dropout: _dropout,
     torch.baddbmm: _baddbmm,

@@ -22,6 +22,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
+from torch.nn.modules import transformer
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map_only
 
@@ -41,7 +43,6 @@ NOT_WIDTHS = frozenset(
         "out_features",
         "in_channels",
         "out_channels",
-        "num_features",
         "num_embeddings",
         "embedding_dim",
         "nx",
@@ -168,7 +169,14 @@ def _forward(
         (inputs, dict(kwargs)),
     )
     # A function mode (ShapeRules) is asked before a dispatch mode (the recorder): what it answers, the recorder never sees.
-    with _following_modules(model, recorder), warnings.catch_warnings(), recorder, ShapeRules(run.facts, recorder):
+    modes = recorder, ShapeRules(run.facts, recorder)
+    with (
+        _following_modules(model, recorder),
+        _runnable_modules(recorder),
+        warnings.catch_warnings(),
+        modes[0],
+        modes[1],
+    ):
         warnings.simplefilter("ignore")  # on performance, and nothing is computed
         run.outputs.append(model(*args, **named))
 
@@ -351,6 +359,44 @@ def _watch_direct_calls(module: nn.Module, path: str, recorder: Recorder) -> Cal
 
 
 @contextmanager
+def _runnable_modules(recorder: Recorder) -> Iterator[None]:
+    """Python code of torch.nn that reads the values of tensors, or swaps their memory, in versions for fake tensors."""
+
+    def convert(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """`module.to(dtype)` in a forward pass: converted parameters keep their keys."""
+        for child in module.children() if recurse else ():
+            child._apply(fn)
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for store in stores:
+            store.update({k: recorder.converted(t, fn(t)) for k, t in store.items() if t is not None})
+        return module
+
+    def is_causal(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+        """nn.Transformer* compare a mask with the causal one; here a mask has no values, so only the flag counts."""
+        return is_causal is True
+
+    replaced = ((nn.Module, "_apply", convert), (transformer, "_detect_is_causal_mask", is_causal))
+    originals = [getattr(owner, name) for owner, name, _ in replaced]
+    for owner, name, function in replaced:
+        setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        for (owner, name, _), original in zip(replaced, originals, strict=True):
+            setattr(owner, name, original)
+
+
+def _tie_channels(module: nn.Module, args: Any) -> None:
+    """Compare the number of channels that a norm displays with its input's (which records that they are equal).
+
+    A norm without parameters has no shape that shows it.
+    """
+    shown = getattr(module, "num_channels" if isinstance(module, nn.GroupNorm) else "num_features", None)
+    if isinstance(module, (_BatchNorm, nn.GroupNorm)) and args and isinstance(args[0], Tensor):
+        bool(args[0].shape[1] == shown)
+
+
+@contextmanager
 def _following_modules(model: nn.Module, recorder: Recorder) -> Iterator[None]:
     """Report to the recorder which module runs, by global forward hooks."""
     # not nn.Softmax: the softmax must count for the attention module that calls it (see Recorder.softmaxed)
@@ -363,6 +409,7 @@ def _following_modules(model: nn.Module, recorder: Recorder) -> Iterator[None]:
         depth.append(id(module) in names)
         if depth[-1]:
             recorder.enter_module(names[id(module)])
+            _tie_channels(module, args)
             if id(module) in activations:
                 recorder.note_activation(f"module:{names[id(module)]}", args)
             if id(module) in norms:
