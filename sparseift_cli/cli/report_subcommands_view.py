@@ -32,7 +32,7 @@ def show_diff(found: Diff, fmt: Format, output: Path | None) -> None:
     parts = [("recipes", _sheet("Recipe", found.recipe)), ("environments", _sheet("Environment", found.environment))]
     same = [f"the {what} are the same" for what, sheet in parts if not sheet.rows]
     metrics = _sheet("Metrics", found.metrics, numbers=True)
-    metrics.notes = [f"A: {_about(found.a)}", f"B: {_about(found.b)}", *same]
+    metrics.notes = [f"A: {_about(found.a)}", f"B: {_about(found.b)}", *same, *found.notes]
     sheets = [*(sheet for _, sheet in parts if sheet.rows), metrics, *_exact_sheets(found)]
     render(sheets, diff_payload(found), fmt, output)
 
@@ -54,6 +54,7 @@ def diff_payload(found: Diff) -> dict[str, Any]:
             {"key": c.key, "a": clean(c.a), "b": clean(c.b), "difference": clean(c.difference)} for c in found.metrics
         ],
         "exact": exact,
+        "notes": found.notes,
     }
 
 

@@ -1,6 +1,8 @@
 """Groups against a baseline at equal training FLOPs, and what may be claimed of the difference.
 
-A difference is called better or worse where its 95 % interval excludes 0 and it is of at least three seeds (or pairs of them).
+Runs are paired by seed where the groups share at least three seeds, or all of the smaller group; otherwise they are two
+independent samples (Welch), and all of them count. A difference is called better or worse where its 95 % interval excludes 0
+and it is of at least three seeds (or pairs).
 """
 
 from __future__ import annotations
@@ -58,18 +60,25 @@ def compare(
         fitting = [base for base in candidates if base["comparison_key"] == row["comparison_key"]]
         ready = [base for base in fitting if base["n"]]
         if not row["n"] or not ready:
-            lacks = (
-                f"no {baseline} baseline of {row['model']} on {row['data']} by {row['metric']}"
-                if not fitting
-                else f"no finished run of {row['group'] if not row['n'] else fitting[0]['group']}"
-            )
-            notes.append(f"{row['group']}: not compared, {lacks}")
+            notes.append(f"{row['group']}: not compared, {_lacking(row, fitting, candidates, baseline)}")
             continue
         chosen = min(ready, key=lambda base: _distance(base, row))
         if len(ready) > 1:
             notes.append(f"{row['group']}: compared with {chosen['group']}, the nearest of {len(ready)} baselines")
         found.append(_compared(chosen, row, runs[chosen["group"]], runs[row["group"]], rules))
     return found, notes
+
+
+def _lacking(row: TableRow, fitting: Sequence[TableRow], candidates: Sequence[TableRow], baseline: str) -> str:
+    """Why a group has nothing to be compared with."""
+    if fitting:
+        return f"no finished run of {row['group'] if not row['n'] else fitting[0]['group']}"
+    about = ("model", "data", "metric")
+    found = f"no {baseline} baseline of {row['model']} on {row['data']} by {row['metric']}"
+    for base in candidates:
+        if all(base[c] == row[c] for c in about) and base["data_content"] != row["data_content"]:
+            return f"{found} with the same content: {row['data_content']} against {base['data_content']} of {base['group']}"
+    return found
 
 
 def baselines(rows: Sequence[TableRow], name: str) -> list[TableRow]:
@@ -101,14 +110,13 @@ def _compared(
     allowed = equal or rules.allow_unequal
     by_seed = _pairs(before, after)
     pairs = list(by_seed.values())
-    notes = _notes(base, row, before, after, len(pairs))
-    if len(pairs) >= 2:
+    fewer, more = sorted((len(before), len(after)))
+    paired = len(pairs) >= FEWEST_SEEDS or len(pairs) == fewer >= 2 or len(pairs) == more
+    notes = _notes(base, row, before, after, len(pairs), paired)
+    if paired:
         interval = statistics.paired([a for a, _ in pairs], [b for _, b in pairs], rules.confidence)
-    elif len(pairs) == 1 and len(before) == len(after) == 1:
-        interval = statistics.paired([pairs[0][0]], [pairs[0][1]], rules.confidence)
     else:
         interval = statistics.welch(_values(before), _values(after), rules.confidence)
-    paired = len(pairs) >= 2 or len(before) == len(after) == len(pairs)
     facts: MetricFacts = row["metric_facts"]
     outcome, why = _outcome(interval, facts.lower_is_better) if allowed else ("refused", "")
     if allowed:
@@ -215,17 +223,18 @@ def _refusal(base: TableRow, row: TableRow, ratio: float | None, rules: Comparis
 
 
 def _notes(
-    base: TableRow, row: TableRow, before: Sequence[TableRow], after: Sequence[TableRow], pairs: int
+    base: TableRow, row: TableRow, before: Sequence[TableRow], after: Sequence[TableRow], pairs: int, paired: bool
 ) -> list[str]:
     notes: list[str] = []
     unpaired = len(before) + len(after) - 2 * pairs
-    if pairs >= 2 and unpaired:
+    if paired and unpaired:
         notes.append(
             f"{pairs} seeds are in both groups; the difference leaves out "
             f"{unpaired} {'run' if unpaired == 1 else 'runs'} of other seeds"
         )
-    if pairs < 2 and min(len(before), len(after)) > 1:
-        notes.append("the groups have different seeds: Welch's interval of two independent samples")
+    if not paired and min(len(before), len(after)) > 1:
+        shared = f"share {pairs} seed{'' if pairs == 1 else 's'} only" if pairs else "have different seeds"
+        notes.append(f"the groups {shared}: Welch's interval of two independent samples")
     for what in ("device", "threads", "torch"):
         sides = [sorted({str(run[what]) for run in runs if run[what] is not None}) for runs in (before, after)]
         if sides[0] and sides[1] and sides[0] != sides[1]:

@@ -18,7 +18,7 @@ from ..checkpoint.facts import BITS, TensorInfo
 from ..errors import ArtifactError, UsageError
 from ..runs.checkpoint import MANIFEST, STATE, TENSORS, sha256
 from .collect import collect
-from .grouping import flat
+from .grouping import content, described_content, flat
 from .read import Run, number
 from .spectral.history import kept_checkpoints, tensors_in
 
@@ -89,6 +89,15 @@ class Diff:
     environment: list[Change]
     metrics: list[Change]
     exact: ExactDiff | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        """Why the metrics are not to be compared, where they are not."""
+        both = [content(run) for run in (self.a, self.b)]
+        if None in both or both[0] == both[1]:
+            return []
+        found = " against ".join(map(described_content, (self.a, self.b)))
+        return [f"they read other data ({found}): metrics of different data are not to be compared"]
 
 
 def diff(a: Path, b: Path, *, bit_for_bit: bool = False) -> Diff:

@@ -10,7 +10,7 @@ import pandas as pd
 from ..base.metrics import TEST, MetricFacts, facts_of, metric_names
 from ..errors import UsageError, did_you_mean
 from . import statistics
-from .grouping import comparison_key, labels, primary
+from .grouping import comparison_key, contents, labels, primary
 from .read import Run, number
 
 _ABOUT = (
@@ -77,9 +77,9 @@ _GROUP_START = (
 over `n` runs: finished ones, one a seed; `runs` counts every directory. Costs are means too; FLOPs are of a whole run."""
 _GROUP_END = (*_COSTS, "device", "at_once")
 _MIXED = "mixed"
-HIDDEN = ("comparison_key", "metric_facts")
-"""Columns for internal use, which no user sees or asks for: a text that is equal where results are comparable, and the
-`MetricFacts` of the row's metric."""
+HIDDEN = ("comparison_key", "data_content", "metric_facts")
+"""Columns for internal use, which no user sees or asks for: a text that is equal where results are comparable, which data a run
+read (the start of its SHA-256), and the `MetricFacts` of the row's metric."""
 
 
 def metric_columns(runs: Sequence[Run]) -> list[str]:
@@ -105,7 +105,10 @@ def runs_frame(runs: Sequence[Run], metric: str | None = None) -> pd.DataFrame:
     `metric` is what they are judged by; None: the metric of each recipe (`grouping.primary`).
     """
     metrics = metric_columns(runs)
-    rows = [_row(run, group, metric or primary(run), metrics) for run, group in zip(runs, labels(runs), strict=True)]
+    rows = [
+        _row(run, group, metric or primary(run), metrics, content)
+        for run, group, content in zip(runs, labels(runs), contents(runs), strict=True)
+    ]
     newest: dict[tuple[Any, ...], int] = {}
     for i, row in enumerate(rows):  # a seed that was run twice is one sample: its newest finished run
         if row["state"] == "finished" and row["value"] is not None:
@@ -128,6 +131,8 @@ def regroup(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
         require_column(name, list(frame.columns), "--group-by")
     rows = records(frame)
     varying = [c for c in ("model", "data", "steps", "metric") if c not in by and len({row[c] for row in rows}) > 1]
+    if len({(row["data"], row["data_content"]) for row in rows}) > len({row["data"] for row in rows}):
+        varying.append("data_content")  # data of one name and two contents
     label_of: dict[tuple[Any, ...], str] = {}
     for row in rows:
         key = tuple(row[c] for c in (*by, "comparison_key", "steps", "metric"))
@@ -179,7 +184,7 @@ def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     return [dict(zip(names, values, strict=True)) for values in frame.to_numpy(object).tolist()]
 
 
-def _row(run: Run, group: str, metric: str, metrics: Sequence[str]) -> dict[str, Any]:
+def _row(run: Run, group: str, metric: str, metrics: Sequence[str], content: str) -> dict[str, Any]:
     recipe, summary, last = run.recipe, run.summary or {}, run.last
     transform = recipe.get("transform") or {}
     found = [v for line in run.metrics if (v := number(line.get(metric))) is not None and v == v]  # v != v: NaN
@@ -225,7 +230,8 @@ def _row(run: Run, group: str, metric: str, metrics: Sequence[str]) -> dict[str,
         "at_once": max((s["at_once"] for s in sessions if s.get("at_once")), default=None),
         "torch": (session.get("versions") or {}).get("torch"),
         "commit": ((session.get("git") or {}).get("commit") or "")[:12] or None,
-        "comparison_key": comparison_key(run, metric),
+        "comparison_key": comparison_key(run, metric, content),
+        "data_content": content[:8],
         "metric_facts": facts,
     }
 
@@ -260,7 +266,7 @@ def _grouped(label: str, part: pd.DataFrame, confidence: float, metrics: Sequenc
     facts = _common(column(of, "metric_facts"))
     return {
         "group": label,
-        **{name: _common(column(of, name)) for name in (*_ABOUT, "device", "at_once", "comparison_key")},
+        **{name: _common(column(of, name)) for name in (*_ABOUT, "device", "at_once", *HIDDEN[:2])},
         "runs": len(part),
         "n": len(counted),
         "mean": interval.mean,

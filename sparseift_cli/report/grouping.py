@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from ..base.metrics import MetricFacts, is_shipped, metrics_in
@@ -28,6 +29,8 @@ IRRELEVANT_SETTINGS = frozenset(
     }
 )
 """Where a run takes place and how often it saves: runs that differ in these alone are samples of one group."""
+CONTENT = "data content"
+"""What groups are said to differ in that read other data under one name."""
 COUNTS = ("parameters", "non-zero parameters", "dense training FLOPs a sample", "training FLOPs a sample")
 _DIFFERENT_MODELS = ": with the same settings these are different models (was the code edited in between?)"
 _SHOWN = 3  # differences in a label
@@ -68,6 +71,29 @@ def counts(run: Run) -> dict[str, int]:
     return {name: value for name, value in zip(COUNTS, found, strict=True) if isinstance(value, int)}
 
 
+def content(run: Run) -> str | None:
+    """The SHA-256 of the data that a run read, by its newest session; None where it is not recorded."""
+    sessions = (run.provenance or {}).get("sessions") or [{}]
+    data = sessions[-1].get("data")
+    return " ".join(str(digest) for _, digest in sorted(data.items())) or None if isinstance(data, Mapping) else None
+
+
+def contents(runs: Sequence[Run]) -> list[str]:
+    """The content of every run's data; of a run that does not record it that of the first with the same section `data`."""
+    known: dict[str, str] = {}
+    sections = [json.dumps(_data(run), sort_keys=True, default=str) for run in runs]
+    for run, section in zip(runs, sections, strict=True):
+        if found := content(run):
+            known.setdefault(section, found)
+    return [content(run) or known.get(section, "") for run, section in zip(runs, sections, strict=True)]
+
+
+def described_content(run: Run) -> str:
+    """The start of the SHA-256 of a run's data, and the last part of where it was: `3f2a91c0 (A.txt)`."""
+    root = run.recipe["data"].get("root")
+    return (content(run) or "unknown")[:8] + (f" ({PurePath(str(root)).name})" if root else "")
+
+
 def primary(run: Run) -> str:
     """The metric by which the recipe judges: checkpoint.best, else the first of evaluation.metrics."""
     best = (run.recipe.get("checkpoint") or {}).get("best")
@@ -78,16 +104,21 @@ def primary(run: Run) -> str:
     return chosen
 
 
-def comparison_key(run: Run, metric: str) -> str:
-    """Model, data and metric as text that is equal exactly where results are comparable.
+def _data(run: Run) -> dict[str, Any]:
+    """The section `data` without where it is and how it is read."""
+    found = {k: v for k, v in run.recipe["data"].items() if f"data.{k}" not in IRRELEVANT_SETTINGS}
+    return _without_unset(found)
+
+
+def comparison_key(run: Run, metric: str, content: str) -> str:
+    """Model, data (and what is in it) and metric as text that is equal exactly where results are comparable.
 
     Of a metric from outside the package, unit and direction belong to it: another package may have another of that name.
     """
-    data = {k: v for k, v in run.recipe["data"].items() if f"data.{k}" not in IRRELEVANT_SETTINGS}
     limit = (run.recipe.get("evaluation") or {}).get("limit")
     scale = [] if is_shipped(metric) else [_scale(run.facts_of(metric))]
     return json.dumps(
-        [_without_unset(run.recipe["model"]), _without_unset(data), limit, metric, *scale], sort_keys=True, default=str
+        [_without_unset(run.recipe["model"]), _data(run), content, limit, metric, *scale], sort_keys=True, default=str
     )
 
 
@@ -103,7 +134,9 @@ def labels(runs: Sequence[Run]) -> list[str]:
         if len(same) == 1:
             label_of[same[0]] = name
             continue
-        every = {key: {**counts(first[key]), **settings(first[key])} for key in same}
+        every = {
+            key: {**counts(first[key]), CONTENT: described_content(first[key]), **settings(first[key])} for key in same
+        }
         differing = _distinguishing([first[key] for key in same])
         for key in same:
             shown = [f"{k}={_short(every[key].get(k))}" for k in differing[:_SHOWN]]
@@ -119,12 +152,14 @@ def labels(runs: Sequence[Run]) -> list[str]:
 
 
 def _keys(runs: Sequence[Run]) -> list[str]:
-    """One text for every run, equal where runs are of one group. Counts that a run does not record are those of the first."""
-    known: dict[str, list[dict[str, int]]] = {}
+    """One text for every run, equal where runs are of one group. What a run does not record is as in the first that does."""
+    known: dict[str, list[dict[str, Any]]] = {}
     keys = []
     for run in runs:
         by_recipe = json.dumps([run.name, settings(run)], sort_keys=True, default=str)
-        models, own = known.setdefault(by_recipe, []), counts(run)
+        models, own = known.setdefault(by_recipe, []), dict[str, Any](counts(run))
+        if digest := content(run):
+            own[CONTENT] = digest
         model = next((m for m in models if all(m.get(name, n) == n for name, n in own.items())), None)
         if model is None:
             model = {}
@@ -135,12 +170,27 @@ def _keys(runs: Sequence[Run]) -> list[str]:
 
 
 def _distinguishing(firsts: Sequence[Run]) -> list[str]:
-    """Keys in which groups of one name differ, by the first run of each: settings, and one count where these do not suffice."""
+    """Keys in which groups of one name differ, by the first run of each.
+
+    Settings, the content of data that goes by one name, and one count where these do not suffice.
+    """
     every = [settings(run) for run in firsts]
     found = _differing(every)
+    if _content_differs(firsts):
+        found.insert(0, CONTENT)
+        every = [{**one, CONTENT: content(run)} for one, run in zip(every, firsts, strict=True)]
     if len({json.dumps(one, sort_keys=True, default=str) for one in every}) == len(every):
         return found
     return [*_differing([counts(run) for run in firsts])[:1], *found]
+
+
+def _content_differs(runs: Sequence[Run]) -> bool:
+    """Whether two runs read different data that their recipes call the same."""
+    found: dict[str, set[str]] = {}
+    for run in runs:
+        if digest := content(run):
+            found.setdefault(json.dumps(_data(run), sort_keys=True, default=str), set()).add(digest)
+    return any(len(digests) > 1 for digests in found.values())
 
 
 def duplicate_names(runs: Sequence[Run], groups: Sequence[str]) -> list[str]:
@@ -153,10 +203,16 @@ def duplicate_names(runs: Sequence[Run], groups: Sequence[str]) -> list[str]:
         if len(same) > 1:
             keys = _distinguishing(list(same.values()))
             notes.append(
-                f"{name}: {len(same)} groups, because runs differ in {', '.join(keys)}"
+                f"{name}: {len(same)} groups, because runs differ in {', '.join(_explained(keys, list(same.values())))}"
                 + (_DIFFERENT_MODELS if set(keys) & set(COUNTS) else "")
             )
     return notes
+
+
+def _explained(keys: Sequence[str], firsts: Sequence[Run]) -> list[str]:
+    """Keys in which groups differ, with which data each of them has."""
+    found = " against ".join(dict.fromkeys(map(described_content, firsts)))
+    return [f"{key} ({found})" if key == CONTENT else key for key in keys]
 
 
 def pooled(runs: Sequence[Run], groups: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from scipy.stats import ttest_ind
 
 from sparseift_cli.errors import ArtifactError, UsageError
 from sparseift_cli.report.compare import ComparisonRules
@@ -50,6 +51,48 @@ def test_seeds_that_do_not_match_are_two_samples(tmp_path: Path) -> None:
     assert (found.paired, found.n, found.outcome) == (False, 3, "better")
     assert "n=3 and 4" in found.verdict
     assert any("Welch" in note for note in found.notes)
+
+
+def test_too_few_shared_seeds_are_two_samples(tmp_path: Path) -> None:
+    """Seeds 0, 1, 2 against 0, 1, 9: two pairs claim nothing, and six runs do. scipy's Welch test is the other opinion."""
+    before, after = [70.0, 72.0, 74.0], [80.0, 81.5, 85.0]
+    seeds(tmp_path, "net_dense", before)
+    for seed, value in zip((0, 1, 9), after, strict=True):
+        make_run(tmp_path, "net_wide75_rigl", seed, (value,), member="wide")
+    found = compared(tmp_path)
+    want = ttest_ind(after, before, equal_var=False)
+    low, high = want.confidence_interval(0.95)
+    assert (found.paired, found.n, found.outcome) == (False, 3, "better")
+    assert (found.low, found.high, found.degrees_of_freedom) == pytest.approx((low, high, want.df))
+    assert "n=3 and 3" in found.verdict
+    assert "the groups share 2 seeds only: Welch's interval of two independent samples" in found.notes
+
+
+def test_seeds_on_other_data_are_neither_pooled_nor_compared(tmp_path: Path) -> None:
+    for text, digest, stamp in (("A.txt", "a1b2c3d4e5", 0), ("B.txt", "b7c8d9e0f1", 1)):
+        for run in seeds(tmp_path, "net_dense", [70.0, 72.0], data_hash=digest, stamp=stamp):
+            recipe = run / "recipe.yaml"
+            recipe.write_text(recipe.read_text().replace("  root: null", f"  root: /data/{text}"))
+    seeds(tmp_path, "net_wide75_rigl", [71.0, 73.0, 75.0], member="wide", data_hash="b7c8d9e0f1")
+    seeds(tmp_path, "net_wide90_rigl", [71.0, 73.0, 75.0], member="wide", sparsity=0.9, data_hash="c3")
+    found = report(tmp_path)
+    labels = ["net_dense [data content=a1b2c3d4 (A.txt)]", "net_dense [data content=b7c8d9e0 (B.txt)]"]
+    groups = found.groups[["group", "n"]].to_numpy().tolist()
+    assert groups == [*([label, 2] for label in labels), ["net_wide75_rigl", 3], ["net_wide90_rigl", 3]]
+    assert [(c.baseline, c.candidate) for c in found.comparisons] == [(labels[1], "net_wide75_rigl")]
+    differ = "net_dense: 2 groups, because runs differ in data content (a1b2c3d4 (A.txt) against b7c8d9e0 (B.txt))"
+    assert differ in found.notes
+    assert any("with the same content: c3 against a1b2c3d4 of net_dense" in note for note in found.notes)
+    by_transform = report(tmp_path, None, by=("transform",)).groups
+    assert sorted(by_transform["n"]) == [2, 2, 3, 3]  # no group of the two contents together
+
+
+def test_copies_of_one_text_are_one_group(tmp_path: Path) -> None:
+    for seed in range(3):
+        recipe = make_run(tmp_path, "net_dense", seed) / "recipe.yaml"
+        recipe.write_text(recipe.read_text().replace("  root: null", f"  root: /data/copy{seed}.txt"))
+    (make_run(tmp_path, "net_dense", 3) / "provenance.json").unlink()  # of an older version: it counts with the others
+    assert report(tmp_path, None).groups[["group", "n"]].to_numpy().tolist() == [["net_dense", 4]]
 
 
 def test_partly_matching_seeds_say_so(tmp_path: Path) -> None:
@@ -334,6 +377,14 @@ def test_recipes_and_environments_differ(tmp_path: Path) -> None:
     assert [(c.key, c.a, c.b) for c in found.recipe] == [("optimizer.lr", 0.1, 0.2)]
     assert [(c.key, c.a, c.b) for c in found.environment] == [("device", "cpu", "cuda:0")]
     assert json.dumps([c.difference for c in found.metrics if c.key == "lr"]) == "[0.1]"
+
+
+def test_a_difference_of_runs_on_other_data_says_so(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, "net_dense", seed, data_hash=digest) for seed, digest in enumerate(("d0", "d0", "d1"))]
+    assert diff(runs[0], runs[1]).notes == []
+    assert diff(runs[0], runs[2]).notes == [
+        "they read other data (d0 against d1): metrics of different data are not to be compared"
+    ]
 
 
 def test_diff_wants_one_run_each(tmp_path: Path) -> None:

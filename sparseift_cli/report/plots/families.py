@@ -115,11 +115,12 @@ class Family:
 def families(report: Report) -> list[Family]:
     """The report's groups by model, data set, metric and `comparison_key`, in the order of names."""
     by_key: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
-    for row in report.groups.to_dict("records"):
-        named = {str(key): value for key, value in row.items()}
+    rows = [{str(key): value for key, value in row.items()} for row in report.groups.to_dict("records")]
+    several = len({(row["data"], row.get("data_content")) for row in rows}) > len({row["data"] for row in rows})
+    for named in rows:
         key = (
             _without_module(named["model"]),
-            str(named["data"]),
+            f"{named['data']} {named['data_content']}" if several else str(named["data"]),
             str(named["metric"]),
             str(named.get("comparison_key")),
         )
