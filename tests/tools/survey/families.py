@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from sparseift_cli.models.libraries import maker, optional
 from sparseift_cli.models.request import Request
 from sparseift_cli.models.zoo import registry
+
+from .foreign import listed
+from .subject import Subject
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = {"vocab_size": 101, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -137,16 +140,6 @@ LLAMA_1B = TEXT | {
 }
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A model of a survey: how to build it on a device, and the arguments of one forward there."""
-
-    name: str
-    build: Callable[[str], nn.Module]
-    args: Callable[[str], tuple[Any, ...]] = lambda device: ()
-    kwargs: Callable[[str], dict[str, Any]] = field(default=lambda device: {})
-
-
 def torchvision() -> Iterator[Subject]:
     """Every model of `list_models(module=torchvision.models)`."""
     make = maker("torchvision:")
@@ -215,4 +208,7 @@ SETS: dict[str, Callable[[], Iterator[Subject]]] = {
     "transformers": transformers,
     "zoo": zoo,
     "large": large,
+    "timm": partial(listed, "timm"),
+    "transformers_more": partial(listed, "transformers_more"),
+    "others": partial(listed, "others"),
 }

@@ -1,0 +1,223 @@
+"""What a survey finds out about one model: is every number right, and how much of the model does Sparse Wide reach?"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparseift_cli.errors import CheckFailed, SparseiftError
+from sparseift_cli.plan.layer_plan import LayerPlan
+from sparseift_cli.plan.members import MEMBERS
+from sparseift_cli.plan.plan import Plan, make_plan
+from sparseift_cli.plan.spec import TransformSpec
+from sparseift_cli.table.table import LayerTable
+from sparseift_cli.trace.build import TraceResult, trace
+from sparseift_cli.trace.fake_mode import no_init
+from sparseift_cli.transforms.check import measure, require_as_planned
+from sparseift_cli.transforms.surgery import apply_surgery, surgery_for
+from sparseift_cli.transforms.transformation import transform_module
+
+from .subject import Subject
+
+SPARSITIES = ("0.5", "0.9")
+LARGEST_REAL = 40_000_000  # parameters of a model that also runs on CPU tensors
+# Reasons that no tool can help: what a model returns, counts with the values of tensors, or writes as a literal.
+JUSTIFIED = (
+    "output of the model",
+    "computes with the values of tensors",
+    "constant of the code",
+    "no layer to transform",
+)
+
+
+@dataclass
+class Outcome:
+    """What became of one model."""
+
+    name: str
+    seconds: float = 0.0
+    error: str = ""  # it cannot be built, or does not run as it is: no fault of ours
+    macs: int = 0  # dense, forward
+    torch_macs: int | None = None  # the same by FlopCounterMode
+    passed: dict[str, int] = field(default_factory=dict)  # member -> sparsities at which it passes
+    ratio: str = ""  # forward MACs of Wide over dense, at the last sparsity
+    reached: float = 0.0  # share of the body's MACs in layers that Wide makes sparse
+    real: int = 0  # members that ran forward and backward on CPU tensors
+    held: dict[str, int] = field(default_factory=dict)  # reason -> body layers with a side that did not grow
+    refused: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> str:
+        """`full`, `half` (some body layers did not grow), `refused`, `wrong`, or `broken` where the dense model does not run."""
+        if self.error:
+            return "broken"
+        if self.wrong:
+            return "wrong"
+        if self.passed.get("wide", 0) < len(SPARSITIES):
+            return "refused"
+        return "half" if self.held else "full"
+
+    @property
+    def justified(self) -> bool:
+        """Whether every reason for which it is not full is one that no tool can help."""
+        reasons = [*self.held, *(r for r in self.refused if r.startswith("wide"))]
+        return all(any(known in reason for known in JUSTIFIED) for reason in reasons)
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields, and the verdict."""
+        return asdict(self) | {"verdict": self.verdict, "justified": self.justified}
+
+
+def examine(subject: Subject, real: bool) -> Outcome:
+    """Every member at every sparsity on meta; with `real`, the first sparsity on CPU tensors too."""
+    outcome = Outcome(subject.name)
+    start = time.perf_counter()
+    try:
+        with no_init("meta"):
+            model = subject.build("meta").eval()
+        args, kwargs = subject.args("meta"), subject.kwargs("meta")
+    except Exception as error:
+        outcome.error = f"{type(error).__name__}: {_first_line(error)}"
+        return outcome
+    try:
+        before = trace(model, args, kwargs, name=subject.name, input_shape=())
+    except SparseiftError as error:
+        outcome.refused.append(f"wide: {error.message}")
+        return outcome
+    outcome.macs = sum(row.macs.evaluate(before.table.sizes) for row in before.table.layers)
+    outcome.torch_macs = _counted_by_torch(model, args, kwargs)
+    for member in MEMBERS:
+        for sparsity in SPARSITIES:
+            _check_plan(outcome, model, args, kwargs, before, TransformSpec(member=member, sparsity=sparsity))
+    if real and sum(p.numel() for p in model.parameters()) <= LARGEST_REAL:
+        for member in MEMBERS:
+            if outcome.passed.get(member):
+                _check_real(outcome, subject, member)
+    outcome.seconds = time.perf_counter() - start
+    return outcome
+
+
+def _counted_by_torch(model: nn.Module, args: Any, kwargs: Any) -> int | None:
+    """Forward MACs by PyTorch's own counter; None where the model does not run on meta."""
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(*args, **kwargs)
+    except Exception:
+        return None
+    return counter.get_total_flops() // 2
+
+
+def _check_plan(
+    outcome: Outcome, model: nn.Module, args: Any, kwargs: Any, before: TraceResult, spec: TransformSpec
+) -> None:
+    """Plan, transform and count again on meta; every transformed row within one non-zero of its budget."""
+    what = f"{spec.member} {spec.sparsity}"
+    try:
+        plan = make_plan(before.table, spec)
+        surgery = surgery_for(plan, before.structure, model)
+        new = apply_surgery(model, surgery)
+        measured, after = measure(new, args, kwargs, plan, surgery, None)
+        require_as_planned(measured, plan, before, after)
+    except CheckFailed as error:
+        outcome.wrong.append(f"{what}: {error.message}")
+    except SparseiftError as error:
+        outcome.refused.append(f"{what}: {error.message}")
+    except Exception as error:
+        outcome.wrong.append(f"{what}: BROKE {type(error).__name__}: {_first_line(error)}")
+    else:
+        off = [p.layer.name for p in plan.layers if p.status == "transformed" and not _within_a_nonzero(p)]
+        if off:
+            outcome.wrong.append(f"{what}: not iso-FLOP: {', '.join(off[:3])}")
+        else:
+            outcome.passed[spec.member] = outcome.passed.get(spec.member, 0) + 1
+        if plan.widening is not None:
+            _note_reach(outcome, before.table, plan)
+
+
+def _within_a_nonzero(row: LayerPlan) -> bool:
+    return row.dense_macs - row.positions < row.macs <= row.dense_macs
+
+
+def _note_reach(outcome: Outcome, table: LayerTable, plan: Plan) -> None:
+    """How far Wide came: the model's ratio, the share of the body that it made sparse, and what held the rest."""
+    body = [row for row in plan.layers if row.layer.weighted and row.layer.role == "body"]
+    total = sum(row.dense_macs for row in body)
+    outcome.reached = sum(row.dense_macs for row in body if row.status == "transformed") / total if total else 0.0
+    outcome.ratio = f"{sum(r.macs for r in plan.layers) / max(1, sum(r.dense_macs for r in plan.layers)):.3f}"
+    held: Counter[str] = Counter()
+    for row in body:
+        held.update(set(_why_held(row, table, plan)))
+        if row.status != "transformed" and row.macs > row.dense_macs:
+            held[f"grows untouched: {row.reason}"] += 1
+    outcome.held = dict(held)
+
+
+def _why_held(row: LayerPlan, table: LayerTable, plan: Plan) -> Iterator[str]:
+    """Why a side of a body layer did not grow. Counts (of heads, of constants of the code) never do."""
+    for side in (row.layer.inputs, row.layer.outputs):
+        widths = [table.widths[v] for v in side.variables]
+        if side.evaluate(plan.sizes) > side.evaluate(table.sizes) or all(w.kind in ("heads", "count") for w in widths):
+            continue
+        if not widths:
+            yield f"constant of the code: {side}"
+        yield next((w.fixed for w in widths if w.fixed), row.reason or "no reason given")
+
+
+def _check_real(outcome: Outcome, subject: Subject, member: str) -> None:
+    """A forward and a backward on CPU tensors: outputs of the dense shapes, all finite, a gradient for every used weight."""
+    try:
+        torch.manual_seed(0)
+        model = subject.build("cpu").eval()
+        args, kwargs = _random(subject.args("cpu")), _random(subject.kwargs("cpu"))
+        want = [t.shape for t in _tensors(model(*args, **kwargs))]
+    except Exception as error:
+        outcome.refused.append(f"real: the dense model fails: {type(error).__name__}: {_first_line(error)}")
+        return
+    try:
+        spec = TransformSpec(member=member, sparsity=SPARSITIES[0])
+        new, _ = transform_module(model, args, kwargs, spec, name=subject.name, input_shape=())
+        outputs = _tensors(new(*args, **kwargs))
+        sum(t.float().square().mean() for t in outputs if t.requires_grad and t.numel()).backward()
+    except Exception as error:
+        outcome.wrong.append(f"{member} for real: {type(error).__name__}: {_first_line(error)}")
+        return
+    if (have := [t.shape for t in outputs]) != want:
+        different = [f"{tuple(a)} became {tuple(b)}" for a, b in zip(want, have, strict=False) if a != b]
+        outcome.wrong.append(f"{member} for real: output {different[:2]}")
+    elif not all(t.isfinite().all() for t in outputs):
+        outcome.wrong.append(f"{member} for real: the output is not finite")
+    elif not all(p.grad.isfinite().all() for p in new.parameters() if p.grad is not None):
+        outcome.wrong.append(f"{member} for real: a gradient is not finite")
+    else:
+        outcome.real += 1
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """The floating-point tensors of an output, apart from the by-products that may be wider: hidden states and caches."""
+    if hasattr(output, "items"):
+        output = {k: v for k, v in output.items() if not _by_product(str(k))} or dict(output)
+    return [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _by_product(key: str) -> bool:
+    return any(
+        word in key for word in ("hidden_state", "past_key_values", "attentions", "cache_params", "extract_features")
+    )
+
+
+def _random(arguments: Any) -> Any:
+    """Zero images as noise; token ids stay."""
+    return tree_map_only(Tensor, lambda t: torch.randn_like(t) if t.is_floating_point() else t, arguments)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or "no message").splitlines()[0][:300]
