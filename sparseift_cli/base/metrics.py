@@ -37,6 +37,7 @@ NOT_METRICS = (
     "density",
     "itop_rate",
     "churn",
+    "skipped_steps",
     "masks",
 )
 """Keys of a line of metrics.jsonl besides the metrics, so no metric may be called one of them."""

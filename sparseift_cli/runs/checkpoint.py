@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -270,7 +271,7 @@ def _score(path: Path) -> float | None:
         score = _manifest(path)["score"]
     except ArtifactError:
         return None
-    return float(score) if isinstance(score, int | float) and score == score else None  # a NaN is no score
+    return float(score) if isinstance(score, int | float) and math.isfinite(score) else None  # a NaN is no score
 
 
 def _require_text_keys(state: Any) -> None:

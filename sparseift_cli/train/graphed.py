@@ -57,6 +57,7 @@ class GraphedStep:
         self._rate = torch.zeros((), device=self._device)
         self._bad = torch.zeros((), device=self._device)  # `found_inf` of the fused optimisers: 1 stops every update
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=self._device)
+        self.skipped = 0
         self._number = torch.zeros((), dtype=torch.int64, device=self._device)  # of the step being made
         self._flag_copy = torch.full((), -1, dtype=torch.int64).pin_memory()
         self._copied: Any = None

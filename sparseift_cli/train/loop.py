@@ -12,6 +12,7 @@ A signal is noticed after a step, and within an evaluation: the run saves at onc
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
-from ..base.metrics import TEST
+from ..base.metrics import LOSS, TEST
 from ..base.randomness import generator_for
 from ..data import Batches, order
 from ..errors import ArtifactError, InterruptedRun
@@ -47,6 +48,7 @@ class Progress:
     step: int = 0
     due: bool = False
     """The evaluation after `step` has not been made yet."""
+    skipped: int = 0  # steps that overflowed in fp16
     seconds: float = 0.0
     best: float | None = None
     losses: list[Tensor] = field(default_factory=list)  # of the steps since the last line of metrics
@@ -71,7 +73,8 @@ def train(
         The summary of the run, as summary.json has it.
 
     Raises:
-        DivergedError: a loss, gradient or weight is not finite. Weights and checkpoints are those before that step.
+        DivergedError: a loss, gradient or weight is not finite, or nearly every step overflows in fp16. Weights and checkpoints
+            are those before that step.
         InterruptedRun: SIGTERM or SIGINT; a checkpoint was written first.
         ArtifactError: the run directory cannot be read or written.
         CheckFailed: masks differ between ranks.
@@ -84,6 +87,7 @@ def train(
         unpack(loaded, run.model, run.optimizer, run.sparsifier)
         _restore(progress, run, scaler, loaded.state, processes)
     make_step = GraphedStep(run) if can_be_graphed(run, processes) else EagerStep(run, scaler, processes)
+    make_step.skipped = progress.skipped
     evaluate_every, save_every = run.every(run.spec.evaluation.every), run.every(run.spec.checkpoint.every)
     began = time.perf_counter() - progress.seconds
     while progress.step < run.steps or progress.due:
@@ -92,6 +96,7 @@ def train(
             progress.losses.append(make_step(progress.step))
             run.flop_meter.add(run.sparsifier.last if run.sparsifier else None)
             progress.step += 1
+            progress.skipped = make_step.skipped
             if tick is not None:
                 tick(progress.step)
             progress.due = progress.step == run.steps or progress.step % evaluate_every == 0
@@ -151,6 +156,8 @@ def _measure(run: Prepared, progress: Progress, metrics: Metrics | None, process
         "seconds": round(progress.seconds, 3),
         **_memory(run, processes.device),
     }
+    if run.spec.training.precision == "fp16":
+        row["skipped_steps"] = progress.skipped
     if run.sparsifier is not None:
         by_weight = run.sparsifier.statistics()
         masks = total(by_weight.values())
@@ -160,12 +167,23 @@ def _measure(run: Prepared, progress: Progress, metrics: Metrics | None, process
         }
     progress.last = row
     score = _score(run, row)
-    if score is not None and score == score and (progress.best is None or _better(run, score, progress.best)):
+    if score is not None and math.isfinite(score) and (progress.best is None or _better(run, score, progress.best)):
         progress.best = score
     if metrics is not None:
         metrics.append(row)
         report(row)
+    _require_finite_loss(run, progress.step, found)
     return True
+
+
+def _require_finite_loss(run: Prepared, step: int, measured: Mapping[str, float]) -> None:
+    """Raise DivergedError where a loss on held-out data is no number, though the losses of training are."""
+    for name, batches in ((LOSS.name, run.held_out), (TEST + LOSS.name, run.test)):
+        if batches is not None and not math.isfinite(loss := measured.get(name, 0.0)):
+            left = (
+                "checkpoints are those before this evaluation; in fp16 an overflow is a cause: training.precision: bf16"
+            )
+            raise diverged(step - 1, f"the loss on the split {batches.split} is {loss:g} after it", left)
 
 
 def _score(run: Prepared, row: Mapping[str, Any]) -> float | None:
@@ -201,6 +219,7 @@ def _save(
         "losses": [loss / processes.world for loss in losses],
         "last": progress.last,
         "scaler": scaler.state_dict(),
+        "skipped": progress.skipped,
     }
     fresh = progress.last.get("step") == progress.step
     folder.save(progress.step, tensors, state, metrics, score=_score(run, progress.last) if fresh else None)
@@ -230,6 +249,7 @@ def _restore(
     progress.losses = [torch.tensor(share * loss, device=device) for loss in state["losses"]]
     progress.last = dict(state["last"])
     progress.due = bool(state.get("due", False))  # checkpoints of older versions were all made after the evaluation
+    progress.skipped = int(state.get("skipped", 0))
     run.flop_meter.restore(state["spent"])
     if scaler.is_enabled():
         scaler.load_state_dict(dict(state["scaler"]))

@@ -15,11 +15,16 @@ from .evaluate import logits_of, loss_of
 from .prepare import Prepared
 from .processes import Processes
 
+MOST_SKIPPED = 32
+"""fp16: steps in a row that may overflow. The scale of the loss begins at 2^16 and halves at each, so by then it is 2^-16."""
 Assemble = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Step(Protocol):
     """Makes the steps of a run, one call each, in order."""
+
+    skipped: int
+    """Steps so far that changed no weight, because their gradients overflowed in fp16."""
 
     def __call__(self, step: int) -> Tensor:
         """Make a step; its mean loss on this rank, a scalar on the device that nothing else writes to."""
@@ -30,12 +35,15 @@ class Step(Protocol):
         ...
 
 
-def diverged(step: int, what: str = "the loss or a gradient is not finite") -> DivergedError:
-    """What a run ends with: the step, and what is wrong with it."""
+_TRY_BF16 = "training.precision: bf16 or fp32 has a wider range"
+_UNTOUCHED = "weights and checkpoints are those before this step"
+
+
+def diverged(step: int, what: str = "the loss or a gradient is not finite", left: str = _UNTOUCHED) -> DivergedError:
+    """What a run ends with: the step, what is wrong with it, and what it leaves."""
     return DivergedError(
         f"step {step}: {what}",
-        hint="lower optimizer.lr, lengthen schedule.warmup, or set training.clip; "
-        "weights and checkpoints are those before this step",
+        hint=f"lower optimizer.lr, lengthen schedule.warmup, or set training.clip; {left}",
     )
 
 
@@ -50,6 +58,7 @@ class EagerStep:
 
     def __init__(self, run: Prepared, scaler: GradScaler, processes: Processes) -> None:
         self._run, self._scaler, self._processes = run, scaler, processes
+        self.skipped = self._in_a_row = 0
         model = torch.compile(run.model) if compiled(run) else run.model
         self._forward: nn.Module = processes.wrap(model)  # pyright: ignore[reportArgumentType]
 
@@ -60,7 +69,10 @@ class EagerStep:
         return loss
 
     def check(self) -> None:
-        """Every step has looked for itself."""
+        """Every step has looked for itself; but a whole run of skipped ones has trained nothing."""
+        steps = self._run.steps
+        if self.skipped == steps:
+            raise diverged(steps - 1, f"all {steps:,} steps were skipped: their gradients overflow in fp16", _TRY_BF16)
 
     def _backward(self, step: int) -> Tensor:
         """Gradients of the global batch of `step`, and its mean loss on this rank."""
@@ -86,12 +98,23 @@ class EagerStep:
         bad = not bool(loss.isfinite()) or (not scaled and not all_finite(gradients))
         if self._processes.agree(bad):
             raise diverged(step, f"the loss is {float(loss):g} and its gradients are not finite")
+        overflow = scaled and not all_finite(gradients)
+        self._count(overflow, step)
         if run.sparsifier is not None:
-            run.sparsifier.step(found_inf=scaled and not all_finite(gradients))
+            run.sparsifier.step(found_inf=overflow)
         clip(run)
         scaler.step(run.optimizer)
         scaler.update()
         run.optimizer.zero_grad(set_to_none=True)
+
+    def _count(self, overflow: bool, step: int) -> None:
+        """Count skipped steps. Those of a healthy run are few: each halves the scale until gradients fit."""
+        self.skipped += overflow
+        self._in_a_row = self._in_a_row + 1 if overflow else 0
+        often = self.skipped >= MOST_SKIPPED and 2 * self.skipped > step + 1
+        if self._in_a_row >= MOST_SKIPPED or often:
+            found = f"{self.skipped:,} of {step + 1:,} steps were skipped, {self._in_a_row} of them in a row"
+            raise diverged(step, f"{found}: their gradients are not finite at any scale in fp16", _TRY_BF16)
 
 
 def set_rate(run: Prepared, rate: float | Tensor) -> None:

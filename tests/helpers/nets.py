@@ -72,6 +72,30 @@ def letters() -> Made:
     return nn.Sequential(nn.Embedding(256, 8), nn.Linear(8, 256)), torch.zeros(1, 4, dtype=torch.int64)
 
 
+def overflowing() -> Made:
+    """[B, 3, 8, 8] -> 10, with a finite loss and gradients that never are."""
+    model, x = mlp()
+    for parameter in model.parameters():
+        parameter.register_hook(lambda gradient: gradient + torch.inf)
+    return model, x
+
+
+class NanInEvaluation(nn.Module):
+    """Logits are finite in training and NaN in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) if self.training else self.net(x) * torch.nan
+
+
+def nan_in_evaluation() -> Made:
+    """[B, 3, 8, 8] -> 10."""
+    return NanInEvaluation(), torch.zeros(1, 3, 8, 8)
+
+
 class Inverting(nn.Module):
     """An op between two layers that no rule counts."""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -15,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparseift_cli.base.atomic import read_json
 from sparseift_cli.cli.progress import Lines
 from sparseift_cli.data import order
 from sparseift_cli.errors import ArtifactError, DivergedError, InterruptedRun, UsageError
@@ -151,10 +154,54 @@ def test_weights_that_overflowed_are_not_saved(
     assert all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
 
 
+DENSE = """
+model: {{name: "tests.helpers.nets:{net}", input: 3x8x8}}
+data: {{name: synthetic-images, limit: 32}}
+training: {{steps: {steps}, batch_size: 2, device: cpu, precision: {precision}}}
+evaluation: {{every: {every}, limit: 4, metrics: [top1]}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("net", "precision", "steps", "every", "said", "evaluations"),
+    [
+        ("overflowing", "fp16", 50, 50, r"step 31: 32 of 32 steps were skipped, 32 of them in a row", 0),
+        ("overflowing", "fp16", 5, 5, r"step 4: all 5 steps were skipped", 0),
+        ("nan_in_evaluation", "fp32", 5, 2, r"step 1: the loss on the split \w+ is nan after it", 1),
+    ],
+)
+def test_a_run_without_a_result_is_not_done(
+    sparseift: Any, tmp_path: Path, net: str, precision: str, steps: int, every: int, said: str, evaluations: int
+) -> None:
+    """Finite losses of training alone are no success: exit 3, no summary, no checkpoint after the fault."""
+    (tmp_path / "bad.yaml").write_text(DENSE.format(net=net, precision=precision, steps=steps, every=every))
+    code, out, err = sparseift("train", str(tmp_path / "bad.yaml"), "--runs", str(tmp_path / "runs"))
+    assert code == 3 and not out
+    assert re.search(said, err) and "bf16" in err
+    (path,) = (tmp_path / "runs" / "bad").iterdir()
+    assert not (path / "summary.json").exists()
+    assert len(list(read_metrics(path / "metrics.jsonl"))) == evaluations
+    assert all(manifest["score"] is None for manifest in map(read_json, path.glob("checkpoints/*/manifest.json")))
+
+
+def test_a_few_overflows_are_no_fault(tmp_path: Path) -> None:
+    """The first steps of fp16 find the scale; they are counted, and the run goes on."""
+    (tmp_path / "some.yaml").write_text(DENSE.format(net="mlp", precision="fp16", steps=8, every=4))
+    recipe = load(tmp_path / "some.yaml")
+    made = prepare(recipe, 0, CPU)
+    step = EagerStep(made, torch.amp.grad_scaler.GradScaler("cpu", init_scale=2.0**21, enabled=True), CPU)
+    for number in range(made.steps):
+        step(number)
+    step.check()
+    assert 0 < step.skipped < made.steps
+    (summary,) = run_seeds(recipe, [0], tmp_path / "runs", None, quiet, quiet)
+    assert summary["metrics"]["skipped_steps"] < 8
+
+
 def test_a_score_that_is_no_number_is_never_the_best(
     write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scores = iter([float("nan"), 20.0, 10.0])
+    scores = iter([math.nan, 20.0, math.inf])
     monkeypatch.setattr(loop, "evaluate", lambda *_: {"loss": 1.0, "top1": next(scores)})
     (summary,) = run(write_recipe("static"), tmp_path / "runs")
     assert summary["best"] == 20.0
