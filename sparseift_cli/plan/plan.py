@@ -64,6 +64,12 @@ class Plan(ShownAsSheets):
         """The member that made it."""
         return MEMBERS.get(self.spec.member)
 
+    @property
+    def grown_by_products(self) -> list[str]:
+        """Names of what the model returns beside its outputs and that changes its shape: hidden_states, past_key_values."""
+        changed = {i for i, (new, old) in enumerate(zip(self.sizes, self.table.sizes, strict=True)) if new != old}
+        return [name for name, widths in self.table.by_products.items() if changed & set(widths)]
+
     def to_json(self) -> dict[str, Any]:
         widths = [
             {"name": self.table.widths[w.id].name, "dense": w.dense, "size": w.size, "ideal": w.ideal}

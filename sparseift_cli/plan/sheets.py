@@ -154,6 +154,8 @@ def _notes(result: Audit) -> list[str]:
     if result.plan is None or result.transformed is None:
         return notes
     plan = result.plan
+    if grown := plan.grown_by_products:
+        notes.append(f"Wider than before, beside the outputs, which keep their shapes: {', '.join(grown)}.")
     if result.control:
         notes.append(CONTROL)
     if result.training.method.costs_more_while_updating and result.training_while_updating is not None:

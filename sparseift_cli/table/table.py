@@ -24,6 +24,8 @@ SCHEMA = "sparseift.layers/1"
 
 Role = Literal["input", "output", "body", "attention", "norm", "embedding"]
 WidthKind = Literal["width", "heads", "head_dim", "count"]
+OUTPUT = "output of the model"
+"""Why a width is fixed that is a dim of what the model returns."""
 _NUMBERED = re.compile(r"(?:^|[_-])\d+$")  # a module that is one of several: 3, encoder_layer_3, block1-3
 
 
@@ -40,6 +42,13 @@ class Width:
     fixed: str | None = None  # why it must not change, if it must not
     residual: bool = False  # a dim of a residual addition of two layers' outputs
     attention: bool = False  # a dim of an attention product
+    outputs: tuple[str, ...] = ()  # names of the model's outputs that it is a dim of, where only they fix it
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Width:
+        fields: dict[str, Any] = dict(data)
+        outputs = fields.pop("outputs", [""] if data.get("fixed") == OUTPUT else [])
+        return Width(**fields, outputs=tuple(outputs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +155,7 @@ class LayerTable(ShownAsSheets):
     >>> batch, (w0, w1, w2) = Poly.const(32), map(Poly.var, range(3))
     >>> first = Layer("0", "linear", "input", macs=batch * w0 * w1, params=w0 * w1 + w1, weight="0.weight", inputs=w0, outputs=w1)
     >>> last = Layer("2", "linear", "output", macs=batch * w1 * w2, params=w1 * w2 + w2, weight="2.weight", inputs=w1, outputs=w2)
-    >>> widths = (Width("0.weight[1]", 8), Width("0.weight[0]", 16), Width("2.weight[0]", 4, fixed="output of the model"))
+    >>> widths = (Width("0.weight[1]", 8), Width("0.weight[0]", 16), Width("2.weight[0]", 4, fixed=OUTPUT, outputs=("",)))
     >>> table = LayerTable("mlp", (32, 8), (first, last), widths)
     >>> table.macs, table.params  # 32 * (8*16 + 16*4), and 8*16 + 16 + 16*4 + 4
     (6144, 212)
@@ -161,6 +170,8 @@ class LayerTable(ShownAsSheets):
     equations: tuple[Poly, ...] = ()  # each polynomial over widths is 0
     uncounted: tuple[str, ...] = ()  # ops that are neither counted nor known to cost no MACs
     untraceable: str | None = None  # why the widths are unknown, where they are: then all of them are fixed
+    by_products: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]], hash=False)
+    """What the model returns beside its outputs (hidden states, caches) and may change its shape -> the widths in it."""
 
     def sheets(self) -> list[Sheet]:
         """One row a counted operation, in MACs of a forward pass."""
@@ -209,6 +220,8 @@ class LayerTable(ShownAsSheets):
             if w.kind != "width":
                 entry["kind"] = w.kind
             entry |= {k: getattr(w, k) for k in ("fixed", "residual", "attention") if getattr(w, k)}
+            if any(w.outputs):  # the only output of most models has no name
+                entry["outputs"] = list(w.outputs)
             widths.append(entry)
         return {
             "schema": SCHEMA,
@@ -219,6 +232,7 @@ class LayerTable(ShownAsSheets):
             "layers": [layer.to_json() for layer in self.layers],
             "uncounted": list(self.uncounted),
             **({"untraceable": self.untraceable} if self.untraceable else {}),
+            **({"by_products": {k: list(v) for k, v in self.by_products.items()}} if self.by_products else {}),
         }
 
     @staticmethod
@@ -227,8 +241,9 @@ class LayerTable(ShownAsSheets):
             model=data["model"],
             input=tuple(data["input"]),
             layers=tuple(Layer.from_json(row) for row in data["layers"]),
-            widths=tuple(Width(**w) for w in data["widths"]),
+            widths=tuple(Width.from_json(w) for w in data["widths"]),
             equations=tuple(Poly.from_json(e) for e in data["equations"]),
             uncounted=tuple(data["uncounted"]),
             untraceable=data.get("untraceable"),
+            by_products={k: tuple(v) for k, v in data.get("by_products", {}).items()},
         )

@@ -19,6 +19,7 @@ of it. To widen a model is to give widths new sizes. The pipeline, in the order 
         flow       what each tensor is the sum of, for `--init preserve`
         layouts    how a dim is made of others (3 * heads * head_dim), from views, slices and concatenations
     union_find   merges variables that were found equal; what is left over are equations between widths
+    outputs      what the model returns: results, which keep their shapes, and by-products; which layers make the results
     rows         recorded ops -> rows of the LayerTable: names, roles, parameters
     structure    the second result: each symbolic size of the module as a polynomial over widths
 

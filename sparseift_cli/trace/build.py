@@ -14,12 +14,13 @@ from typing import Any
 
 from torch import Tensor, enable_grad, inference_mode, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from ..errors import UsageError
 from ..table.poly import Poly
-from ..table.table import LayerTable, Width, WidthKind
+from ..table.table import OUTPUT, LayerTable, Width, WidthKind
 from . import symbolise
+from .outputs import FEEDS_LOSS, mark_output_layers, returned, variables_of
 from .record import CountedOp
 from .rows import RowBuilder, row_name
 from .structure import AttentionScore, DimLayout, LayoutKind, Structure
@@ -141,12 +142,14 @@ class _Builder:
         self.run = run
         self.recorder = run.recorder
         self.variables = UnionFind(len(run.facts.sizes), run.facts.equations)
+        self.returned = [returned(output) for output in run.outputs]
         self.width_ids: dict[int, int] = {}  # variable -> width id
         self.renaming = LazyRenaming(lambda v: self.width_ids[self.variables.find(v)])
 
     def build(self, name: str, input_shape: tuple[int, ...], untraceable: str | None) -> TraceResult:
+        mark_output_layers(self.recorder, self.returned, self.variables)
         widths = self._widths()
-        rows = RowBuilder(self.model, self.run, self._named, self._output_weights())
+        rows = RowBuilder(self.model, self.run, self._named)
         table = LayerTable(
             model=name,
             input=input_shape,
@@ -154,6 +157,7 @@ class _Builder:
             widths=widths,
             equations=tuple(dict.fromkeys(self._named(e) for e in self.variables.equations)),
             uncounted=tuple(self.recorder.uncounted),
+            by_products=self._by_products(),
             untraceable=untraceable,
         )
         return TraceResult(table, self._structure())
@@ -169,7 +173,8 @@ class _Builder:
         members = self.variables.groups()
         used = self._used(members)
         widths: list[Width] = []
-        fixed = self._fixed()
+        names = self._output_names()
+        fixed = self._fixed(names)
         residual, attention = (self.variables.roots(s) for s in (self.recorder.residual, self.recorder.attention))
         for root, variables in members.items():
             if root not in used:
@@ -178,11 +183,14 @@ class _Builder:
                 self.width_ids[v] = len(widths)
             origins = [p for v in variables for p in self.run.origins.get(v, ())]
             first = next((p for p in origins if p.kind == "parameter"), origins[0] if origins else None)
+            reasons = list(dict.fromkeys(fixed[v] for v in variables if v in fixed))
+            outputs = tuple(dict.fromkeys(name for v in variables for name in names.get(v, ())))
             width = Width(
                 name=f"quotient {root}" if first is None else first.label,
                 size=self.run.facts.sizes[root],
                 kind=self._kind(variables, origins),
-                fixed=next((fixed[v] for v in variables if v in fixed), None),
+                fixed=reasons[0] if reasons else None,
+                outputs=outputs if all(reason.startswith(OUTPUT) for reason in reasons) else (),
                 residual=root in residual,
                 attention=root in attention,
             )
@@ -219,48 +227,44 @@ class _Builder:
         ]
         return used | {find(v) for p in polys for v in p.variables}
 
-    def _fixed(self) -> dict[int, str]:
-        """Variable that must not change -> the reason."""
+    def _fixed(self, outputs: Mapping[int, list[str]]) -> dict[int, str]:
+        """Variable that must not change -> the reason. `outputs`: the results that a variable is a dim of, by name."""
         fixed = dict(self.run.facts.frozen)
-        for v in self._output_variables():
-            fixed.setdefault(v, "output of the model")
+        for v, names in outputs.items():
+            fixed.setdefault(v, f"{OUTPUT}: {names[0]}" if names[0] else OUTPUT)
+        if self.returned and self.returned[0].is_loss:
+            for op in self.recorder.layers():
+                for v in op.outputs.variables if op.output else ():
+                    fixed.setdefault(v, FEEDS_LOSS)
         for v, origins in self.run.origins.items():
             for p in origins:
                 if p.kind == "buffer" and not p.name.startswith("running_") and not p.name.endswith(_ROTARY):
                     fixed.setdefault(v, f"tied to buffer {p.path}")
         return fixed
 
-    def _output_variables(self) -> set[int]:
-        """Variables of the dims of all outputs."""
-        variables: set[int] = set()
-        for tensor in tree_leaves(_output_containers(self.run.outputs)):
-            if isinstance(tensor, Tensor):
-                for dim in tensor.shape:
-                    variables |= poly_of(dim).variables
-        return variables
+    def _output_names(self) -> dict[int, list[str]]:
+        """Variable -> the names of the results that it is a dim of, in the order in which they are returned."""
+        names: dict[int, list[str]] = {}
+        for output in self.returned:
+            for name, tensor in output.results.items():
+                for v in variables_of(tensor):
+                    names.setdefault(v, []).append(name)
+        return names
 
-    def _output_weights(self) -> set[str]:
-        """Keys of the weights of output layers: their output dim is a dim of the model's output, and no residual stream."""
-        weighted = [op for op in sorted(self.recorder.ops.values(), key=lambda op: op.order) if op.weight is not None]
-        outputs = self.variables.roots(self._output_variables())
-        residual = self.variables.roots(self.recorder.residual)
-        found: dict[int, str | None] = {}  # width of the output -> the last weight that writes it
-        for op in weighted:
-            width = op.outputs.as_variable
-            if width is not None and self.variables.find(width) in outputs - residual:
-                found[self.variables.find(width)] = op.weight
-        if not found and weighted:  # plain sizes, or a reshaped output: the last weight that runs
-            variables = weighted[-1].outputs.variables
-            if variables <= residual | outputs and not self.variables.roots(variables) & residual:
-                found[-1] = weighted[-1].weight
-        return {key for key in found.values() if key is not None}
+    def _by_products(self) -> dict[str, tuple[int, ...]]:
+        """By-product -> the widths in it. All tensors of one name count as one: hidden_states, past_key_values."""
+        widths: dict[str, set[int]] = {}
+        for output in self.returned[:1]:
+            for name, tensor in output.by_products.items():
+                widths.setdefault(name.partition(".")[0], set()).update(self.renaming[v] for v in variables_of(tensor))
+        return {name: tuple(sorted(ids)) for name, ids in widths.items()}
 
     # --- the second result ---
 
     def _structure(self) -> Structure:
         flow, rows, recorder = self.recorder.flow, list(self.recorder.ops.values()), self.recorder
-        output = _output_containers(self.run.outputs[0])
-        flow.note_read(tree_leaves(output))
+        output = self.returned[0]
+        flow.note_read(output.results.values())
         floats = {self._named(p) for p in self.run.facts.floats if self._known(p)}
         return Structure(
             shapes={k: tuple(self._named(poly_of(d)) for d in shape) for k, shape in self.run.shapes.items()},
@@ -291,7 +295,7 @@ class _Builder:
                 for expr in self.run.facts.floats
                 for _, origin in self._attributes(expr.variables)
             ),
-            output_shapes=tree_map_only(Tensor, lambda t: tuple(map(int, t.shape)), output),
+            output_shapes={name: tuple(map(int, tensor.shape)) for name, tensor in output.results.items()},
         )
 
     def _known(self, poly: Poly) -> bool:
@@ -354,14 +358,3 @@ def _kind_by_name(origins: list[Origin]) -> WidthKind:
     if any(p.kind == "parameter" for p in origins):
         return "width"
     return "count"
-
-
-def _output_containers(output: Any) -> Any:
-    """The output of a forward pass in lists, tuples and dicts: dataclasses are read by their fields."""
-    if isinstance(output, list):
-        return [_output_containers(item) for item in output]
-    # Hugging Face's ModelOutput: beside logits, hidden states and caches are by-products whose widths may change
-    if isinstance(output, Mapping):
-        logits = {k: v for k, v in output.items() if "logits" in str(k)}
-        return logits or dict(output)
-    return vars(output) if hasattr(output, "__dict__") and not isinstance(output, (Tensor, tuple)) else output

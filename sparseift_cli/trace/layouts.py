@@ -197,9 +197,86 @@ WATCHED: dict[Any, Watch] = {
 
 # --- widths that an entry is chosen from by its index ---
 
-# A router's outputs are its experts: topk chooses among them, and their number must stay. No shape shows that, because
-# an index has no width. So the indices that topk and the like return are marked, and a width is fixed as soon as an op
-# reads such indices. Where only the values are read (the k largest, a maximum), the width may grow.
+# Where integers name the entries of a width (classes, experts, rows of a table), their number must stay. No shape shows
+# that, because an index has no width. So a width is fixed that an op indexes: `gather` along it, a loss with targets.
+
+_ALONG_DIM = """
+    gather index_select index_add index_add_ index_copy index_copy_ index_fill index_fill_ index_reduce index_reduce_
+    scatter scatter_ scatter_add scatter_add_ scatter_reduce scatter_reduce_
+"""  # (input, dim, index, ...)
+_ALL_DIMS = "take put put_"  # (input, index, ...)
+_CLASS_LOSSES = "cross_entropy nll_loss multi_margin_loss multilabel_margin_loss"  # (input [N, C, ...] or [C], target)
+
+
+def _indexed_along_dim(input: Tensor, *args: Any, **kwargs: Any) -> list[Dim]:
+    dim = kwargs.get("dim", args[0] if args else None)
+    return [input.shape[dim]] if isinstance(dim, int) and input.dim() else []
+
+
+def _taken_along_dim(input: Tensor, indices: Any, dim: Any = None) -> list[Dim]:
+    return [input.shape[dim]] if isinstance(dim, int) else list(input.shape)
+
+
+def _indexed_anywhere(input: Tensor, *_: Any, **__: Any) -> list[Dim]:
+    return list(input.shape)
+
+
+def _classes(input: Tensor, target: Any, *_: Any, **__: Any) -> list[Dim]:
+    by_class = isinstance(target, Tensor) and not target.is_floating_point() and input.dim()
+    return [input.shape[min(1, input.dim() - 1)]] if by_class else []
+
+
+def _symbols(log_probs: Tensor, *_: Any, **__: Any) -> list[Dim]:
+    return [log_probs.shape[-1]]
+
+
+def _one_hot(tensor: Tensor, num_classes: Any = -1) -> list[Dim]:
+    return [num_classes]
+
+
+def _rows(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> list[Dim]:
+    return [weight.shape[0]]
+
+
+def _indexed_by_tensors(source: Tensor, index: Any = (), *_: Any, indices: Any = None, **__: Any) -> list[Dim]:
+    """The dims that tensors of integers index in `source[index]`; numbers in the code name entries that stay."""
+    index = index if indices is None else indices
+    items: list[Any] = list(index) if isinstance(index, tuple) else [index]
+    taken = [_dims_taken(item) for item in items]
+    missing = source.dim() - sum(taken)
+    dims, at = [], 0
+    for item, dims_of_item in zip(items, taken, strict=True):
+        if isinstance(item, Tensor) and item.dtype not in (torch.bool, torch.uint8):
+            dims.append(source.shape[at])
+        at += missing if item is Ellipsis else dims_of_item
+    return dims
+
+
+def _dims_taken(item: Any) -> int:
+    """How many dims an item of an index reads: a mask one for each of its own, None and an ellipsis none."""
+    if isinstance(item, Tensor) and item.dtype in (torch.bool, torch.uint8):
+        return item.dim()
+    return 0 if item is None or item is Ellipsis or isinstance(item, bool) else 1
+
+
+def _by_name(names: str, find: Callable[..., list[Dim]]) -> dict[Any, Callable[..., list[Dim]]]:
+    homes = (torch, Tensor, F)
+    return {getattr(home, name): find for name in names.split() for home in homes if hasattr(home, name)}
+
+
+_INDEXED: dict[Any, Callable[..., list[Dim]]] = {
+    **_by_name(_ALONG_DIM, _indexed_along_dim),
+    **_by_name("take_along_dim", _taken_along_dim),
+    **_by_name(_ALL_DIMS, _indexed_anywhere),
+    **_by_name(_CLASS_LOSSES, _classes),
+    **_by_name("ctc_loss", _symbols),
+    **_by_name("one_hot", _one_hot),
+    **_by_name("embedding_bag", _rows),
+    **_by_name("__getitem__ __setitem__ index_put index_put_", _indexed_by_tensors),
+}
+
+# A router's outputs are its experts: topk chooses among them. The indices that topk and the like return are marked, and
+# a width is fixed as soon as an op reads such indices. Where only the values are read (the k largest), it may grow.
 
 # function -> position of `dim` in its arguments, and its default (None: the indices are over all dims)
 _INDEX_FUNCTIONS: dict[str, tuple[int, int | None]] = {
@@ -219,7 +296,7 @@ _MARK = "_sparseift_chosen_from"
 
 
 class IndexTracker:
-    """Marks the results of index-returning functions, and freezes the widths whose indices are used."""
+    """Freezes the widths that a function indexes, and those whose indices, as topk returns them, are used."""
 
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
@@ -231,6 +308,9 @@ class IndexTracker:
             for leaf in tree_leaves((args, dict(kwargs))):
                 for poly in getattr(leaf, _MARK, ()) if isinstance(leaf, Tensor) else ():
                     self.facts.freeze(poly, "places in it are chosen by index")
+        if func in _INDEXED:
+            for size in _INDEXED[func](*args, **kwargs):
+                self.facts.freeze(poly_of(size), "places in it are chosen by index")
         where = _DIM_ARGUMENT.get(func)
         if where is not None:
             self._remember(where, args, kwargs, out)

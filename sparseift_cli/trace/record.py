@@ -7,8 +7,8 @@ uncounted, never ignored.
 
 Beside the count, the recorder notes on every tensor where it came from, as attributes of the tensor object:
 
-- flags: whether it needs a gradient (which decides what a backward pass costs), and whether it was computed from the
-  model's input and from the output of a layer;
+- flags: whether it needs a gradient (which decides what a backward pass costs), whether it was computed from the
+  model's input and from the output of a layer, and by which layers last (see `Recorder.writers_of`);
 - producers: the counted ops whose product it is, by which residual additions and the query of an attention are found;
 - summands: what it is the sum of (see `flow`).
 """
@@ -33,12 +33,14 @@ from .symint import poly_of
 aten = torch.ops.aten
 
 NEEDS_GRAD, FROM_INPUT, FROM_LAYER = 1, 2, 4
+_WRITERS = 3  # the bits from this one on: the numbers of the layers that a tensor was last computed by
 Producer = tuple[Any, int | None]  # key of a counted op, and which part of its output where a dim of it was split
+LAYERS = ("linear", "conv", "conv_transpose")  # kinds that are layers where their weight is a parameter
 ATTENTION: Producer = ("attention", None)  # the producer of an attention's result
 
 
 def flags_of(tensor: Tensor) -> int:
-    """NEEDS_GRAD, FROM_INPUT and FROM_LAYER of a tensor of any shape, as bits."""
+    """NEEDS_GRAD, FROM_INPUT, FROM_LAYER and the writers of a tensor of any shape, as bits."""
     return getattr(tensor, "_sparseift_flags", 0)
 
 
@@ -95,6 +97,18 @@ class CountedOp:
     causal: tuple[int, int] | None = None  # (queries, keys) under a causal mask
     users: set[str] = field(default_factory=set[str])  # other modules than the owner that multiply with the weight
     order: int = 0
+    number: int = 0  # of its bit among the writers of a tensor
+    output: bool = False  # the last layer in front of a result of the model (see `outputs`)
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it multiplies with a weight, a parameter or one computed in forward, and not two activations."""
+        return self.weight is not None or self.kind in LAYERS
+
+    @property
+    def writer(self) -> int:
+        """Its bit in the flags of a tensor."""
+        return 1 << (_WRITERS + self.number)
 
 
 class Recorder(TorchDispatchMode):
@@ -128,6 +142,7 @@ class Recorder(TorchDispatchMode):
         self.attention_scores: dict[str, tuple[str, Poly, bool]] = {}  # weight key -> module, head dim, scaled by it?
         self.product_shapes: dict[str, tuple[Poly, ...]] = {}  # weight key -> shape of its last product
         self.computes_more: set[str] = set()  # paths of layers whose forward is not one product of their weight
+        self.read = 0  # writer bits of the layers whose output another layer reads
         self.flow = Flow()
 
     def second_pass(self) -> Recorder:
@@ -232,7 +247,11 @@ class Recorder(TorchDispatchMode):
         if torch.is_grad_enabled():  # each gradient is a product of the same size as the forward one
             op.grad_inputs += macs * Poly.const(into_x + (into_weight if parameter is None else 0))
             op.grad_weight += macs * Poly.const(0 if parameter is None else into_weight)
-        annotate(out, flags_of(out), frozenset([((op.owner, kind, key), None)]))
+        flags = flags_of(out)
+        if op.is_layer:  # what wrote its operands, a layer has read
+            self.read |= (flags_of(x) | flags_of(weight)) >> _WRITERS << _WRITERS
+            flags = flags & ((1 << _WRITERS) - 1) | op.writer
+        annotate(out, flags, frozenset([((op.owner, kind, key), None)]))
         set_summands(out, frozenset([UNKNOWN if key is None else key]))
         if key is not None and parameter is not None:
             if self.stack[-1] != key.rpartition(".")[0]:
@@ -315,7 +334,9 @@ class Recorder(TorchDispatchMode):
         op = self.ops.get((owner, kind, weight))
         if op is None:
             self.clock += 1
-            op = CountedOp(owner, kind, weight, inputs, outputs, kernel, groups or Poly.const(1), order=self.clock)
+            groups = groups or Poly.const(1)
+            number = len(self.ops)
+            op = CountedOp(owner, kind, weight, inputs, outputs, kernel, groups, order=self.clock, number=number)
             self.ops[owner, kind, weight] = op
         op.calls += 1
         return op
@@ -342,6 +363,20 @@ class Recorder(TorchDispatchMode):
         self.count_product("qk", q, k, None, scores * poly_of(q.shape[-1]), lengths, by_size=by_size)
         self.count_product("av", q, v, out, numel(out.shape) * keys, lengths)
 
+    # --- which layers wrote a tensor ---
+
+    def layers(self) -> list[CountedOp]:
+        """All layers in the order of execution."""
+        return sorted((op for op in self.ops.values() if op.is_layer), key=lambda op: op.order)
+
+    def writers_of(self, tensor: Tensor) -> list[CountedOp]:
+        """The layers that a tensor (any shape) was last computed by: on some path from each to it there is no other layer."""
+        return [op for op in self.layers() if flags_of(tensor) & op.writer]
+
+    def is_read(self, op: CountedOp) -> bool:
+        """Whether another layer computes with what `op` wrote."""
+        return bool(self.read & op.writer)
+
     # --- primitive ops ---
 
     def __torch_dispatch__(
@@ -361,8 +396,11 @@ class Recorder(TorchDispatchMode):
         count = _COUNTED.get(packet)
         if count is not None:
             count(self, args, kwargs, out)
+            result = next(t for t in tree_leaves(out) if isinstance(t, Tensor))
+            producers = producers_of(result)  # `count` set them, and the writer where it is a layer
+            if written := flags_of(result) >> _WRITERS:
+                flags = flags & ((1 << _WRITERS) - 1) | written << _WRITERS
             flags |= FROM_LAYER
-            producers = producers_of(next(t for t in tree_leaves(out) if isinstance(t, Tensor)))  # `count` set them
             self.flow.note_read(tensors)
         elif packet in (aten.add, aten.add_):
             if self._is_residual(args, out):

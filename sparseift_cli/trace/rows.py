@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..table.poly import Poly
 from ..table.table import Layer, Role
-from .record import CountedOp, numel
+from .record import LAYERS, CountedOp, numel
 from .symbolise import SymbolicRun
 
 _NORMS = {
@@ -31,22 +31,17 @@ _NORMS = {
 }
 
 
-_LAYERS = ("linear", "conv", "conv_transpose")  # kinds that are layers where their weight is a parameter
-
-
 class RowBuilder:
     """Makes the rows of one run.
 
     Args:
         named: turns a polynomial over variables into one over width ids.
-        outputs: keys of the weights whose layers make the model's output.
     """
 
-    def __init__(self, model: nn.Module, run: SymbolicRun, named: Callable[[Poly], Poly], outputs: set[str]) -> None:
+    def __init__(self, model: nn.Module, run: SymbolicRun, named: Callable[[Poly], Poly]) -> None:
         self.run = run
         self.recorder = run.recorder
         self.named = named
-        self.output_weights = outputs
         self.modules = dict(model.named_modules())
         first: dict[int, str] = {}
         self.tied = {k: first.setdefault(id(p), k) for k, p in model.named_parameters(remove_duplicate=False)}
@@ -108,9 +103,9 @@ class RowBuilder:
         )
 
     def _role(self, row: CountedOp) -> Role:
-        if row.kind == "matmul" or (row.weight is None and row.kind not in _LAYERS):
+        if row.kind == "matmul" or (row.weight is None and row.kind not in LAYERS):
             return "attention"
-        if row.weight in self.output_weights:
+        if row.output:
             return "output"
         return "input" if row.first and row.weight is not None else "body"
 
@@ -191,7 +186,7 @@ def row_name(row: CountedOp) -> str:
 
 
 def _note(row: CountedOp, role: Role) -> str | None:
-    if row.weight is None and row.kind in (*_LAYERS, "matmul"):
+    if row.weight is None and row.kind in (*LAYERS, "matmul"):
         return "the weight is computed in forward, not a parameter"
     if row.kind == "experts":
         return "experts stacked in one tensor stay dense: what a non-zero costs depends on the routing"

@@ -413,12 +413,7 @@ def _interpolate(
 
 
 def _getitem(rules: ShapeRules, input: Tensor, index: Any) -> Any:
-    """`input[index]`. A dim indexed by a tensor (a table of relative positions) is frozen: the values name its rows."""
-    for dim, item in enumerate(index if isinstance(index, tuple) else (index,)):
-        if item is Ellipsis or item is None:
-            break
-        if isinstance(item, Tensor) and item.dtype != torch.bool and isinstance(input.shape[dim], torch.SymInt):
-            rules.facts.freeze(poly_of(input.shape[dim]), "rows looked up by index")
+    """`input[index]`; a dim indexed by a tensor is frozen by the `IndexTracker`."""
     out = input[index]
     if isinstance(out, Tensor):
         note_index(rules.facts, input, index, out)
@@ -429,6 +424,12 @@ def _detach(rules: ShapeRules, input: Tensor) -> Any:
     """The same values without a gradient; DisableTorchFunctionSubclass keeps this call from this mode."""
     with torch._C.DisableTorchFunctionSubclass():
         return annotate(input.view(input.shape), flags_of(input) & ~NEEDS_GRAD, producers_of(input))
+
+
+def _ctc_loss(rules: ShapeRules, log_probs: Tensor, *args: Any, reduction: str = "mean", **__: Any) -> Any:
+    """log_probs [T, N, C] -> the loss, one number or [N]; PyTorch's shape function reads the lengths."""
+    reduction = args[4] if len(args) > 4 else reduction
+    return rules.new_output(log_probs, log_probs.shape[1:-1] if reduction == "none" else ())
 
 
 # --- LSTM, GRU and plain RNN ---
@@ -510,6 +511,7 @@ def _direction(
         inputs, outputs = poly_of(weight.shape[1]), poly_of(weight.shape[0])
         read = source if source is not None else annotate(out.new_empty(out.shape), flags_of(out) | FROM_LAYER)
         row = rules.recorder.count_weighted("linear", read, weight, product, tokens * inputs * outputs, inputs, outputs)
+        annotate(out, flags_of(out) | flags_of(product))
         if initial_states is not None and flags_of(read) & NEEDS_GRAD and not _any_needs_grad(initial_states):
             row.grad_inputs -= first_step * inputs * outputs
     return out, cell
@@ -565,6 +567,7 @@ _RULES: dict[Any, Rule] = {
     Tensor.relu: _activation("relu"),
     Tensor.relu_: _activation_in_place("relu", Tensor.relu_),
     **{getattr(F, f"{n}_"): _activation_in_place(n, getattr(F, f"{n}_")) for n in _IN_PLACE},
+    F.ctc_loss: _ctc_loss,
     F.pad: _pad,
     F.interpolate: _interpolate,
     Tensor.__getitem__: _getitem,

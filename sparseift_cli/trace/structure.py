@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from ..table.poly import Poly
 
@@ -69,5 +69,5 @@ class Structure:
     """Summands that something other than a norm reads."""
     float_attributes: frozenset[tuple[str, str]] = frozenset()
     """(owner, name) of ints that the forward pass computes a float from, as in `self.head_dim ** -0.5`."""
-    output_shapes: Any = None
-    """The output of the forward pass with plain shapes in place of its tensors."""
+    output_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Result of the forward pass by name (see `outputs`) -> its shape in this run. By-products are left out."""

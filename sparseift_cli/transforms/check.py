@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..base.text import shape_text
 from ..errors import CheckFailed
 from ..plan.plan import Plan
 from ..table.table import Layer
 from ..trace.build import TraceResult, trace
+from ..trace.outputs import returned
 from .edits import Surgery
 
 _MAX_PROBLEMS = 5  # in one message
@@ -102,13 +104,21 @@ def require_as_planned(measured: Measured, plan: Plan, before: TraceResult, afte
     for what, want, have in (("parameters", params, measured.params), ("non-zero", nonzero, measured.nonzero_params)):
         if want != have:
             problems.append(f"{what}: planned {want:,}, measured {have:,}")
-    if before.structure.output_shapes != after.structure.output_shapes:
-        problems.append(f"the output has shape {after.structure.output_shapes}, not {before.structure.output_shapes}")
+    problems += _changed_outputs(before.structure.output_shapes, after.structure.output_shapes)
     if problems:
         more = f" (and {len(problems) - _MAX_PROBLEMS} more)" if len(problems) > _MAX_PROBLEMS else ""
         raise CheckFailed(
             f"the transformed {plan.table.model} is not what was planned: {'; '.join(problems[:_MAX_PROBLEMS])}{more}"
         )
+
+
+def _changed_outputs(before: Mapping[str, tuple[int, ...]], after: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """A sentence on each output of the model, by name, whose shape is not what it was, or that is gone or new."""
+    for name in dict.fromkeys([*before, *after]):
+        want, have = (shape_text(shapes[name]) if name in shapes else None for shapes in (before, after))
+        if want != have:
+            what = f"output {name}" if name else "the output"
+            yield f"{what} has shape {have}, not {want}" if have and want else f"{what} is {'new' if have else 'gone'}"
 
 
 # --- function: deviation from the dense model ---
@@ -118,8 +128,8 @@ def deviation(new: nn.Module, dense: nn.Module, inputs: tuple[Any, ...], kwargs:
     """Largest absolute difference between the outputs in eval mode, divided by the largest absolute output of `dense`.
 
     Both modules run on real tensors of the shapes and dtypes of `inputs` and `kwargs`; a tensor on meta or of zeros is
-    replaced by normal numbers or random token ids. Of a mapping with logits only these are compared, and only outputs
-    of equal shape: hidden states and caches may be wider. Infinite where an output of `new` is NaN.
+    replaced by normal numbers or random token ids. By-products (hidden states, caches), which may be wider, are not
+    compared. Infinite where an output of `new` is NaN.
 
     >>> a, b = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
     >>> with torch.no_grad():
@@ -137,12 +147,8 @@ def deviation(new: nn.Module, dense: nn.Module, inputs: tuple[Any, ...], kwargs:
 
 
 def _float_outputs(output: Any) -> list[Tensor]:
-    """The floating-point tensors in an output; only its logits where it names some."""
-    if isinstance(output, Mapping):
-        output = {k: v for k, v in output.items() if "logits" in str(k)} or dict(output)
-    elif not isinstance(output, (Tensor, tuple, list)) and hasattr(output, "__dict__"):
-        output = vars(output)
-    return [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    """The floating-point tensors in an output; no by-products."""
+    return [t for t in returned(output).results.values() if t.is_floating_point()]
 
 
 def _real_inputs(
