@@ -8,6 +8,7 @@ No dX where nothing upstream trains (the first layer), no dW for frozen weights;
 
 With activation checkpointing (`recompute`) every layer inside a repeated block (`Layer.block`) is computed a second time; layers
 outside of blocks, such as stem and head, keep their activations and are computed once. `train.recompute` does just that.
+What the model's own forward checkpoints is computed a second time in any case (`Layer.recomputed`).
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ def costs_by_part(plan: LayerPlan, *, recompute: bool = False) -> tuple[Fraction
     return fixed, found
 
 
-def _forwards(layer: Layer, recompute: bool) -> int:
+def _forwards(layer: Layer, recompute: bool) -> Fraction | int:
     """How often a training step computes a layer's output."""
-    return 2 if recompute and layer.block else 1
+    return 1 + layer.recomputed + (1 if recompute and layer.block else 0)
 
 
 def dense_training_macs(layers: Sequence[LayerPlan], training: TrainingSpec) -> Fraction | int:

@@ -60,7 +60,8 @@ class Layer:
     A weight that two rows use is counted in the first one; both name each other in `tied_to`. `grad_inputs` and
     `grad_weight` are the gradients that a backward pass computes, in units of the row's forward MACs: 0, 1, 2 (both
     operands of an attention product), or a fraction where only some of the calls need one (the first step of an LSTM
-    passes no gradient to its initial state).
+    passes no gradient to its initial state). `recomputed`, in the same unit, is the forward work that the backward pass
+    repeats, because the model's own forward checkpoints activations.
 
     >>> linear = Layer("fc", "linear", "body", macs=Poly.const(32) * Poly.var(0) * Poly.var(1), weight="fc.weight",
     ...                inputs=Poly.var(0), outputs=Poly.var(1))
@@ -77,6 +78,7 @@ class Layer:
     activations: Poly = field(default_factory=Poly)
     grad_inputs: Fraction | int = 0
     grad_weight: Fraction | int = 0
+    recomputed: Fraction | int = 0
     weight: str | None = None  # state_dict key; None for products of activations and rows without MACs
     inputs: Poly = field(default_factory=Poly)
     outputs: Poly = field(default_factory=Poly)
@@ -122,7 +124,7 @@ class Layer:
             data["groups"] = self.groups.to_json()
         if self.calls != 1:
             data["calls"] = self.calls
-        for key in ("grad_inputs", "grad_weight", "weight", "tied_to", "host", "projection", "note"):
+        for key in ("grad_inputs", "grad_weight", "recomputed", "weight", "tied_to", "host", "projection", "note"):
             if value := getattr(self, key):
                 data[key] = str(value) if isinstance(value, Fraction) else value
         if self.kernel:
@@ -140,7 +142,7 @@ class Layer:
         for key in ("kernel", "causal"):
             if key in fields:
                 fields[key] = tuple(fields[key])
-        for key in ("grad_inputs", "grad_weight"):
+        for key in ("grad_inputs", "grad_weight", "recomputed"):
             if isinstance(fields.get(key), str):
                 fields[key] = Fraction(fields[key])
         return Layer(**fields)

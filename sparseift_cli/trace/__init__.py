@@ -16,6 +16,7 @@ of it. To widen a model is to give widths new sizes. The pipeline, in the order 
       shape_rules  sees functions (F.linear, F.layer_norm): own shape functions for the common layers
       record       sees primitive ops (aten.mm): counts the MACs of each as a polynomial
         ops        which primitive ops cost no MACs, which are views, which are linear
+        gradients  which products a backward pass computes, and which forward ones again
         flow       what each tensor is the sum of, for `--init preserve`
         layouts    how a dim is made of others (3 * heads * head_dim), from views, slices and concatenations
     union_find   merges variables that were found equal; what is left over are equations between widths

@@ -7,8 +7,9 @@ uncounted, never ignored.
 
 Beside the count, the recorder notes on every tensor where it came from, as attributes of the tensor object:
 
-- flags: whether it needs a gradient (which decides what a backward pass costs), whether it was computed from the
-  model's input and from the output of a layer, and by which layers last (see `Recorder.writers_of`);
+- its node in the graph that a backward pass follows (see `gradients`);
+- flags: whether it was computed from the model's input and from the output of a layer, and by which layers last (see
+  `Recorder.writers_of`);
 - producers: the counted ops whose product it is, by which residual additions and the query of an attention are found;
 - summands: what it is the sum of (see `flow`).
 """
@@ -27,20 +28,21 @@ from torch.utils._pytree import tree_leaves
 
 from ..table.poly import Poly
 from .flow import PARAMETER_PREFIX, UNKNOWN, Flow, layer_of, set_summands, summands_of
-from .ops import costs_no_macs
+from .gradients import Backward, Node, differentiable, node_of, set_node
+from .ops import NO_GRADIENT, costs_no_macs
 from .symint import poly_of
 
 aten = torch.ops.aten
 
-NEEDS_GRAD, FROM_INPUT, FROM_LAYER = 1, 2, 4
-_WRITERS = 3  # the bits from this one on: the numbers of the layers that a tensor was last computed by
+FROM_INPUT, FROM_LAYER = 1, 2
+_WRITERS = 2  # the bits from this one on: the numbers of the layers that a tensor was last computed by
 Producer = tuple[Any, int | None]  # key of a counted op, and which part of its output where a dim of it was split
 LAYERS = ("linear", "conv", "conv_transpose")  # kinds that are layers where their weight is a parameter
 ATTENTION: Producer = ("attention", None)  # the producer of an attention's result
 
 
 def flags_of(tensor: Tensor) -> int:
-    """NEEDS_GRAD, FROM_INPUT, FROM_LAYER and the writers of a tensor of any shape, as bits."""
+    """FROM_INPUT, FROM_LAYER and the writers of a tensor of any shape, as bits."""
     return getattr(tensor, "_sparseift_flags", 0)
 
 
@@ -76,7 +78,8 @@ class CountedOp:
     """All calls of one op with one weight (or, without a weight, of one module) added up. Sizes are polynomials.
 
     `macs` is the forward pass; `grad_inputs` and `grad_weight` are the MACs of the gradients that a backward pass
-    computes (an LSTM's first step needs none for its state, the later ones do).
+    computes (an LSTM's first step needs none for its state, the later ones do), and `recomputed` those of the forward
+    products that it computes again.
     """
 
     owner: str  # path of the module that holds the weight, or that runs the product
@@ -91,6 +94,7 @@ class CountedOp:
     activations: Poly = field(default_factory=Poly)
     grad_inputs: Poly = field(default_factory=Poly)
     grad_weight: Poly = field(default_factory=Poly)
+    recomputed: Poly = field(default_factory=Poly)
     partial: bool = False  # its calls use slices of the weight, not all of it: a fused QKV in cross-attention
     projection: bool = False  # makes a query, key or value, or reads the result of an attention
     first: bool = False  # reads the model's input, not another layer's output
@@ -144,6 +148,7 @@ class Recorder(TorchDispatchMode):
         self.computes_more: set[str] = set()  # paths of layers whose forward is not one product of their weight
         self.read = 0  # writer bits of the layers whose output another layer reads
         self.flow = Flow()
+        self.backward = Backward()
 
     def second_pass(self) -> Recorder:
         """A recorder for a second forward pass over the same parameters; what it counts is not used."""
@@ -192,7 +197,7 @@ class Recorder(TorchDispatchMode):
 
     def register_parameter(self, key: str, parameter: Tensor, requires_grad: bool) -> None:
         """Remember the fake tensor (any shape) of the parameter `key`, found again by its storage."""
-        annotate(parameter, NEEDS_GRAD if requires_grad else 0)
+        annotate(set_node(parameter, Node() if requires_grad else None), 0)
         set_summands(parameter, frozenset([PARAMETER_PREFIX + key]))
         storage = parameter.untyped_storage()._cdata
         self.parameters.setdefault(storage, (key, parameter))
@@ -228,11 +233,14 @@ class Recorder(TorchDispatchMode):
         outputs: Poly,
         kernel: tuple[int, ...] = (),
         groups: Poly | None = None,
-    ) -> CountedOp:
+        *,
+        grad_inputs: Poly | None = None,
+    ) -> None:
         """Count one product of activations `x` [..., inputs, ...] with `weight`, of the kind's own shapes, into `out`.
 
         `macs` of the forward pass; `inputs`, `outputs`, `kernel` and `groups` are those of the layer. A weight that is
-        not a parameter (computed in forward) makes it a product of two activations.
+        not a parameter (computed in forward) makes it a product of two activations. `grad_inputs`: MACs of the gradient
+        of x, where it is not a product of the same size as the forward one.
         """
         key, parameter = self.parameter_of(weight) or (None, None)
         op = self._op(self._owner(key), kind, key, inputs, outputs, kernel, groups)
@@ -240,13 +248,11 @@ class Recorder(TorchDispatchMode):
         op.activations += numel(out.shape)
         op.projection |= ATTENTION in producers_of(x)
         op.first |= bool(flags_of(x) & FROM_INPUT) and not flags_of(x) & FROM_LAYER
-        into_x, into_weight = (
-            flags_of(x) & NEEDS_GRAD,
-            flags_of(weight if parameter is None else parameter) & NEEDS_GRAD,
-        )
-        if torch.is_grad_enabled():  # each gradient is a product of the same size as the forward one
-            op.grad_inputs += macs * Poly.const(into_x + (into_weight if parameter is None else 0))
-            op.grad_weight += macs * Poly.const(0 if parameter is None else into_weight)
+        of_x = (macs if grad_inputs is None else grad_inputs) if node_of(x) is not None else Poly()
+        of_weight = macs if node_of(weight) is not None else Poly()
+        if parameter is None:
+            of_x, of_weight = of_x + of_weight, Poly()
+        self.backward.add_product(op, out, macs, of_x, of_weight)
         flags = flags_of(out)
         if op.is_layer:  # what wrote its operands, a layer has read
             self.read |= (flags_of(x) | flags_of(weight)) >> _WRITERS << _WRITERS
@@ -261,7 +267,6 @@ class Recorder(TorchDispatchMode):
                 op.partial, op.outputs = True, whole.divided_by(inputs) or outputs
             self.flow.note_weight_input(key, x)
             self.product_shapes[key] = tuple(map(poly_of, out.shape))
-        return op
 
     def _owner(self, key: str | None) -> str:
         """What an op with the parameter `key` is named after: its module, or the parameter itself if it is no `weight`."""
@@ -276,24 +281,27 @@ class Recorder(TorchDispatchMode):
         part: str,
         a: Tensor,
         b: Tensor,
-        out: Tensor | None,
+        out: Tensor,
         macs: Poly,
         causal: tuple[int, int] | None = None,
         *,
         by_size: bool = False,
+        stored: bool = True,
     ) -> None:
         """Count a product of two activations, `a` [..., m, k] with `b` [..., n, k] or [..., k, n]; `part`: qk, av or matmul.
 
-        `out` is None for the score matrix of a fused attention, which is never stored. `by_size`: see `AttentionScore`.
+        Not `stored` is the score matrix of a fused attention; then `out` is what follows from it, the attention's result.
+        `by_size`: see `AttentionScore`.
         """
         op = self._op(self.stack[-1], part, None, Poly(), Poly(), (), None)
         op.macs += macs
-        if out is not None:
+        if stored:
             op.activations += numel(out.shape)
+        if part == "av":
             annotate(out, flags_of(out), frozenset([ATTENTION]))
             set_summands(out, frozenset([UNKNOWN]))
-        if torch.is_grad_enabled():
-            op.grad_inputs += macs * Poly.const(sum(flags_of(t) & NEEDS_GRAD for t in (a, b)))
+        gradients = Poly.const(sum(node_of(t) is not None for t in (a, b)))
+        self.backward.add_product(op, out, macs, macs * gradients, Poly())
         op.causal = causal
         for producer, _ in producers_of(a) | producers_of(b):
             if producer in self.ops:
@@ -360,7 +368,8 @@ class Recorder(TorchDispatchMode):
         keys = poly_of(k.shape[-2])
         scores = numel(q.shape[:-2] if batch is None else batch) * poly_of(q.shape[-2]) * keys
         lengths = (int(q.shape[-2]), int(k.shape[-2])) if causal else None
-        self.count_product("qk", q, k, None, scores * poly_of(q.shape[-1]), lengths, by_size=by_size)
+        pairs = scores * poly_of(q.shape[-1])
+        self.count_product("qk", q, k, out, pairs, lengths, by_size=by_size, stored=False)
         self.count_product("av", q, v, out, numel(out.shape) * keys, lengths)
 
     # --- which layers wrote a tensor ---
@@ -385,23 +394,18 @@ class Recorder(TorchDispatchMode):
         """Run one primitive op; count it if it costs MACs, and annotate its results."""
         kwargs = kwargs or {}
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        flags, producers = 0, frozenset[Producer]()
+        flags, producers, sources = 0, frozenset[Producer](), list[Node]()
         for tensor in tensors:
             flags |= flags_of(tensor)
             producers |= producers_of(tensor)
-        if not torch.is_grad_enabled():
-            flags &= ~NEEDS_GRAD
+            node = node_of(tensor)
+            if node is not None:
+                sources.append(node)
         out = func(*args, **kwargs)
         packet = func.overloadpacket
         count = _COUNTED.get(packet)
         if count is not None:
-            count(self, args, kwargs, out)
-            result = next(t for t in tree_leaves(out) if isinstance(t, Tensor))
-            producers = producers_of(result)  # `count` set them, and the writer where it is a layer
-            if written := flags_of(result) >> _WRITERS:
-                flags = flags & ((1 << _WRITERS) - 1) | written << _WRITERS
             flags |= FROM_LAYER
-            self.flow.note_read(tensors)
         elif packet in (aten.add, aten.add_):
             if self._is_residual(args, out):
                 producers = frozenset[Producer]()  # a residual stream is not the product of one layer
@@ -409,23 +413,38 @@ class Recorder(TorchDispatchMode):
             self.softmaxed.add(self.stack[-1])
         elif not costs_no_macs(func):
             self.uncounted[f"{packet} in {self.stack[-1] or 'the model'}"] = None
+        node = self.backward.node(sources) if packet not in NO_GRADIENT else None
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self._annotate_result(tensor, flags, producers)
+                self._annotate_result(tensor, flags, producers, node, tensors)
         if count is None:
             self.flow.propagate(func, tensors, out)
+        else:
+            count(self, args, kwargs, out)
+            self.flow.note_read(tensors)
         return out
 
-    def _annotate_result(self, tensor: Tensor, flags: int, producers: frozenset[Producer]) -> None:
-        """Set flags and producers of a result, and of the tensor whose memory it is a view of; parameters keep their own."""
+    def _annotate_result(
+        self, tensor: Tensor, flags: int, producers: frozenset[Producer], node: Node | None, operands: list[Tensor]
+    ) -> None:
+        """Set flags, producers and node of a result, and of the tensor whose memory it is a view of."""
+        if node is not None and not (differentiable(tensor) or self.backward.function_depth):
+            node = None
         owned = self.parameter_of(tensor)
-        if owned:
-            annotate(tensor, flags_of(owned[1]) if torch.is_grad_enabled() else 0)
+        if owned:  # a parameter that is changed in place keeps its node
+            annotate(tensor, 0)
+            if tensor is not owned[1]:
+                set_node(tensor, node)
             return
         annotate(tensor, flags, producers)
+        set_node(tensor, node)
         base = tensor._base
-        if base is not None and flags & ~flags_of(base):  # y[:, :2] = f(x) writes into y through a view
-            annotate(base, flags_of(base) | flags, producers_of(base))
+        if base is not None:  # y[:, :2] = f(x) writes into y through a view
+            if flags & ~flags_of(base):
+                annotate(base, flags_of(base) | flags, producers_of(base))
+            if node is not None and any(tensor is operand for operand in operands):
+                own = node_of(base)
+                set_node(base, node if own is None else Node((own, node), self.backward.checkpoint))
 
     def _is_residual(self, args: Sequence[Any], out: Tensor) -> bool:
         """Whether an addition adds the outputs of two layers; then its dims are those of a residual stream."""
@@ -456,7 +475,7 @@ def matmul(rec: Recorder, a: Tensor, b: Tensor, out: Tensor) -> None:
         rec.count_weighted(kind, x, weight, out, macs, inner, outputs)
     elif a.dim() == 3:
         part = "av" if rec.stack[-1] in rec.softmaxed else "qk"
-        rec.count_product(part, a, b, out if part == "av" else None, macs)
+        rec.count_product(part, a, b, out, macs)
     else:
         rec.count_weighted("matmul", a, b, out, macs, inner, poly_of(b.shape[-1]))
 

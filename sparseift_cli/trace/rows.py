@@ -91,6 +91,7 @@ class RowBuilder:
             activations=self.named(row.activations),
             grad_inputs=self._per_mac(row, row.grad_inputs),
             grad_weight=self._per_mac(row, row.grad_weight),
+            recomputed=self._per_mac(row, row.recomputed),
             weight=row.weight,
             inputs=inputs,
             outputs=self.named(row.outputs),
@@ -136,7 +137,7 @@ class RowBuilder:
         return next((holder for holder in holders if holder is not module), None)
 
     def _per_mac(self, row: CountedOp, gradients: Poly) -> Fraction | int:
-        """MACs of gradients as a share of the forward MACs."""
+        """MACs of a backward pass as a share of the forward MACs."""
         sizes = self.run.facts.sizes
         share = Fraction(gradients.evaluate(sizes), row.macs.evaluate(sizes) or 1)
         return share if share.denominator > 1 else share.numerator

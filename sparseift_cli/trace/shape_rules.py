@@ -28,8 +28,9 @@ from torch.overrides import TorchFunctionMode
 
 from ..table.poly import Poly
 from .flow import pass_through_norm, set_summands, summands_of
+from .gradients import node_of, set_node
 from .layouts import WATCHED, IndexTracker, note_index, note_layout, note_sum
-from .record import ATTENTION, FROM_LAYER, NEEDS_GRAD, Recorder, annotate, conv, flags_of, matmul, numel, producers_of
+from .record import ATTENTION, FROM_LAYER, Recorder, annotate, conv, flags_of, matmul, numel, producers_of
 from .symint import Facts, poly_of
 
 Rule = Callable[..., Any]  # (rules, *arguments of the function) -> its result, or NotImplemented
@@ -45,6 +46,8 @@ class ShapeRules(TorchFunctionMode):
         self.indices = IndexTracker(facts)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch._C._are_functorch_transforms_active():  # vmap hides the batch: the recorder sees it, one level lower
+            return func(*args, **(kwargs or {}))
         return self.indices.follow(func, args, kwargs or {}, self._answer(func, args, kwargs))
 
     def _answer(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -77,11 +80,10 @@ class ShapeRules(TorchFunctionMode):
             if source is not None:
                 flags |= flags_of(source)
                 producers |= producers_of(source)
-        if not torch.is_grad_enabled():
-            flags &= ~NEEDS_GRAD
         if not linear:
             self.recorder.flow.note_read((like, *sources))
         out = annotate(like.new_empty(tuple(shape)), flags, frozenset() if counted else producers)
+        set_node(out, self.recorder.backward.node_from((like, *sources)))
         return set_summands(out, summands_of(like)) if linear else out
 
 
@@ -272,7 +274,7 @@ def _attention(
             if not _is_one(have):
                 rules.require_equal(have, want)
     shape = (*_broadcast(rules, scores, values), query.shape[-2], value.shape[-1])
-    out = rules.new_output(query, shape, key, value, counted=True)
+    out = rules.new_output(query, shape, key, value, attn_mask, counted=True)
     rules.recorder.count_attention(query, key, value, out, is_causal, by_size=scale is None, batch=scores)
     return out
 
@@ -384,6 +386,7 @@ def _baddbmm(rules: ShapeRules, input: Tensor, batch1: Tensor, batch2: Tensor, *
     for have, want in zip(reversed(input.shape), reversed(out.shape), strict=False):
         if not (isinstance(have, int) and have == 1):
             rules.require_equal(have, want)
+    set_node(out, rules.recorder.backward.node_from((out, input)))
     return annotate(out, flags_of(out) | flags_of(input), producers_of(out))
 
 
@@ -423,7 +426,18 @@ def _getitem(rules: ShapeRules, input: Tensor, index: Any) -> Any:
 def _detach(rules: ShapeRules, input: Tensor) -> Any:
     """The same values without a gradient; DisableTorchFunctionSubclass keeps this call from this mode."""
     with torch._C.DisableTorchFunctionSubclass():
-        return annotate(input.view(input.shape), flags_of(input) & ~NEEDS_GRAD, producers_of(input))
+        out = annotate(input.view(input.shape), flags_of(input), producers_of(input))
+    return out if rules.recorder.backward.function_depth else set_node(out, None)
+
+
+def _detach_in_place(rules: ShapeRules, input: Tensor) -> Any:
+    return input if rules.recorder.backward.function_depth else set_node(input, None)
+
+
+def _set_grad_enabled(rules: ShapeRules, enabled: bool) -> None:
+    """What torch.no_grad and torch.enable_grad call."""
+    rules.recorder.backward.set_grad_mode(enabled)
+    torch._C._set_grad_enabled(enabled)
 
 
 def _ctc_loss(rules: ShapeRules, log_probs: Tensor, *args: Any, reduction: str = "mean", **__: Any) -> Any:
@@ -473,7 +487,7 @@ def _recurrent(gates: int) -> Rule:
             width = sum(o.shape[-1] for o in outputs)
             note_sum(rules.facts, width, [o.shape[-1] for o in outputs])
             x = rules.new_output(outputs[0], (*x.shape[:-1], width), *outputs, counted=True)
-        finals = tuple(annotate(s.new_empty(s.shape), flags_of(x)) for s in states)
+        finals = tuple(annotate(set_node(s.new_empty(s.shape), node_of(x)), flags_of(x)) for s in states)
         return (x, *finals)
 
     return rule
@@ -508,17 +522,20 @@ def _direction(
         rows.append((None, projection, [x, *states, *cells]))
     for source, weight, initial_states in rows:
         product = annotate(out.new_empty((*x.shape[:-1], weight.shape[0])), flags_of(out))
+        set_node(product, node_of(out))
         inputs, outputs = poly_of(weight.shape[1]), poly_of(weight.shape[0])
-        read = source if source is not None else annotate(out.new_empty(out.shape), flags_of(out) | FROM_LAYER)
-        row = rules.recorder.count_weighted("linear", read, weight, product, tokens * inputs * outputs, inputs, outputs)
+        read = source
+        if read is None:
+            read = set_node(annotate(out.new_empty(out.shape), flags_of(out) | FROM_LAYER), node_of(out))
+        steps_with_gradient = tokens
+        if initial_states is not None and all(node_of(state) is None for state in initial_states):
+            steps_with_gradient = tokens - first_step
+        each = inputs * outputs
+        rules.recorder.count_weighted(
+            "linear", read, weight, product, tokens * each, inputs, outputs, grad_inputs=steps_with_gradient * each
+        )
         annotate(out, flags_of(out) | flags_of(product))
-        if initial_states is not None and flags_of(read) & NEEDS_GRAD and not _any_needs_grad(initial_states):
-            row.grad_inputs -= first_step * inputs * outputs
     return out, cell
-
-
-def _any_needs_grad(tensors: Sequence[Tensor]) -> bool:
-    return any(flags_of(t) & NEEDS_GRAD for t in tensors)
 
 
 _RECURRENT = {
@@ -572,4 +589,8 @@ _RULES: dict[Any, Rule] = {
     F.interpolate: _interpolate,
     Tensor.__getitem__: _getitem,
     Tensor.detach: _detach,
+    torch.detach: _detach,
+    Tensor.data.__get__: _detach,  # pyright: ignore[reportAttributeAccessIssue]
+    Tensor.detach_: _detach_in_place,
+    torch._C._set_grad_enabled: _set_grad_enabled,
 }

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_map_only
 
 from .fake_mode import fake_mode
 from .flow import is_layer_norm
+from .gradients import following_functions, tensors_in
 from .record import FROM_INPUT, Recorder, annotate
 from .shape_rules import ShapeRules
 from .symint import Facts, poly_of
@@ -169,16 +170,27 @@ def _forward(
         (inputs, dict(kwargs)),
     )
     # A function mode (ShapeRules) is asked before a dispatch mode (the recorder): what it answers, the recorder never sees.
-    modes = recorder, ShapeRules(run.facts, recorder)
     with (
         _following_modules(model, recorder),
         _runnable_modules(recorder),
+        following_functions(recorder.backward),
         warnings.catch_warnings(),
-        modes[0],
-        modes[1],
+        recorder,
+        ShapeRules(run.facts, recorder),
     ):
         warnings.simplefilter("ignore")  # on performance, and nothing is computed
         run.outputs.append(model(*args, **named))
+    recorder.backward.finish([*tensors_in(run.outputs[-1]), *_stored_tensors(model)])
+
+
+def _stored_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors among the plain attributes of modules: a forward pass may store an auxiliary loss there."""
+    for module in model.modules():
+        for name, value in module.__dict__.items():
+            if isinstance(value, Tensor):
+                yield value
+            elif type(value) in (list, tuple, dict) and name not in ("_parameters", "_buffers"):
+                yield from (t for t in (value.values() if isinstance(value, dict) else value) if isinstance(t, Tensor))
 
 
 def _has_unreached_weights(model: nn.Module, recorder: Recorder) -> bool:

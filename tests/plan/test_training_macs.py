@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 import sparseift_cli as sparseift
 from sparseift_cli.plan.plan import Plan
@@ -41,10 +43,15 @@ class Products(TorchDispatchMode):
         return out
 
 
+def loss(output: Any) -> Tensor:
+    """Of all that can have a gradient."""
+    return torch.stack([t.square().sum() for t in tree_leaves(output) if t.requires_grad]).sum()
+
+
 def executed(model: nn.Module, x: Tensor) -> int:
     """Of one training step, forward and backward."""
     with torch.backends.mkldnn.flags(enabled=False), Products() as products:  # one op would make a whole LSTM
-        model.train()(x).square().sum().backward()
+        loss(model.train()(x)).backward()
     return products.macs
 
 
@@ -137,6 +144,191 @@ def test_a_caller_without_gradients_gets_the_cost_of_training(
     ]
     new(x).sum().backward()
     assert all(p.grad is not None for p in new.parameters())
+
+
+# --- what reaches the loss, Functions, checkpoints ---
+
+
+class Swish(torch.autograd.Function):
+    """Its forward runs while gradients are switched off."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        s = torch.sigmoid(x)
+        return grads[0] * s * (1 + x * (1 - s))
+
+
+class Sign(torch.autograd.Function):
+    """Straight through: no tensor inside passes a gradient on. New style, and a no_grad that means nothing."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return (x.detach() > 0).float()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+class Product(torch.autograd.Function):
+    """A linear layer with its own backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x.detach() @ weight.detach().t()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return grads[0] @ weight, grads[0].t() @ x
+
+
+class OwnCheckpoint(torch.autograd.Function):
+    """As in several diffusion models."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        ctx.run = run
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return run(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            out = ctx.run(x)
+        torch.autograd.backward(out, grads[0])
+        assert x.grad is not None
+        return None, x.grad
+
+
+def layers(forward: Callable[[Net, Tensor], Any]) -> Net:
+    """Four linear layers; a costs 2 * 4 * 6 MACs, b and c 2 * 6 * 6, d 2 * 6 * 3."""
+    return Net(forward, a=nn.Linear(4, 6), b=nn.Linear(6, 6), c=nn.Linear(6, 6), d=nn.Linear(6, 3))
+
+
+def teacher(n: Net, x: Tensor) -> Tensor:
+    y = torch.relu(n.a(x))
+    with torch.no_grad():
+        target = n.c(n.b(y))
+    return n.d(y) - target.mean()
+
+
+def teacher_in_a_checkpoint(n: Net, x: Tensor) -> Tensor:
+    def inside(y: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = n.c(y)
+        return torch.relu(n.b(y)) - target
+
+    return n.d(checkpoint(inside, n.a(x), use_reentrant=True))
+
+
+def stores(n: Net, x: Tensor) -> Tensor:
+    y = n.a(x)
+    n.loss = n.b(y).square().mean()
+    return n.d(y)
+
+
+def writes_in_place(n: Net, x: Tensor) -> Tensor:
+    y = x.new_zeros(2, 6)
+    y[:, :3] = n.b(n.a(x))[:, :3]
+    return n.d(y)
+
+
+def nested(n: Net, x: Tensor) -> Tensor:
+    def inner(y: Tensor) -> Tensor:
+        return torch.tanh(n.c(torch.tanh(n.b(y))))
+
+    return n.d(checkpoint(lambda y: torch.tanh(checkpoint(inner, y, use_reentrant=False)), n.a(x), use_reentrant=False))
+
+
+def recomputed(n: Net, x: Tensor, *, reentrant: bool) -> Tensor:
+    def block(y: Tensor) -> Tensor:
+        return torch.tanh(n.c(torch.tanh(n.b(y))))
+
+    return n.d(checkpoint(block, torch.relu(n.a(x)), use_reentrant=reentrant))
+
+
+REACHED: dict[str, Callable[[Net, Tensor], Any]] = {
+    "Function": lambda n, x: n.d(Swish.apply(n.c(Swish.apply(n.b(Swish.apply(n.a(x))))))),
+    "Function of a comparison": lambda n, x: n.d(Sign.apply(n.b(Sign.apply(n.a(x))))),
+    "Function with a product": lambda n, x: n.d(Product.apply(Product.apply(n.a(x), n.b.weight), n.c.weight)),
+    "Function of an input": lambda n, x: n.a(Swish.apply(x)),
+    "reentrant checkpoint": lambda n, x: recomputed(n, x, reentrant=True),
+    "checkpoint": lambda n, x: recomputed(n, x, reentrant=False),
+    "own checkpoint": lambda n, x: n.d(OwnCheckpoint.apply(lambda y: torch.relu(n.b(y)), n.a(x))),
+    "reentrant checkpoint of the input alone": lambda n, x: n.d(checkpoint(n.a, x, use_reentrant=True)),
+    "nested checkpoints": nested,
+    "checkpoint without a reader": lambda n, x: (checkpoint(n.b, n.a(x), use_reentrant=True), n.d(n.a(x)))[1],
+    "no_grad in a reentrant checkpoint": teacher_in_a_checkpoint,
+    "teacher": teacher,
+    "detach in the middle": lambda n, x: n.d(n.c(n.b(n.a(x)).detach())),
+    "detach as a function": lambda n, x: n.d(torch.detach(n.b(n.a(x)))),
+    "detach in place": lambda n, x: n.d(n.b(n.a(x)).detach_()),
+    "data": lambda n, x: n.d(n.b(n.a(x)).data),
+    "detached weight": lambda n, x: n.d(nn.functional.linear(n.a(x), n.b.weight.detach())),
+    "data of a weight": lambda n, x: n.d(n.a(x) @ n.b.weight.data.t()),
+    "unused branch": lambda n, x: (n.b(n.a(x)), n.d(n.a(x)))[1],
+    "argmax": lambda n, x: n.d(nn.functional.one_hot(n.b(n.a(x)).argmax(-1), 6).float()),
+    "straight through": lambda n, x: n.d((y := n.a(x)) + (n.b(y) - y).detach()),
+    "comparison": lambda n, x: n.d(n.a(x) * (n.b(n.a(x)) > 0)),
+    "shape alone": lambda n, x: n.d(torch.ones_like(n.b(n.a(x)))),
+    "two outputs": lambda n, x: {"one": n.d(n.a(x)), "two": [n.b(n.a(x)), n.c(n.a(x)).detach()]},
+    "writes in place": writes_in_place,
+    "attention mask": lambda n, x: n.d(
+        nn.functional.scaled_dot_product_attention(*[n.a(x)[None]] * 3, attn_mask=n.b(n.a(x)).mean(-1, keepdim=True))
+    ),
+    "vmap": lambda n, x: n.d(torch.vmap(lambda row: torch.relu(n.b(n.a(row))))(x)),
+}
+
+
+@pytest.mark.parametrize("name", REACHED)
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_training_costs_what_autograd_executes(name: str) -> None:
+    model, x = layers(REACHED[name]), torch.randn(2, 4)
+    assert sparseift.flops(model, x).dense.training_macs == executed(model, x)
+
+
+def test_what_a_function_and_a_checkpoint_cost_by_hand() -> None:
+    """Each layer three times, but the first, whose input needs no gradient; what is checkpointed a fourth time."""
+    a, b, c, d = 2 * 4 * 6, 2 * 6 * 6, 2 * 6 * 6, 2 * 6 * 3
+    for name, macs in (("Function", 2 * a + 3 * (b + c + d)), ("reentrant checkpoint", 2 * a + 4 * (b + c) + 3 * d)):
+        assert sparseift.flops(layers(REACHED[name]), torch.randn(2, 4)).dense.training_macs == macs
+
+
+def test_a_loss_that_a_module_stores_is_a_loss() -> None:
+    a, b, d = 2 * 4 * 6, 2 * 6 * 6, 2 * 6 * 3
+    dense = sparseift.flops(layers(stores), torch.randn(2, 4)).dense
+    assert dense.training_macs == 2 * a + 3 * b + 3 * d
+
+
+def test_a_model_that_returns_classes_trains_by_a_loss_elsewhere() -> None:
+    a, d = 2 * 4 * 6, 2 * 6 * 3
+    dense = sparseift.flops(layers(lambda n, x: n.d(n.a(x)).argmax(-1)), torch.randn(2, 4)).dense
+    assert dense.training_macs == 2 * a + 3 * d
+
+
+def test_match_train_counts_what_is_checkpointed_twice() -> None:
+    model, x = layers(REACHED["reentrant checkpoint"]), torch.randn(2, 4)
+    plain = layers(lambda n, x: n.d(torch.tanh(n.c(torch.tanh(n.b(torch.relu(n.a(x))))))))
+    spent = [sparseift.flops(m, x, sparsity=0.5, match="train") for m in (model, plain)]
+    for result in spent:
+        assert result.transformed is not None
+        assert result.transformed.training_macs <= result.dense.training_macs
+    assert spent[0].dense.training_macs - spent[1].dense.training_macs == 2 * 2 * 6 * 6
 
 
 # --- frozen layers ---
