@@ -48,20 +48,23 @@ def allocate_nonzeros(
     require_transformed(distribution.globs, [layers[i].layer.name for i in which])
     given = {i: d for i in which if (d := distribution.given(layers[i].layer.name)) is not None}
     pattern = spec.mask_pattern
+    shared = spec.match == "off" and distribution.solved_when_off
     if pattern.density is not None:
-        if spec.match in ("model", "train") or given:
-            what = "the model's FLOPs cannot be matched by it" if not given else "no other can be given"
+        if spec.match in ("model", "train") or given or shared:
+            what = "no other can be given" if given or shared else "the model's FLOPs cannot be matched by it"
             raise UsageError(
                 f"pattern {spec.pattern} fixes every density, so {what}",
                 hint="use --match layer, or a block or unstructured pattern",
             )
         return [_fixed_density(p, pattern) if p.status == "transformed" else p for p in layers], None
     for i in which:
-        if i in given or spec.match == "off":
+        if i in given or (spec.match == "off" and not shared):
             layers[i] = _with_nonzeros(layers[i], _at_density(layers[i], given.get(i, spec.density), spec), spec)
         elif spec.match == "layer":
             nnz = clamp_to_room(layers[i], layers[i].dense_macs // layers[i].positions, spec)
             layers[i] = _with_nonzeros(layers[i], nnz, spec)
+    if shared:
+        return _share_nonzeros(layers, [i for i in which if i not in given], spec), None
     if spec.match not in ("model", "train"):
         return layers, None
     return _match_model(_ModelBudget(layers, [i for i in which if i not in given], spec, training, widening))
@@ -95,6 +98,39 @@ def _at_density(plan: LayerPlan, density: Fraction, spec: TransformSpec) -> int:
     """Non-zeros of a layer whose masked parts have a density of their own, whatever that costs."""
     dense = plan.dense_nnz
     return clamp_to_room(plan, dense + floor(density * (plan.weights - dense)), spec)
+
+
+def _share_nonzeros(layers: list[LayerPlan], shared: Sequence[int], spec: TransformSpec) -> list[LayerPlan]:
+    """The rows with the non-zeros that the sparsity leaves of all their masked weights, as the distribution has it.
+
+    RigL's baseline: Erdos-Renyi-Kernel at the dense widths. The total is floor(density * weights), exactly.
+    """
+    chosen = [layers[i] for i in shared]
+    dense = [p.dense_nnz for p in chosen]
+    masked = [p.weights - n for p, n in zip(chosen, dense, strict=True)]
+    weighed = [
+        BudgetedLayer(p.layer.name, p.parts[-1].shape, p.layer.kernel, n, n)
+        for p, n in zip(chosen, masked, strict=True)
+    ]
+    densities = checked_densities(spec, weighed, spec.density * sum(masked))
+    budgets = [d * n for d, n in zip(densities, masked, strict=True)]
+    unit = spec.mask_pattern.unit
+    caps = [(_room(p, spec.mask_pattern) - n) // unit for p, n in zip(chosen, dense, strict=True)]
+    for i, n, count in zip(shared, dense, round_to_budget(budgets, [unit] * len(caps), caps), strict=True):
+        layers[i] = _with_nonzeros(layers[i], clamp_to_room(layers[i], n + count * unit, spec), spec)
+    return layers
+
+
+def checked_densities(spec: TransformSpec, layers: Sequence[BudgetedLayer], budget: Fraction) -> list[Fraction]:
+    """What the distribution of `spec` makes of a budget, one density a layer.
+
+    Raises:
+        UsageError: it gives another number of them, or one below 0.
+    """
+    found = spec.distribution_rule.densities(layers, budget)
+    if len(found) != len(layers) or any(d < 0 for d in found):
+        raise UsageError(f"distribution {spec.distribution}: needs one density for each layer, none below 0")
+    return [Fraction(d) for d in found]
 
 
 def _with_nonzeros(plan: LayerPlan, nnz: int, spec: TransformSpec) -> LayerPlan:
@@ -179,10 +215,8 @@ class _ModelBudget:
         layers = [
             BudgetedLayer(p.layer.name, p.parts[-1].shape, p.layer.kernel, p.full_macs, p.dense_macs) for p in chosen
         ]
-        densities = self.spec.distribution_rule.densities(layers, scale * self.dense_macs)
-        if len(densities) != len(layers) or any(d < 0 for d in densities):
-            raise UsageError(f"distribution {self.spec.distribution}: needs one density for each layer, none below 0")
-        return [Fraction(d) * p.full_macs for d, p in zip(densities, chosen, strict=True)]
+        densities = checked_densities(self.spec, layers, scale * self.dense_macs)
+        return [d * p.full_macs for d, p in zip(densities, chosen, strict=True)]
 
     def cost_at(self, scale: Fraction) -> Fraction:
         """What the model costs of the budget with `chosen` at `scale` times its dense cost, before rounding to non-zeros."""

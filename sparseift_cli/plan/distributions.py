@@ -48,14 +48,17 @@ class BudgetedLayer:
 class Distribution(ABC):
     """How the MACs that the transformed layers of a model may cost are distributed over them."""
 
-    matches: ClassVar[tuple[str, ...]] = ("model", "train")
+    matches: ClassVar[tuple[str, ...]] = ("off", "model", "train")
     """What it can be used with: values of `TransformSpec.match`. Under `layer` each layer has a budget of its own."""
+    solved_when_off: ClassVar[bool] = True
+    """Under match off: `densities` shares all non-zeros that the sparsity leaves. False: each layer has the sparsity itself."""
 
     @abstractmethod
     def densities(self, layers: Sequence[BudgetedLayer], macs: Fraction) -> list[Fraction]:
         """A density for each layer, so that together they cost `macs`; less only where every layer is dense.
 
-        Called under match model and match train, with every transformed layer for which `given` has no density.
+        Called with every transformed layer for which `given` has no density. Under match off nothing bounds the cost, and what
+        is shared is the number of non-zeros: read weights for MACs, here and in `layers`.
 
         Args:
             layers: in the order of the model.
@@ -81,6 +84,7 @@ class Uniform(Distribution):
     """Every layer costs the same part of what it costs in the dense model."""
 
     matches: ClassVar[tuple[str, ...]] = ("off", "layer", "model", "train")
+    solved_when_off: ClassVar[bool] = False
 
     def densities(self, layers: Sequence[BudgetedLayer], macs: Fraction) -> list[Fraction]:
         """Not capped: what a layer cannot hold is left over."""
@@ -126,7 +130,7 @@ class PerLayer(Distribution):
         sparsities: (glob, sparsity as it is written), in order.
     """
 
-    matches: ClassVar[tuple[str, ...]] = ("off", "model", "train")
+    solved_when_off: ClassVar[bool] = False
 
     sparsities: tuple[tuple[str, str], ...]
 

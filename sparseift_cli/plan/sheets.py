@@ -79,6 +79,7 @@ def title_of(result: Audit) -> str:
         spec = result.plan.spec
         title += f": {result.plan.member.title.lower()}, sparsity {spec.sparsity}, match {spec.match}"
         title += f", scope {spec.scope}" if spec.scope != "all" else ""
+        title += f", distribution {spec.distribution}" if spec.distribution != "uniform" else ""
         title += ", a control" if result.control else ""
     return title + " (1 MAC = 2 FLOPs)"
 

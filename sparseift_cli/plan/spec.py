@@ -157,7 +157,7 @@ class TransformSpec:
     distribution: Annotated[
         str | Mapping[str, float | str] | PerLayer,
         Option(
-            "How non-zeros are distributed over layers; er and erk need match model or train.",
+            "How non-zeros are distributed over layers; er and erk need match model, train or off.",
             panel=_TRANSFORM,
             names=DISTRIBUTIONS,
             by_layer=True,
@@ -165,7 +165,7 @@ class TransformSpec:
     ] = "uniform"
     """A name; or a mapping from globs over layer names to sparsities, which is kept as a `PerLayer`. The first glob that
     matches a layer decides. Under match model and train these layers keep their sparsity and the others share the rest of the
-    budget; under match off the others have `sparsity`.
+    budget; under match off the others have `sparsity`. er and erk share all non-zeros that `sparsity` leaves under match off.
     """
 
     def __post_init__(self) -> None:

@@ -103,7 +103,10 @@ class EagerStep:
         if run.sparsifier is not None:
             run.sparsifier.step(found_inf=overflow)
         clip(run)
-        scaler.step(run.optimizer)
+        if (
+            not overflow
+        ):  # left to the scaler, PyTorch's fused SGD keeps a momentum that it never wrote, and adds it later
+            scaler.step(run.optimizer)
         scaler.update()
         run.optimizer.zero_grad(set_to_none=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from fractions import Fraction
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,58 @@ def test_it_is_the_layers_that_wide_widens(model: str, depthwise: str) -> None:
             assert row.macs == row.dense_macs and row.status == "untouched"
 
 
+def erdos_renyi(shapes: list[tuple[int, ...]], density: Fraction, *, kernel: bool) -> list[float]:
+    """Densities of layers (inputs a group, outputs, sides of the kernel if there is one), in floats, as RigL's code finds them.
+
+    eps * score for each, where a layer above 1 is dense and eps is solved again.
+    """
+    sizes = [prod(shape) for shape in shapes]
+    scores = [sum(used) / prod(used) for used in (shape if kernel else shape[:2] for shape in shapes)]
+    dense: set[int] = set()
+    while True:
+        rest = [n for n in range(len(shapes)) if n not in dense]
+        left = float(density) * sum(sizes) - sum(sizes[n] for n in dense)
+        eps = left / sum(scores[n] * sizes[n] for n in rest)
+        over = {n for n in rest if eps * scores[n] > 1}
+        if not over:
+            return [1.0 if n in dense else eps * scores[n] for n in range(len(shapes))]
+        dense.add(max(over, key=lambda n: scores[n]))
+
+
+@pytest.mark.parametrize("model", ["resnet50", "mobilenet_v2", "vit_s_16"])
+@pytest.mark.parametrize("distribution", ["er", "erk"])
+@pytest.mark.parametrize("sparsity", ["0.8", "0.9", "0.98"])
+def test_erdos_renyi_at_the_dense_widths(model: str, distribution: str, sparsity: str) -> None:
+    """The baseline of RigL and ITOP: all non-zeros that the sparsity leaves, to the last one, by the published formula."""
+    result = counted(model, sparsity=sparsity, distribution=distribution, depthwise="sparse")
+    assert result.plan is not None and result.transformed is not None
+    rows = [row for row in result.plan.layers if row.status == "transformed"]
+    assert sum(row.nnz for row in rows) == int((1 - Fraction(sparsity)) * sum(row.weights for row in rows))
+    shapes = [row.layer.shape(result.table.sizes) for row in rows]
+    plain = [(s.inputs // s.groups, s.outputs, *row.layer.kernel) for s, row in zip(shapes, rows, strict=True)]
+    want = erdos_renyi(plain, 1 - Fraction(sparsity), kernel=distribution == "erk")
+    for row, density in zip(rows, want, strict=True):
+        assert abs(row.nnz - density * row.weights) <= 1
+        assert row.macs == row.positions * row.nnz
+    assert result.transformed.forward_macs == sum(row.macs for row in result.plan.layers)
+
+
+def test_other_distributions_at_the_dense_widths() -> None:
+    """Sparsities by layer are kept, blocks are whole, and a pattern that fixes densities leaves nothing to distribute."""
+    by_layer = counted("resnet20", distribution={"layer3.*": 0.9}).plan
+    assert by_layer is not None
+    for row in by_layer.layers:
+        if row.status == "transformed":
+            assert row.nnz == row.weights // (10 if row.layer.name.startswith("layer3.") else 4)
+    blocks = counted("resnet20", distribution="erk", pattern="4x4").plan
+    assert blocks is not None
+    rows = [row for row in blocks.layers if row.status == "transformed"]
+    assert all(row.nnz % 16 == 0 for row in rows)
+    assert 0 <= sum(row.weights for row in rows) // 4 - sum(row.nnz for row in rows) < 16
+    with pytest.raises(UsageError, match="pattern 2:4 fixes every density, so no other can be given"):
+        counted("resnet20", sparsity="0.5", distribution="erk", pattern="2:4")
+
+
 def test_wide_with_a_layer_left_out_and_its_control_agree() -> None:
     left = {"exclude": ("layer2.0.conv1",)}
     wide = make_plan(load_table(Request("resnet18_cifar")), TransformSpec(sparsity="0.75", **left))
@@ -147,7 +200,6 @@ def test_updates_of_rigl_are_counted_as_always() -> None:
         ({"match": "layer"}, "so match layer cannot be held", "use it with match off"),
         ({"match": "model"}, "so match model cannot be held", "use it with match off"),
         ({"member": "sparse_doped"}, "a control of wide, not doped", "use member wide, or leave scope out"),
-        ({"distribution": "erk"}, "distribution erk has no budget to spread", "use distribution uniform"),
         ({"base_width": 128}, "base width 128 contradicts it", "leave one of them out"),
         ({"scope": "nothing"}, "scope", None),
     ],
@@ -253,6 +305,18 @@ def test_it_trains(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) 
     assert newest is not None
     masks = {k: v for k, v in newest.tensors.items() if k.startswith("masks/")}
     assert masks and all(int(m.count_nonzero()) == m.numel() // 4 for m in masks.values())
+
+
+def test_the_baseline_of_rigl_trains(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a recipe: RigL over masks of ERK, whose total stays what the sparsity leaves of all masked weights."""
+    monkeypatch.chdir(root)
+    path = tmp_path / "erk.yaml"
+    path.write_text(RECIPE.replace("match: off, ", "match: off, distribution: erk, "))
+    (summary,) = run_seeds(load(path), [0], tmp_path / "runs", None, lambda *_: None, lambda *_: None)
+    newest = RunDirectory.open(Path(summary["path"])).checkpoints.newest()
+    assert newest is not None
+    masks = [m for k, m in newest.tensors.items() if k.startswith("masks/")]
+    assert sum(int(m.count_nonzero()) for m in masks) == sum(m.numel() for m in masks) // 4
 
 
 def test_recipes_are_told_what_contradicts(tmp_path: Path) -> None:

@@ -43,11 +43,6 @@ class Wide(Member):
                 f"{what}, at fewer FLOPs than the dense model's, so match {spec.match} cannot be held",
                 hint="use it with match off",
             )
-        if "off" not in spec.distribution_rule.matches:
-            raise UsageError(
-                f"{what}, each to the sparsity itself, so distribution {spec.distribution} has no budget to spread",
-                hint="use distribution uniform",
-            )
         if spec.base_width is not None:
             raise UsageError(f"{what}, so base width {spec.base_width} contradicts it", hint="leave one of them out")
 
