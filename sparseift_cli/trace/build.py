@@ -20,9 +20,10 @@ from ..errors import UsageError
 from ..table.poly import Poly
 from ..table.table import OUTPUT, LayerTable, Width, WidthKind
 from . import symbolise
+from .layouts import equal_parts
 from .outputs import FEEDS_LOSS, mark_output_layers, returned, variables_of
 from .record import CountedOp
-from .rows import RowBuilder, row_name
+from .rows import RowBuilder
 from .structure import AttentionScore, DimLayout, LayoutKind, Structure
 from .symbolise import Origin, SymbolicRun
 from .symint import poly_of
@@ -142,6 +143,8 @@ class _Builder:
         self.run = run
         self.recorder = run.recorder
         self.variables = UnionFind(len(run.facts.sizes), run.facts.equations)
+        if more := equal_parts(run.facts, self.variables):
+            self.variables = UnionFind(len(run.facts.sizes), [*run.facts.equations, *more])
         self.returned = [returned(output) for output in run.outputs]
         self.width_ids: dict[int, int] = {}  # variable -> width id
         self.renaming = LazyRenaming(lambda v: self.width_ids[self.variables.find(v)])
@@ -160,7 +163,7 @@ class _Builder:
             by_products=self._by_products(),
             untraceable=untraceable,
         )
-        return TraceResult(table, self._structure())
+        return TraceResult(table, self._structure(rows.names))
 
     def _named(self, poly: Poly) -> Poly:
         """A polynomial over variables as one over width ids."""
@@ -261,7 +264,8 @@ class _Builder:
 
     # --- the second result ---
 
-    def _structure(self) -> Structure:
+    def _structure(self, names: Mapping[int, str]) -> Structure:
+        """`names`: of the rows, by the number of their op."""
         flow, rows, recorder = self.recorder.flow, list(self.recorder.ops.values()), self.recorder
         output = self.returned[0]
         flow.note_read(output.results.values())
@@ -275,8 +279,8 @@ class _Builder:
             },
             layouts=self._layouts(),
             all_layouts=self._all_layouts(),
-            activations=self._activations(rows),
-            own_activations=self._own_activations(rows),
+            activations=self._activations(rows, names),
+            own_activations=self._own_activations(rows, names),
             contracted_dims={
                 module: tuple(self._named(p) for p in dict.fromkeys(dims) if self._known(p))
                 for module, dims in recorder.contracted_dims.items()
@@ -330,22 +334,24 @@ class _Builder:
                     found.setdefault(self._named(whole), {})[layout] = None
         return {whole: tuple(seen) for whole, seen in found.items()}
 
-    def _own_activations(self, rows: list[CountedOp]) -> dict[str, str]:
+    def _own_activations(self, rows: list[CountedOp], names: Mapping[int, str]) -> dict[str, str]:
         """Row -> the activation that reads it, where the row's output is not added to or joined with another."""
         found = {
-            row_name(r): self.recorder.own_activations.get(r.weight)
+            names[r.number]: self.recorder.own_activations.get(r.weight)
             for r in rows
             if r.weight and r.weight not in self.recorder.flow.merged
         }
         return {name: activation for name, activation in found.items() if activation}
 
-    def _activations(self, rows: list[CountedOp]) -> dict[str, str]:
+    def _activations(self, rows: list[CountedOp], names: Mapping[int, str]) -> dict[str, str]:
         """Row -> the next activation that runs after it, or the last one of the model if there is none."""
         events = self.recorder.activations
         if not events:
             return {}
         times = [time for time, _ in events]
-        return {row_name(r): events[min(bisect_right(times, r.order), len(events) - 1)][1] for r in rows if r.weight}
+        return {
+            names[r.number]: events[min(bisect_right(times, r.order), len(events) - 1)][1] for r in rows if r.weight
+        }
 
 
 def _kind_by_name(origins: list[Origin]) -> WidthKind:

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from ..table.poly import Poly
 from .record import annotate, flags_of, producers_of
 from .symint import Facts, poly_of
+from .union_find import LazyRenaming, UnionFind
 
 Dim = Any  # int or SymInt
 
@@ -91,6 +92,43 @@ def _note_view(facts: Facts, kind: Any, whole: Dim, parts: Sequence[Dim]) -> Non
         known = facts.layouts.get(key)
         if known is None or known[0] == "sum":  # a view tells more than a slice: the order of all parts
             facts.layouts[key] = (kind, tuple(poly_of(p) for p in parts))
+
+
+def equal_parts(facts: Facts, variables: UnionFind) -> list[Poly]:
+    """Equations (each is 0) between the parts of a concatenation that a view takes apart again into as many equal ones.
+
+    A bias `cat((q, k, v))` of a projection viewed as [3, heads, head_dim]: their sum alone would let q grow instead of k.
+
+    >>> facts = Facts()
+    >>> q, k, whole = (facts.symint(facts.new_variable(size)) for size in (8, 8, 16))
+    >>> note_sum(facts, q + k, [q, k])
+    >>> note_reshape(facts, (5, whole), (5, 2, 8))
+    >>> facts.equal(poly_of(whole), poly_of(q + k))
+    >>> equal_parts(facts, UnionFind(3, facts.equations))
+    [w0 + -1*w1]
+    """
+    views: dict[Poly, set[int]] = {}  # a dim of equal parts, minus any of its sums -> how many parts
+    for whole, seen in facts.all_layouts.items():
+        for kind, parts in seen:
+            if kind == "product" and parts[0].is_constant:
+                views.setdefault(whole, set()).add(parts[0].constant)
+    known = {equation.primitive() for equation in variables.equations}
+
+    def same(a: Poly, b: Poly) -> bool:
+        difference = (a - b).rename(LazyRenaming(variables.find)).primitive()
+        return not difference.terms or difference in known
+
+    found: dict[Poly, None] = {}
+    for whole, seen in facts.all_layouts.items():
+        for kind, parts in seen:
+            alike = kind == "sum" and len({part.evaluate(facts.sizes) for part in parts}) == 1
+            if (
+                alike
+                and len(set(parts)) > 1
+                and any(len(parts) in counts and same(view, whole) for view, counts in views.items())
+            ):
+                found |= dict.fromkeys(parts[0] - part for part in parts[1:] if part != parts[0])
+    return list(found)
 
 
 def _dim(tensor: Tensor, kwargs: dict[str, Any], rest: tuple[Any, ...], at: int) -> int:

@@ -53,6 +53,24 @@ class RowBuilder:
         for key in run.shapes:
             if key in self.tied:
                 self.by_module.setdefault(key.rpartition(".")[0], []).append(key)
+        self.names = self._names()
+
+    def _names(self) -> dict[int, str]:
+        """Number of an op -> the name of its row, which no other row has.
+
+        A name that a module or a parameter of the model has belongs to the row of that one: where a layer is called `attn.qk`,
+        the product of queries and keys in `attn` is `attn.qk product`.
+        """
+        reserved, names = {*self.modules, *self.tied}, dict[int, str]()
+        for op in sorted(self.recorder.ops.values(), key=lambda op: op.order):
+            name = _row_name(op)
+            own = () if op.weight is None else (op.weight, op.weight.rpartition(".")[0])
+            if (name in reserved and name not in own) or name in names.values():
+                name = f"{name} product" if op.weight is None else op.weight
+            while name in names.values():
+                name = f"{name} {op.kind}"
+            names[op.number] = name
+        return names
 
     def layers(self) -> list[Layer]:
         """Every row in the order of execution."""
@@ -82,7 +100,7 @@ class RowBuilder:
             kind = "depthwise" if groups == inputs else "grouped conv"
         role = self._role(row)
         return Layer(
-            name=row_name(row),
+            name=self.names[row.number],
             kind=kind,
             role=role,
             calls=row.calls,
@@ -181,7 +199,7 @@ class RowBuilder:
         return layers
 
 
-def row_name(row: CountedOp) -> str:
+def _row_name(row: CountedOp) -> str:
     """The module of the weight; for a product of activations, the module that computes it and the kind of product."""
     return f"{row.owner or 'model'}.{row.kind}" if row.weight is None else row.owner or row.weight
 

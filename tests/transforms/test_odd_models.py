@@ -297,6 +297,38 @@ def test_a_bias_read_in_part_follows_its_weight(sparsity: str, half: int) -> Non
     assert new(x).shape == (2, 3)
 
 
+class BiasInParts(nn.Module):
+    """Attention whose projection has a bias put together of three, as in Swin and BEiT: that of the key does not train."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__()
+        self.num_heads, self.key = 4, key
+        self.stem, self.qkv, self.proj = nn.Linear(8, 48), nn.Linear(48, 144, bias=False), nn.Linear(48, 48)
+        self.head = nn.Linear(48, 3)
+        self.q_bias, self.v_bias = nn.Parameter(torch.ones(48)), nn.Parameter(torch.ones(48))
+        if key == "parameter":
+            self.k_bias = nn.Parameter(torch.zeros(48))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        b, t, c = x.shape
+        k_bias = self.k_bias if self.key == "parameter" else torch.zeros_like(self.v_bias)
+        qkv = F.linear(x, self.qkv.weight, torch.cat((self.q_bias, k_bias, self.v_bias)))
+        q, k, v = qkv.reshape(b, t, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, c))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("key", ["parameter", "zeros_like"])
+@pytest.mark.parametrize(("sparsity", "width"), [("0.5", 68), ("0.75", 96), ("0.9", 152)])
+def test_the_parts_of_a_bias_grow_alike(key: str, sparsity: str, width: int) -> None:
+    """48 / sqrt(1 - s), rounded to whole heads; a sum alone would let one part grow for another."""
+    new, _ = sparseift.transform(BiasInParts(key).eval(), x := torch.zeros(1, 5, 8), sparsity=sparsity)
+    assert new.qkv.weight.shape == (3 * width, width)
+    assert {p.shape for name, p in new.named_parameters() if name.endswith("_bias")} == {(width,)}
+    assert new(x).shape == (1, 5, 3)
+
+
 @pytest.mark.parametrize("member", ["parallel", "factorized", "doped"])
 def test_shared_layers_are_replaced_once(member: str) -> None:
     shared = nn.Linear(16, 16)
