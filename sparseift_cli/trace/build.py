@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._pytree import tree_leaves
 
 from ..errors import UsageError
+from ..plan.widths import solve
 from ..table.poly import Poly
 from ..table.table import OUTPUT, LayerTable, Width, WidthKind
 from . import symbolise
@@ -152,13 +153,13 @@ class _Builder:
     def build(self, name: str, input_shape: tuple[int, ...], untraceable: str | None) -> TraceResult:
         mark_output_layers(self.recorder, self.returned, self.variables)
         widths = self._widths()
+        equations = tuple(dict.fromkeys(self._named(e) for e in self.variables.equations))
         rows = RowBuilder(self.model, self.run, self._named)
         table = LayerTable(
             model=name,
             input=input_shape,
             layers=tuple(rows.layers()),
-            widths=widths,
-            equations=tuple(dict.fromkeys(self._named(e) for e in self.variables.equations)),
+            **_as_configured(self.model, widths, equations),
             uncounted=tuple(self.recorder.uncounted),
             by_products=self._by_products(),
             untraceable=untraceable,
@@ -364,3 +365,56 @@ def _kind_by_name(origins: list[Origin]) -> WidthKind:
     if any(p.kind == "parameter" for p in origins):
         return "width"
     return "count"
+
+
+# --- sizes that a Hugging Face configuration can say ---
+
+_OWN_HEAD_DIM = ("head_dim", "d_kv", "kv_channels", "head_size")  # parts of the names under which it has one
+
+
+def _as_configured(model: nn.Module, widths: tuple[Width, ...], equations: tuple[Poly, ...]) -> dict[str, Any]:
+    """The widths and equations of a table, with what the configurations of `model` ask of sizes, where no width stays for it.
+
+    The library builds a saved model from its configuration alone, so sizes that this cannot say could not be loaded again.
+    """
+    for config in symbolise.configs_of(model):
+        size, heads = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads"))
+        if type(size) is not int or type(heads) is not int or heads < 2 or size % heads:
+            continue
+        stream = [i for i, w in enumerate(widths) if w.residual and w.size == size and w.fixed is None]
+        for asks in (_derived_sizes, _whole_heads) if stream else ():
+            more, asked = asks(config, size, heads, stream, widths, equations)
+            trial = (*widths, *more), (*equations, *asked)
+            if asked and solve(*trial).reasons.keys() <= solve(widths, equations).reasons.keys():
+                widths, equations = trial
+                break
+    return {"widths": widths, "equations": equations}
+
+
+def _whole_heads(
+    config: Any, size: int, heads: int, stream: list[int], widths: tuple[Width, ...], equations: tuple[Poly, ...]
+) -> tuple[list[Width], list[Poly]]:
+    """The residual stream is a multiple of the number of heads: configuration classes refuse others, needed or not."""
+    quotient = Width(f"{widths[stream[0]].name} / {heads} heads", size // heads, kind="head_dim")
+    return [quotient], [Poly.var(i) - Poly.const(heads) * Poly.var(len(widths)) for i in stream]
+
+
+def _derived_sizes(
+    config: Any, size: int, heads: int, stream: list[int], widths: tuple[Width, ...], equations: tuple[Poly, ...]
+) -> tuple[list[Width], list[Poly]]:
+    """Without a head_dim in it a head is hidden_size / heads, and sizes that it does not name are multiples of hidden_size."""
+    named = vars(config)
+    if any(type(value) is int and any(part in name for part in _OWN_HEAD_DIM) for name, value in named.items()):
+        return [], []
+    values = (value if isinstance(value, (list, tuple)) else (value,) for value in named.values())
+    numbers = {n for several in values for n in several if type(n) is int}
+    tied = {v for e in equations for v in e.variables}
+    whole, asked = Poly.var(stream[0]), [Poly.var(i) - Poly.var(stream[0]) for i in stream[1:]]
+    for i, width in enumerate(widths):
+        if width.fixed is not None or i in stream:
+            continue
+        if width.attention and width.size == size // heads:
+            asked.append(whole - Poly.const(heads) * Poly.var(i))
+        elif width.kind == "width" and i not in tied and width.size % size == 0 and width.size not in numbers - {size}:
+            asked.append(Poly.var(i) - Poly.const(width.size // size) * whole)
+    return [], asked

@@ -320,6 +320,12 @@ def is_config(value: Any) -> bool:
     return any(base.__name__ in ("PretrainedConfig", "PreTrainedConfig") for base in type(value).__mro__)
 
 
+def configs_of(model: nn.Module) -> list[Any]:
+    """Every configuration object that a module of `model` holds, once."""
+    held = {id(v): v for module in model.modules() for v in module.__dict__.values() if is_config(v)}
+    return list(held.values())
+
+
 def _int_attributes(attributes: Mapping[str, Any]) -> Iterator[tuple[str, set[int]]]:
     """(name, empty set) of each attribute that is an int above 1; (name, positions above 1) of each tuple of ints.
 

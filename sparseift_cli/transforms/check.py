@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..base.text import shape_text
+from ..base.text import shape_text, some_of
 from ..errors import CheckFailed
 from ..plan.plan import Plan
 from ..table.table import Layer
 from ..trace.build import TraceResult, trace
+from ..trace.fake_mode import no_init
 from ..trace.outputs import returned
+from ..trace.symbolise import is_config
 from .edits import Surgery
 
 _MAX_PROBLEMS = 5  # in one message
@@ -119,6 +122,83 @@ def _changed_outputs(before: Mapping[str, tuple[int, ...]], after: Mapping[str, 
         if want != have:
             what = f"output {name}" if name else "the output"
             yield f"{what} has shape {have}, not {want}" if have and want else f"{what} is {'new' if have else 'gone'}"
+
+
+# --- the configuration of a Hugging Face model ---
+
+_FEW = 1 << 27  # parameters up to which models are run again, in float64 or built anew
+_SAME = 1e-6  # of the largest output: no more than rounding
+
+
+def lost_by_configuration(model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+    """What `save_pretrained` would lose, as a note: the library builds a saved model from its configuration alone.
+
+    A model is built from a copy of the configuration, gets the weights of `model`, and must give the same outputs; without
+    values (on meta), or with many, its shapes and numbers are compared. None where nothing is lost, and of a model that has
+    no such configuration.
+    """
+    config: Any = model.__dict__.get("config")
+    if not (is_config(config) and hasattr(config, "from_dict")):
+        return None
+    runs = not any(p.is_meta for p in model.parameters()) and sum(p.numel() for p in model.parameters()) <= _FEW
+    device = "cpu" if runs else "meta"
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device(device), no_init(device):
+            again = type(model)(type(config).from_dict(config.to_dict()))
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return f"save_pretrained does not keep this model: {type(config).__name__} refuses its sizes ({reason})"
+    shapes, others = list(_other_shapes(again, model)), list(_other_numbers(again, model))
+    changes = ""
+    if runs and not shapes:
+        again.load_state_dict(model.state_dict(), strict=False)
+        try:
+            lost = deviation(again.to(next(model.parameters()).device), model, inputs, kwargs)
+        except RuntimeError as error:
+            changes = f" (the saved one does not run: {error})"
+        else:
+            changes = f" (outputs change by up to {lost:.2g} of the largest)"
+            if lost <= _SAME:
+                return None
+    elif not shapes and not others:
+        return None
+    what = (
+        f"{type(model).__name__} builds {some_of([*shapes, *others], 3)} from its configuration"
+        if shapes or others
+        else ""
+    )
+    return f"save_pretrained does not keep this model{changes}{': ' if what else ''}{what}; sparseift.save does keep it"
+
+
+def _other_shapes(built: nn.Module, model: nn.Module) -> Iterator[str]:
+    """Tensors of the state dict that `built`, made from the configuration of `model`, has in another shape."""
+    have = model.state_dict()
+    for key, tensor in built.state_dict().items():
+        if key not in have or have[key].shape != tensor.shape:
+            yield f"{key} as {shape_text(tensor.shape)}"
+
+
+def _other_numbers(built: nn.Module, model: nn.Module) -> Iterator[str]:
+    """Numbers of modules, and buffers that no state dict holds, that `built` has otherwise."""
+    modules = dict(model.named_modules())
+    for path, module in built.named_modules():
+        ours = modules.get(path)
+        if ours is None:
+            continue
+        for name in module._non_persistent_buffers_set:
+            one, other = ours._buffers.get(name), module._buffers.get(name)
+            if one is None or other is None or other.is_meta or one.is_meta:
+                continue
+            if one.shape != other.shape or not torch.allclose(one.double().cpu(), other.double().cpu(), rtol=1e-5):
+                yield f"{path}.{name} with other values".removeprefix(".")
+        for name, value in module.__dict__.items():
+            found = ours.__dict__.get(name)
+            if (
+                type(value) in (int, float)
+                and type(found) is type(value)
+                and not math.isclose(value, found, rel_tol=1e-6)
+            ):
+                yield f"{path}.{name} as {value:g}".removeprefix(".")
 
 
 # --- function: deviation from the dense model ---

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import skip_init
 
 from ..mask.attached import is_transposed
+from .edits import SetAttribute
 
 _CONVS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 _BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
@@ -157,3 +159,25 @@ def _trained_as(module: nn.Module, new: nn.Module) -> nn.Module:
         if parameter is not None and old is not None:
             parameter.requires_grad_(old.requires_grad)
     return new
+
+
+def set_attribute(root: nn.Module, edit: SetAttribute) -> None:
+    """Set a number of a module, of a configuration object, or in a dict of one, somewhere in `root`; a buffer of one element too.
+
+    Raises:
+        AttributeError, KeyError, IndexError: `root` has no such thing.
+    """
+    owner: Any = root
+    for part in edit.owner.split(".") if edit.owner else ():
+        owner = owner[part] if isinstance(owner, dict) else getattr(owner, part)
+    values: dict[str, Any] = owner if isinstance(owner, dict) else owner.__dict__
+    if isinstance(owner, nn.Module) and edit.name in owner._buffers:
+        buffer = owner._buffers[edit.name]
+        assert buffer is not None
+        owner._buffers[edit.name] = torch.full_like(buffer, edit.value)
+    elif edit.index is None:
+        values[edit.name] = edit.value
+    else:
+        items = list(values[edit.name])
+        items[edit.index] = edit.value
+        values[edit.name] = items if isinstance(values[edit.name], list) else tuple(items)

@@ -9,21 +9,20 @@ from __future__ import annotations
 import copy
 from typing import Any, TypeVar, cast
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..errors import CheckFailed, UsageError
+from ..errors import UsageError
 from ..plan.members import MEMBERS
 from ..plan.plan import Plan
 from ..trace.structure import Structure
-from ..trace.symbolise import is_config
 from . import attention
-from .edits import Replace, Resize, SetAttribute, Surgery
-from .layers import sync_sizes, take_over
+from .edits import Replace, Resize, Surgery
+from .layers import set_attribute, sync_sizes, take_over
 from .members import torch_half
 from .members.base import MemberModule
 from .members.layerwise import Layerwise
+from .rotary import set_frequencies
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -55,8 +54,8 @@ def apply_surgery(model: M, surgery: Surgery) -> M:
         for resize in surgery.resizes:
             _resize(new, resize, fresh)
         for edit in surgery.attributes:
-            _set_attribute(new, edit)
-        _set_frequencies(new, surgery, fresh, dict(model.named_buffers(remove_duplicate=False)))
+            set_attribute(new, edit)
+        set_frequencies(new, surgery, fresh, dict(model.named_buffers(remove_duplicate=False)))
         _replace_members(new, surgery)
     except (AttributeError, KeyError, IndexError) as error:
         raise UsageError(
@@ -82,64 +81,6 @@ def _resize(new: nn.Module, edit: Resize, fresh: dict[int, Tensor]) -> None:
             tensor.fill_(float(name == "running_var"))
         is_parameter = isinstance(old, nn.Parameter)
         fresh[id(old)] = nn.Parameter(tensor, requires_grad=old.requires_grad) if is_parameter else tensor
-
-
-def _set_frequencies(new: nn.Module, surgery: Surgery, fresh: dict[int, Tensor], old: dict[str, Tensor]) -> None:
-    """Frequencies of resized rotary embeddings: as their class computes them, or the same geometric series for more pairs.
-
-    Called after the attributes are set: a Hugging Face module computes its frequencies from the configuration.
-
-    Args:
-        old: buffers of the dense model by name, the frequencies of n pairs [n].
-    """
-    for edit in surgery.resizes:
-        if edit.rotary and not old[edit.key].is_meta:
-            made = _from_class(new.get_submodule(edit.key.rpartition(".")[0]), edit)
-            fresh[id(old[edit.key])].copy_(made if made is not None else _geometric(old[edit.key], edit))
-
-
-def _from_class(module: nn.Module, edit: Resize) -> Tensor | None:
-    """The frequencies [new number of pairs] of a new module from the changed configuration; None where it has none."""
-    config = module.__dict__.get("config")
-    if config is None or not is_config(config):
-        return None
-    with torch.device("cpu"):
-        made = type(module)(config)._buffers.get(edit.key.rpartition(".")[2])
-    return made if made is not None and tuple(made.shape) == edit.shape else None
-
-
-def _geometric(old: Tensor, edit: Resize) -> Tensor:
-    """The frequencies base ** (-i / n), i < n, for another n: [n] -> [edit.shape[0]], with the same base.
-
-    Raises:
-        CheckFailed: the old frequencies are not of this form.
-    """
-    n = old.shape[0]
-    base = float(old[-1].double()) ** (-n / (n - 1)) if n > 1 else 1.0
-    steps = torch.arange(n, dtype=torch.float64)
-    if not torch.allclose(old.double().cpu(), base ** (-steps / n), rtol=1e-4):
-        raise CheckFailed(
-            f"{edit.key} holds scaled rotary frequencies, which cannot be computed for another head_dim",
-            hint="--heads scale_count keeps the head_dim",
-        )
-    return base ** (-torch.arange(edit.shape[0], dtype=torch.float64) / edit.shape[0])
-
-
-def _set_attribute(new: nn.Module, edit: SetAttribute) -> None:
-    owner: Any = new
-    for part in edit.owner.split(".") if edit.owner else ():
-        owner = getattr(owner, part)
-    values = owner.__dict__
-    if isinstance(owner, nn.Module) and edit.name in owner._buffers:
-        buffer = owner._buffers[edit.name]
-        assert buffer is not None
-        owner._buffers[edit.name] = torch.full_like(buffer, edit.value)
-    elif edit.index is None:
-        values[edit.name] = edit.value
-    else:
-        items = list(values[edit.name])
-        items[edit.index] = edit.value
-        values[edit.name] = items if isinstance(values[edit.name], list) else tuple(items)
 
 
 def _replace_members(new: nn.Module, surgery: Surgery) -> None:

@@ -21,7 +21,7 @@ from ..plan.plan import Plan, make_plan
 from ..plan.spec import TrainingSpec, TransformSpec
 from ..trace.build import TraceResult, trace
 from ..trace.structure import Structure
-from .check import Measured, deviation, measure, require_as_planned
+from .check import Measured, deviation, lost_by_configuration, measure, require_as_planned
 from .edits import Surgery
 from .initialise import Init, initialise, preserve
 from .masking import count_unconnected, draw_masks
@@ -101,7 +101,7 @@ class Transformation:
     deviation: float | None = None
     """Start preserve: the largest difference to the dense model's output, relative to its largest value."""
     notes: tuple[str, ...] = ()
-    """Start preserve: sentences on what is not exact."""
+    """Sentences on what is not exact (start preserve), and on what `save_pretrained` would lose."""
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     """Start preserve: resized buffers that are not in the state dict and that surgery would set otherwise (frequencies)."""
     source: Mapping[str, Any] | None = field(default=None)
@@ -163,7 +163,7 @@ def transform_module(
         options,
         unconnected=(0, 0) if masks is None else count_unconnected(masks, surgery.masked),
         deviation=deviation(new, model, inputs, kwargs) if options.start == "preserve" else None,
-        notes=started.notes,
+        notes=(*started.notes, *filter(None, [lost_by_configuration(new, inputs, kwargs)])),
         buffers=started.buffers,
     )
     record(new, done)

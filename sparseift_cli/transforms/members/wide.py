@@ -39,6 +39,9 @@ _COUNTS = (
     "image",
     "patch",
     "channels",
+    "distance",
+    "window",
+    "length",
 )
 
 
@@ -189,9 +192,15 @@ class _NewSizes:
                 continue
             if new is not None and new != value:
                 yield SetAttribute(owner, name, new)
-        heads = set(self.head_dim.values())
-        if by_value and numbers.get("head_dim") is None and "num_attention_heads" in numbers and len(heads) == 1:
-            yield SetAttribute(owner, "head_dim", heads.pop())  # or it would be hidden_size // num_attention_heads
+        heads, number, hidden = (
+            set(self.head_dim.values()),
+            numbers.get("num_attention_heads"),
+            numbers.get("hidden_size"),
+        )
+        if by_value and numbers.get("head_dim") is None and number and len(heads) == 1:
+            new = heads.pop()
+            if hidden is None or self.stream.get(hidden, hidden) != number * new:
+                yield SetAttribute(owner, "head_dim", new)  # or it would be hidden_size // num_attention_heads
 
 
 def _pairs(dims: Iterable[Poly], plan: Plan) -> dict[int, int]:

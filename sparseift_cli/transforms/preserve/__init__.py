@@ -18,7 +18,7 @@ channels (`slack`). The function then differs a little; `deviation` in `transfor
     preserve/
       coordinates   where the dense channels are in every wider width
       norms         which norms are exact, and which weights change for them
-      attention     scales of queries, rotary frequencies
+      attention     scales of queries (rotary frequencies: `transforms/rotary`)
       slack         the mask of one wide weight
       wide          Sparse Wide, all of the above together; scope none
       factors       a matrix as a product of two

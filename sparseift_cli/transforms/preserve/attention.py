@@ -1,9 +1,7 @@
-"""Attention with longer heads: the same scores, by scaled queries and by rotary frequencies that stay.
+"""Attention with longer heads: the same scores, by scaled queries.
 
 Scores are q . k / sqrt(d). A longer head, d' > d, whose added coordinates add nothing to q . k would divide by sqrt(d')
-instead, so the queries are multiplied by sqrt(d' / d). A rotary embedding (Su et al. 2021, arXiv 2104.09864) rotates
-pair i of a head by the frequency theta ** (-2 i / d), so a longer head needs another theta for the dense pairs to keep
-theirs.
+instead, so the queries are multiplied by sqrt(d' / d). Rotary frequencies: `transforms/rotary`.
 """
 
 from __future__ import annotations
@@ -15,13 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...table.poly import Poly
 from ...trace.structure import AttentionScore, Structure
 from ..edits import SetAttribute, Surgery
 from .coordinates import Coordinates, LayerWeight
 from .norms import WidenedNorm
-
-_BASES = ("theta", "rope_theta", "base")
 
 
 def query_rows(weight: LayerWeight, structure: Structure, coordinates: Coordinates) -> Tensor | None:
@@ -104,22 +99,3 @@ def _scale_edits(score: AttentionScore, dense: nn.Module, surgery: Surgery, rati
             old = number_of(modules[edit.owner], edit.name)
             if old > 0 and math.isclose(abs(math.log(edit.value / old)), math.log(ratio) / 2, rel_tol=1e-5):
                 yield edit
-
-
-def rotary_bases(dense: nn.Module, structure: Structure, coordinates: Coordinates) -> Iterator[SetAttribute]:
-    """Edits of theta that keep the frequencies of the dense pairs, where a forward computes them from head_dim.
-
-    From n to n' pairs: theta' = theta ** (n' / n), since then theta' ** (i / n') = theta ** (i / n) for every i.
-    """
-    head_dims: dict[str, Poly] = {owner: dim for (owner, _, _), dim in structure.attributes.items()}
-    for path, module in dense.named_modules():
-        dim = head_dims.get(path)
-        if dim is None or coordinates.new_size(dim) == coordinates.dense_size(dim):
-            continue
-        if any(k.endswith("inv_freq") for k in module._buffers) or module._parameters or module._modules:
-            continue  # it stores its frequencies, or is not a rotary embedding
-        for name in _BASES:
-            theta = module.__dict__.get(name)
-            if isinstance(theta, (float, int)) and theta > 1:
-                ratio = coordinates.new_size(dim) / coordinates.dense_size(dim)
-                yield SetAttribute(path, name, float(theta) ** ratio)

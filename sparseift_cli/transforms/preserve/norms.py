@@ -31,7 +31,7 @@ Everything else is reported as not exact.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,7 @@ from ...base.text import some_of
 from ...table.poly import Poly
 from ...trace.flow import NORM_PREFIX, PARAMETER_PREFIX, UNKNOWN, is_layer_norm
 from ...trace.structure import Structure
+from ...trace.symbolise import is_config
 from ..edits import SetAttribute
 from .coordinates import Coordinates, LayerWeight
 
@@ -162,6 +163,33 @@ def _probe_kind(module: nn.Module, size: int, gain: str | None) -> tuple[bool, f
             return centres, float(bool(functional_call(module, zeros, (x,)).any()))
         except (RuntimeError, TypeError, ValueError):  # it takes another kind of input, so only its name is left
             return "rms" not in type(module).__name__.lower(), 0.0
+
+
+def configured_eps(new: nn.Module, edits: Sequence[SetAttribute]) -> list[SetAttribute]:
+    """The edits of the configurations in `new` that make norms which are built from them have the eps that `edits` set.
+
+    A configuration has one eps for all its norms, so only where every norm below it that has this eps gets the same new one.
+    """
+    changed = {(e.owner, e.name): e.value for e in edits if e.name in _EPS}
+    found: list[SetAttribute] = []
+    for path, holder in new.named_modules():
+        config = holder.__dict__.get("config")
+        if not is_config(config) or any(value is config for m in _parents(new, path) for value in m.__dict__.values()):
+            continue
+        below = {f"{path}.{p}".strip("."): m for p, m in holder.named_modules()}
+        norms = [(p, n, m.__dict__[n]) for p, m in below.items() for n in _EPS if type(m.__dict__.get(n)) is float]
+        for name, old in vars(config).items():
+            if "eps" in name and type(old) is float:
+                values = {changed.get((p, n), value) for p, n, value in norms if value == old}
+                if len(values) == 1 and (value := values.pop()) != old:
+                    found.append(SetAttribute(f"{path}.config".removeprefix("."), name, value))
+    return found
+
+
+def _parents(root: nn.Module, path: str) -> list[nn.Module]:
+    """The modules that the one at `path` is in, from the root on."""
+    parts = path.split(".") if path else []
+    return [root.get_submodule(".".join(parts[:n])) for n in range(len(parts))]
 
 
 # --- which weights must change ---

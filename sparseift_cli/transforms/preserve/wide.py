@@ -22,11 +22,13 @@ from ...base.randomness import generator_for
 from ...errors import UsageError
 from ...trace.flow import PARAMETER_PREFIX, is_layer_norm
 from ..edits import Masked, SetAttribute
+from ..layers import set_attribute
 from ..masking import draw_masks
+from ..rotary import keep_frequencies
 from . import DenseStart, Preserved
-from .attention import number_of, query_rows, rotary_bases, scale_queries
+from .attention import number_of, query_rows, scale_queries
 from .coordinates import HINT, Coordinates, LayerWeight, canonical_names, layer_weights
-from .norms import plan_norms, widened_norms
+from .norms import configured_eps, plan_norms, widened_norms
 from .slack import FreePositions, SlackMask, distribute_slack
 
 _NEUTRAL = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}  # of an added channel of a norm
@@ -76,14 +78,12 @@ class _WideFill:
             self.new, self.dense, self.surgery, self.structure, self.coordinates, self.weights, self.norm_plan.norms
         )
         edits = [e for n in self.norm_plan.norms if (e := n.eps_edit()) is not None]
-        edits += rotary_bases(self.dense, self.structure, self.coordinates)
+        sizes = self.coordinates.new_size, self.coordinates.dense_size
+        edits += keep_frequencies(self.new, self.dense, self.surgery, self.structure, *sizes)
         edits += self._restored_factors(compensated)
+        edits += configured_eps(self.new, edits)
         for edit in edits:
-            owner = self.new.get_submodule(edit.owner)
-            if edit.name in owner._buffers:
-                owner.get_buffer(edit.name).fill_(edit.value)
-            else:
-                owner.__dict__[edit.name] = edit.value
+            set_attribute(self.new, edit)
         notes = [*self.norm_plan.notes, *attention_notes, *self._mask_notes(choices)]
         buffers, saved = dict(self.new.named_buffers()), self.new.state_dict()
         unsaved = {r.key: buffers[r.key] for r in self.surgery.resizes if r.key in buffers and r.key not in saved}
