@@ -253,7 +253,7 @@ def copy_masks(source: nn.Module, target: nn.Module) -> None:
     Raises:
         UsageError: `target` is no copy of `source`: a weight is missing or has another shape.
     """
-    from .mask.attached import attach, masks_of, pattern_of, unwrapped
+    from .mask.attached import attach, masks_of, parts_of, pattern_of, unwrapped
 
     source, target = unwrapped(source), unwrapped(target)
     masks, theirs = masks_of(source), dict(target.named_parameters(remove_duplicate=False))
@@ -265,7 +265,8 @@ def copy_masks(source: nn.Module, target: nn.Module) -> None:
             )
     for key, mask in masks.items():
         path, _, name = key.rpartition(".")
-        attach(target, {key: mask.clone()}, pattern_of(source.get_submodule(path), name))
+        module = source.get_submodule(path)
+        attach(target, {key: mask.clone()}, pattern_of(module, name), {key: parts_of(module, name)})
 
 
 def untied(model: nn.Module) -> dict[str, Any]:

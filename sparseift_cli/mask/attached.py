@@ -14,14 +14,22 @@ from torch import Tensor, nn
 
 SUFFIX = "_mask"
 _PATTERN = "_mask_pattern"
+_PARTS = "_mask_parts"
+Rows = tuple[tuple[int, int], ...]
 
 
-def attach(model: nn.Module, masks: Mapping[str, Tensor], pattern: str = "unstructured") -> None:
+def attach(
+    model: nn.Module,
+    masks: Mapping[str, Tensor],
+    pattern: str = "unstructured",
+    parts: Mapping[str, Rows] | None = None,
+) -> None:
     """Put each mask [*shape of its weight], of that pattern, beside its weight, on the same device; masked weights are zeroed.
 
     Args:
         masks: bool, by the name of the parameter.
         pattern: of all of these masks; not checked here.
+        parts: of weights that consist of several, each with a number of non-zeros of its own: their rows.
 
     Raises:
         KeyError: `model` has no parameter of that name.
@@ -38,6 +46,8 @@ def attach(model: nn.Module, masks: Mapping[str, Tensor], pattern: str = "unstru
         mask = mask.to(weight.device, torch.bool)
         module.register_buffer(name + SUFFIX, mask, persistent=False)
         setattr(module, name + _PATTERN, pattern)
+        if parts and parts.get(key):
+            setattr(module, name + _PARTS, _with_gaps(parts[key], weight.shape[0]))
         with torch.no_grad():  # inverted and back in place: a copy of a large mask would need as much memory again
             weight.masked_fill_(mask.logical_not_(), 0)
             mask.logical_not_()
@@ -46,6 +56,18 @@ def attach(model: nn.Module, masks: Mapping[str, Tensor], pattern: str = "unstru
 def pattern_of(module: nn.Module, name: str) -> str:
     """The pattern of the mask beside the parameter `name` of `module`."""
     return getattr(module, name + _PATTERN, "unstructured")
+
+
+def parts_of(module: nn.Module, name: str) -> Rows:
+    """The rows [start, stop) of each part of the parameter `name` that keeps a number of non-zeros; none where all of it does."""
+    return getattr(module, name + _PARTS, ())
+
+
+def _with_gaps(parts: Rows, rows: int) -> Rows:
+    """`parts`, and the rows between and around them, so that each of `rows` is in one."""
+    ends = [0, *(end for part in parts for end in part), rows]
+    between = zip(ends[::2], ends[1::2], strict=True)
+    return tuple(sorted({*parts, *((start, stop) for start, stop in between if start < stop)}))
 
 
 def masks_of(model: nn.Module) -> dict[str, Tensor]:

@@ -82,3 +82,12 @@ class Layout:
     def by_channel(self, matrix: Tensor) -> Tensor:
         """The inverse of `by_tap`: [rows, columns] with the columns in the order channels x taps again."""
         return matrix.reshape(self.rows, self.taps, self.channels).transpose(1, 2).reshape(self.rows, -1)
+
+
+def part_name(key: str, start: int, stop: int) -> str:
+    """How messages, plans and checkpoints call rows [start, stop) of a weight.
+
+    >>> part_name("cross.in_proj_weight", 0, 64)
+    'cross.in_proj_weight[0:64]'
+    """
+    return f"{key}[{start}:{stop}]"

@@ -6,7 +6,7 @@ times a boolean mask takes several times as long. Both change in place, so hooks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from ..base.randomness import generator_for
 from ..errors import UsageError
-from ..mask.attached import SUFFIX, is_transposed, masks_of, pattern_of
-from ..mask.layout import Layout
+from ..mask.attached import SUFFIX, is_transposed, masks_of, parts_of, pattern_of
+from ..mask.layout import Layout, part_name
 from ..mask.patterns import UNSTRUCTURED, parse_pattern
 from ..mask.saliency import MaskLayout
 from .gpu.primitives import as_words, count, invert_
@@ -47,11 +47,12 @@ class SparseWeight:
         self._layout = Layout(tuple(self.parameter.shape), form.get("groups", 1), form.get("transposed", False))
         self.block_size = self.pattern.unit
         """Weights in a block."""
+        self._parts = parts_of(module, attribute)
         self.moves = moves and self.parameter.requires_grad
         self.ever_active = self.mask.clone()
         """Where a weight has ever been active, bool [*shape]; for the ITOP rate."""
         self.mask_float = torch.empty_like(self.parameter, requires_grad=False).copy_(self.mask)
-        self.nnz = int(self.mask.count_nonzero())
+        self._count()
         self.num_grown: int | Tensor = 0
         """Weights that the last update made active: an int, or an int64 scalar on the device that no one has read yet."""
         self.num_blocks = self.pattern.places(self._layout) // self.block_size
@@ -73,6 +74,36 @@ class SparseWeight:
         """`num_grown` as an int; waits for the device."""
         self.num_grown = int(self.num_grown)
         return self.num_grown
+
+    # --- parts: rows that are used at different numbers of positions, each with its own number of non-zeros ---
+
+    @property
+    def one_part(self) -> bool:
+        """Whether the non-zeros of the weight are counted together."""
+        return not self._parts
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """A name for each part; the weight's own where it is one."""
+        return tuple(part_name(self.name, *rows) for rows in self._parts) or (self.name,)
+
+    def in_parts(self, blocks: Tensor) -> tuple[Tensor, ...]:
+        """What `active_blocks` or `block_scores` gives, cut into the parts: views of the rows of each."""
+        side = 1 if self.single_weights else self.pattern.sides[0]
+        return tuple(blocks[start // side : stop // side] for start, stop in self._parts) or (blocks,)
+
+    def whole(self, parts: Sequence[Tensor]) -> Tensor:
+        """The inverse of `in_parts`."""
+        return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+    def _count(self) -> None:
+        self.nnz = int(self.mask.count_nonzero())
+        self.active_in_parts = [self.num_active]
+        """Active blocks of each part."""
+        if self._parts:
+            self.active_in_parts = [int(part.count_nonzero()) for part in self.in_parts(self.active_blocks())]
+
+    # --- blocks ---
 
     @property
     def single_weights(self) -> bool:
@@ -108,7 +139,7 @@ class SparseWeight:
         Args:
             blocks: as from `active_blocks`.
             state: tensors [*shape] of the optimiser.
-            nnz: the weights that are active then, where the caller has counted them.
+            nnz: the weights that are active then, where the caller knows that no part has another number of them.
         """
         new, inactive = self.mask_of_blocks(blocks), torch.empty_like(self.mask)
         before, after, words = as_words(self.mask, new, inactive)
@@ -158,7 +189,8 @@ class SparseWeight:
         self.mask_float.copy_(new.view(torch.uint8))  # several times as fast as from booleans
         ever, active = as_words(self.ever_active, new)
         ever |= active
-        self.nnz = int(new.count_nonzero()) if nnz is None else nnz
+        if nnz is None:
+            self._count()
 
 
 def find_weights(

@@ -53,7 +53,6 @@ from .statistics import WeightStatistics, check_ranks, statistics_of
 SCHEMA = "sparseift.sparsifier/1"
 FAST_ON = frozenset({"cuda"})
 """Devices on which masks are updated by `fast_drop_and_grow`. It saves waits for the device, and a CPU has none to save."""
-Arguments = tuple[Tensor, int, Tensor, Tensor, int, int, Regrow]
 
 
 class _Spec(Protocol):
@@ -175,8 +174,8 @@ class Sparsifier:
             for w in self.weights
             if w.moves
         }
-        self._final = {w.name: w.num_active for w in self.weights}
-        self._start = {w.name: self._initial_blocks(w) for w in self.weights}
+        self._final = {n: k for w in self.weights for n, k in zip(w.part_names, w.active_in_parts, strict=True)}
+        self._start = {n: k for w in self.weights for n, k in zip(w.part_names, self._initial_blocks(w), strict=True)}
         if state is not None:
             self.load_state_dict(state)
         else:
@@ -259,7 +258,7 @@ class Sparsifier:
 
     @property
     def nnz(self) -> Mapping[str, int]:
-        """Non-zeros of every sparse weight, as the next step will compute with them."""
+        """Non-zeros of every sparse weight (of every part, where it has several), as the next step will compute with them."""
         return self._nnz
 
     def masks(self) -> dict[str, Tensor]:
@@ -374,11 +373,12 @@ class Sparsifier:
     def _drop_and_grow(self, weights: list[SparseWeight], pending: _Pending) -> None:
         t, found = pending.step, dict[SparseWeight, Tensor]()
         for device in dict.fromkeys(w.parameter.device for w in weights):
-            if device.type in FAST_ON:
-                found |= self._fast_drop_and_grow([w for w in weights if w.parameter.device == device], pending)
+            fast = [w for w in weights if w.parameter.device == device and w.one_part]
+            if device.type in FAST_ON and fast:
+                found |= self._fast_drop_and_grow(fast, pending)
         for w in weights:
             gradient = pending.gradients.pop(w.name, None)
-            blocks = found[w] if w in found else drop_and_grow(*self.update_of(w, t, gradient))
+            blocks = found[w] if w in found else self.updated(w, t, gradient)
             w.set_mask(blocks, state_of(self.optimizer, w.parameter), nnz=w.nnz)
 
     def _fast_drop_and_grow(self, weights: list[SparseWeight], pending: _Pending) -> dict[SparseWeight, Tensor]:
@@ -405,12 +405,17 @@ class Sparsifier:
         failed = torch.cat(uncertain).tolist()  # the one wait for the device
         return {w: made for w, made, fails in zip(weights, blocks, failed, strict=True) if not fails}
 
-    def update_of(self, w: SparseWeight, t: int, gradient: Tensor | None) -> Arguments:
-        """The arguments of `drop_and_grow` for a weight at the update of step `t`; `gradient` [*shape] is the dense one."""
+    def updated(self, w: SparseWeight, t: int, gradient: Tensor | None) -> Tensor:
+        """The active blocks of a weight after the update of step `t`, part by part; `gradient` [*shape] is the dense one."""
         view, (_, ties) = self.view_of(w, t, gradient), self.keys_of(w, t)
         drop = w.block_scores(self.algorithm.drop_scores(view).float())
         grow = w.block_scores(self.algorithm.grow_scores(view).float())
-        return w.active_blocks(), w.num_active, drop, grow, self.drops(w, t), ties, self.regrow
+        parts = zip(*map(w.in_parts, (w.active_blocks(), drop, grow)), w.active_in_parts, strict=True)
+        made = [
+            drop_and_grow(active, n, down, up, self.algorithm.drops(n, t, self.schedule), ties, self.regrow)
+            for active, down, up, n in parts
+        ]
+        return w.whole(made)
 
     def fast_update_of(
         self, w: SparseWeight, gradient: Tensor | None, key: int | Tensor, numbers: Tensor, most: int
@@ -459,22 +464,24 @@ class Sparsifier:
         if not down:
             return
         require_finite({w.name: w.parameter for w in down}, "the weight", t)
-        for w, n in down.items():
+        for w, wanted in down.items():
             scores = w.block_scores(self.algorithm.drop_scores(self.view_of(w, t, dense.get(w.name))).float())
-            blocks = prune(w.active_blocks(), w.num_active, scores, n, self.keys_of(w, t)[1])
-            w.set_mask(blocks, state_of(self.optimizer, w.parameter))
+            key = self.keys_of(w, t)[1]
+            parts = zip(*map(w.in_parts, (w.active_blocks(), scores)), w.active_in_parts, wanted, strict=True)
+            made = [prune(active, count, of, n, key) for active, of, count, n in parts]
+            w.set_mask(w.whole(made), state_of(self.optimizer, w.parameter))
         self._count()
 
-    def _down(self, t: int) -> dict[SparseWeight, int]:
-        """The weights that step `t` computes with fewer non-zeros of, and how many."""
+    def _down(self, t: int) -> dict[SparseWeight, list[int]]:
+        """The weights that step `t` computes with fewer non-zeros of, and how many in each part."""
         if self.algorithm.start_density is None:  # only pruning algorithms have a density to come down from
             return {}
-        wanted = {
-            w: self.algorithm.nonzeros(t, self._start[w.name], self._final[w.name], self.schedule)
-            for w in self.weights
-            if w.moves
-        }
-        return {w: n for w, n in wanted.items() if n < w.num_active}
+        wanted = {w: self._wanted(w, t) for w in self.weights if w.moves}
+        return {w: counts for w, counts in wanted.items() if sum(counts) < w.num_active}
+
+    def _wanted(self, w: SparseWeight, t: int) -> list[int]:
+        """The active blocks that step `t` computes with, in each part of a weight."""
+        return [self.algorithm.nonzeros(t, self._start[n], self._final[n], self.schedule) for n in w.part_names]
 
     def _dense_gradients(self) -> dict[str, Tensor]:
         return {w.name: w.parameter.grad.clone() for w in self.weights if w.moves and w.parameter.grad is not None}
@@ -485,24 +492,32 @@ class Sparsifier:
 
     # --- the start ---
 
-    def _initial_blocks(self, w: SparseWeight) -> int:
-        """The blocks that are active at step 0: of the algorithm's start density, rounded down, but all planned ones."""
+    def _initial_blocks(self, w: SparseWeight) -> list[int]:
+        """The blocks of each part that are active at step 0: of the start density, rounded down, but all planned ones."""
         density = self.algorithm.start_density
         if density is None or not w.moves:
-            return w.num_active
-        return max(w.num_active, min(w.num_blocks, int(density * w.mask_float.numel() / w.block_size)))
+            return w.active_in_parts
+        places = [part.numel() for part in w.in_parts(w.active_blocks())]
+        sizes = [w.mask_float.numel()] if w.one_part else [n * w.block_size for n in places]
+        starts = (min(most, int(density * size / w.block_size)) for most, size in zip(places, sizes, strict=True))
+        return [max(active, start) for active, start in zip(w.active_in_parts, starts, strict=True)]
 
     def _densify(self, fill: Fill) -> None:
         """Give every weight the non-zeros that step 0 computes with."""
         for w in self.weights:
-            n = self.algorithm.nonzeros(0, self._start[w.name], self._final[w.name], self.schedule)
-            if n > w.num_active:
+            wanted = self._wanted(w, 0)
+            if sum(wanted) > w.num_active:
                 generator = generator_for(self.seed, w.name, "start")
-                w.densify(extend(w.active_blocks(), w.num_active, n, generator), fill, self.seed)
+                parts = zip(w.in_parts(w.active_blocks()), w.active_in_parts, wanted, strict=True)
+                w.densify(w.whole([extend(a, count, n, generator) for a, count, n in parts]), fill, self.seed)
         self._count()
 
     def _count(self) -> None:
-        self._nnz: Mapping[str, int] = {w.name: w.nnz for w in self.weights}
+        self._nnz: Mapping[str, int] = {
+            name: w.nnz if w.one_part else count * w.block_size
+            for w in self.weights
+            for name, count in zip(w.part_names, w.active_in_parts, strict=True)
+        }
 
 
 def magnitude(weight: Tensor) -> Tensor:

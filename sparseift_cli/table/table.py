@@ -84,6 +84,7 @@ class Layer:
     outputs: Poly = field(default_factory=Poly)
     kernel: tuple[int, ...] = ()
     groups: Poly = field(default_factory=lambda: Poly.const(1))
+    start: Poly | None = None  # where it uses rows [start, start + outputs) of the weight, not all of it
     tied_to: str | None = None
     host: str | None = None  # the class that holds or reads the weight, where a transformed layer cannot replace it
     projection: bool = False  # makes an attention product's query, key or value, or reads its result
@@ -122,6 +123,8 @@ class Layer:
                 data[key] = poly.to_json()
         if self.groups != Poly.const(1):
             data["groups"] = self.groups.to_json()
+        if self.start is not None:
+            data["start"] = self.start.to_json()
         if self.calls != 1:
             data["calls"] = self.calls
         for key in ("grad_inputs", "grad_weight", "recomputed", "weight", "tied_to", "host", "projection", "note"):
@@ -136,7 +139,7 @@ class Layer:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Layer:
         fields: dict[str, Any] = dict(data)
-        for key in ("macs", "params", "activations", "inputs", "outputs", "groups"):
+        for key in ("macs", "params", "activations", "inputs", "outputs", "groups", "start"):
             if key in fields:
                 fields[key] = Poly.from_json(fields[key])
         for key in ("kernel", "causal"):

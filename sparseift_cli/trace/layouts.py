@@ -21,18 +21,10 @@ from torch.utils._pytree import tree_leaves
 
 from ..table.poly import Poly
 from .record import annotate, flags_of, producers_of
-from .symint import Facts, poly_of
+from .symint import Facts, concrete, poly_of
 from .union_find import LazyRenaming, UnionFind
 
 Dim = Any  # int or SymInt
-
-
-def concrete(dim: Dim) -> int:
-    """The value of a dim in this run, as an int.
-
-    int(dim) would also fix the width to this value; this does not (see `symint`).
-    """
-    return dim.node.value if isinstance(dim, torch.SymInt) else int(dim)
 
 
 def note_reshape(facts: Facts, before: Sequence[Dim], after: Sequence[Dim]) -> None:

@@ -30,7 +30,7 @@ from ..table.poly import Poly
 from .flow import PARAMETER_PREFIX, UNKNOWN, Flow, layer_of, set_summands, summands_of
 from .gradients import Backward, Node, differentiable, node_of, set_node
 from .ops import NO_GRADIENT, costs_no_macs
-from .symint import poly_of
+from .symint import concrete, poly_of
 
 aten = torch.ops.aten
 
@@ -73,6 +73,27 @@ def _num_distinct(tensor: Tensor) -> Poly:
     )
 
 
+def _part_of(weight: Tensor, parameter: Tensor) -> tuple[tuple[int, ...] | None, Poly | None]:
+    """Which part of `parameter` [out, in, ...] a view of it is: (`at`, `start`) of a `CountedOp`.
+
+    `start` is known where the view is consecutive rows of it, or their transpose.
+    """
+    if _num_distinct(weight) == numel(parameter.shape):
+        return None, None
+    sizes, whole = tuple(map(concrete, weight.shape)), tuple(map(concrete, parameter.shape))
+    if math.prod(sizes) == math.prod(whole):
+        return None, None
+    offset, strides = weight.storage_offset(), tuple(map(concrete, parameter.stride()))
+    at = concrete(offset), *sizes
+    for dims in (range(weight.dim()), reversed(range(weight.dim()))):
+        order = tuple(dims)
+        rows = tuple(concrete(weight.stride(i)) for i in order) == strides
+        if rows and tuple(sizes[i] for i in order)[1:] == whole[1:]:
+            start = poly_of(offset).divided_by(poly_of(parameter.stride(0)))
+            return ((at[0] // strides[0], sizes[order[0]]), start) if start is not None else (at, None)
+    return at, None
+
+
 @dataclass(slots=True)
 class CountedOp:
     """All calls of one op with one weight (or, without a weight, of one module) added up. Sizes are polynomials.
@@ -95,7 +116,9 @@ class CountedOp:
     grad_inputs: Poly = field(default_factory=Poly)
     grad_weight: Poly = field(default_factory=Poly)
     recomputed: Poly = field(default_factory=Poly)
-    partial: bool = False  # its calls use slices of the weight, not all of it: a fused QKV in cross-attention
+    at: tuple[int, ...] | None = None  # which part of the weight it uses, in the sizes of this run; None: all of it
+    start: Poly | None = None  # the part is rows [start, start + outputs) of the weight: the query of a fused QKV
+    part: str = ""  # name of that part in the name of the row
     projection: bool = False  # makes a query, key or value, or reads the result of an attention
     first: bool = False  # reads the model's input, not another layer's output
     causal: tuple[int, int] | None = None  # (queries, keys) under a causal mask
@@ -116,7 +139,7 @@ class CountedOp:
 
 
 class Recorder(TorchDispatchMode):
-    """Everything that one forward pass shows: `ops` by (owner, kind, weight), and the facts listed in __init__.
+    """Everything that one forward pass shows: `ops`, and the other facts listed in __init__.
 
     Order is kept by `clock`, which counts module calls, new ops and activations.
     """
@@ -127,7 +150,7 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.ops: dict[tuple[str, str, str | None], CountedOp] = {}
+        self.ops: dict[tuple[Any, ...], CountedOp] = {}  # by (owner, kind, weight, part of the weight)
         self.parameters: dict[int, tuple[str, Tensor]] = {}  # storage -> (state_dict key, fake parameter)
         self.keys: dict[int, dict[str, str]] = {}  # storage -> module path -> key there: several, if it is tied
         self.stack: list[str] = [""]
@@ -243,7 +266,9 @@ class Recorder(TorchDispatchMode):
         of x, where it is not a product of the same size as the forward one.
         """
         key, parameter = self.parameter_of(weight) or (None, None)
-        op = self._op(self._owner(key), kind, key, inputs, outputs, kernel, groups)
+        at, start = (None, None) if parameter is None else _part_of(weight, parameter)
+        op = self._op(self._owner(key), kind, key, inputs, outputs, kernel, groups, at)
+        op.at, op.start = at, start
         op.macs += macs
         op.activations += numel(out.shape)
         op.projection |= ATTENTION in producers_of(x)
@@ -257,14 +282,11 @@ class Recorder(TorchDispatchMode):
         if op.is_layer:  # what wrote its operands, a layer has read
             self.read |= (flags_of(x) | flags_of(weight)) >> _WRITERS << _WRITERS
             flags = flags & ((1 << _WRITERS) - 1) | op.writer
-        annotate(out, flags, frozenset([((op.owner, kind, key), None)]))
+        annotate(out, flags, frozenset([((op.owner, kind, key, at), None)]))
         set_summands(out, frozenset([UNKNOWN if key is None else key]))
         if key is not None and parameter is not None:
             if self.stack[-1] != key.rpartition(".")[0]:
                 op.users.add(self.stack[-1])
-            whole = numel(parameter.shape)
-            if _num_distinct(weight) != whole:
-                op.partial, op.outputs = True, whole.divided_by(inputs) or outputs
             self.flow.note_weight_input(key, x)
             self.product_shapes[key] = tuple(map(poly_of, out.shape))
 
@@ -325,7 +347,8 @@ class Recorder(TorchDispatchMode):
         keys = {producer for producer, _ in k}
         for producer, part in q:
             if producer in self.ops and producer[2] is not None and (producer not in keys or part is not None):
-                self.query_parts[producer[2]] = part if producer in keys else None
+                rows = self.ops[producer].start is not None and self.ops[producer].at  # equal parts; the query is one
+                self.query_parts[producer[2]] = rows[0] // rows[1] if rows else part if producer in keys else None
                 self.attention_scores[producer[2]] = (self.stack[-1], head_dim, by_size)
 
     def _op(
@@ -337,15 +360,16 @@ class Recorder(TorchDispatchMode):
         outputs: Poly,
         kernel: tuple[int, ...],
         groups: Poly | None,
+        at: tuple[int, ...] | None = None,
     ) -> CountedOp:
         """The op of this key, new or met before, with one call more."""
-        op = self.ops.get((owner, kind, weight))
+        op = self.ops.get((owner, kind, weight, at))
         if op is None:
             self.clock += 1
             groups = groups or Poly.const(1)
             number = len(self.ops)
             op = CountedOp(owner, kind, weight, inputs, outputs, kernel, groups, order=self.clock, number=number)
-            self.ops[owner, kind, weight] = op
+            self.ops[owner, kind, weight, at] = op
         op.calls += 1
         return op
 
@@ -466,8 +490,7 @@ def matmul(rec: Recorder, a: Tensor, b: Tensor, out: Tensor) -> None:
     owned = rec.parameter_of(weight)
     if owned:
         key, parameter = owned
-        whole = numel(parameter.shape)
-        outputs = whole.divided_by(inner) or poly_of(weight.shape[-1] if weight is b else weight.shape[-2])
+        outputs = _num_distinct(weight).divided_by(inner) or poly_of(weight.shape[-1 if weight is b else -2])
         # any other parameter is no layer: a table of relative positions, say
         layer = parameter.dim() == 2 and "weight" in key.rpartition(".")[2]
         stacked = parameter.dim() == a.dim() == 3  # experts in one tensor, each with its own batch

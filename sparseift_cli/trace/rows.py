@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -53,6 +54,7 @@ class RowBuilder:
         for key in run.shapes:
             if key in self.tied:
                 self.by_module.setdefault(key.rpartition(".")[0], []).append(key)
+        self.shared = self._name_parts()
         self.names = self._names()
 
     def _names(self) -> dict[int, str]:
@@ -82,6 +84,36 @@ class RowBuilder:
             placed.append((row.order, self._layer(row, keys)))
         placed += self._without_macs(owned)
         return self._mark_tied([layer for _, layer in sorted(placed, key=lambda p: p[0])])
+
+    def _name_parts(self) -> set[str]:
+        """Name the parts of weights that are used in parts; returns the weights that do not fall into separate parts.
+
+        Those are used in overlapping parts, in parts that are not whole rows, or as a whole too. Keys are as in `tied`.
+        """
+        used: dict[str, dict[tuple[int, ...] | None, list[CountedOp]]] = {}
+        for op in self.recorder.ops.values():
+            if op.weight is not None:
+                used.setdefault(self.tied.get(op.weight, op.weight), {}).setdefault(op.at, []).append(op)
+        shared = set[str]()
+        for key, parts in used.items():
+            if set(parts) == {None}:
+                continue
+            ends = sorted((at[0], sum(at)) for at in parts if at is not None and len(at) == 2)
+            rows = len(ends) == len(parts) and all(op.start is not None for ops in parts.values() for op in ops)
+            if not rows or any(a[1] > b[0] for a, b in pairwise(ends)):
+                shared.add(key)
+            for i, at in enumerate(sorted(at for at in parts if at is not None)):
+                for op in parts[at]:
+                    op.part = self._part_name(key, at) or str(i)
+        return shared
+
+    def _part_name(self, key: str, at: tuple[int, ...]) -> str:
+        """What nn.MultiheadAttention makes with these rows of its fused weight: q, k, v or kv; nothing for other weights."""
+        module = self.modules.get(key.rpartition(".")[0])
+        if not isinstance(module, nn.MultiheadAttention) or len(at) != 2:
+            return ""
+        size = module.get_parameter(key.rpartition(".")[2]).shape[0] // 3
+        return "qkv"[at[0] // size : sum(at) // size]
 
     def _parameter_keys(self, row: CountedOp) -> Iterable[str]:
         """Keys of the parameters that belong to a row: those of its module, or where it has several weights, one and its bias."""
@@ -115,10 +147,11 @@ class RowBuilder:
             outputs=self.named(row.outputs),
             kernel=row.kernel,
             groups=groups,
+            start=None if row.start is None else self.named(row.start),
             projection=row.projection,
             causal=row.causal,
             host=self._host(row) if role == "body" else None,
-            note=_note(row, role),
+            note=_note(row, role, in_parts=self.tied.get(row.weight or "", row.weight) in self.shared),
         )
 
     def _role(self, row: CountedOp) -> Role:
@@ -132,22 +165,33 @@ class RowBuilder:
         """Why a transformed layer cannot replace this one: the class of the module that holds or reads the weight; else None.
 
         A linear or conv layer can be replaced if its forward pass is the product with its weight plus its bias, and if
-        no other module reads the weight. Of nn.MultiheadAttention only a fused input projection can.
+        no other module reads the weight. Of nn.MultiheadAttention only a fused input projection of self-attention can.
         """
         key = row.weight or ""
         path, _, name = key.rpartition(".")
         module = self.modules.get(path)
         if isinstance(module, nn.MultiheadAttention):
-            whole = module._qkv_same_embed_dim and module.bias_k is None and not module.add_zero_attn
-            return None if whole and name == "in_proj_weight" else type(module).__name__
+            replaceable = name == "in_proj_weight" and self._attends_to_itself(path)
+            return None if replaceable else type(module).__name__
         for user in sorted(row.users):
-            if not isinstance(self.modules[user], nn.MultiheadAttention):
+            inside_attention = isinstance(self.modules[user], nn.MultiheadAttention) and self._attends_to_itself(user)
+            if not inside_attention:
                 return type(self.modules[user]).__name__
         if holder := self._other_holder(key, module):
             return type(holder).__name__
         known = isinstance(module, (nn.Linear, _ConvNd)) and not isinstance(module, _ConvTransposeNd)
-        known = known and path not in self.recorder.computes_more and not _has_more_parameters(module)
+        known = (
+            known and row.at is None and path not in self.recorder.computes_more and not _has_more_parameters(module)
+        )
         return None if name == "weight" and (known or type(module).__name__ == "Conv1D") else type(module).__name__
+
+    def _attends_to_itself(self, path: str) -> bool:
+        """Whether an nn.MultiheadAttention makes query, key and value of one tensor by one weight, and of nothing else."""
+        module = self.modules[path]
+        assert isinstance(module, nn.MultiheadAttention)
+        parts = (op for op in self.recorder.ops.values() if op.weight == f"{path}.in_proj_weight" and op.at is not None)
+        fused = module._qkv_same_embed_dim and module.bias_k is None and not module.add_zero_attn
+        return fused and not any(parts)
 
     def _other_holder(self, key: str, module: nn.Module | None) -> nn.Module | None:
         """Another module than `module` with the same parameter: an adapter around a layer, with `weight = layer.weight`."""
@@ -162,14 +206,14 @@ class RowBuilder:
 
     def _mark_tied(self, layers: list[Layer]) -> list[Layer]:
         """Set `tied_to` of rows that share a weight with another row (GPT-2's output layer and its token embedding)."""
-        owner: dict[str, str] = {}
+        owner: dict[tuple[str, Poly | None], str] = {}
         marked = []
         for layer in layers:
             first = self.tied.get(layer.weight or "", layer.weight)
-            if first in owner:
-                layer = replace(layer, tied_to=owner[first])
+            if first and (first, layer.start) in owner:
+                layer = replace(layer, tied_to=owner[first, layer.start])
             elif first:
-                owner[first] = layer.name
+                owner[first, layer.start] = layer.name
             marked.append(layer)
         shared = {layer.tied_to: layer.name for layer in marked if layer.tied_to}
         return [replace(x, tied_to=shared[x.name]) if x.weighted and x.name in shared else x for x in marked]
@@ -200,17 +244,19 @@ class RowBuilder:
 
 
 def _row_name(row: CountedOp) -> str:
-    """The module of the weight; for a product of activations, the module that computes it and the kind of product."""
-    return f"{row.owner or 'model'}.{row.kind}" if row.weight is None else row.owner or row.weight
+    """The module of the weight, and which part of it; for a product of activations, the module and the kind of product."""
+    if row.weight is None:
+        return f"{row.owner or 'model'}.{row.kind}"
+    return f"{row.owner or row.weight}.{row.part}" if row.part else row.owner or row.weight
 
 
-def _note(row: CountedOp, role: Role) -> str | None:
+def _note(row: CountedOp, role: Role, *, in_parts: bool) -> str | None:
     if row.weight is None and row.kind in (*LAYERS, "matmul"):
         return "the weight is computed in forward, not a parameter"
     if row.kind == "experts":
         return "experts stacked in one tensor stay dense: what a non-zero costs depends on the routing"
-    if row.partial and role == "body":
-        return "its calls use parts of the weight, so its non-zeros differ in cost"
+    if in_parts and role == "body":
+        return "its calls use parts of the weight that are no separate rows, so its non-zeros differ in cost"
     return None
 
 

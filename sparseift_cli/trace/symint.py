@@ -128,6 +128,14 @@ class _Condition:
         self.op, self.a, self.b = op, a, b
 
 
+def concrete(size: Any) -> int:
+    """The value of an int or SymInt in this run, as an int.
+
+    int(size) would also fix the width to this value; this does not.
+    """
+    return size.node.value if isinstance(size, torch.SymInt) else int(size)
+
+
 def poly_of(value: Any) -> Poly:
     """The polynomial of an int or SymInt."""
     return value.node.expr if isinstance(value, torch.SymInt) else Poly.const(int(value))

@@ -28,7 +28,7 @@ class FlopMeter:
         self._costs: dict[str, tuple[StepCost, int]] = {}  # by key; with the number of weights
         self._fixed = Fraction(0)
         self._known: tuple[Any, bool, Fraction] | None = None  # the last step's: most are like the one before
-        keys = {(m.layer, m.part): m.key for m in masked}
+        keys = {(m.layer, m.part): m.name for m in masked}
         for row in layers:
             if row.status != "transformed":
                 self._fixed += step_cost(row, recompute=recompute).total

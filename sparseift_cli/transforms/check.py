@@ -57,22 +57,29 @@ def measure(
             non-zeros are used.
     """
     traced = trace(model, inputs, kwargs, name=plan.table.model, input_shape=plan.table.input, symbolic=False)
-    nnz = {m.key: m.nnz if masks is None else int(masks[m.key].count_nonzero()) for m in surgery.masked}
-    layer_of = {m.key: m.layer for m in surgery.masked}
+    masked = {(m.key, m.rows): m for m in surgery.masked}
     replaced = {edit.path for edit in surgery.members}
     macs: dict[str, Fraction] = {}
     zeros = 0
     for row in traced.table.layers:
-        cost = Fraction(row.macs.evaluate(()))
-        if row.weight in nnz:
-            weights = model.get_parameter(row.weight).numel()
-            cost = cost * nnz[row.weight] / weights
-            zeros += weights - nnz[row.weight]
-        name = layer_of.get(row.weight or "") or _planned_row(row, replaced)
+        cost, name = Fraction(row.macs.evaluate(())), _planned_row(row, replaced)
+        if m := masked.get((row.weight or "", _rows_of(row))):
+            weights = m.of(model.get_parameter(m.key)).numel()
+            nnz = m.nnz if masks is None else int(m.of(masks[m.key]).count_nonzero())
+            cost, name = cost * nnz / weights, m.layer
+            zeros += weights - nnz
         macs[name] = macs.get(name, Fraction(0)) + cost
     params = sum(p.numel() for p in model.parameters())
     total = sum(macs.values(), Fraction(0))
     return Measured(macs, round(total), params, params - zeros, len(traced.table.layers)), traced
+
+
+def _rows_of(row: Layer) -> tuple[int, int] | None:
+    """The rows of its weight that a row of plain sizes uses; None for all of them."""
+    if row.start is None:
+        return None
+    start = row.start.evaluate(())
+    return start, start + row.outputs.evaluate(())
 
 
 def _planned_row(row: Layer, replaced: set[str]) -> str:

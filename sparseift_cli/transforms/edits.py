@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..mask.layout import part_name
 from ..plan.layer_plan import NormKind
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCHEMA = "sparseift.surgery/1"
 
@@ -60,6 +64,7 @@ class Masked:
         key: its state_dict key in the transformed model.
         nnz: its non-zeros.
         transposed: it is [in, out] instead of [out, in].
+        rows: it is only rows [start, stop) of the parameter, which uses its parts at different numbers of positions.
         heads: number of equal blocks of rows (with `heads_on_inputs`: of columns) with equal shares of the non-zeros,
             one for each head of an attention projection.
     """
@@ -72,6 +77,16 @@ class Masked:
     transposed: bool = False
     heads: int = 1
     heads_on_inputs: bool = False
+    rows: tuple[int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        """The key, and which rows of it."""
+        return self.key if self.rows is None else part_name(self.key, *self.rows)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """What of a tensor [*shape of the parameter] belongs to it, as a view."""
+        return tensor if self.rows is None else tensor[slice(*self.rows)]
 
 
 @dataclass(frozen=True)
@@ -83,6 +98,18 @@ class Surgery:
     members: tuple[Replace, ...] = ()
     masked: tuple[Masked, ...] = ()
 
+    @property
+    def nonzeros(self) -> dict[str, int]:
+        """The non-zeros of every sparse parameter, by its key."""
+        found: dict[str, int] = {}
+        for m in self.masked:
+            found[m.key] = found.get(m.key, 0) + m.nnz
+        return found
+
+    def parts(self, key: str) -> list[Masked]:
+        """What a parameter consists of: one entry for all of it, or several in the order of their rows."""
+        return sorted((m for m in self.masked if m.key == key), key=lambda m: m.rows or (0, 0))
+
     def to_json(self) -> dict[str, Any]:
         return {"schema": SCHEMA} | {f.name: [_changed_fields(e) for e in getattr(self, f.name)] for f in fields(self)}
 
@@ -92,7 +119,7 @@ class Surgery:
             tuple(Resize(**(e | {"shape": tuple(e["shape"])})) for e in data["resizes"]),
             tuple(SetAttribute(**e) for e in data["attributes"]),
             tuple(Replace(**e) for e in data["members"]),
-            tuple(Masked(**e) for e in data["masked"]),
+            tuple(Masked(**(e | {"rows": tuple(e["rows"]) if e.get("rows") else None})) for e in data["masked"]),
         )
 
 

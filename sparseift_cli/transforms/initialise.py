@@ -91,7 +91,7 @@ def initialise(model: nn.Module, dense: nn.Module, surgery: Surgery, *, seed: in
             rule = max(fitting[id(s.old)], key=lambda r: votes[r], default=None)
             scale = s.density**-0.5 if init == "density_scaled" and not summed else 1.0
             _draw(s, rule, scale, generator_for(seed, "init", s.key))
-        nonzeros = {id(model.get_parameter(m.key)): m.nnz for m in surgery.masked}
+        nonzeros = {id(model.get_parameter(key)): nnz for key, nnz in surgery.nonzeros.items()}
         for member in members:
             if not member.weight.is_meta:
                 weights = [weight_of(part) for part in member.parts()]
@@ -118,7 +118,7 @@ def _member(model: nn.Module, path: str) -> MemberModule:
 
 
 def _tensors_to_draw(model: nn.Module, dense: nn.Module, surgery: Surgery) -> Iterable[_Drawn]:
-    density = {m.key: m.nnz / model.get_parameter(m.key).numel() for m in surgery.masked}
+    density = {key: nnz / model.get_parameter(key).numel() for key, nnz in surgery.nonzeros.items()}
     old_parameters = dict(dense.named_parameters(remove_duplicate=False))
     to_draw = {r.key for r in surgery.resizes if not r.rotary} | (density.keys() & old_parameters.keys())
     for key, new in model.named_parameters():

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..base.randomness import generator_for
 from ..errors import CheckFailed
+from ..mask.attached import Rows
 from ..mask.mask import disjoint_masks, empty_rows_and_columns, make_mask
 from ..mask.patterns import has_pattern
 from ..plan.plan import Plan
@@ -57,19 +58,44 @@ def draw_masks(
             masks |= {m.key: mask for m, mask in zip(parts, branch_masks, strict=True)}
             continue
         for m in parts:
-            masks[m.key] = make_mask(
-                tuple(model.get_parameter(m.key).shape),
+            masks[m.name] = make_mask(
+                tuple(m.of(model.get_parameter(m.key)).shape),
                 m.nnz,
                 generator=generator_for(seed, "mask", m.layer, m.part),
                 pattern=pattern,
-                scores=None if scores is None else scores[m.key],
+                scores=None if scores is None else m.of(scores[m.key]),
                 connect=connect,
                 groups=m.groups,
                 transposed=m.transposed,
                 row_balance=None if m.heads == 1 or m.heads_on_inputs else m.heads,
                 column_balance=m.heads if m.heads > 1 and m.heads_on_inputs else None,
             )
-    return masks
+    return whole_masks(model, masks, surgery)
+
+
+def whole_masks(model: nn.Module, masks: Mapping[str, Tensor], surgery: Surgery) -> dict[str, Tensor]:
+    """Masks [*shape] by the keys of their weights, from masks by `Masked.name`: those of a weight's parts are put together.
+
+    Rows that no part has stay dense: the forward pass does not use them.
+    """
+    whole: dict[str, Tensor] = {}
+    for m in surgery.masked:
+        if m.rows is None:
+            whole[m.key] = masks[m.name]
+            continue
+        shape = tuple(model.get_parameter(m.key).shape)
+        m.of(whole.setdefault(m.key, masks[m.name].new_ones(shape))).copy_(masks[m.name])
+    return whole
+
+
+def parts_of_masks(surgery: Surgery) -> dict[str, Rows]:
+    """The rows of every part, by the key of a weight whose parts have numbers of non-zeros of their own."""
+    found: dict[str, Rows] = {}
+    for key in surgery.nonzeros:
+        rows = tuple(m.rows for m in surgery.parts(key) if m.rows is not None)
+        if rows:
+            found[key] = rows
+    return found
 
 
 def require_masked(model: nn.Module, masks: Mapping[str, Tensor], masked: Sequence[Masked], pattern: str) -> None:
@@ -82,14 +108,14 @@ def require_masked(model: nn.Module, masks: Mapping[str, Tensor], masked: Sequen
         CheckFailed: a mask is missing (`.type()` turns masks into numbers) or has lost its pattern, or a weight outside
             one is not zero.
     """
-    keys = [m.key for m in masked]
+    keys = list(dict.fromkeys(m.key for m in masked))
     missing = [key for key in keys if key not in masks]
     if missing:
         raise CheckFailed(
             f"masks are missing: {', '.join(missing[:5])}",
             hint="module.type() converts masks to numbers; module.to() does not",
         )
-    changed = [m.key for m in masked if not has_pattern(masks[m.key], pattern, m.groups, m.transposed)]
+    changed = [m.name for m in masked if not has_pattern(m.of(masks[m.key]), pattern, m.groups, m.transposed)]
     if changed:
         raise CheckFailed(
             f"masks are no longer {pattern}: {', '.join(changed[:5])}",
@@ -112,6 +138,6 @@ def count_unconnected(masks: Mapping[str, Tensor], masked: Iterable[Masked]) -> 
     """
     outputs = inputs = 0
     for m in masked:
-        rows, columns = empty_rows_and_columns(masks[m.key], m.groups, m.transposed)
+        rows, columns = empty_rows_and_columns(m.of(masks[m.key]), m.groups, m.transposed)
         outputs, inputs = outputs + rows, inputs + columns
     return outputs, inputs

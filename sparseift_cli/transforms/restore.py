@@ -14,7 +14,7 @@ from ..plan.plan import make_plan
 from .artifact import BUFFERS, MASKS, WEIGHTS, Artifact
 from .check import Measured
 from .edits import Surgery
-from .masking import require_masked
+from .masking import parts_of_masks, require_masked
 from .surgery import apply_surgery
 from .transformation import Options, Transformation, record
 
@@ -39,7 +39,7 @@ def restore(stored: Artifact, into: nn.Module | None) -> nn.Module:
     _set_buffers(new, buffers, stored)
     plan = make_plan(stored.table, stored.spec, stored.training)
     params = sum(p.numel() for p in new.parameters())
-    zeros = sum(new.get_parameter(m.key).numel() - m.nnz for m in surgery.masked)
+    zeros = sum(m.of(new.get_parameter(m.key)).numel() - m.nnz for m in surgery.masked)
     facts = stored.provenance
     done = Transformation(
         plan,
@@ -92,9 +92,9 @@ def _load_weights(model: nn.Module, stored: Artifact, surgery: Surgery) -> None:
     for m in surgery.masked:
         mask = masks.get(m.key)
         weight = model.get_parameter(m.key)
-        if mask is None or mask.shape != weight.shape or int(mask.count_nonzero()) != m.nnz:
+        if mask is None or mask.shape != weight.shape or int(m.of(mask).count_nonzero()) != m.nnz:
             raise ArtifactError(
-                f"{stored.path / MASKS}: the mask of {m.key} is not the planned one (missing, or other shape or number of "
+                f"{stored.path / MASKS}: the mask of {m.name} is not the planned one (missing, or other shape or number of "
                 "non-zeros)",
                 hint="transform the model again",
             )
@@ -104,8 +104,8 @@ def _load_weights(model: nn.Module, stored: Artifact, surgery: Surgery) -> None:
         raise ArtifactError(
             f"{stored.path}: {error.message}", hint="it was changed; transform the model again"
         ) from None
-    attach(model, {m.key: masks[m.key] for m in surgery.masked}, stored.spec.pattern)
-    assert len(masks_of(model)) == len(surgery.masked)
+    attach(model, {m.key: masks[m.key] for m in surgery.masked}, stored.spec.pattern, parts_of_masks(surgery))
+    assert masks_of(model).keys() == surgery.nonzeros.keys()
 
 
 def _set_buffers(model: nn.Module, buffers: dict[str, Tensor], stored: Artifact) -> None:

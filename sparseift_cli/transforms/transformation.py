@@ -24,7 +24,7 @@ from ..trace.structure import Structure
 from .check import Measured, deviation, lost_by_configuration, measure, require_as_planned
 from .edits import Surgery
 from .initialise import Init, initialise, preserve
-from .masking import count_unconnected, draw_masks
+from .masking import count_unconnected, draw_masks, parts_of_masks
 from .preserve import Preserved
 from .surgery import apply_surgery, surgery_for
 
@@ -154,7 +154,7 @@ def transform_module(
     started = Preserved({}, ()) if on_meta else _start(new, model, plan, surgery, before.structure, options)
     surgery = replace(surgery, attributes=(*surgery.attributes, *started.attributes))
     masks = None if on_meta else started.masks
-    attach(new, started.masks, plan.spec.pattern)
+    attach(new, started.masks, plan.spec.pattern, parts_of_masks(surgery))
     measured = _check_cost(new, inputs, kwargs, plan, surgery, masks, before)
     done = Transformation(
         plan,
@@ -220,9 +220,9 @@ def _check_cost(
 
 def _scores(model: nn.Module, surgery: Surgery, options: Options) -> Mapping[str, Tensor] | None:
     """Scores of the weights to keep, by key, each with the shape of its weight; None for random masks."""
-    keys = [m.key for m in surgery.masked]
+    keys = surgery.nonzeros
     if options.scores is None:
         return None
     if options.scores == "magnitude":
         return {key: model.get_parameter(key).detach().abs() for key in keys}
-    return options.scores(model, {m.key: m.nnz for m in surgery.masked})
+    return options.scores(model, keys)

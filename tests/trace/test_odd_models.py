@@ -375,21 +375,6 @@ def test_a_call_that_needs_no_input_gradient_pays_for_none() -> None:
     assert audit(traced(model, TOKENS)).dense.training_flops == 2 * (2 * first + 3 * second + 3 * head)
 
 
-def test_a_weight_used_in_parts_is_left_alone_by_name() -> None:
-    """Cross-attention takes the query from one slice of in_proj and key and value from another: its weights differ in cost."""
-    model = Net(
-        lambda n, x: n.out(n.a(y := n.stem(x), y.flip(1), y.flip(1), need_weights=False)[0]),
-        stem=nn.Linear(16, 16),
-        a=nn.MultiheadAttention(16, 4, batch_first=True),
-        out=nn.Linear(16, 3),
-    )
-    row = next(
-        p for p in make_plan(traced(model, TOKENS), TransformSpec(sparsity="0.5")).layers if p.layer.name == "a.in_proj"
-    )
-    assert row.status == "untouched" and "parts of the weight" in row.reason
-    assert row.weights == row.parts[0].shape.inputs * row.parts[0].shape.outputs
-
-
 def test_a_forward_that_needs_the_real_dynamo_gets_it() -> None:
     """In processes of their own: a test that loads torch._dynamo would hide it from the rest."""
     for done in in_processes(trace_and_compile, [("constant",), ("checkpoint",)]):

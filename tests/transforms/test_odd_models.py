@@ -339,6 +339,7 @@ def test_shared_layers_are_replaced_once(member: str) -> None:
     assert row.layer.calls == 2
 
 
+@pytest.mark.filterwarnings("ignore:.*without being transformed")
 def test_two_layers_with_one_weight_are_left_alone_by_name() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 20), nn.Linear(20, 3))
     model[2].weight = model[1].weight
@@ -348,6 +349,7 @@ def test_two_layers_with_one_weight_are_left_alone_by_name() -> None:
         assert [r.reason for r in plan.layers[1:3]] == ["weight shared with 2", "weight shared with 1"]
 
 
+@pytest.mark.filterwarnings("ignore:.*without being transformed")
 def test_parametrised_layers_are_left_alone_by_name() -> None:
     model = nn.Sequential(
         nn.Linear(16, 16), nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)), nn.Linear(16, 20), nn.Linear(20, 3)

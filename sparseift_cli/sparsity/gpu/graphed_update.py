@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..drop_and_grow import drop_and_grow
 from ..guard import state_of
 from ..sparsifier import Sparsifier
 from .fast_drop_and_grow import NUMBERS, FastUpdate, fast_drop_and_grow, in_groups, update_numbers
@@ -47,12 +46,14 @@ class GraphedUpdate:
     def fits(sparsifier: Sparsifier) -> bool:
         """Whether the algorithm drops and grows at constant numbers of non-zeros, and has nothing to do at other steps.
 
+        Weights in parts are updated part by part, outside of a graph.
+
         One that observes every step (SNFS) does so operation by operation: `GraphedStep` replays forward and backward pass and
         leaves the rest of each step to `Sparsifier.step`, as it does where GMP and GraNet thin masks out.
         """
         algorithm = sparsifier.algorithm
         steady = algorithm.start_density is None and not algorithm.state and algorithm.dense_gradient != "every step"
-        return algorithm.drops_and_grows and steady
+        return algorithm.drops_and_grows and steady and all(w.one_part for w in sparsifier.weights)
 
     # --- recorded ---
 
@@ -143,7 +144,7 @@ class GraphedUpdate:
             for i, uncertain, grown in zip(self._moving, results[:count], results[count:], strict=True):
                 w = self._weights[i]
                 if uncertain:
-                    blocks = drop_and_grow(*sparsifier.update_of(w, self._step, self._gradient(i)))
+                    blocks = sparsifier.updated(w, self._step, self._gradient(i))
                     w.set_mask(blocks, state_of(sparsifier.optimizer, w.parameter), nnz=w.nnz)
                 else:
                     w.num_grown = grown

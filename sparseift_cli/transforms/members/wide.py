@@ -8,7 +8,7 @@ the frequencies of a rotary embedding, the sizes in a Hugging Face configuration
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -16,6 +16,7 @@ from torch import nn
 from ...mask.attached import is_transposed
 from ...plan.plan import Plan
 from ...table.poly import Poly
+from ...table.table import Layer
 from ...trace.structure import Structure
 from ...trace.symbolise import NOT_WIDTHS, is_config
 from ..edits import Masked, Resize, SetAttribute, Surgery
@@ -74,6 +75,8 @@ def _masked(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[Mask
         path, _, _ = key.rpartition(".")
         module = model.get_submodule(path)
         rows, columns = structure.shapes[key][:2]
+        if row.layer.start is not None:
+            rows = row.layer.outputs
         transposed = is_transposed(module) and key.endswith("weight")
         if transposed:
             rows, columns = columns, rows
@@ -84,7 +87,25 @@ def _masked(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[Mask
                 heads = blocks.along(columns)
                 on_inputs = heads > 1
         (part,) = row.parts
-        yield Masked(row.layer.name, part.name, key, part.nnz, part.shape.groups, transposed, heads, on_inputs)
+        yield Masked(
+            row.layer.name,
+            part.name,
+            key,
+            part.nnz,
+            part.shape.groups,
+            transposed,
+            heads,
+            on_inputs,
+            rows=_rows(row.layer, plan.sizes),
+        )
+
+
+def _rows(layer: Layer, sizes: Sequence[int]) -> tuple[int, int] | None:
+    """The rows of its parameter that a row of the table uses; None for all of them."""
+    if layer.start is None:
+        return None
+    start = layer.start.evaluate(sizes)
+    return start, start + layer.outputs.evaluate(sizes)
 
 
 def _resizes(plan: Plan, structure: Structure) -> Iterator[Resize]:

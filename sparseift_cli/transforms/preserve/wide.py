@@ -23,7 +23,7 @@ from ...errors import UsageError
 from ...trace.flow import PARAMETER_PREFIX, is_layer_norm
 from ..edits import Masked, SetAttribute
 from ..layers import set_attribute
-from ..masking import draw_masks
+from ..masking import draw_masks, whole_masks
 from ..rotary import keep_frequencies
 from . import DenseStart, Preserved
 from .attention import number_of, query_rows, scale_queries
@@ -73,7 +73,7 @@ class _WideFill:
         for name, value in (*self.dense.named_parameters(), *self.dense.named_buffers()):
             if name in self.structure.shapes:
                 self._place(name, self._adjust(name, value.detach()), state[name])
-        choices = {m.key: self._mask(m) for m in self.surgery.masked}
+        choices = {m.name: self._mask(m) for m in self.surgery.masked}
         attention_notes, compensated = scale_queries(
             self.new, self.dense, self.surgery, self.structure, self.coordinates, self.weights, self.norm_plan.norms
         )
@@ -87,7 +87,8 @@ class _WideFill:
         notes = [*self.norm_plan.notes, *attention_notes, *self._mask_notes(choices)]
         buffers, saved = dict(self.new.named_buffers()), self.new.state_dict()
         unsaved = {r.key: buffers[r.key] for r in self.surgery.resizes if r.key in buffers and r.key not in saved}
-        return Preserved({k: c.mask for k, c in choices.items()}, tuple(notes), tuple(edits), unsaved)
+        masks = whole_masks(self.new, {name: choice.mask for name, choice in choices.items()}, self.surgery)
+        return Preserved(masks, tuple(notes), tuple(edits), unsaved)
 
     # --- values ---
 
@@ -173,21 +174,21 @@ class _WideFill:
         return free
 
     def _mask(self, masked: Masked) -> SlackMask:
-        """Choose the mask of one sparse weight and zero the weight outside it."""
-        values = self.new.get_parameter(masked.key)
+        """Choose the mask of one sparse weight, or part of one, and zero the weight outside it."""
+        values = masked.of(self.new.get_parameter(masked.key))
         weight = self.weights.get(masked.key)
         free: list[FreePositions] = []
         if weight is not None:
             shape, axis = values.shape, weight.axis
-            outputs = self._free_outputs(weight).nonzero().flatten()
+            outputs = _within(masked.rows, self._free_outputs(weight).nonzero().flatten())
             free.append(FreePositions.along(shape, axis, outputs, 1 - axis, self.coordinates.positions(weight.inputs)))
             if weight.key in self.norm_plan.zero_inputs:
                 inputs = self.coordinates.is_added(weight.inputs).nonzero().flatten()
-                free.append(
-                    FreePositions.along(shape, 1 - axis, inputs, axis, self.coordinates.positions(weight.outputs))
-                )
-        index = self.coordinates.index(self.structure.shapes[masked.key])
-        generator = generator_for(self.seed, "preserve", masked.key)
+                outputs = _within(masked.rows, self.coordinates.positions(weight.outputs))
+                free.append(FreePositions.along(shape, 1 - axis, inputs, axis, outputs))
+        first, *others = self.coordinates.index(self.structure.shapes[masked.key])
+        index = (_within(masked.rows, first.flatten()).view(-1, *first.shape[1:]), *others)
+        generator = generator_for(self.seed, "preserve", masked.name)
         choice = distribute_slack(values.detach().cpu(), index, masked.nnz, self.slack, free, generator)
         mask = choice.mask.to(values.device)
         values.mul_(mask)
@@ -203,7 +204,7 @@ class _WideFill:
 
     def _mask_notes(self, choices: Mapping[str, SlackMask]) -> Iterator[str]:
         """What the masks mean for the function and for training."""
-        nnz = {m.key: m.nnz for m in self.surgery.masked}
+        nnz = {m.name: m.nnz for m in self.surgery.masked}
         short = {k: c for k, c in choices.items() if nnz[k] < c.num_dense}
         if short:
             worst = max(short, key=lambda k: short[k].lost_norm)
@@ -240,6 +241,14 @@ class _WideFill:
             )
 
 
+def _within(rows: tuple[int, int] | None, indices: Tensor) -> Tensor:
+    """Those of `indices` [n] that are in rows [start, stop), counted from start; all of them where there are no rows."""
+    if rows is None:
+        return indices
+    start, stop = rows
+    return indices[(indices >= start) & (indices < stop)] - start
+
+
 def keep_largest(start: DenseStart) -> Preserved:
     """Scope none, the control of Sparse Wide: keep the largest weights of every sparse layer at its dense size, in place.
 
@@ -251,7 +260,7 @@ def keep_largest(start: DenseStart) -> Preserved:
         UsageError: the pattern cannot hold the planned counts.
     """
     new, dense, plan, surgery = start.new, start.dense, start.plan, start.surgery
-    old = {m.key: dense.get_parameter(m.key).detach() for m in surgery.masked}
+    old = {key: dense.get_parameter(key).detach() for key in surgery.nonzeros}
     for key, weight in old.items():
         new.get_parameter(key).copy_(weight)
     masks = draw_masks(new, plan, surgery, seed=start.seed, connect=False, scores={k: w.abs() for k, w in old.items()})
