@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from sparseift_cli.errors import UsageError
 from sparseift_cli.plan.spec import TransformSpec
@@ -307,7 +310,25 @@ def test_forms_of_the_sparsity_block(
         (new("0.75", hidden=1111), "no GPT of 12 layers and 12 heads that widens to hidden 1111"),
         ("trainer: [{trainer: {init: {model: {}}}}]\n", "holds several trainers"),
         ("a: 1\n", "neither a Cerebras Model Zoo configuration nor"),
-        ("model: {hidden_size: wide}\nrunconfig: {max_steps: 5}\n", "has no hidden_size"),
+        (
+            "model: {hidden_size: 768}\nrunconfig: {max_steps: 5}\n",
+            "theirs.yaml:1: the model has no name; of the Model Zoo",
+        ),
+        (
+            "model: {name: gpt2, hidden_size: wide}\nrunconfig: {max_steps: 5}\n",
+            ":1: model.hidden_size is 'wide', not a whole",
+        ),
+        (new("0.75").replace(", batch_size: 512", ""), "gives no batch size"),
+        (
+            new(RIGL).replace("freq: 500", "freq: '100'"),
+            "theirs.yaml:33: trainer.init.sparsity.update.freq is '100', not a whole",
+        ),
+        (STATIC_50.replace("  learning_rate:\n", "  other:\n"), "optimizer.learning_rate gives no learning rate"),
+        (
+            STATIC_50[: STATIC_50.index("  learning_rate:")].replace("1092", "768").replace("4368", "3072")
+            + "  learning_rate: 0\nrunconfig: {max_steps: 5}\n",
+            ": optimizer.learning_rate is 0, not a number above 0",
+        ),
         ("model: {hidden_size: 1, hidden_size: 2}\n", "key 'hidden_size' appears twice"),
     ],
 )
@@ -317,12 +338,49 @@ def test_what_cannot_be_read_says_why(tmp_path: Path, text: str, said: str) -> N
     assert said in caught.value.message
 
 
+@pytest.mark.parametrize(
+    "family",
+    ["bert", "bert/classifier", "vision_transformer", "dit", "dino", "t5", "llama", "mixtral", "santacoder", "jais"],
+)
+def test_other_families_of_the_model_zoo_are_refused(tmp_path: Path, family: str) -> None:
+    """Their sizes are called as a GPT's are, and often are a GPT's."""
+    with pytest.raises(
+        UsageError, match=rf"theirs.yaml:\d+: the model is '{family}'; of the Model Zoo gpt2 and gpt3 are read"
+    ):
+        converted(tmp_path, new("null", 768, 3072).replace("name: gpt3", f"name: {family}"))
+
+
+def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The path of every value of a document."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return [place for key, value in items for place in ((*path, key), *places(value, (*path, key)))]
+
+
+@pytest.mark.parametrize("wrong", ["100", [["a"]]])
+@pytest.mark.parametrize("format", ["model zoo", "cifar"])
+def test_no_value_ends_in_a_traceback(tmp_path: Path, format: str, wrong: Any) -> None:
+    """Every value in turn is one of a wrong type: the file is read without it, or refused in words."""
+    texts = [new(RIGL)] if format == "model zoo" else [CIFAR_BASE + CIFAR.replace("[0.50, 0.75, 0.90]", "0.5")]
+    (tree,) = map(yaml.safe_load, texts)
+    for path in places(tree):
+        changed = holder = yaml.safe_load(texts[0])
+        for key in path[:-1]:
+            holder = holder[key]
+        holder[path[-1]] = wrong
+        (tmp_path / "theirs.yaml").write_text(json.dumps(changed))  # JSON is YAML, and quicker to write
+        with suppress(UsageError):
+            for imported in read_foreign([tmp_path / "theirs.yaml"]):
+                as_recipe(imported)
+
+
 def test_a_dense_configuration_and_one_at_the_dense_width(tmp_path: Path) -> None:
-    imported, recipe = converted(tmp_path, new("null", 768, 3072))
+    _, recipe = converted(tmp_path, new("null", 768, 3072))
     assert (recipe.model, recipe.transform, recipe.spec.algorithm.name) == ("gpt3_small", {}, "dense")
-    imported, recipe = converted(tmp_path, new("0.75", 768, 3072))
-    assert (recipe.transform["sparsity"], recipe.transform["base_width"]) == ("0.75", None)
-    assert any("dense model's own width" in note.reason for note in imported.notes)
+    _, recipe = converted(tmp_path, new("0.75", 768, 3072))
+    sizes = ("sparsity", "scope", "match", "base_width")
+    assert [recipe.transform[key] for key in sizes] == ["0.75", "none", "off", None]  # a control, as the file is
+    _, recipe = converted(tmp_path, new("0.75", 768, 3072), model="gpt3_small")
+    assert [recipe.transform[key] for key in sizes] == ["0.75", "none", "off", None]
 
 
 def test_model_can_be_named(tmp_path: Path) -> None:
@@ -468,21 +526,47 @@ def test_authors_dense_baseline_and_oddities(tmp_path: Path) -> None:
     )
     imported, _ = grid(tmp_path, CIFAR_BASE, odd)[0]
     keys = {n.key for n in imported.notes}
-    assert {
-        "maskopt",
-        "maskopt_mask_init_method",
-        "maskopt_begin_iteration",
-        "maskopt_end_iteration",
-        "maskopt_mask_distribution",
-        "mine",
-    } <= keys
-    for text, said in (("vgg", "unknown model of a Sparse-IFT"), ("resnet_18\noptimizer: adam", "optimizer 'adam'")):
+    assert {"maskopt_mask_init_method", "maskopt_begin_iteration", "maskopt_end_iteration", "mine"} <= keys
+    for text, said in (
+        ("renset_18", r"experiment.yaml:2: model: unknown model of a Sparse-IFT configuration 'renset18'"),
+        ("resnet_18\noptimizer: adam", r"experiment.yaml:3: optimizer: unknown optimizer"),
+        ("resnet_18\nlearning_rate: 0", r"experiment.yaml:3: learning_rate is 0, not a number above 0"),
+        (
+            "resnet_18\nmaskopt: rigl\nmaskopt_sparsity: 1.0",
+            r"experiment.yaml:4: maskopt_sparsity is 1.0, not a number .* below 1",
+        ),
+    ):
         with pytest.raises(UsageError, match=said):
-            grid(tmp_path, "epochs: 3\n", f"block_name: Block\nmodel: {text}\n")
+            grid(tmp_path, CIFAR_BASE, f"block_name: Block\nmodel: {text}\n")
     with pytest.raises(UsageError, match="no run of the experiment"):
         grid(tmp_path, CIFAR_BASE, CIFAR, maskopt_sparsity="0.6")
     with pytest.raises(UsageError, match="unknown key of the experiment 'sparsity'"):
         grid(tmp_path, CIFAR_BASE, CIFAR, sparsity="0.5")
+
+
+@pytest.mark.parametrize(("distribution", "written"), [("uniform", "uniform"), ("erk", "erk"), ("er", "er")])
+def test_authors_sparse_networks_of_the_dense_widths(tmp_path: Path, distribution: str, written: str) -> None:
+    """Without sift_scaling nothing is widened: the baseline that the article compares with."""
+    text = CIFAR.replace("sift_scaling: True", "sift_scaling: False") + f"maskopt_mask_distribution: {distribution}\n"
+    imported, recipe = grid(tmp_path, CIFAR_BASE, text)[1]
+    want = {"member": "wide", "scope": "none", "match": "off", "distribution": written, "sparsity": "0.75"}
+    assert want.items() <= recipe.transform.items()
+    assert imported.name == "resnet18_cifar_sparse75_rigl"
+    assert not any("maskopt" in note.key for note in imported.notes)
+
+
+def test_which_program_of_the_authors_is_said_by_the_base_file(tmp_path: Path) -> None:
+    for base, model in ((CIFAR_BASE, "resnet18_cifar"), (IMAGENET_BASE, "resnet18")):
+        text = CIFAR.replace("sparse_wide", "sparse_parallel")  # the ImageNet program's file has block_name too
+        assert grid(tmp_path, base, text)[0][1].model == model
+    for base, said in (
+        ("epochs: 3\n", "nothing says whether"),
+        (CIFAR_BASE + "lr_min: 0.0\n", "one is of the CIFAR"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            grid(tmp_path, base, CIFAR)
+    without = IMAGENET_BASE.replace("batch_size: 32\n", "")
+    assert grid(tmp_path, without, IMAGENET)[0][1].spec.training.batch_size == 256
 
 
 def test_options_of_the_other_format_are_refused(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...errors import UsageError
 from ..strict_yaml import Value, read
 
 
@@ -65,6 +67,23 @@ class Foreign:
                 return value.plain()
         return None
 
+    def number(self, *paths: str, above: float | None = None, least: float | None = None, whole: bool = False) -> Any:
+        """The number at the first of `paths` that exists, crossed out; None if none does, or it is null.
+
+        Raises:
+            UsageError: it is no number, or none in these bounds; with file and line.
+        """
+        path = next((p for p in paths if self.find(p) is not None), None)
+        value = None if path is None else self.take(path)
+        if path is None or value is None:
+            return None
+        return checked_number(value, f"{self.where(path)}: {path}", above=above, least=least, whole=whole)
+
+    def where(self, path: str) -> str:
+        """File and line of the value at `path`."""
+        value = self.find(path)
+        return str(self.path) if value is None else f"{self.path}:{value.location.line}"
+
     def expect(self, path: str, wanted: Any, reason: str) -> None:
         """Cross out a value that means what happens here anyway; note it where it is another."""
         value = self.take(path)
@@ -76,7 +95,7 @@ class Foreign:
         value = self.find(path)
         if value is not None:
             self.used.add(path)
-            self.notes.append(Note(f"{self.path}:{value.location.line}", path, value.plain(), reason))
+            self.notes.append(Note(self.where(path), path, value.plain(), reason))
 
     def note_rest(self, reasons: Mapping[str, str], otherwise: str) -> None:
         """A note for every branch that nothing was read from; `reasons` knows some of them by their last name."""
@@ -96,6 +115,29 @@ class Foreign:
         elif isinstance(value.data, list):
             for index, child in enumerate(value.data):
                 yield from self._unused(f"{path}.{index}".lstrip("."), child)
+
+
+def checked_number(
+    value: Any,
+    where: str,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    whole: bool = False,
+) -> Any:
+    """`value` if it is a number in these bounds.
+
+    Raises:
+        UsageError: it is not; `where` says whose value it is.
+    """
+    number = isinstance(value, int if whole else int | float) and not isinstance(value, bool) and math.isfinite(value)
+    bounds = {"above": above, "of at least": least, "below": below}
+    fits = {"above": lambda v, b: v > b, "of at least": lambda v, b: v >= b, "below": lambda v, b: v < b}
+    if not number or not all(bound is None or fits[word](value, bound) for word, bound in bounds.items()):
+        limits = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)
+        raise UsageError(f"{where} is {value!r}, not a {'whole ' if whole else ''}number {limits}".rstrip())
+    return value
 
 
 @dataclass(frozen=True, slots=True)

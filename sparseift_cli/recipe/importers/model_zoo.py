@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import sqrt
@@ -13,10 +13,38 @@ from typing import Any
 from ...base.durations import part_of_run
 from ...errors import UsageError
 from ...sparsity.algorithms import ALGORITHMS
-from .foreign import Foreign, Imported
+from .foreign import Foreign, Imported, checked_number
 
 _ADAM = {"betas": "betas", "eps": "eps", "weight_decay": "weight_decay"}
 _SGD = {"momentum": "momentum", "nesterov": "nesterov", "weight_decay": "weight_decay"}
+
+
+def _no_negative(file: Foreign, at: str) -> Any:
+    return file.number(at, least=0)
+
+
+def _betas(file: Foreign, at: str) -> Any:
+    value = file.take(at)
+    if value is None:
+        return None
+    if not isinstance(value, list) or len(value) != 2:
+        raise UsageError(f"{file.where(at)}: {at} is {value!r}, not two numbers")
+    return [checked_number(beta, f"{file.where(at)}: {at}", least=0, below=1) for beta in value]
+
+
+def _yes_or_no(file: Foreign, at: str) -> Any:
+    value = file.take(at)
+    if not isinstance(value, bool | None):
+        raise UsageError(f"{file.where(at)}: {at} is {value!r}, neither true nor false")
+    return value
+
+
+def _positive(file: Foreign, at: str) -> Any:
+    return file.number(at, above=0)
+
+
+_OPTIONS = {"betas": _betas, "eps": _positive, "nesterov": _yes_or_no}
+"""How an option of an optimiser is read; the others are numbers."""
 
 
 def read_schedule(file: Foreign, *, new: bool, steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -29,12 +57,14 @@ def read_schedule(file: Foreign, *, new: bool, steps: int) -> tuple[dict[str, An
     else:
         kind, at, rates = file.take("optimizer.optimizer_type") or "AdamW", "optimizer", "optimizer.learning_rate"
     optimizer = _optimizer(file, str(kind), at)
-    constant = file.take(f"{at}.learning_rate") if new else None
+    constant = file.number(f"{at}.learning_rate", above=0) if new else None
     schedule, peak = _schedule(file, rates, steps)
     peak = peak if peak is not None else constant
-    if peak is not None:
-        optimizer["lr"] = peak
-    return optimizer, schedule
+    if peak is None:
+        raise UsageError(
+            f"{file.where(rates)}: {rates} gives no learning rate", hint="a number, or a cosine, line or constant"
+        )
+    return {**optimizer, "lr": peak}, schedule
 
 
 def _optimizer(file: Foreign, kind: str, at: str) -> dict[str, Any]:
@@ -43,7 +73,7 @@ def _optimizer(file: Foreign, kind: str, at: str) -> dict[str, Any]:
         file.note(at if at != "optimizer" else "optimizer.optimizer_type", f"{kind} is not there; adamw is written")
     found: dict[str, Any] = {"name": "sgd" if sgd else "adamw"}
     for key, ours in (_SGD if sgd else _ADAM).items():
-        value = file.take(f"{at}.{key}")
+        value = _OPTIONS.get(key, _no_negative)(file, f"{at}.{key}")
         if value is not None:
             found[ours] = value
     file.expect(f"{at}.correct_bias", True, "AdamW always corrects its bias")
@@ -56,26 +86,33 @@ def _schedule(file: Foreign, at: str, steps: int) -> tuple[dict[str, Any], float
     if found is None:
         return {"name": "constant"}, None
     plain = file.take(at)
-    if isinstance(plain, int | float):
-        return {"name": "constant"}, float(plain)
+    if not isinstance(plain, list | dict):
+        return {"name": "constant"}, float(checked_number(plain, f"{file.where(at)}: {at}", above=0))
     phases = _phases(plain)
+
+    def number(options: Mapping[str, Any], *keys: str, above: float | None = None, whole: bool = False) -> Any:
+        key = next((key for key in keys if options.get(key) is not None), None)
+        said = f"{file.where(at)}: {key} in {at}"
+        return None if key is None else checked_number(options[key], said, least=0, above=above, whole=whole)
+
     warmup: int | None = None
     if len(phases) > 1 and phases[0][0] == "linear" and not phases[0][1].get("initial_learning_rate"):
-        warmup = phases[0][1].get("total_iters")
+        warmup = number(phases[0][1], "total_iters", whole=True)
         phases = phases[1:]
     if len(phases) != 1 or phases[0][0] not in ("cosine", "linear", "constant"):
         file.note(at, "only a warm-up and then a cosine, a line or a constant can be said here; a cosine is written")
-    kind, options = phases[0] if phases and phases[0][0] in ("cosine", "linear", "constant") else ("cosine", {})
-    peak = options.get("initial_learning_rate", options.get("learning_rate", options.get("val")))
-    length = options.get("total_iters")
+    kind, options = phases[0] if phases else ("cosine", {})
+    kind = kind if kind in ("cosine", "linear", "constant") else "cosine"
+    peak = number(options, "initial_learning_rate", "learning_rate", "val", above=0)
+    length = number(options, "total_iters", whole=True)
     if kind != "constant" and length is not None and length + (warmup or 0) != steps:
         file.note(
             at,
             f"warm-up and decay take {length + (warmup or 0):,} steps, the run {steps:,}; here the decay ends with it",
         )
     section: dict[str, Any] = {"name": kind, **({"warmup": f"{warmup} steps"} if warmup else {})}
-    if kind != "constant" and options.get("end_learning_rate"):
-        section["final_lr"] = options["end_learning_rate"]
+    if kind != "constant" and (final := number(options, "end_learning_rate")):
+        section["final_lr"] = final
     return section, None if peak is None else float(peak)
 
 
@@ -193,15 +230,15 @@ def _mask(file: Foreign, at: str, block: str, steps: int) -> Mask | None:
         value, algorithm = _scheduled(file, scheduled, algorithm, steps)
         algorithm = {k: v for k, v in algorithm.items() if k == "name" or k in takes}
     elif sparsity is None:
-        raise UsageError(f"{file.path}: {at} has no sparsity")
+        raise UsageError(f"{file.where(at)}: {at} has no sparsity")
     else:
         value = _final(file, sparsity, math.ceil(float(algorithm.get("stop", 1.0)) * steps))
     if value is None or value == 0:
         return None
-    method = file.take(*where("init_method")) or "random"
+    method = str(file.take(*where("init_method")) or "random")
     if method not in MASKS:
         file.note(path("init_method") or at, "masks start random or from the largest weights; random is written")
-    return Mask(value, algorithm, {"include": include} if include else {}, MASKS.get(str(method), "random"))
+    return Mask(value, algorithm, {"include": include} if include else {}, MASKS.get(method, "random"))
 
 
 def _keys(file: Foreign, at: str) -> list[str]:
@@ -213,31 +250,38 @@ def _update(file: Foreign, at: str | None, steps: int) -> dict[str, Any]:
     if at is None:
         return {"delta_t": 1, "stop": 1.0}
     update = file.take(at)
-    if isinstance(update, dict) and isinstance(update.get("steps"), list) and update["steps"]:
-        listed = sorted(update["steps"])
+    if not isinstance(update, dict):
+        raise UsageError(f"{file.where(at)}: {at} is {update!r}, neither {{freq, stop}} nor {{steps}}")
+    if isinstance(update.get("steps"), list) and update["steps"]:
+        said = f"{file.where(at)}: a step in {at}"
+        listed = sorted(checked_number(step, said, least=0, whole=True) for step in update["steps"])
         delta = listed[0] or (listed[1] if len(listed) > 1 else 1)
         regular = [t for t in listed if t] == list(range(delta, listed[-1] + 1, delta))
         if not regular:
             file.note(at, f"updates come at equal distances; every {delta} steps until {listed[-1]} is written")
         return {"delta_t": delta, "stop": part_of_run(listed[-1] + 1, steps)}
-    update = update if isinstance(update, dict) else {}
-    if update.get("start"):
+    if file.number(f"{at}.start", least=0, whole=True):
         file.note(f"{at}.start", "mask updates start with the run")
-    stop = update.get("stop")
-    return {"delta_t": update.get("freq", 1), "stop": 1.0 if stop is None else part_of_run(min(stop, steps), steps)}
+    every, stop = (file.number(f"{at}.{key}", least=1, whole=True) for key in ("freq", "stop"))
+    return {"delta_t": every or 1, "stop": 1.0 if stop is None else part_of_run(min(stop, steps), steps)}
 
 
 def _drop(file: Foreign, at: str | None, algorithm: dict[str, Any], steps: int) -> dict[str, Any]:
     """Drop fraction at step 0, and how it falls; ours falls to 0 where mask updates stop."""
     value = file.take(at) if at else 0.3
     stop = math.ceil(algorithm["stop"] * steps)
-    if isinstance(value, int | float):
-        return {"drop_fraction": value, "decay": "constant"}
-    if isinstance(value, dict) and isinstance(initial := value.get("init", value.get("value")), int | float):
+    said = f"{file.where(str(at))}: {at}"
+    if not isinstance(value, dict | list):
+        return {"drop_fraction": checked_number(value, said, above=0, below=1), "decay": "constant"}
+    if isinstance(value, dict) and (initial := value.get("init", value.get("value"))) is not None:
+        for key in ("init", "value", "slope", "half_period", "minimum"):
+            if value.get(key) is not None:
+                checked_number(value[key], said)
+        checked_number(initial, said, above=0, below=1)
         kind = str(value.get("type", "")).lower()
         falls = {
             "cosine": value.get("half_period") == stop and not value.get("minimum"),
-            "linear": abs(initial + value.get("slope", 0) * stop) < 1e-6,
+            "linear": abs(initial + (value.get("slope") or 0) * stop) < 1e-6,
             "constant": True,
         }
         if not falls.get(kind, False):
@@ -250,7 +294,7 @@ def _drop(file: Foreign, at: str | None, algorithm: dict[str, Any], steps: int) 
 def _final(file: Foreign, at: str, stop: int) -> float | None:
     """The sparsity at the last update: of a schedule, its value there, rounded as people write it."""
     value = file.take(at)
-    if value is None or isinstance(value, int | float):
+    if not isinstance(value, list | dict):
         return None if value is None else _number(file, at, value)
     if isinstance(value, list) and value:
         file.note(at, f"sparsity does not cycle; {value[-1]} is written")
@@ -261,7 +305,7 @@ def _final(file: Foreign, at: str, stop: int) -> float | None:
                 at, f"sparsity rises on the cubic of gmp, to what this {value['type']} schedule ends at: {final:g}"
             )
         return _number(file, at, final)
-    raise UsageError(f"{file.path}: {at} is no sparsity: {value!r}")
+    raise UsageError(f"{file.where(at)}: {at} is no sparsity: {value!r}")
 
 
 def _curve(schedule: dict[str, Any], step: int) -> float | None:
@@ -291,7 +335,10 @@ def _scheduled(file: Foreign, at: str, algorithm: dict[str, Any], steps: int) ->
     """Legacy `sparsity_schedule`: the last pair counts."""
     pairs = file.take(at)
     if not isinstance(pairs, list) or not pairs or not all(isinstance(p, list) and len(p) == 2 for p in pairs):
-        raise UsageError(f"{file.path}: {at} is no list of [step, sparsity]")
+        raise UsageError(f"{file.where(at)}: {at} is no list of [step, sparsity]")
+    for step, sparsity in pairs:
+        checked_number(step, f"{file.where(at)}: a step in {at}", least=0, whole=True)
+        _number(file, at, sparsity)
     file.note(
         at, f"sparsity rises on the cubic of gmp, not in these steps, to {pairs[-1][1]:g} at step {pairs[-1][0]:,}"
     )
@@ -300,7 +347,7 @@ def _scheduled(file: Foreign, at: str, algorithm: dict[str, Any], steps: int) ->
 
 def _number(file: Foreign, at: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise UsageError(f"{file.path}: {at}: {value!r} is no sparsity in [0, 1)")
+        raise UsageError(f"{file.where(at)}: {at}: {value!r} is no sparsity in [0, 1)")
     return float(value)
 
 
@@ -318,7 +365,7 @@ def _filter(file: Foreign, globs_at: str | None, patterns_at: str | None) -> lis
         try:
             hits = sum(any(hit(name, word) for word in words) for name in names)
         except re.error:
-            raise UsageError(f"{file.path}: {at} holds a broken regular expression") from None
+            raise UsageError(f"{file.where(at)}: {at} holds a broken regular expression") from None
         if hits:
             included.append(ours)
         if 0 < hits < len(names):
@@ -334,6 +381,7 @@ def _filter(file: Foreign, globs_at: str | None, patterns_at: str | None) -> lis
 # feed-forward 4368); here the dense model is named and the transform widens it, so the dense one is looked up: the zoo's GPT
 # with the same depth and heads whose hidden width, times sqrt(1/(1-s)), is the one in the file.
 
+FAMILIES = ("gpt2", "gpt3")
 CLOSE = 0.02  # widths are rounded to whole heads: 1092 for 1086.1
 SAME = {  # what the zoo's GPT does anyway
     "position_embedding_type": "learned",
@@ -399,7 +447,8 @@ def convert(file: Foreign, model: str | None = None) -> Imported:
     sections["data"] = _data(file, "trainer.fit.train_dataloader" if new else "train_input")
     if mask is not None:
         widened = sections["model"].pop("base_width")
-        transform = {"member": "wide", **({"base_width": widened} if widened else {}), **mask.transform}
+        size = {"base_width": widened} if widened else {"scope": "none", "match": "off"}  # sparse at the dense widths
+        transform = {"member": "wide", **size, **mask.transform}
         sections |= {"transform": transform, "sparsity": mask.sparsity, "algorithm": mask.algorithm}
         if mask.masks != "random":
             sections["init"] = {"masks": mask.masks}
@@ -416,8 +465,8 @@ def convert(file: Foreign, model: str | None = None) -> Imported:
 
 
 def _length(file: Foreign) -> int:
-    steps = file.take("trainer.init.loop.max_steps", "runconfig.max_steps")
-    if not isinstance(steps, int) or steps < 1:
+    steps = file.number("trainer.init.loop.max_steps", "runconfig.max_steps", least=1, whole=True)
+    if steps is None:
         raise UsageError(
             f"{file.path} gives no number of steps",
             hint="loop.max_steps (or runconfig.max_steps) is needed: epochs have no known length",
@@ -426,32 +475,45 @@ def _length(file: Foreign) -> int:
 
 
 def _model(file: Foreign, at: str, mask: Mask | None, named: str | None) -> dict[str, Any]:
-    """Name, seq, and under `base_width` the widened width (None: the file's model is not widened)."""
-    take = lambda key: file.take(f"{at}.{key}")  # noqa: E731
-    family, hidden, feed_forward = take("name"), take("hidden_size"), take("filter_size")
-    depth, heads, positions = take("num_hidden_layers"), take("num_heads"), take("max_position_embeddings")
+    """Name, seq, and under `base_width` the widened width (None: the file's model has the dense model's own)."""
+    from ...models.zoo.gpt import CONFIGS
+
+    number = lambda key: file.number(f"{at}.{key}", least=1, whole=True)  # noqa: E731
+    family, hidden, feed_forward = _family(file, f"{at}.name"), number("hidden_size"), number("filter_size")
+    depth, heads, positions = number("num_hidden_layers"), number("num_heads"), number("max_position_embeddings")
     for key, value in SAME.items():
         file.expect(f"{at}.{key}", value, f"the zoo's GPT has {value!r}")
-    if not isinstance(hidden, int):
-        raise UsageError(f"{file.path}: {at} has no hidden_size", hint="only GPT-like models of the Model Zoo are read")
+    if hidden is None:
+        raise UsageError(f"{file.where(at)}: {at} has no hidden_size", hint="the width of the network is needed")
     if feed_forward not in (None, 4 * hidden):
         file.note(f"{at}.filter_size", f"the zoo's GPT has feed-forward layers of 4 x hidden = {4 * hidden}")
     if named:
-        return {"name": named, "seq": positions, "base_width": hidden if mask else None}
-    name, dense = _dense_model(str(family or ""), hidden, depth, heads, mask.sparsity if mask else 0.0, positions)
+        own = CONFIGS[named].hidden if named in CONFIGS else None
+        return {"name": named, "seq": positions, "base_width": hidden if mask and own != hidden else None}
+    name, dense = _dense_model(family, hidden, depth, heads, mask.sparsity if mask else 0.0, positions)
     if name is None:
         raise UsageError(
-            f"{file.path}: the zoo has no GPT of {depth} layers and {heads} heads that widens to hidden {hidden}",
+            f"{file.where(f'{at}.hidden_size')}: the zoo has no GPT of {depth} layers and {heads} heads that widens to "
+            f"hidden {hidden}",
             hint="name the dense model it was made from: --model gpt3_small",
         )
-    if mask and dense == hidden:
-        file.note(
-            f"{at}.hidden_size",
-            f"this is the dense model's own width, so the file trains a network of fewer FLOPs; "
-            f"the recipe widens {name} until it costs what the dense one costs",
+    return {"name": name, "seq": positions, "base_width": hidden if mask and dense != hidden else None}
+
+
+def _family(file: Foreign, at: str) -> str:
+    """What the Model Zoo calls the network, where it is a GPT. Others have layers that no GPT has, under the same names of sizes.
+
+    Raises:
+        UsageError: it is another family, or the file does not say.
+    """
+    family = file.take(at)
+    if family not in FAMILIES:
+        what = f"the model is {family!r}" if family else "the model has no name"
+        raise UsageError(
+            f"{file.where(at if family else at.rpartition('.')[0])}: {what}; of the Model Zoo {' and '.join(FAMILIES)} are read",
+            hint=None if family else "where it is a GPT, add `name: gpt3` to the model",
         )
-        hidden = None
-    return {"name": name, "seq": positions, "base_width": hidden if mask else None}
+    return str(family)
 
 
 def _dense_model(
@@ -482,19 +544,18 @@ def _data(file: Foreign, at: str) -> dict[str, Any]:
 
 def _training(file: Foreign, network: str, *, new: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for key, paths in {
-        "batch_size": ("trainer.fit.train_dataloader.batch_size", "train_input.batch_size"),
-        "clip": ("trainer.init.precision.max_gradient_norm", "optimizer.max_gradient_norm"),
-        "seed": ("trainer.init.seed", "runconfig.seed"),
-    }.items():
-        value = file.take(*paths)
-        if value is not None:
-            found[key] = value
+    paths = ("trainer.fit.train_dataloader.batch_size", "train_input.batch_size")
+    if (batch := file.number(*paths, least=1, whole=True)) is None:
+        raise UsageError(f"{file.path} gives no batch size", hint=f"{paths[0]} (or {paths[1]}) is needed")
+    found["batch_size"] = batch
+    clip = file.number("trainer.init.precision.max_gradient_norm", "optimizer.max_gradient_norm", least=0)
+    seed = file.number("trainer.init.seed", "runconfig.seed", least=0, whole=True)
+    found |= {key: value for key, value in (("clip", clip or None), ("seed", seed)) if value is not None}
     mixed = file.take("trainer.init.precision.enabled", f"{network}.mixed_precision")
     at = "trainer.init.precision.fp16_type" if new else f"{network}.fp16_type"
     kind = file.take(at)
     if mixed is not False and kind is not None:
-        found["precision"] = {"float16": "fp16", "bfloat16": "bf16", "cbfloat16": "bf16"}.get(kind, "fp32")
+        found["precision"] = {"float16": "fp16", "bfloat16": "bf16", "cbfloat16": "bf16"}.get(str(kind), "fp32")
         if kind not in ("float16", "bfloat16"):
             file.note(at, f"this format is Cerebras's own; {found['precision']} is written")
     return found
@@ -502,7 +563,7 @@ def _training(file: Foreign, network: str, *, new: bool) -> dict[str, Any]:
 
 def _intervals(file: Foreign) -> dict[str, Any]:
     every = {
-        "evaluation": file.take("trainer.init.loop.eval_frequency", "runconfig.eval_frequency"),
-        "checkpoint": file.take("trainer.init.checkpoint.steps", "runconfig.checkpoint_steps"),
+        "evaluation": file.number("trainer.init.loop.eval_frequency", "runconfig.eval_frequency", least=0, whole=True),
+        "checkpoint": file.number("trainer.init.checkpoint.steps", "runconfig.checkpoint_steps", least=0, whole=True),
     }
     return {section: {"every": steps} for section, steps in every.items() if steps}
