@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from sparseift_cli.plan.layer_plan import LayerPlan
 from sparseift_cli.plan.members import MEMBERS
 from sparseift_cli.plan.plan import Plan, make_plan
 from sparseift_cli.plan.spec import TransformSpec
+from sparseift_cli.plan.widths import Solution, solve
+from sparseift_cli.table.poly import Poly
 from sparseift_cli.table.table import LayerTable
 from sparseift_cli.trace.build import TraceResult, trace
 from sparseift_cli.trace.fake_mode import no_init
@@ -36,6 +39,8 @@ JUSTIFIED = (
     "constant of the code",
     "no layer to transform",
 )
+# What a plan says of numbers that count something else than channels.
+COUNTS = ("a count, not a width", "number of heads (head_dim scales instead)", "places in it are chosen by index")
 
 
 @dataclass
@@ -85,6 +90,9 @@ def examine(subject: Subject, real: bool) -> Outcome:
         with no_init("meta"):
             model = subject.build("meta").eval()
         args, kwargs = subject.args("meta"), subject.kwargs("meta")
+        outcome.torch_macs = _counted_by_torch(model, args, kwargs)
+        if outcome.torch_macs is None and _size(model) <= LARGEST_REAL:
+            _run_dense(subject)  # a model that does not run is no fault of a transform
     except Exception as error:
         outcome.error = f"{type(error).__name__}: {_first_line(error)}"
         return outcome
@@ -94,16 +102,28 @@ def examine(subject: Subject, real: bool) -> Outcome:
         outcome.refused.append(f"wide: {error.message}")
         return outcome
     outcome.macs = sum(row.macs.evaluate(before.table.sizes) for row in before.table.layers)
-    outcome.torch_macs = _counted_by_torch(model, args, kwargs)
     for member in MEMBERS:
         for sparsity in SPARSITIES:
             _check_plan(outcome, model, args, kwargs, before, TransformSpec(member=member, sparsity=sparsity))
-    if real and sum(p.numel() for p in model.parameters()) <= LARGEST_REAL:
+    if real and _size(model) <= LARGEST_REAL:
         for member in MEMBERS:
             if outcome.passed.get(member):
                 _check_real(outcome, subject, member)
     outcome.seconds = time.perf_counter() - start
     return outcome
+
+
+def _size(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _run_dense(subject: Subject) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], list[torch.Size]]:
+    """The dense model on CPU tensors: itself, its arguments, and the shapes of its outputs."""
+    torch.manual_seed(0)
+    model = subject.build("cpu").eval()
+    args, kwargs = _random(subject.args("cpu")), _random(subject.kwargs("cpu"))
+    with torch.no_grad():
+        return model, args, kwargs, [t.shape for t in _tensors(model(*args, **kwargs))]
 
 
 def _counted_by_torch(model: nn.Module, args: Any, kwargs: Any) -> int | None:
@@ -154,34 +174,36 @@ def _note_reach(outcome: Outcome, table: LayerTable, plan: Plan) -> None:
     outcome.reached = sum(row.dense_macs for row in body if row.status == "transformed") / total if total else 0.0
     outcome.ratio = f"{sum(r.macs for r in plan.layers) / max(1, sum(r.dense_macs for r in plan.layers)):.3f}"
     held: Counter[str] = Counter()
+    solution = solve(table.widths, table.equations, plan.spec.heads)
     for row in body:
-        held.update(set(_why_held(row, table, plan)))
-        if row.status != "transformed" and row.macs > row.dense_macs:
+        held.update(set(_why_held(row, table, plan, solution)))
+        if row.status != "transformed" and row.macs > row.dense_macs and row.layer.kind != "depthwise":
             held[f"grows untouched: {row.reason}"] += 1
     outcome.held = dict(held)
 
 
-def _why_held(row: LayerPlan, table: LayerTable, plan: Plan) -> Iterator[str]:
-    """Why a side of a body layer did not grow. Counts (of heads, of constants of the code) never do."""
+def _why_held(row: LayerPlan, table: LayerTable, plan: Plan, solution: Solution) -> Iterator[str]:
+    """Why a side of a body layer did not grow. Numbers of heads and of experts, which a router has as outputs, never do."""
     for side in (row.layer.inputs, row.layer.outputs):
-        widths = [table.widths[v] for v in side.variables]
-        if side.evaluate(plan.sizes) > side.evaluate(table.sizes) or all(w.kind in ("heads", "count") for w in widths):
+        if side.evaluate(plan.sizes) > side.evaluate(table.sizes) or side == Poly.const(1):
             continue
-        if not widths:
-            yield f"constant of the code: {side}"
-        yield next((w.fixed for w in widths if w.fixed), row.reason or "no reason given")
+        reasons = [solution.reasons[v] for v in _behind(side, solution) if v in solution.reasons]
+        reasons = [r for r in reasons if r not in COUNTS]
+        if reasons or not side.variables:
+            yield re.sub(r"\.\d+\.", ".*.", reasons[0]) if reasons else f"constant of the code: {side}"
+        elif not _behind(side, solution):
+            yield row.reason or "no reason given"
+
+
+def _behind(side: Poly, solution: Solution) -> list[int]:
+    """The widths of a side and, where elimination made them follow others, those too."""
+    found = [*side.variables]
+    return [*found, *(u for v in found for u in solution.free_widths(v) if u not in found)]
 
 
 def _check_real(outcome: Outcome, subject: Subject, member: str) -> None:
     """A forward and a backward on CPU tensors: outputs of the dense shapes, all finite, a gradient for every used weight."""
-    try:
-        torch.manual_seed(0)
-        model = subject.build("cpu").eval()
-        args, kwargs = _random(subject.args("cpu")), _random(subject.kwargs("cpu"))
-        want = [t.shape for t in _tensors(model(*args, **kwargs))]
-    except Exception as error:
-        outcome.refused.append(f"real: the dense model fails: {type(error).__name__}: {_first_line(error)}")
-        return
+    model, args, kwargs, want = _run_dense(subject)
     try:
         spec = TransformSpec(member=member, sparsity=SPARSITIES[0])
         new, _ = transform_module(model, args, kwargs, spec, name=subject.name, input_shape=())
