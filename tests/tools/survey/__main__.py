@@ -77,7 +77,17 @@ def _killed(name: str) -> dict[str, Any]:
 
 def report(outcomes: list[dict[str, Any]], what: str) -> str:
     """The table, as Markdown."""
-    columns = ["model", "verdict", *MEMBERS, "body reached", "MACs / PyTorch's", "real", "seconds", "remarks"]
+    columns = [
+        "model",
+        "verdict",
+        *MEMBERS,
+        "body reached",
+        "MACs / PyTorch's",
+        "real",
+        "preserve",
+        "seconds",
+        "remarks",
+    ]
     lines = [
         f"# {what}: {len(outcomes)} models, four members, s = {' and '.join(SPARSITIES)}",
         "",
@@ -100,8 +110,9 @@ def _row(o: dict[str, Any]) -> str:
     passed = [f"{o['passed'].get(m, 0)}/{len(SPARSITIES)}" for m in MEMBERS]
     against = "" if not o["torch_macs"] else f"{o['macs'] / o['torch_macs']:.4f}"
     real = f"{o['real']}/{len(MEMBERS.names)}" if o["real"] else ""
+    kept = "" if o["deviation"] is None else f"{o['deviation']:.0e}"
     verdict = o["verdict"] + (" (justified)" if o["verdict"] in ("half", "refused") and o["justified"] else "")
-    cells = [o["name"], verdict, *passed, f"{o['reached']:.0%}", against, real, f"{o['seconds']:.1f}"]
+    cells = [o["name"], verdict, *passed, f"{o['reached']:.0%}", against, real, kept, f"{o['seconds']:.1f}"]
     return f"| {' | '.join(cells)} | {remarks.replace('|', '/')} |"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -26,7 +27,7 @@ from sparseift_cli.trace.build import TraceResult, trace
 from sparseift_cli.trace.fake_mode import no_init
 from sparseift_cli.transforms.check import measure, require_as_planned
 from sparseift_cli.transforms.surgery import apply_surgery, surgery_for
-from sparseift_cli.transforms.transformation import transform_module
+from sparseift_cli.transforms.transformation import Options, transform_module
 
 from .subject import Subject
 
@@ -39,6 +40,7 @@ JUSTIFIED = (
     "constant of the code",
     "no layer to transform",
 )
+EXACT = 1e-4  # a deviation that float32 explains
 # What a plan says of numbers that count something else than channels.
 COUNTS = ("a count, not a width", "number of heads (head_dim scales instead)", "places in it are chosen by index")
 
@@ -56,6 +58,8 @@ class Outcome:
     ratio: str = ""  # forward MACs of Wide over dense, at the last sparsity
     reached: float = 0.0  # share of the body's MACs in layers that Wide makes sparse
     real: int = 0  # members that ran forward and backward on CPU tensors
+    deviation: float | None = None  # of a Wide model started with preserve from the dense function
+    preserve_notes: list[str] = field(default_factory=list)
     held: dict[str, int] = field(default_factory=dict)  # reason -> body layers with a side that did not grow
     refused: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
@@ -109,6 +113,8 @@ def examine(subject: Subject, real: bool) -> Outcome:
         for member in MEMBERS:
             if outcome.passed.get(member):
                 _check_real(outcome, subject, member)
+        if outcome.passed.get("wide"):
+            _check_preserve(outcome, subject)
     outcome.seconds = time.perf_counter() - start
     return outcome
 
@@ -206,7 +212,9 @@ def _check_real(outcome: Outcome, subject: Subject, member: str) -> None:
     model, args, kwargs, want = _run_dense(subject)
     try:
         spec = TransformSpec(member=member, sparsity=SPARSITIES[0])
-        new, _ = transform_module(model, args, kwargs, spec, name=subject.name, input_shape=())
+        new, _ = transform_module(
+            model, args, kwargs, spec, name=subject.name, input_shape=(), options=Options(start="fresh")
+        )
         outputs = _tensors(new(*args, **kwargs))
         sum(t.float().square().mean() for t in outputs if t.requires_grad and t.numel()).backward()
     except Exception as error:
@@ -221,6 +229,26 @@ def _check_real(outcome: Outcome, subject: Subject, member: str) -> None:
         outcome.wrong.append(f"{member} for real: a gradient is not finite")
     else:
         outcome.real += 1
+
+
+def _check_preserve(outcome: Outcome, subject: Subject) -> None:
+    """Start preserve, exact: the transformed model is the dense function, or says why it is not."""
+    model, args, kwargs, _ = _run_dense(subject)
+    options = Options(start="preserve", preserve_slack=0.0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            spec = TransformSpec(member="wide", sparsity=SPARSITIES[0])
+            _, done = transform_module(model, args, kwargs, spec, name=subject.name, input_shape=(), options=options)
+    except SparseiftError as error:
+        outcome.preserve_notes = [f"refused: {error.message}"]
+    except Exception as error:
+        outcome.wrong.append(f"preserve: {type(error).__name__}: {_first_line(error)}")
+    else:
+        notes = [note for note in done.notes if not note.startswith("warning: ")]
+        outcome.deviation, outcome.preserve_notes = done.deviation, notes
+        if not (done.deviation or 0.0) <= EXACT and not notes:
+            outcome.wrong.append(f"preserve: deviates by {done.deviation:.2g} and does not say why")
 
 
 def _tensors(output: Any) -> list[Tensor]:
