@@ -83,6 +83,7 @@ def report(outcomes: list[dict[str, Any]], what: str) -> str:
         *MEMBERS,
         "body reached",
         "MACs / PyTorch's",
+        "of a step",
         "real",
         "preserve",
         "seconds",
@@ -109,10 +110,11 @@ def _row(o: dict[str, Any]) -> str:
     remarks = "; ".join(dict.fromkeys([*filter(None, [o["error"]]), *o["wrong"], *o["refused"], *held]))
     passed = [f"{o['passed'].get(m, 0)}/{len(SPARSITIES)}" for m in MEMBERS]
     against = "" if not o["torch_macs"] else f"{o['macs'] / o['torch_macs']:.4f}"
+    step = "" if not o["torch_training_macs"] else f"{o['training_macs'] / o['torch_training_macs']:.4f}"
     real = f"{o['real']}/{len(MEMBERS.names)}" if o["real"] else ""
     kept = "" if o["deviation"] is None else f"{o['deviation']:.0e}"
     verdict = o["verdict"] + (" (justified)" if o["verdict"] in ("half", "refused") and o["justified"] else "")
-    cells = [o["name"], verdict, *passed, f"{o['reached']:.0%}", against, real, kept, f"{o['seconds']:.1f}"]
+    cells = [o["name"], verdict, *passed, f"{o['reached']:.0%}", against, step, real, kept, f"{o['seconds']:.1f}"]
     return f"| {' | '.join(cells)} | {remarks.replace('|', '/')} |"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 import warnings
@@ -12,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparseift_cli.errors import CheckFailed, SparseiftError
+from sparseift_cli.plan.audit import audit
 from sparseift_cli.plan.layer_plan import LayerPlan
 from sparseift_cli.plan.members import MEMBERS
 from sparseift_cli.plan.plan import Plan, make_plan
@@ -25,12 +27,14 @@ from sparseift_cli.table.poly import Poly
 from sparseift_cli.table.table import LayerTable
 from sparseift_cli.trace.build import TraceResult, trace
 from sparseift_cli.trace.fake_mode import no_init
+from sparseift_cli.trace.outputs import returned
 from sparseift_cli.transforms.check import measure, require_as_planned
 from sparseift_cli.transforms.surgery import apply_surgery, surgery_for
 from sparseift_cli.transforms.transformation import Options, transform_module
 
 from .subject import Subject
 
+aten = torch.ops.aten
 SPARSITIES = ("0.5", "0.9")
 LARGEST_REAL = 40_000_000  # parameters of a model that also runs on CPU tensors
 # Reasons that no tool can help: what a model returns, counts with the values of tensors, or writes as a literal.
@@ -54,6 +58,8 @@ class Outcome:
     error: str = ""  # it cannot be built, or does not run as it is: no fault of ours
     macs: int = 0  # dense, forward
     torch_macs: int | None = None  # the same by FlopCounterMode
+    training_macs: float = 0.0  # of one step: forward and backward
+    torch_training_macs: int | None = None
     passed: dict[str, int] = field(default_factory=dict)  # member -> sparsities at which it passes
     ratio: str = ""  # forward MACs of Wide over dense, at the last sparsity
     reached: float = 0.0  # share of the body's MACs in layers that Wide makes sparse
@@ -105,6 +111,9 @@ def examine(subject: Subject, real: bool) -> Outcome:
     except SparseiftError as error:
         outcome.refused.append(f"wide: {error.message}")
         return outcome
+    counted = audit(before.table)
+    outcome.training_macs = float(counted.dense.training_macs)
+    outcome.torch_training_macs = _training_counted_by_torch(model, args, kwargs)
     outcome.macs = sum(row.macs.evaluate(before.table.sizes) for row in before.table.layers)
     for member in MEMBERS:
         for sparsity in SPARSITIES:
@@ -140,6 +149,27 @@ def _counted_by_torch(model: nn.Module, args: Any, kwargs: Any) -> int | None:
     except Exception:
         return None
     return counter.get_total_flops() // 2
+
+
+def _training_counted_by_torch(model: nn.Module, args: Any, kwargs: Any) -> int | None:
+    """MACs of a step whose loss is the sum of all results, by the same counter; None where that does not run on meta."""
+    try:
+        with FlopCounterMode(
+            display=False, custom_mapping={aten.convolution_backward: _flops_of_conv_backward}
+        ) as counter:
+            results = [t for t in returned(model(*args, **kwargs)).results.values() if t.requires_grad]
+            sum(t.sum() for t in results).backward()
+    except Exception:
+        return None
+    finally:
+        model.zero_grad()
+    return counter.get_total_flops() // 2
+
+
+def _flops_of_conv_backward(grad: Any, x: Any, weight: Any, *rest: Any, **_: Any) -> int:
+    """FLOPs of aten.convolution_backward; PyTorch's own formula is wrong for grouped convolutions."""
+    transposed, wanted = rest[4], rest[7]
+    return 2 * math.prod(x if transposed else grad) * math.prod(weight[1:]) * sum(wanted[:2])
 
 
 def _check_plan(
@@ -252,16 +282,8 @@ def _check_preserve(outcome: Outcome, subject: Subject) -> None:
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    """The floating-point tensors of an output, apart from the by-products that may be wider: hidden states and caches."""
-    if hasattr(output, "items"):
-        output = {k: v for k, v in output.items() if not _by_product(str(k))} or dict(output)
-    return [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
-
-
-def _by_product(key: str) -> bool:
-    return any(
-        word in key for word in ("hidden_state", "past_key_values", "attentions", "cache_params", "extract_features")
-    )
+    """The floating-point tensors among the results of an output; by-products may be wider."""
+    return [t for t in returned(output).results.values() if t.is_floating_point()]
 
 
 def _random(arguments: Any) -> Any:
