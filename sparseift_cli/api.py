@@ -213,7 +213,7 @@ def save(model: nn.Module, path: str | Path, *, force: bool = False, state_dict:
     masks = _checked_masks(model, done)
     if masks is not None:
         tensors = {WEIGHTS: untied(model), MASKS: masks}
-        passing = unsaved_buffers(model)
+        passing = unsaved_buffers(model, done)
         if passing:
             tensors[BUFFERS] = passing
     plain = dict(model.state_dict()) if state_dict and tensors else None
@@ -287,18 +287,25 @@ def untied(model: nn.Module) -> dict[str, Any]:
     return kept
 
 
-def unsaved_buffers(model: nn.Module) -> dict[str, Any]:
-    """The buffers that no state dict holds (position tables, causal masks), masks of weights apart, every tensor once."""
+def unsaved_buffers(model: nn.Module, done: Transformation) -> dict[str, Any]:
+    """The buffers that no state dict holds (position tables, causal masks), masks of weights apart, and resized plain tensors.
+
+    Every tensor once.
+    """
     from .mask.attached import masks_of
+    from .trace.constants import plain_tensors
 
     skipped = {id(t) for t in masks_of(model).values()}
+    resized = {edit.key for edit in done.surgery.resizes}
     found: dict[str, Any] = {}
     for path, module in model.named_modules():
-        for name in sorted(module._non_persistent_buffers_set):
-            tensor = module._buffers.get(name)
+        prefix = f"{path}." if path else ""
+        buffers = {prefix + name: module._buffers.get(name) for name in sorted(module._non_persistent_buffers_set)}
+        plain = {key: t for name, t in plain_tensors(module) if (key := prefix + name) in resized}
+        for key, tensor in (buffers | plain).items():
             if tensor is not None and id(tensor) not in skipped:
                 skipped.add(id(tensor))
-                found[f"{path}.{name}".removeprefix(".")] = tensor
+                found[key] = tensor
     return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..plan.widths import solve
 from ..table.poly import Poly
 from ..table.table import OUTPUT, LayerTable, Width, WidthKind
 from . import symbolise
+from .constants import is_statistic, named_constants, plain_tensors, why_fixed
 from .layouts import equal_parts
 from .outputs import FEEDS_LOSS, mark_output_layers, returned, variables_of
 from .record import CountedOp
@@ -92,7 +94,7 @@ def trace(
     untraceable = None
     with inference_mode(False), enable_grad():  # the table counts gradients too, even under the caller's no_grad
         try:
-            found = _run_with_or_without_configs(model, inputs, kwargs, symbolic)
+            found = _run_with_what_can_be_symbolic(model, inputs, kwargs, symbolic)
         except Exception as symbolic_error:
             try:
                 found = symbolise.run_symbolically(model, inputs, kwargs, symbolic=False)
@@ -119,21 +121,26 @@ def _usage_error(error: Exception, name: str, given: Any) -> UsageError:
     )
 
 
-def _run_with_or_without_configs(
+def _run_with_what_can_be_symbolic(
     model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any] | None, symbolic: bool
 ) -> symbolise.SymbolicRun:
-    """A run with symbolic ints in configuration objects; if it fails, one with plain ints there.
+    """A run with symbolic ints in configuration objects and symbolic plain tensors; if it fails, runs without one of them.
 
-    In the second case `transforms/widen` finds the ints of the configuration that must change by their values.
+    Without the configurations, `transforms/members/wide` finds their ints that must change by the values.
     """
     try:
         return symbolise.run_symbolically(model, inputs, kwargs, symbolic=symbolic)
-    except Exception:
-        if not symbolic or not any(
-            symbolise.is_config(value) for m in model.modules() for value in m.__dict__.values()
-        ):
-            raise
-        return symbolise.run_symbolically(model, inputs, kwargs, configs=False)
+    except Exception as first:
+        held = [value for m in model.modules() for value in m.__dict__.values()]
+        for kind, found in (("configs", any(map(symbolise.is_config, held))), ("tensors", _has_plain_tensors(model))):
+            if symbolic and found:
+                with suppress(Exception):
+                    return symbolise.run_symbolically(model, inputs, kwargs, **{kind: False})
+        raise first from None
+
+
+def _has_plain_tensors(model: nn.Module) -> bool:
+    return any(True for module in model.modules() for _ in plain_tensors(module))
 
 
 class _Builder:
@@ -209,6 +216,10 @@ class _Builder:
         for v in variables:
             if v in self.run.facts.divisors and self._divides_by_head_dim(self.run.facts.divisors[v]):
                 return "heads"
+        if origins and all(p.kind in ("buffer", "tensor") for p in origins):  # the angles of a rotary embedding, say
+            dims = [d for dims in self.recorder.contracted_dims.values() for d in dims]
+            summed = self.variables.roots(v for d in dims for v in d.variables)
+            return "head_dim" if self.variables.roots(variables) & summed else "width"
         return named if origins else "head_dim"
 
     def _divides_by_head_dim(self, divisor: Poly) -> bool:
@@ -218,18 +229,25 @@ class _Builder:
         return _kind_by_name([p for v in members for p in self.run.origins[v]]) == "head_dim"
 
     def _used(self, members: dict[int, list[int]]) -> set[int]:
-        """Variables of parameters, equations and counts. Attributes that meet none of them (a step count) are dropped."""
+        """Variables of parameters, buffers, equations and counts.
+
+        Attributes that meet none of them (a step count) are dropped, and so are plain tensors.
+        """
         find = self.variables.find
         used = {
             root
             for root, vs in members.items()
-            if any(p.kind != "attribute" for v in vs for p in self.run.origins.get(v, ()))
+            if any(p.kind in ("parameter", "buffer") for v in vs for p in self.run.origins.get(v, ()))
         }
         used |= {find(v) for e in self.variables.equations for v in e.variables}
         polys = [
             p for op in self.recorder.ops.values() for p in (op.macs, op.inputs, op.outputs, op.groups, op.activations)
         ]
-        return used | {find(v) for p in polys for v in p.variables}
+        used |= {find(v) for p in polys for v in p.variables}
+        for shape in self.run.shapes.values():  # of a plain tensor all dims or none
+            dims = {find(v) for d in shape for v in poly_of(d).variables}
+            used |= dims if dims & used else set()
+        return used
 
     def _fixed(self, outputs: Mapping[int, list[str]]) -> dict[int, str]:
         """Variable that must not change -> the reason. `outputs`: the results that a variable is a dim of, by name."""
@@ -240,10 +258,13 @@ class _Builder:
             for op in self.recorder.layers():
                 for v in op.outputs.variables if op.output else ():
                     fixed.setdefault(v, FEEDS_LOSS)
+        constants = dict(named_constants(self.model))
         for v, origins in self.run.origins.items():
             for p in origins:
-                if p.kind == "buffer" and not p.name.startswith("running_") and not p.name.endswith(_ROTARY):
-                    fixed.setdefault(v, f"tied to buffer {p.path}")
+                if p.kind in ("buffer", "tensor") and not is_statistic(p.path) and not p.name.endswith(_ROTARY):
+                    reason = why_fixed(p.path, constants[p.path], p.index or 0, self.recorder.uses)
+                    if reason:
+                        fixed.setdefault(v, reason)
         return fixed
 
     def _output_names(self) -> dict[int, list[str]]:
@@ -272,7 +293,11 @@ class _Builder:
         flow.note_read(output.results.values())
         floats = {self._named(p) for p in self.run.facts.floats if self._known(p)}
         return Structure(
-            shapes={k: tuple(self._named(poly_of(d)) for d in shape) for k, shape in self.run.shapes.items()},
+            shapes={
+                k: tuple(self._named(poly_of(d)) for d in shape)
+                for k, shape in self.run.shapes.items()
+                if all(self._known(poly_of(d)) for d in shape)  # not those of a plain tensor that nothing reads
+            },
             attributes={
                 (origin.owner, origin.name, origin.index): self._named(Poly.var(v))
                 for v, origin in self._attributes(self.run.origins)

@@ -50,6 +50,12 @@ _LINEAR_NAMES = """
     upsample_bilinear2d upsample_nearest2d upsample_bicubic2d im2col
 """
 LINEAR = {getattr(aten, name) for name in _LINEAR_NAMES.split()}
+# These put values into a tensor as they are: of a constant they make no other use than a sum does (see `constants`).
+_MOVING_NAMES = """
+    copy copy_ index_put index_put_ index_copy slice_scatter select_scatter scatter scatter_ where masked_fill masked_fill_
+    masked_scatter stack embedding
+"""
+MOVING = LINEAR | {getattr(aten, name) for name in _MOVING_NAMES.split()}
 SCALING = {aten.mul, aten.mul_, aten.div, aten.div_}  # linear where only one operand is a tensor of activations
 ALLOCATING = {aten.new_empty, aten.new_zeros, aten.empty_like, aten.zeros_like, aten.new_empty_strided}
 _CONSTANTS = "new_full new_ones full_like ones_like rand_like randn_like randint_like nextafter heaviside histc"

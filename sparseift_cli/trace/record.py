@@ -27,9 +27,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..table.poly import Poly
+from .constants import Uses
 from .flow import PARAMETER_PREFIX, UNKNOWN, Flow, layer_of, set_summands, summands_of
 from .gradients import Backward, Node, differentiable, node_of, set_node
-from .ops import NO_GRADIENT, costs_no_macs
+from .ops import ALLOCATING, MOVING, NO_GRADIENT, costs_no_macs, is_view
 from .symint import concrete, poly_of
 
 aten = torch.ops.aten
@@ -172,11 +173,12 @@ class Recorder(TorchDispatchMode):
         self.read = 0  # writer bits of the layers whose output another layer reads
         self.flow = Flow()
         self.backward = Backward()
+        self.uses = Uses()  # what is done with buffers and plain tensors
 
     def second_pass(self) -> Recorder:
         """A recorder for a second forward pass over the same parameters; what it counts is not used."""
         other = Recorder()
-        other.parameters, other.keys = self.parameters, self.keys
+        other.parameters, other.keys, other.uses = self.parameters, self.keys, self.uses
         return other
 
     # --- modules and parameters ---
@@ -225,6 +227,12 @@ class Recorder(TorchDispatchMode):
         storage = parameter.untyped_storage()._cdata
         self.parameters.setdefault(storage, (key, parameter))
         self.keys.setdefault(storage, {})[key.rpartition(".")[0]] = key
+
+    def register_constant(self, key: str, tensor: Tensor) -> None:
+        """Remember the fake tensor (any shape) of the buffer or plain tensor `key`: see `constants`."""
+        self.uses.register(key, tensor)
+        if tensor.is_floating_point():
+            set_summands(tensor, summands_of(tensor) or frozenset([PARAMETER_PREFIX + key]))
 
     def converted(self, old: Tensor, new: Tensor) -> Tensor:
         """`new` in place of the parameter or buffer `old` (both any shape), which it is in another dtype: under the same keys."""
@@ -282,6 +290,8 @@ class Recorder(TorchDispatchMode):
         if op.is_layer:  # what wrote its operands, a layer has read
             self.read |= (flags_of(x) | flags_of(weight)) >> _WRITERS << _WRITERS
             flags = flags & ((1 << _WRITERS) - 1) | op.writer
+        if poly_of(x.shape[-1] if kind == "matmul" else 0) != Poly.const(1):
+            self.uses.note_product(x, weight)
         annotate(out, flags, frozenset([((op.owner, kind, key, at), None)]))
         set_summands(out, frozenset([UNKNOWN if key is None else key]))
         if key is not None and parameter is not None:
@@ -325,6 +335,8 @@ class Recorder(TorchDispatchMode):
         gradients = Poly.const(sum(node_of(t) is not None for t in (a, b)))
         self.backward.add_product(op, out, macs, macs * gradients, Poly())
         op.causal = causal
+        if poly_of(a.shape[-1]) != Poly.const(1):  # an outer product sums over nothing
+            self.uses.note_product(a, b)
         for producer, _ in producers_of(a) | producers_of(b):
             if producer in self.ops:
                 self.ops[producer].projection = True
@@ -443,6 +455,9 @@ class Recorder(TorchDispatchMode):
                 self._annotate_result(tensor, flags, producers, node, tensors)
         if count is None:
             self.flow.propagate(func, tensors, out)
+            if packet not in ALLOCATING:
+                moves = packet in MOVING or is_view(func)
+                self.uses.follow(tensors, tree_leaves(out), of_layer=FROM_LAYER, linear=moves)
         else:
             count(self, args, kwargs, out)
             self.flow.note_read(tensors)

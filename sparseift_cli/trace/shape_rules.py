@@ -84,6 +84,8 @@ class ShapeRules(TorchFunctionMode):
             self.recorder.flow.note_read((like, *sources))
         out = annotate(like.new_empty(tuple(shape)), flags, frozenset() if counted else producers)
         set_node(out, self.recorder.backward.node_from((like, *sources)))
+        if not counted:
+            self.recorder.uses.follow((like, *sources), (out,), of_layer=FROM_LAYER, linear=linear)
         return set_summands(out, summands_of(like)) if linear else out
 
 
@@ -341,7 +343,9 @@ def _embedding(rules: ShapeRules, input: Tensor, weight: Tensor, *_: Any, **__: 
     """input [...] of ids, weight [rows, features] -> [..., features]"""
     if isinstance(weight.shape[0], torch.SymInt):  # ids are values: no shape shows that they must be below `rows`
         rules.facts.freeze(poly_of(weight.shape[0]), "rows of an embedding")
-    return set_summands(rules.new_output(weight, (*input.shape, weight.shape[1]), counted=True), summands_of(weight))
+    out = set_summands(rules.new_output(weight, (*input.shape, weight.shape[1]), counted=True), summands_of(weight))
+    rules.recorder.uses.follow((weight,), (out,), of_layer=FROM_LAYER, linear=True)
+    return out
 
 
 # --- activations and what moves values ---

@@ -27,6 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map_only
 
+from .constants import is_statistic, plain_tensors
 from .fake_mode import fake_mode
 from .flow import is_layer_norm
 from .gradients import following_functions, tensors_in
@@ -90,7 +91,7 @@ _ACTIVATIONS = ("relu", "gelu", "silu", "swish", "mish", "elu", "activation")
 class Origin:
     """What a variable was made for: dim `index` of a parameter or buffer, or an int attribute (`index`: into a tuple)."""
 
-    kind: str  # parameter | buffer | attribute
+    kind: str  # parameter | buffer | tensor (a plain attribute) | attribute (an int)
     path: str
     index: int | None
     size: int
@@ -129,6 +130,7 @@ def run_symbolically(
     *,
     symbolic: bool = True,
     configs: bool = True,
+    tensors: bool = True,
 ) -> SymbolicRun:
     """Run `model(*inputs, **kwargs)` on fake tensors, in eval mode; then in train mode if modules were not reached.
 
@@ -136,6 +138,7 @@ def run_symbolically(
         inputs, kwargs: tensors of any shape, real or meta: only their shapes and dtypes are used.
         symbolic: False keeps all sizes plain numbers. The count is the same, the widths stay unknown.
         configs: False keeps the ints in configuration objects plain: some objects check the type of what is assigned.
+        tensors: False leaves tensors that are plain attributes as they are: some code reads their values.
 
     Raises:
         Exception: whatever the forward pass raises on these inputs, or on symbolic sizes.
@@ -147,7 +150,7 @@ def run_symbolically(
         with (
             _restoring_module_state(model),
             fake_mode(facts),
-            _substituted(model, _Substitutes(run, symbolic, configs)),
+            _substituted(model, _Substitutes(run, symbolic, configs, tensors and symbolic)),
         ):
             _forward(model.eval(), inputs, kwargs or {}, run, run.recorder)
             if _has_unreached_weights(model, run.recorder):
@@ -228,9 +231,10 @@ def _restoring_module_state(model: nn.Module) -> Iterator[None]:
 class _Substitutes:
     """Puts fake tensors and symbolic ints in place of parameters, buffers and ints; `restore` undoes it."""
 
-    def __init__(self, run: SymbolicRun, symbolic: bool, configs: bool) -> None:
+    def __init__(self, run: SymbolicRun, symbolic: bool, configs: bool, tensors: bool) -> None:
         self.run = run
         self.symbolic = symbolic
+        self.tensors = tensors
         self.with_configs = configs
         self.undo: list[tuple[dict[str, Any], str, Any]] = []  # (dict, key, original value)
         self.fakes: dict[int, Tensor] = {}  # id of a tensor -> its fake one: tied parameters stay tied
@@ -252,14 +256,27 @@ class _Substitutes:
                 if id(tensor) not in self.fakes:
                     self.fakes[id(tensor)] = _fake(tensor, kind, prefix + key, module, self.run, self.symbolic)
                 fake = self.fakes[id(tensor)]
-                if kind == "parameter":
-                    self.run.recorder.register_parameter(prefix + key, fake, tensor.requires_grad)
+                if kind == "buffer":
+                    self._constant(prefix + key, fake, store, key)
+                    continue
+                self.run.recorder.register_parameter(prefix + key, fake, tensor.requires_grad)
                 self.run.shapes[prefix + key] = tuple(fake.shape)
                 self._replace(store, key, fake)
+        for key, tensor in list(plain_tensors(module)) if self.tensors else ():
+            if id(tensor) not in self.fakes:
+                self.fakes[id(tensor)] = _fake(tensor, "tensor", prefix + key, module, self.run, self.symbolic)
+            self._constant(prefix + key, self.fakes[id(tensor)], module.__dict__, key)
         self._tie_bias(module, prefix)
         if isinstance(module, nn.RNNBase):  # it has a second list of its weights, which forward reads
             names: list[str] = module._flat_weights_names
             self._replace(module.__dict__, "_flat_weights", [module._parameters[n] for n in names])
+
+    def _constant(self, path: str, fake: Tensor, store: dict[str, Any], key: str) -> None:
+        """Put the fake tensor of a buffer or plain tensor in its place, and follow what the forward pass does with it."""
+        if not is_statistic(path):
+            self.run.recorder.register_constant(path, fake)
+        self.run.shapes[path] = tuple(fake.shape)
+        self._replace(store, key, fake)
 
     def _tie_bias(self, module: nn.Module, prefix: str) -> None:
         """Record that a layer has one bias per output: a forward pass that reads `bias[:n]` would not show it."""

@@ -17,11 +17,17 @@ SCHEMA = "sparseift.surgery/1"
 
 @dataclass(frozen=True, slots=True)
 class Resize:
-    """Give a parameter or buffer a new shape. With `rotary` it holds frequencies, which are computed for the new number."""
+    """Give a parameter, buffer or plain tensor a new shape.
+
+    Args:
+        rotary: it holds frequencies, which are computed for the new number.
+        runs: of a buffer or plain tensor: how each dim grows, part by part, as (dense size, new size).
+    """
 
     key: str
     shape: tuple[int, ...]
     rotary: bool = False
+    runs: tuple[tuple[tuple[int, int], ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +122,16 @@ class Surgery:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Surgery:
         return Surgery(
-            tuple(Resize(**(e | {"shape": tuple(e["shape"])})) for e in data["resizes"]),
+            tuple(_resize_from(e) for e in data["resizes"]),
             tuple(SetAttribute(**e) for e in data["attributes"]),
             tuple(Replace(**e) for e in data["members"]),
             tuple(Masked(**(e | {"rows": tuple(e["rows"]) if e.get("rows") else None})) for e in data["masked"]),
         )
+
+
+def _resize_from(data: Mapping[str, Any]) -> Resize:
+    runs = tuple(tuple((old, new) for old, new in parts) for parts in data.get("runs", ()))
+    return Resize(data["key"], tuple(data["shape"]), data.get("rotary", False), runs)
 
 
 def _changed_fields(edit: Any) -> dict[str, Any]:

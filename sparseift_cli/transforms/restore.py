@@ -5,12 +5,15 @@ Apart from `artifact`, which reads and writes the folder itself and needs no tor
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..errors import ArtifactError, CheckFailed, UsageError
 from ..mask.attached import attach, masks_of, unwrapped
 from ..models.source import Request, build
 from ..plan.plan import make_plan
+from ..trace.constants import plain_tensors
 from .artifact import BUFFERS, MASKS, WEIGHTS, Artifact
 from .check import Measured
 from .edits import Surgery
@@ -66,7 +69,7 @@ def _build_dense(stored: Artifact) -> nn.Module:
         )
     request = Request.from_json(source)
     model = build(request).model
-    has_unsaved_buffers = any(module._non_persistent_buffers_set for module in model.modules())
+    has_unsaved_buffers = any(m._non_persistent_buffers_set or [*plain_tensors(m)] for m in model.modules())
     return build(request, device="cpu").model if has_unsaved_buffers else model
 
 
@@ -109,22 +112,24 @@ def _load_weights(model: nn.Module, stored: Artifact, surgery: Surgery) -> None:
 
 
 def _set_buffers(model: nn.Module, buffers: dict[str, Tensor], stored: Artifact) -> None:
-    """Set the buffers that no state dict holds, in every module that shares them."""
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            owners.setdefault(id(buffer), []).append((module, name))
+    """Set the buffers and plain tensors that no state dict holds, in every module that shares them."""
+    owners: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    held: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        stores: tuple[dict[str, Any], ...] = (module._buffers, module.__dict__)
+        for store, named in zip(stores, (module._buffers.items(), plain_tensors(module)), strict=True):
+            for name, tensor in named:
+                if tensor is not None:
+                    held[f"{path}.{name}".removeprefix(".")] = tensor
+                    owners.setdefault(id(tensor), []).append((store, name))
     for key, tensor in buffers.items():
-        path, _, name = key.rpartition(".")
-        try:
-            old = model.get_submodule(path)._buffers[name]
-        except (AttributeError, KeyError):
+        if key not in held:
             raise ArtifactError(
                 f"{stored.path / BUFFERS} does not fit the model: {key}",
                 hint="it was changed, or belongs to another plan",
-            ) from None
-        for module, shared_name in owners[id(old)]:
-            module._buffers[shared_name] = tensor
+            )
+        for store, name in owners[id(held[key])]:
+            store[name] = tensor
 
 
 def _tie(model: nn.Module, names: list[str], stored_as: str) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckFailed
 from ..table.poly import Poly
+from ..trace.constants import geometric
 from ..trace.structure import Structure
 from ..trace.symbolise import is_config
 from .edits import Resize, SetAttribute, Surgery
@@ -56,20 +57,18 @@ def _from_class(new: nn.Module, edit: Resize) -> Tensor | None:
 
 
 def _geometric(old: Tensor, edit: Resize) -> Tensor:
-    """The frequencies base ** (-i / n), i < n, for another n: [n] -> [edit.shape[0]], with the same base.
+    """The series [edit.shape[0]] with the base of `old` [n].
 
     Raises:
         CheckFailed: the old frequencies are not of this form.
     """
-    n = old.shape[0]
-    base = float(old[-1].double()) ** (-n / (n - 1)) if n > 1 else 1.0
-    steps = torch.arange(n, dtype=torch.float64)
-    if not torch.allclose(old.double().cpu(), base ** (-steps / n), rtol=1e-4):
+    made = geometric(old, edit.shape[0])
+    if made is None:
         raise CheckFailed(
             f"{edit.key} holds scaled rotary frequencies, which cannot be computed for another head_dim",
             hint="--heads scale_count keeps the head_dim",
         )
-    return base ** (-torch.arange(edit.shape[0], dtype=torch.float64) / edit.shape[0])
+    return made
 
 
 # --- preserve: the dense pairs keep theirs ---

@@ -7,6 +7,7 @@ tensors stay tied. The weights of resized and replaced layers are not set here: 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import UsageError
 from ..plan.members import MEMBERS
 from ..plan.plan import Plan
+from ..trace.constants import named_constants, resized
 from ..trace.structure import Structure
 from . import attention
 from .edits import Replace, Resize, Surgery
@@ -43,7 +45,8 @@ def apply_surgery(model: M, surgery: Surgery) -> M:
         UsageError: an edit does not fit the module (a plan of another model).
     """
     # Entries of deepcopy's memo are taken as copied: parameters and buffers stay shared until `_replace_tensors`.
-    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    constants = dict(named_constants(model))
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *constants.values())}
     for module in model.modules():  # activations of the last forward: deepcopy refuses tensors with a gradient history
         for t in tree_leaves(module.__dict__):
             if isinstance(t, Tensor) and not t.is_leaf:
@@ -55,7 +58,7 @@ def apply_surgery(model: M, surgery: Surgery) -> M:
             _resize(new, resize, fresh)
         for edit in surgery.attributes:
             set_attribute(new, edit)
-        set_frequencies(new, surgery, fresh, dict(model.named_buffers(remove_duplicate=False)))
+        set_frequencies(new, surgery, fresh, constants)
         _replace_members(new, surgery)
     except (AttributeError, KeyError, IndexError) as error:
         raise UsageError(
@@ -73,14 +76,27 @@ def _resize(new: nn.Module, edit: Resize, fresh: dict[int, Tensor]) -> None:
     """Allocate the new tensor and note it in `fresh`; tied names share one."""
     path, _, name = edit.key.rpartition(".")
     module = new.get_submodule(path)
-    old = (module._parameters if name in module._parameters else module._buffers)[name]
-    assert old is not None
+    stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)
+    old = next(store[name] for store in stores if name in store)
     if id(old) not in fresh:
-        tensor = old.new_empty(edit.shape)
+        known = edit.runs and not old.is_meta
+        tensor = resized(old.detach(), edit.runs)[0] if known else old.new_empty(edit.shape)
         if name in ("running_mean", "running_var"):
             tensor.fill_(float(name == "running_var"))
         is_parameter = isinstance(old, nn.Parameter)
         fresh[id(old)] = nn.Parameter(tensor, requires_grad=old.requires_grad) if is_parameter else tensor
+
+
+def repeated_tables(model: nn.Module, surgery: Surgery) -> Iterator[str]:
+    """A sentence for each table of `model`, the dense one, whose larger form follows from no formula."""
+    constants, seen = dict(named_constants(model)), set[int]()
+    for edit in surgery.resizes:
+        old = constants.get(edit.key)
+        if edit.runs and old is not None and not old.is_meta and id(old) not in seen:
+            seen.add(id(old))
+            if not resized(old.detach(), edit.runs)[1]:
+                sizes = " -> ".join("x".join(map(str, shape)) for shape in (old.shape, edit.shape))
+                yield f"{edit.key} ({sizes}) is no parameter and follows no known formula: its entries are repeated"
 
 
 def _replace_members(new: nn.Module, surgery: Surgery) -> None:
@@ -115,12 +131,12 @@ def build_member(root: nn.Module, layer: nn.Module, edit: Replace) -> MemberModu
 
 def _replace_tensors(new: nn.Module, model: nn.Module, fresh: dict[int, Tensor]) -> None:
     """Set the tensors of `fresh`; every other tensor that `new` still shares with `model` is cloned."""
-    shared = {id(t) for t in (*model.parameters(), *model.buffers())}
+    shared = {id(t) for t in (*model.parameters(), *(t for _, t in named_constants(model)))}
     for module in new.modules():
         store: dict[str, Any]
-        for store in (cast(Any, module._parameters), cast(Any, module._buffers)):
-            for name, tensor in store.items():
-                if tensor is None or id(tensor) not in shared:
+        for store in (cast(Any, module._parameters), cast(Any, module._buffers), module.__dict__):
+            for name, tensor in list(store.items()):
+                if not isinstance(tensor, Tensor) or id(tensor) not in shared:
                     continue
                 if id(tensor) not in fresh:
                     clone = tensor.detach().clone()

@@ -26,7 +26,7 @@ from .edits import Surgery
 from .initialise import Init, initialise, preserve
 from .masking import count_unconnected, draw_masks, parts_of_masks
 from .preserve import Preserved
-from .surgery import apply_surgery, surgery_for
+from .surgery import apply_surgery, repeated_tables, surgery_for
 
 Start = Literal["fresh", "preserve"]
 M = TypeVar("M", bound=nn.Module)
@@ -101,7 +101,8 @@ class Transformation:
     deviation: float | None = None
     """Start preserve: the largest difference to the dense model's output, relative to its largest value."""
     notes: tuple[str, ...] = ()
-    """Sentences on what is not exact (start preserve), and on what `save_pretrained` would lose."""
+    """Sentences on what is not exact (start preserve), on tables that no formula makes larger, and on what `save_pretrained`
+    would lose."""
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     """Start preserve: resized buffers that are not in the state dict and that surgery would set otherwise (frequencies)."""
     source: Mapping[str, Any] | None = field(default=None)
@@ -190,12 +191,13 @@ def _require_dense(model: nn.Module, name: str, *, preserve: bool) -> None:
 def _start(
     new: nn.Module, dense: nn.Module, plan: Plan, surgery: Surgery, structure: Structure, options: Options
 ) -> Preserved:
-    """Set the weights of `new` and choose its masks. A fresh start has masks alone."""
+    """Set the weights of `new` and choose its masks. A fresh start has masks, and notes on tables alone."""
     initialise(new, dense, surgery, seed=options.seed, init=options.init)
     if options.start == "preserve":
         return preserve(new, dense, plan, surgery, structure, seed=options.seed, slack=options.preserve_slack)
     scores = _scores(new, surgery, options)
-    return Preserved(draw_masks(new, plan, surgery, seed=options.seed, connect=options.connect, scores=scores), ())
+    masks = draw_masks(new, plan, surgery, seed=options.seed, connect=options.connect, scores=scores)
+    return Preserved(masks, tuple(repeated_tables(dense, surgery)))
 
 
 def _check_cost(

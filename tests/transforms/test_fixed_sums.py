@@ -21,7 +21,7 @@ class Net(nn.Module):
         super().__init__()
         for name, part in parts.items():
             self.add_module(name, part)
-        self.register_buffer("scale", torch.linspace(1, 2, 16))
+        self.register_buffer("mix_in", torch.linspace(1, 2, 256).view(16, 16))
         self.run = forward
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,9 +45,9 @@ def added_to_the_input() -> Net:
     )
 
 
-def times_a_buffer() -> Net:
+def projected_by_a_buffer() -> Net:
     return Net(
-        lambda n, x: n.out(F.relu(cat(n, x) * n.scale)),
+        lambda n, x: n.out(F.relu(cat(n, x) @ n.mix_in)),
         stem=nn.Linear(8, 16),
         a=nn.Linear(16, 6),
         b=nn.Linear(16, 10),
@@ -68,7 +68,7 @@ def into_fixed_groups() -> Net:
     )
 
 
-FIXED = {added_to_the_input: (2, 8), times_a_buffer: (2, 8), into_fixed_groups: (2, 3, 8, 8)}
+FIXED = {added_to_the_input: (2, 8), projected_by_a_buffer: (2, 8), into_fixed_groups: (2, 3, 8, 8)}
 
 
 @pytest.mark.parametrize("make", FIXED)

@@ -17,6 +17,7 @@ from ...mask.attached import is_transposed
 from ...plan.plan import Plan
 from ...table.poly import Poly
 from ...table.table import Layer
+from ...trace.constants import is_statistic, named_constants
 from ...trace.structure import Structure
 from ...trace.symbolise import NOT_WIDTHS, is_config
 from ..edits import Masked, Resize, SetAttribute, Surgery
@@ -51,7 +52,7 @@ class SparseWide(TorchHalf):
 
     def surgery(self, plan: Plan, structure: Structure, model: nn.Module) -> Surgery:
         return Surgery(
-            resizes=tuple(_resizes(plan, structure)),
+            resizes=tuple(_resizes(plan, structure, model)),
             attributes=tuple(_attributes(plan, structure, model)),
             masked=tuple(_masked(plan, structure, model)),
         )
@@ -108,12 +109,17 @@ def _rows(layer: Layer, sizes: Sequence[int]) -> tuple[int, int] | None:
     return start, start + layer.outputs.evaluate(sizes)
 
 
-def _resizes(plan: Plan, structure: Structure) -> Iterator[Resize]:
-    """Every parameter and buffer whose shape changes."""
+def _resizes(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[Resize]:
+    """Every parameter, buffer and plain tensor whose shape changes."""
+    constants = {key for key, _ in named_constants(model) if not is_statistic(key)}
+    blocks = HeadBlocks(plan, structure)
     for key, dims in structure.shapes.items():
         new = tuple(d.evaluate(plan.sizes) for d in dims)
-        if new != tuple(d.evaluate(plan.table.sizes) for d in dims):
-            yield Resize(key, new, rotary=key.endswith("inv_freq"))
+        if new == tuple(d.evaluate(plan.table.sizes) for d in dims):
+            continue
+        rotary = key.endswith("inv_freq")
+        runs = tuple(blocks.runs(d) for d in dims) if key in constants and not rotary else ()
+        yield Resize(key, new, rotary, runs)
 
 
 def _attributes(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[SetAttribute]:
@@ -239,7 +245,7 @@ class HeadBlocks:
 
     def __init__(self, plan: Plan, structure: Structure) -> None:
         assert plan.widening is not None
-        self.sizes = plan.sizes
+        self.sizes, self.dense = plan.sizes, plan.table.sizes
         self.probe = plan.widening.solution.probe()
         self.layouts = {whole.evaluate(self.probe): layout for whole, layout in structure.layouts.items()}
 
@@ -252,3 +258,22 @@ class HeadBlocks:
             parts = {(self.along(p), p.evaluate(self.sizes)) for p in layout.parts}
             return len(layout.parts) * parts.pop()[0] if len(parts) == 1 else 1
         return math.prod(p.evaluate(self.sizes) for p in layout.parts[:-1])
+
+    def runs(self, width: Poly) -> tuple[tuple[int, int], ...]:
+        """How `width` grows, part by part in the order of its entries: (dense size, new size) of each."""
+        old, new = width.evaluate(self.dense), width.evaluate(self.sizes)
+        layout = self.layouts.get(width.evaluate(self.probe))
+        if layout is None or old == new:
+            return ((old, new),)
+        if layout.kind == "sum":
+            parts = tuple(run for p in layout.parts for run in self._smaller(p, old))
+        else:
+            *outer, last = layout.parts
+            count = math.prod(p.evaluate(self.sizes) for p in outer)
+            parts = self._smaller(last, old) * count
+        return parts if tuple(map(sum, zip(*parts, strict=True))) == (old, new) else ((old, new),)
+
+    def _smaller(self, part: Poly, whole: int) -> tuple[tuple[int, int], ...]:
+        """The runs of a part of a dim of dense size `whole`."""
+        old, new = part.evaluate(self.dense), part.evaluate(self.sizes)
+        return self.runs(part) if old < whole else ((old, new),)

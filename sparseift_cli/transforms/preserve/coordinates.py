@@ -22,6 +22,7 @@ from ...errors import UsageError
 from ...mask.attached import is_transposed
 from ...plan.plan import Plan
 from ...table.poly import Poly
+from ...trace.constants import named_constants
 from ...trace.structure import DimLayout, Structure
 from ..edits import Surgery
 
@@ -231,7 +232,7 @@ def layer_weights(plan: Plan, structure: Structure, surgery: Surgery, dense: nn.
 
 
 def canonical_names(dense: nn.Module) -> Mapping[str, str]:
-    """Every name of a parameter or buffer -> the first name of the same tensor (tied weights have several names)."""
+    """Every name of a parameter, buffer or plain tensor -> the first name of the same tensor (tied ones have several)."""
     first: dict[int, str] = {}
-    named = (*dense.named_parameters(remove_duplicate=False), *dense.named_buffers(remove_duplicate=False))
+    named = (*dense.named_parameters(remove_duplicate=False), *named_constants(dense))
     return {key: first.setdefault(id(tensor), key) for key, tensor in named}

@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ...base.randomness import generator_for
 from ...errors import UsageError
+from ...trace.constants import named_constants
 from ...trace.flow import PARAMETER_PREFIX, is_layer_norm
 from ..edits import Masked, SetAttribute
 from ..layers import set_attribute
@@ -69,9 +70,9 @@ class _WideFill:
         }
 
     def run(self) -> Preserved:
-        state = {**dict(self.new.named_parameters()), **dict(self.new.named_buffers())}
-        for name, value in (*self.dense.named_parameters(), *self.dense.named_buffers()):
-            if name in self.structure.shapes:
+        state = {**dict(self.new.named_parameters()), **dict(named_constants(self.new))}
+        for name, value in (*self.dense.named_parameters(), *named_constants(self.dense)):
+            if name in self.structure.shapes and self.names[name] == name:
                 self._place(name, self._adjust(name, value.detach()), state[name])
         choices = {m.name: self._mask(m) for m in self.surgery.masked}
         attention_notes, compensated = scale_queries(
@@ -85,7 +86,7 @@ class _WideFill:
         for edit in edits:
             set_attribute(self.new, edit)
         notes = [*self.norm_plan.notes, *attention_notes, *self._mask_notes(choices)]
-        buffers, saved = dict(self.new.named_buffers()), self.new.state_dict()
+        buffers, saved = dict(named_constants(self.new)), self.new.state_dict()
         unsaved = {r.key: buffers[r.key] for r in self.surgery.resizes if r.key in buffers and r.key not in saved}
         masks = whole_masks(self.new, {name: choice.mask for name, choice in choices.items()}, self.surgery)
         return Preserved(masks, tuple(notes), tuple(edits), unsaved)
@@ -128,7 +129,7 @@ class _WideFill:
         if isinstance(module, (_NormBase, nn.GroupNorm)) or is_layer_norm(module):
             return torch.full_like(fresh, _NEUTRAL.get(last, 0.0))
         if name not in dict(self.dense.named_parameters()):
-            return fresh.clone()
+            return torch.zeros_like(fresh) if name in self.summands else fresh.clone()
         if value.dim() == 1 and "bias" not in last and name not in self.summands:  # a layer scale, a PReLU's slopes
             return torch.full_like(fresh, float(value.mean()))
         return torch.zeros_like(fresh)
