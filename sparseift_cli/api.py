@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from .base.text import shape_text
+from .base.text import shape_text, some_of
 from .checkpoint import Checkpoint
 from .errors import CheckFailed, UsageError
 from .models.request import Request
@@ -149,6 +149,7 @@ def flops(
     if done is not None:
         if example_input is not None:
             _require_planned_input(done, example_input)
+        _warn_of_excess(model, done)
         return count(done.plan, training, causal=causal)
     return _count(_table(model, example_input), wanted, training, causal)
 
@@ -253,20 +254,9 @@ def copy_masks(source: nn.Module, target: nn.Module) -> None:
     Raises:
         UsageError: `target` is no copy of `source`: a weight is missing or has another shape.
     """
-    from .mask.attached import attach, masks_of, parts_of, pattern_of, unwrapped
+    from .mask.attached import copy_masks as copy_them
 
-    source, target = unwrapped(source), unwrapped(target)
-    masks, theirs = masks_of(source), dict(target.named_parameters(remove_duplicate=False))
-    for key, mask in masks.items():  # all of them before one is laid
-        if key not in theirs or theirs[key].shape != mask.shape:
-            raise UsageError(
-                f"{type(target).__name__} has no {key} of shape {shape_text(mask.shape)}",
-                hint="give a copy of the model that has the masks, as AveragedModel(model).module",
-            )
-    for key, mask in masks.items():
-        path, _, name = key.rpartition(".")
-        module = source.get_submodule(path)
-        attach(target, {key: mask.clone()}, pattern_of(module, name), {key: parts_of(module, name)})
+    copy_them(source, target)
 
 
 def untied(model: nn.Module) -> dict[str, Any]:
@@ -321,14 +311,32 @@ def _transformed(model: nn.Module, otherwise: str) -> tuple[nn.Module, Transform
     return model, done
 
 
+def _warn_of_excess(model: nn.Module, done: Transformation) -> None:
+    """Say so where the module has more non-zeros than the plan that its audit is of: nothing kept its masks, or not yet."""
+    from .mask.attached import unwrapped
+    from .transforms.masking import excess_nonzeros
+
+    model = unwrapped(model)
+    more = {} if any(p.is_meta for p in model.parameters()) else excess_nonzeros(model, done.surgery.masked)
+    if more:
+        found, planned = (sum(counts) for counts in zip(*more.values(), strict=True))
+        warnings.warn(
+            f"this audit is that of the plan, and the module costs more: {some_of(more, 3)} has "
+            f"{found:,} non-zeros where {planned:,} were planned. A Sparsifier keeps masks in training; "
+            "sparseift.copy_masks(model, model) zeroes what they leave out",
+            stacklevel=3,
+        )
+
+
 def _checked_masks(model: nn.Module, done: Transformation) -> dict[str, Any] | None:
     """The masks of a transformed model, which its weights obey; None on meta."""
     from .mask.attached import masks_of
-    from .transforms.masking import require_masked
+    from .transforms.masking import follow_weights, require_masked
 
     if any(p.is_meta for p in model.parameters()):
         return None
     masks = masks_of(model)
+    follow_weights(model, masks, done.surgery.masked, done.plan.spec.pattern)
     require_masked(model, masks, done.surgery.masked, done.plan.spec.pattern)
     return masks
 

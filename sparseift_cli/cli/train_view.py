@@ -19,6 +19,7 @@ from ..plan.spec import TrainingSpec, TransformSpec
 from ..plan.training_cost import executed_macs
 from ..recipe import defaults
 from ..recipe.load import Recipe, run_steps
+from ..sparsity.schedule import never_moves
 from .options import Format
 from .output import render
 
@@ -97,10 +98,22 @@ def show_plans(recipes: Sequence[Recipe], runs: Sequence[int], fmt: Format, *, t
             Column("what", "what it is", wraps=16),
         ]
         notes = [UNKNOWN] if steps is None else [f"Each of {times} runs costs this."] if times > 1 else []
+        notes += _still_masks(recipe, steps)
         sheets.append(Sheet(f"{recipe.name}: a dry run", columns, rows, notes))
         payloads.append({"recipe": recipe.name, **{row["name"]: row["value"] for row in rows}})
     schema = {"schema": "sparseift.dry-run/1"}
     render(sheets, schema | (payloads[0] if len(payloads) == 1 else {"recipes": payloads}), fmt)
+
+
+def _still_masks(recipe: Recipe, steps: int | None) -> list[str]:
+    """A note where the algorithm has no mask update in so many steps."""
+    if steps is None or recipe.spec.transform is None:
+        return []
+    given: dict[str, Any] = {**recipe.training, "steps": steps}
+    training = TrainingSpec(**given)
+    schedule = training.method.schedule(steps)
+    still = training.method.drops_and_grows and schedule.stop and not schedule.updates
+    return [never_moves(training.algorithm, schedule)] if still else []
 
 
 def plan_facts(recipe: Recipe, steps: int | None, tflops: float | None) -> list[Fact]:

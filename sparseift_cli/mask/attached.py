@@ -7,15 +7,22 @@ Zeros are stored in the weight itself, so a forward pass costs nothing more for 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
+
+from ..base.text import shape_text
+from ..errors import UsageError
 
 SUFFIX = "_mask"
 _PATTERN = "_mask_pattern"
 _PARTS = "_mask_parts"
 Rows = tuple[tuple[int, int], ...]
+_LAST_LOOK = 1024  # backward passes after which a `_Watch` has seen enough
 
 
 def attach(
@@ -51,6 +58,80 @@ def attach(
         with torch.no_grad():  # inverted and back in place: a copy of a large mask would need as much memory again
             weight.masked_fill_(mask.logical_not_(), 0)
             mask.logical_not_()
+    found = _Found()
+    for key in masks:
+        path, _, name = key.rpartition(".")
+        _watch(model.get_submodule(path), name, key, found)
+
+
+@dataclass(slots=True)
+class _Found:
+    """What the watches of one model share: whether one has warned."""
+
+    warned: bool = False
+
+
+@dataclass(slots=True)
+class _Watch:
+    """Called after a weight has its gradient: warns, once for a model, where weights outside the masks are being trained.
+
+    It looks at backward passes 2, 4, 8, ... alone, and is gone once a Sparsifier has the weight. A copy of the module has none.
+    """
+
+    module: ref[nn.Module]
+    name: str
+    key: str
+    found: _Found
+    passes: int = 0
+    handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
+
+    @torch.no_grad()
+    def __call__(self, weight: Tensor) -> None:
+        self.passes += 1
+        if self.passes & (self.passes - 1) or self.passes == 1:
+            return
+        module = self.module()
+        if module is None or self.found.warned or self.passes >= _LAST_LOOK:
+            self.handles.pop().remove()
+            return
+        mask = None if capturing(weight) else module._buffers.get(self.name + SUFFIX)
+        if mask is None or mask.shape != weight.shape:
+            return
+        outside = int(weight.detach().masked_fill(mask.bool(), 0).count_nonzero())
+        if outside:
+            self.found.warned = True
+            warnings.warn(
+                f"training fills the masks: {outside:,} weights of {self.key} outside its mask are no zeros any more, and "
+                "nothing sets them back. Make a sparseift.Sparsifier(model, optimizer) and call its step() between backward() "
+                "and the optimiser's step()",
+                stacklevel=2,
+            )
+
+
+def _watch(module: nn.Module, name: str, key: str, found: _Found) -> None:
+    weight = module._parameters[name]
+    assert weight is not None
+    if not weight.requires_grad:
+        return
+    if not _watches(weight):
+        watch = _Watch(ref(module), name, key, found)
+        watch.handles.append(weight.register_post_accumulate_grad_hook(watch))
+
+
+def _watches(weight: Tensor) -> list[_Watch]:
+    hooks: Mapping[int, object] = getattr(weight, "_post_accumulate_grad_hooks", None) or {}
+    return [hook for hook in hooks.values() if isinstance(hook, _Watch)]
+
+
+def unwatch(weight: Tensor) -> None:
+    """A Sparsifier looks after the weight [*shape] from here on."""
+    for watch in _watches(weight):
+        watch.handles.pop().remove()
+
+
+def capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being recorded on the device of a tensor of any shape; it must not wait for the device."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def pattern_of(module: nn.Module, name: str) -> str:
@@ -74,11 +155,64 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
     """The boolean mask [*shape] of every weight that has one, by the weight's name; in the order of the modules."""
     found = {}
     for path, module in model.named_modules():
-        for name, mask in module._buffers.items():
+        for name in tuple(module._buffers):
             weight = module._parameters.get(name.removesuffix(SUFFIX)) if name.endswith(SUFFIX) else None
+            mask = None if weight is None else mask_beside(module, name.removesuffix(SUFFIX))
             if mask is not None and weight is not None and mask.shape == weight.shape and mask.dtype == torch.bool:
                 found[f"{path}.{name}".removeprefix(".").removesuffix(SUFFIX)] = mask
     return found
+
+
+def mask_beside(module: nn.Module, name: str) -> Tensor | None:
+    """The mask [*shape] of the parameter `name` of `module`; one that `module.type(...)` made numbers of is boolean again."""
+    mask = module._buffers.get(name + SUFFIX)
+    if mask is not None and mask.dtype != torch.bool and hasattr(module, name + _PATTERN):
+        mask = module._buffers[name + SUFFIX] = mask.bool()
+    return mask
+
+
+def masks_without_weights(model: nn.Module) -> list[str]:
+    """Names of weights that have a mask and are no parameters any more: pruned by torch, parametrised, or set to a tensor."""
+    return [
+        f"{path}.{name}".removeprefix(".").removesuffix(SUFFIX)
+        for path, module in model.named_modules()
+        for name in module._buffers
+        if name.endswith(SUFFIX)
+        and hasattr(module, name.removesuffix(SUFFIX) + _PATTERN)
+        and module._parameters.get(name.removesuffix(SUFFIX)) is None
+    ]
+
+
+def copy_masks(source: nn.Module, target: nn.Module) -> None:
+    """Give `target`, a copy of `source` or a wrapper of one, the masks that `source` has now; what they leave out is zero.
+
+    Raises:
+        UsageError: `target` is no copy of `source`: a weight is missing or has another shape.
+    """
+    source, target = unwrapped(source), unwrapped(target)
+    masks, theirs = masks_of(source), dict(target.named_parameters(remove_duplicate=False))
+    inner = getattr(target, "module", None)
+    if isinstance(inner, nn.Module) and not masks.keys() & theirs.keys():  # an average: its copy of the model
+        target, theirs = inner, dict(inner.named_parameters(remove_duplicate=False))
+    for key, mask in masks.items():  # all of them before one is laid
+        if key not in theirs or theirs[key].shape != mask.shape:
+            raise UsageError(
+                f"{type(target).__name__} has no {key} of shape {shape_text(mask.shape)}",
+                hint="give a copy of the model that has the masks, as AveragedModel(model).module",
+            )
+    for key, mask in masks.items():
+        path, _, name = key.rpartition(".")
+        module = source.get_submodule(path)
+        attach(target, {key: mask.clone()}, pattern_of(module, name), {key: parts_of(module, name)})
+
+
+def outside_masks(model: nn.Module) -> dict[str, int]:
+    """How many weights outside its mask are not zero, for every weight that has such ones."""
+    counts = {
+        key: int(model.get_parameter(key).detach().masked_fill(mask, 0).count_nonzero())
+        for key, mask in masks_of(model).items()
+    }
+    return {key: n for key, n in counts.items() if n}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

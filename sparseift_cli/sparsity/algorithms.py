@@ -22,14 +22,15 @@ No torch is imported here: counting FLOPs, recipes and help need none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
+from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from ..base.options import Option, check
 from ..base.registry import Registry
-from ..errors import UsageError
+from ..errors import SparseiftError, UsageError
 from .schedule import (
     Decay,
     StepCost,
@@ -73,6 +74,31 @@ class WeightView:
         return random.bitwise_and_((1 << 63) - 1).float().mul_(-(2.0**-63)).view(self.weight.shape)
 
 
+_OWN = (
+    *("__post_init__", "drop_scores", "grow_scores", "observe", "schedule", "updates_at", "drops", "nonzeros"),
+    *("mean_nonzeros", "mean_step", "updating_step"),
+)
+"""What an algorithm may override. Where one from outside fails in these, the error names it."""
+
+
+def _naming_errors(cls: type, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """`method`, with everything but our own errors raised as one that says which algorithm failed, and in what."""
+
+    @wraps(method)
+    def named(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        except SparseiftError:
+            raise
+        except Exception as error:
+            raise UsageError(
+                f"the mask algorithm {cls.__module__}:{cls.__qualname__} failed in {name}: {type(error).__name__}: {error}",
+                hint="the traceback, of --debug on the command line, shows where",
+            ) from error
+
+    return named
+
+
 @dataclass(frozen=True, kw_only=True)
 class MaskAlgorithm:
     """Masks that stay as they are: the base of all algorithms. Its fields are the options that recipes and `Sparsifier` take.
@@ -92,6 +118,13 @@ class MaskAlgorithm:
     state: ClassVar[tuple[str, ...]] = ()
     """Names of float32 tensors [*shape] kept for every weight. They start at zero, are saved in checkpoints, and no mask
     update touches them: an algorithm that wants them zero where a weight was dropped does that in `observe`."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if not cls.__module__.startswith(__name__.partition(".")[0] + "."):
+            for name in _OWN:
+                if name in vars(cls):
+                    setattr(cls, name, _naming_errors(cls, name, vars(cls)[name]))
 
     def __post_init__(self) -> None:
         check(self)
@@ -440,3 +473,23 @@ def name_of(algorithm: MaskAlgorithm) -> str:
         if ALGORITHMS.get(name) is kind:
             return name
     return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def choose_algorithm(
+    algorithm: str | Mapping[str, Any] | MaskAlgorithm, options: Mapping[str, Any]
+) -> tuple[MaskAlgorithm, str]:
+    """The algorithm with its options, and what it is called; given as a name, a mapping with its name, or itself.
+
+    Raises:
+        UsageError: no such algorithm; an option that it does not take, or a value out of range.
+    """
+    given = dict(options)
+    if "schedule" in given:  # the name that `decay` had
+        given["decay"] = given.pop("schedule")
+    if isinstance(algorithm, Mapping):  # as recipes have it
+        given = {k: v for k, v in algorithm.items() if k != "name"} | given
+        algorithm = str(algorithm.get("name", ""))
+    if isinstance(algorithm, MaskAlgorithm):
+        return make_algorithm(algorithm, given), name_of(algorithm)
+    made = make_algorithm(algorithm, own_options(algorithm, given, whatever_value=True))
+    return made, ALGORITHMS.canonical(algorithm)

@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 
 from ..errors import UsageError
 from ..mask.attached import masks_of, unwrapped
+from .optimizers import innermost
 from .sparsifier import Sparsifier
 
 STATE_FILE = "sparsifier.pt"
@@ -50,7 +51,7 @@ def hugging_face_callback(**options: Any) -> Any:
             saved = None
             if state.global_step:  # resumed: model and optimiser are loaded by now
                 saved = _read(_folder(args, state))
-            optimizer = _innermost(kwargs["optimizer"])
+            optimizer = innermost(kwargs["optimizer"])
             self.sparsifier = _make(kwargs["model"], optimizer, state.max_steps, saved, options)
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -84,12 +85,12 @@ def lightning_callback(**options: Any) -> Any:
         saved: Mapping[str, Any] | None = None
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            optimizer = _first_sparse([_innermost(o) for o in trainer.optimizers], pl_module)
+            optimizer = _first_sparse([innermost(o) for o in trainer.optimizers], pl_module)
             self.sparsifier = _make(pl_module, optimizer, trainer.estimated_stepping_batches, self.saved, options)
 
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
             sparsifier = _begun(self.sparsifier)
-            if _innermost(optimizer) is sparsifier.optimizer:
+            if innermost(optimizer) is sparsifier.optimizer:
                 sparsifier.step()
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -128,13 +129,6 @@ def _read(folder: Path) -> Mapping[str, Any]:
             f"{path} is missing: the checkpoint was saved without a Sparsifier", hint="resume without the callback"
         )
     return torch.load(path, weights_only=True)
-
-
-def _innermost(optimizer: Any) -> Optimizer:
-    """torch's own optimiser inside Accelerate's and Lightning's: hooks are called on it, and on it alone."""
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = optimizer.optimizer
-    return optimizer
 
 
 def _first_sparse(optimizers: list[Optimizer], model: nn.Module) -> Optimizer:

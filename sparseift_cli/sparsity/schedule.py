@@ -131,3 +131,11 @@ def drop_fraction(decay: Decay, initial: float, step: int, schedule: UpdateSched
 def drops(active: int, fraction: float) -> int:
     """How many of `active` weights (or blocks) are dropped and grown: floor(fraction * active), as in RigL's code."""
     return min(active, floor(fraction * active + _ROUNDING))
+
+
+def never_moves(algorithm: str, schedule: UpdateSchedule) -> str:
+    """What to say of a run without a mask update."""
+    return (
+        f"{algorithm} moves no mask in this run: the first update would be that of step {schedule.delta_t}, and updates end "
+        f"before step {schedule.end} of {schedule.steps}; lower delta_t"
+    )

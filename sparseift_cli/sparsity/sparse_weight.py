@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..base.randomness import generator_for
+from ..base.text import some_of
 from ..errors import UsageError
-from ..mask.attached import SUFFIX, is_transposed, masks_of, parts_of, pattern_of
+from ..mask.attached import is_transposed, mask_beside, masks_of, masks_without_weights, parts_of, pattern_of
 from ..mask.layout import Layout, part_name
-from ..mask.patterns import UNSTRUCTURED, parse_pattern
+from ..mask.patterns import UNSTRUCTURED, has_pattern, parse_pattern
 from ..mask.saliency import MaskLayout
+from .drop_and_grow import extend
 from .gpu.primitives import as_words, count, invert_
 from .guard import multiply_
 
@@ -35,7 +37,7 @@ class SparseWeight:
 
     def __init__(self, name: str, module: nn.Module, attribute: str, form: MaskLayout, *, moves: bool) -> None:
         self.name = name
-        self._module, self._buffer = module, attribute + SUFFIX
+        self._module, self._attribute = module, attribute
         self.parameter: nn.Parameter = module._parameters[attribute]  # pyright: ignore[reportAttributeAccessIssue]
         pattern = parse_pattern(form.get("pattern", "unstructured"))
         if moves and not pattern.movable:
@@ -43,7 +45,7 @@ class SparseWeight:
                 f"the mask of {name} is {pattern.name}, which only static sparsity keeps",
                 hint="use algorithm static, or an unstructured or block pattern",
             )
-        self.pattern = pattern if pattern.movable else UNSTRUCTURED
+        self.pattern, self._wanted = pattern if pattern.movable else UNSTRUCTURED, pattern
         self._layout = Layout(tuple(self.parameter.shape), form.get("groups", 1), form.get("transposed", False))
         self.block_size = self.pattern.unit
         """Weights in a block."""
@@ -53,6 +55,8 @@ class SparseWeight:
         """Where a weight has ever been active, bool [*shape]; for the ITOP rate."""
         self.mask_float = torch.empty_like(self.parameter, requires_grad=False).copy_(self.mask)
         self._count()
+        self._version = self.parameter._version
+        self._filled: Tensor | None = None
         self.num_grown: int | Tensor = 0
         """Weights that the last update made active: an int, or an int64 scalar on the device that no one has read yet."""
         self.num_blocks = self.pattern.places(self._layout) // self.block_size
@@ -66,9 +70,73 @@ class SparseWeight:
     @property
     def mask(self) -> Tensor:
         """The boolean buffer [*shape], looked up each time: `module.to` may have replaced it."""
-        mask = self._module._buffers[self._buffer]
+        mask = mask_beside(self._module, self._attribute)
         assert mask is not None
         return mask
+
+    # --- what others do to the weight ---
+
+    def note_version(self) -> None:
+        """From here on `changed` is whether something else writes into the weight."""
+        self._version = self.parameter._version
+
+    def keep_fill(self) -> None:
+        """The values that `densify` gave the weight are trained from here on: `restore` does not take them away."""
+        self._filled = None
+
+    @property
+    def changed(self) -> bool:
+        """Whether the weight was written to since `note_version`, or is another tensor, dtype or device than it was."""
+        w = self.parameter
+        same = self._module._parameters.get(self._attribute) is w and w.dtype == self.mask_float.dtype
+        return not same or w._version != self._version or w.device != self.mask_float.device
+
+    def follow(self) -> None:
+        """Take dtype and device of the weight, which `model.to(...)` or `.type(...)` may have changed.
+
+        Raises:
+            UsageError: the module has another parameter now, which is not the one that this object and the optimiser have.
+        """
+        w = self.parameter
+        if self._module._parameters.get(self._attribute) is not w:
+            raise UsageError(
+                f"{self.name} is not the parameter any more that the Sparsifier was given",
+                hint="make optimiser and Sparsifier after load_state_dict(assign=True), parametrize or a new nn.Parameter",
+            )
+        if w.dtype != self.mask_float.dtype or w.device != self.mask_float.device:
+            self.mask_float = torch.empty_like(w, requires_grad=False).copy_(self.mask)
+            self.ever_active = self.ever_active.to(w.device)
+
+    @torch.no_grad()
+    def num_outside(self) -> int:
+        """How many weights outside the mask are not zero; waits for the device."""
+        return int(self.parameter.masked_fill(self.mask, 0).count_nonzero())
+
+    @torch.no_grad()
+    def mask_of_nonzeros(self, most: Sequence[int], generator: torch.Generator) -> Tensor | None:
+        """Active blocks under which the weight, as it is, keeps every value: those with a non-zero, and random ones up to
+        `active_in_parts`. None where a part has more than its number in `most`, or where no mask of the pattern has them.
+        """
+        parts = self.in_parts(self.block_scores((self.parameter != 0).float()) > 0)
+        active = [int(part.count_nonzero()) for part in parts]
+        if any(n > limit for n, limit in zip(active, most, strict=True)):
+            return None
+        counts = zip(parts, active, self.active_in_parts, strict=True)
+        blocks = self.whole([extend(part, n, planned, generator) for part, n, planned in counts])
+        mask, layout = self.mask_of_blocks(blocks), self._layout
+        if self._wanted is not self.pattern and not has_pattern(
+            mask, self._wanted.name, layout.groups, layout.transposed
+        ):
+            return None  # N:M
+        return None if bool(self.parameter.masked_fill(mask, 0).any()) else blocks
+
+    @torch.no_grad()
+    def adopt(self, blocks: Tensor) -> None:
+        """Take the mask with these active blocks, as from `mask_of_nonzeros`; no weight changes."""
+        self._store(self.mask_of_blocks(blocks))
+        self.ever_active.copy_(self.mask)
+
+    # --- masks ---
 
     def read_num_grown(self) -> int:
         """`num_grown` as an int; waits for the device."""
@@ -156,12 +224,17 @@ class SparseWeight:
         multiply_(tensors, [self.mask_float] * len(tensors))
 
     @torch.no_grad()
-    def restore(self, mask: Tensor, ever_active: Tensor, num_grown: int) -> None:
-        """Copy saved masks, bool [*shape], into the tensors in use; weights outside the mask are zeroed."""
+    def restore(self, mask: Tensor, ever_active: Tensor, num_grown: int) -> int:
+        """Copy saved masks, bool [*shape], into the tensors in use; weights outside the mask are zeroed, and counted."""
         self._store(mask.to(self.mask.device))
         self.ever_active.copy_(ever_active)
         self.num_grown = num_grown
+        if self._filled is not None and not self.changed:
+            self.parameter.masked_fill_(self._filled, 0)  # what was loaded before has zeros there
+        self._filled = None
+        outside = self.num_outside()
         self.parameter.masked_fill_(~self.mask, 0)
+        return outside
 
     @torch.no_grad()
     def densify(self, blocks: Tensor, fill: Fill, seed: int) -> None:
@@ -182,6 +255,7 @@ class SparseWeight:
             scale = float(self.parameter.double().square().sum() / self.nnz) ** 0.5
             draw = torch.randn(self.parameter.shape, generator=generator_for(seed, self.name, "fill"))
             self.parameter.copy_(torch.where(added, draw.mul_(scale).to(self.parameter), self.parameter))
+        self._filled = added
         self._store(new)
 
     def _store(self, new: Tensor, nnz: int | None = None) -> None:
@@ -194,7 +268,12 @@ class SparseWeight:
 
 
 def find_weights(
-    model: nn.Module, optimizer: Optimizer, pattern: str | None, layouts: Mapping[str, MaskLayout], *, moves: bool
+    model: nn.Module,
+    optimizers: Iterable[Optimizer],
+    pattern: str | None,
+    layouts: Mapping[str, MaskLayout],
+    *,
+    moves: bool,
 ) -> list[SparseWeight]:
     """Every weight with a mask, in the order of the modules.
 
@@ -204,10 +283,16 @@ def find_weights(
         moves: whether any mask will change.
 
     Raises:
-        UsageError: a weight that is trained but not by this optimiser; a layout of a name that is no sparse weight; a
-            mask that does not have the pattern, or a pattern that cannot move.
+        UsageError: a weight that is trained but by none of the optimisers; a mask whose weight is no parameter any more; a
+            layout of a name that is no sparse weight; a mask that does not have the pattern, or a pattern that cannot move.
     """
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    lost = masks_without_weights(model)
+    if lost:
+        raise UsageError(
+            f"{some_of(lost)} {'has' if len(lost) == 1 else 'have'} a mask and is no parameter any more",
+            hint="parametrize or prune the dense model, and transform that",
+        )
     found = list[SparseWeight]()
     for name in masks_of(model):
         path, _, attribute = name.rpartition(".")
@@ -221,7 +306,8 @@ def find_weights(
         weight = SparseWeight(name, module, attribute, form, moves=moves)
         if weight.parameter.requires_grad and id(weight.parameter) not in held:
             raise UsageError(
-                f"{name} is trained but not in the optimiser", hint="give it to the optimiser, or freeze it"
+                f"{name} is trained but not in the optimiser",
+                hint="give all optimisers, Sparsifier(model, [muon, adamw]), or freeze it",
             )
         found.append(weight)
     unknown = set(layouts) - {w.name for w in found}

@@ -20,37 +20,43 @@ it is (1 - .9) / sqrt(1 - .999) = 3.16 times the learning rate, whatever the gra
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..base.randomness import generator_for, key_of
+from ..base.randomness import generator_for
+from ..base.text import some_of
 from ..errors import UsageError, one_of
-from ..mask.attached import unwrapped
+from ..mask.attached import capturing, copy_masks, unwatch, unwrapped
 from ..mask.saliency import MaskLayout
-from .algorithms import ALGORITHMS, DropAndGrow, MaskAlgorithm, Regrow, WeightView, make_algorithm, name_of, own_options
-from .drop_and_grow import drop_and_grow, extend, prune
-from .gpu.fast_drop_and_grow import FastUpdate, fast_drop_and_grow, in_groups, on_device, update_numbers
-from .guard import (
-    all_finite,
+from .agreement import Adopted, clear_states, fit_masks, in_words, setting_changes
+from .algorithms import MaskAlgorithm, choose_algorithm
+from .drop_and_grow import extend, prune
+from .guard import all_finite, multiply_, require_finite, require_masked_gradients, warn_of_order
+from .mask_updates import MaskUpdates, Pending
+from .optimizers import (
+    STATE_KEY,
     clear_unwritten,
     keeps_zeros,
-    multiply_,
-    require_finite,
-    require_masked_gradients,
+    made_steps,
+    optimizers_of,
     skipped_inside,
-    state_of,
-    warn_of_order,
+    take_state,
+    warn_of_zeros,
 )
+from .schedule import never_moves
 from .sparse_weight import Fill, SparseWeight, find_weights
 from .statistics import WeightStatistics, check_ranks, statistics_of
 
 SCHEMA = "sparseift.sparsifier/1"
+_CALLS = 32  # of `step`, after which the optimiser must have made more than half as many steps
 FAST_ON = frozenset({"cuda"})
 """Devices on which masks are updated by `fast_drop_and_grow`. It saves waits for the device, and a CPU has none to save."""
 
@@ -78,41 +84,35 @@ class StepRecord:
     """Whether this step computed weight gradients at every place, masked or not."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Pending:
-    """What is to be done after the optimiser's step, if it makes one: observe gradients, update masks."""
+@dataclass(slots=True, eq=False)
+class _Held:
+    """One of the optimisers, and where it is in its step."""
 
-    step: int
-    updates: bool
-    """Whether weights are dropped and grown."""
-    gradients: dict[str, Tensor]
-    """Dense gradients [*shape] by weight name; empty where the algorithm wants none of this step."""
-
-
-def _chosen(
-    algorithm: str | Mapping[str, Any] | MaskAlgorithm, options: Mapping[str, Any]
-) -> tuple[MaskAlgorithm, str]:
-    """The algorithm with its options, and what it is called."""
-    given = dict(options)
-    if "schedule" in given:  # the name that `decay` had
-        given["decay"] = given.pop("schedule")
-    if isinstance(algorithm, Mapping):  # as recipes have it
-        given = {k: v for k, v in algorithm.items() if k != "name"} | given
-        algorithm = str(algorithm.get("name", ""))
-    if isinstance(algorithm, MaskAlgorithm):
-        return make_algorithm(algorithm, given), name_of(algorithm)
-    made = make_algorithm(algorithm, own_options(algorithm, given, whatever_value=True))
-    return made, ALGORITHMS.canonical(algorithm)
+    optimizer: Optimizer
+    weights: list[SparseWeight]
+    """The sparse weights that it trains; the first one has those that none trains too."""
+    remask: bool
+    """Whether it moves weights whose gradient is masked."""
+    pending: Pending | None = None
+    steps: int = 0
+    first_step: bool = False
+    stepped: bool = False
+    """`Sparsifier.step` was called since its last step."""
+    missed: bool = False
+    """It was not called before its last step."""
+    evaluations: int | None = None
+    """While the optimiser makes a step with a closure: how often `Sparsifier.step` was called in it."""
 
 
-class Sparsifier:
+class Sparsifier(MaskUpdates):
     """Keeps the weights that a model's masks leave out at zero, and moves the masks as an algorithm says.
 
     Args:
         model: with masks beside its weights (`sparseift_cli.transform`, `sparsity.attached.attach`), on its final device and
             in its final dtype; DistributedDataParallel and torch.compile wrappers are looked through.
         plan: its pattern replaces the one that the masks came with. May be left out: `Sparsifier(model, optimizer)`.
-        optimizer: holds every trained sparse weight.
+        optimizer: holds every trained sparse weight; several in a list, as Muon beside AdamW. What Accelerate, Lightning and
+            others wrap is looked for inside.
         algorithm: a name in `ALGORITHMS`, `package.module:Name`, a mapping with its name and options, or a `MaskAlgorithm`.
         total_steps: optimiser steps of the whole run; needed by every algorithm that moves masks.
         seed: of random growth and of ties. Random choices are functions of (seed, weight name, step).
@@ -121,19 +121,21 @@ class Sparsifier:
             masks: `normal`, with the root mean square of the active ones, `zeros`, or a function of (name, weight [*shape]) to
             values [*shape]. Only zeros are filled.
         check_finite: let `step` check every gradient for NaN and infinity (one pass, one wait for the device).
-        state: a `state_dict()` to go on from; nothing is filled then.
+        state: a `state_dict()` to go on from; nothing is filled then. Not needed where the optimiser's own state is loaded:
+            it brings that of its Sparsifier.
         options: those of the algorithm, as delta_t, stop, drop_fraction, decay and regrow of rigl. These five may be given with
             every algorithm, so that one call serves a loop over algorithms.
 
     Raises:
-        UsageError: no masks; an algorithm, option or value that does not exist; a pattern that cannot move (N:M).
+        UsageError: no masks; an algorithm, option or value that does not exist; a pattern that cannot move (N:M); weights with
+            more non-zeros than their masks.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        plan: Planned | Optimizer | None,
-        optimizer: Optimizer | None = None,
+        plan: Planned | Optimizer | Sequence[Optimizer] | None,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
         *,
         algorithm: str | Mapping[str, Any] | MaskAlgorithm = "rigl",
         total_steps: int | None = None,
@@ -144,46 +146,30 @@ class Sparsifier:
         state: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        if isinstance(plan, Optimizer):
-            plan, optimizer = None, plan
-        if optimizer is None:
-            raise UsageError("a Sparsifier needs the optimiser of the model", hint="Sparsifier(model, optimizer)")
+        if optimizer is None and plan is not None and not hasattr(plan, "spec"):
+            plan, optimizer = None, plan  # pyright: ignore[reportAssignmentType]
+        optimizers = optimizers_of(optimizer)
         if isinstance(fill, str):
             one_of("fill", fill, ("normal", "zeros"))
-        self.algorithm, self.algorithm_name = _chosen(algorithm, options)
-        self.total_steps, self.seed = total_steps, seed
-        if total_steps is None and self.algorithm.moves and self.algorithm.masked:
-            raise UsageError(f"{self.algorithm_name} moves masks on a schedule, which needs total_steps")
-        if total_steps is not None and total_steps < 1:
-            raise UsageError(f"total_steps {total_steps} is not a positive number of steps")
-        self.schedule = self.algorithm.schedule(total_steps)
-        self.regrow: Regrow = self.algorithm.regrow if isinstance(self.algorithm, DropAndGrow) else "allow"
-        self.optimizer, self.check_finite = optimizer, check_finite
-        pattern = plan.spec.pattern if plan else None
-        self.weights = find_weights(unwrapped(model), optimizer, pattern, layouts or {}, moves=self.algorithm.moves)
-        if not self.weights and self.algorithm.masked:
+        super().__init__(*choose_algorithm(algorithm, options), total_steps, seed, optimizers)
+        self.check_finite, self._model = check_finite, unwrapped(model)
+        pattern = plan.spec.pattern if plan else None  # pyright: ignore[reportAttributeAccessIssue]
+        weights = find_weights(self._model, self.optimizers, pattern, layouts or {}, moves=self.algorithm.moves)
+        if not weights and self.algorithm.masked:
             raise UsageError("the model has no sparse weights", hint="transform it first, or use algorithm dense")
-        self._remask = bool(self.weights) and not keeps_zeros(optimizer)
+        self._start_with(weights)
         self.steps = 0
         """Steps counted so far: the index of the next one."""
         self.last: StepRecord | None = None
-        self._pending: _Pending | None = None
-        self._first_step = self._stepped = self._missed = False
-        self._states: dict[str, dict[str, Tensor]] = {
-            w.name: {name: torch.zeros_like(w.parameter, dtype=torch.float32) for name in self.algorithm.state}
-            for w in self.weights
-            if w.moves
-        }
-        self._final = {n: k for w in self.weights for n, k in zip(w.part_names, w.active_in_parts, strict=True)}
-        self._start = {n: k for w in self.weights for n, k in zip(w.part_names, self._initial_blocks(w), strict=True)}
-        if state is not None:
-            self.load_state_dict(state)
-        else:
-            self._densify(fill)
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._copies: list[nn.Module] = []
+        self._unchecked, self._changes, self._calls, self._zeroed = True, 0, 0, 0
+        self._adopted: Adopted | None = None
+        self._restored, self._masked_all = False, True
+        self._held: list[_Held] = []
+        self._begin(state, fill)
+        self._held = self._hold()
+        self._hooks = [hook for held in self._held for hook in self._hooks_on(held)]
+        self._warn_of_start()
 
     # --- the loop ---
 
@@ -201,14 +187,20 @@ class Sparsifier:
             NonFiniteError: a weight that is to be pruned is NaN or infinite; no weight or mask has changed then. At a mask
                 update by gradient the optimiser's step raises it, before it changes a weight.
         """
-        t, self._pending, self._stepped = self.steps, None, True
+        if self._evaluated_again():
+            self.mask_gradients()
+            return True
+        self._check()
+        t, pending = self.steps, None
         self.steps += 1
         updates, dense = self.algorithm.updates_at(t, self.schedule), self._needs_dense_gradient(t)
         self.last = StepRecord(t, self._nnz, dense)
         finite = not found_inf and not (self.check_finite and not all_finite(self._gradients()))
         if finite and (updates or dense or self.algorithm.state):
-            self._pending = _Pending(t, updates, self._dense_gradients() if dense else {})
-        self._prune(t + 1, self._pending.gradients if self._pending else {})
+            pending = Pending(t, updates, self._dense_gradients() if dense else {})
+        for held in self._held:
+            held.pending, held.stepped = pending, True
+        self._prune(t + 1, pending.gradients if pending else {})
         if finite:
             self.mask_gradients()
         return finite
@@ -223,15 +215,12 @@ class Sparsifier:
         busy = algorithm.updates_at(t, self.schedule) or self._needs_dense_gradient(t) or algorithm.state
         return not busy and not self._down(t + 1)
 
-    def _needs_dense_gradient(self, t: int) -> bool:
-        """Whether step `t` computes weight gradients at every place."""
-        wants = self.algorithm.dense_gradient
-        return wants == "every step" or (wants == "at updates" and self.algorithm.updates_at(t, self.schedule))
-
     @torch.no_grad()
     def mask_gradients(self, but: Collection[SparseWeight] = ()) -> None:
         """Multiply every gradient by its mask, in place, except those of the weights in `but`."""
-        self._stepped = True
+        self._masked_all = not but
+        for held in self._held:
+            held.stepped = True
         masked = [
             (w.parameter.grad, w.mask_float)
             for w in self.weights
@@ -250,9 +239,26 @@ class Sparsifier:
         self.steps += 1
 
     def close(self) -> None:
-        """Remove the hooks from the optimiser; masks stay as they are."""
+        """Remove the hooks from the optimisers; masks stay as they are."""
         for hook in self._hooks:
             hook.remove()
+
+    def keep_sparse(self, copy: nn.Module) -> None:
+        """Give a copy of the model, as an average of its weights, the masks of the model now and after every mask update.
+
+        Without it an average over moving masks has every weight that was active at one time or another: it is not sparse, and
+        costs more than planned where it is what is evaluated. Weights that an update drops are zero in the copy from then on.
+
+        Raises:
+            UsageError: no copy of the model.
+        """
+        copy_masks(self._model, copy)
+        self._copies.append(copy)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The first of `optimizers`."""
+        return self.optimizers[0]
 
     # --- state ---
 
@@ -276,7 +282,8 @@ class Sparsifier:
     def state_dict(self) -> dict[str, Any]:
         """What a bit-exact resume needs beside weights and optimiser, between two steps: JSON values and copies of tensors.
 
-        An update is pending only between `step` and the optimiser's step, so none is saved.
+        The optimiser's `state_dict()` has it too, in its first group under `sparseift`, and loading that loads it here. An update
+        is pending only between `step` and the optimiser's step, so none is saved.
         """
         return {
             "schema": SCHEMA,
@@ -300,60 +307,121 @@ class Sparsifier:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict()`, in the tensors that are in use; weights outside masks are zeroed.
 
-        Load the model's and the optimiser's state after the Sparsifier was made, or give it `state` when it is made. Else
-        weights that gmp and granet add at the start would be filled again.
+        `total_steps` may be others than those of the saved run, which is said: from the next step on masks move by the schedule
+        of the new length.
 
         Raises:
             UsageError: a state of another kind, other settings, or other weights.
         """
         if state.get("schema") != SCHEMA:
             raise UsageError(f"not the state of a Sparsifier: schema {state.get('schema')!r}, not {SCHEMA!r}")
-        mine, theirs = self._settings(), {"decay": state["settings"].get("schedule"), **state["settings"]}
-        changed = [f"{key} {theirs.get(key)!r} -> {mine[key]!r}" for key in mine if mine[key] != theirs.get(key)]
-        if changed:
+        changes = setting_changes(self._settings(), state["settings"])
+        length = changes.pop("total_steps", None)
+        if changes:
             raise UsageError(
-                f"the saved run had other settings: {', '.join(changed)}", hint="resume with the same settings"
+                f"the saved run had other settings: {in_words(changes)}", hint="resume with the same settings"
             )
-        shapes = {w.name: tuple(w.mask.shape) for w in self.weights}
-        if shapes != {name: tuple(mask.shape) for name, mask in state["masks"].items()}:
+        if not self._same_weights(state):
             raise UsageError("the saved masks are of other weights", hint="build the model as for the saved run")
-        self.steps, self._pending, self.last = int(state["step"]), None, None
+        self._restore(state)
+        if length:
+            self._warn_of_length(length)
+
+    def _same_weights(self, state: Mapping[str, Any]) -> bool:
+        shapes = {w.name: tuple(w.mask.shape) for w in self.weights}
+        return shapes == {name: tuple(mask.shape) for name, mask in state["masks"].items()}
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self.steps, self.last, self._restored = int(state["step"]), None, True
         self._final, self._start = dict(state["final"]), dict(state["start"])
         states = state.get("state", {})
         for name, held in self._states.items():
             for key, tensor in held.items():
                 tensor.copy_(states[f"{key}/{name}"])
+        self._restore_masks(state)
+
+    def _restore_masks(self, state: Mapping[str, Any]) -> None:
+        self._zeroed = 0
         for w in self.weights:
-            w.restore(state["masks"][w.name], state["ever"][w.name], int(state["churned"][w.name]))
+            self._zeroed += w.restore(state["masks"][w.name], state["ever"][w.name], int(state["churned"][w.name]))
+            w.note_version()
+        for held in self._held:
+            held.pending = None
+        self._unchecked, self._adopted = True, None
+        self._mask_copies()
         self._count()
+
+    def _load_with_optimizer(self, state: Mapping[str, Any]) -> None:
+        """Continue from the state that came with the optimiser's: of this run, or of one whose masks this one begins with."""
+        if state.get("schema") != SCHEMA or not self._same_weights(state):
+            warnings.warn("the optimiser's state brings masks of other weights, which are not used", stacklevel=5)
+            return
+        changes = setting_changes(self._settings(), state["settings"])
+        if state["settings"]["algorithm"] != self.algorithm_name:
+            self._restore_masks(state)
+            if self.algorithm.masked and self.algorithm.moves:
+                warnings.warn(
+                    f"the saved run had another algorithm ({changes['algorithm']}): this one begins with its masks, at step 0",
+                    stacklevel=5,
+                )
+            return
+        self._restore(state)
+        length = changes.pop("total_steps", None)
+        if length:
+            self._warn_of_length(length)
+        if changes:
+            warnings.warn(
+                f"the saved run had other settings ({in_words(changes)}): it goes on at step {self.steps} with the new ones",
+                stacklevel=5,
+            )
+
+    def _warn_of_length(self, change: str) -> None:
+        if self.algorithm.moves and self.algorithm.masked:
+            warnings.warn(
+                f"total_steps {change}: from step {self.steps} on masks move by the schedule of the new length, until step "
+                f"{self.schedule.end}; what was pruned stays pruned",
+                stacklevel=5,
+            )
 
     # --- updates ---
 
-    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+    def _before_step(self, held: _Held, optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Before the optimiser touches a weight: a gradient that is not finite ends the run at a mask update."""
-        if not self._stepped:
-            warn_of_order([w.parameter for w in self.weights])
-        elif self._missed:  # step() may have been called one iteration late, after the optimiser's step
-            require_masked_gradients((w.parameter, w.mask_float) for w in self.weights)
-        self._missed = not self._stepped
-        self._first_step, self._stepped = not optimizer.state, False
-        if self._pending is not None and self._pending.updates and not skipped_inside(optimizer):
-            require_finite(self._pending.gradients, "the gradient", self._pending.step)
+        held.evaluations = 0 if any(callable(given) for given in (*args, *kwargs.values())) else None
+        if held.evaluations is None:
+            if not held.stepped:
+                warn_of_order([w.parameter for w in held.weights])
+            elif held.missed:  # step() may have been called one iteration late, after the optimiser's step
+                require_masked_gradients((w.parameter, w.mask_float) for w in held.weights)
+        held.missed = not held.stepped
+        held.first_step, held.stepped = not optimizer.state, False
+        if held.pending is not None and held.pending.updates and not skipped_inside(optimizer):
+            require_finite(held.pending.gradients, "the gradient", held.pending.step)
             for key in self.algorithm.state:
-                held = {name: tensors[key] for name, tensors in self._states.items()}
-                require_finite(held, f"the {key}", self._pending.step)
+                tensors = {name: tensors[key] for name, tensors in self._states.items()}
+                require_finite(tensors, f"the {key}", held.pending.step)
 
     @torch.no_grad()
-    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        pending, self._pending = self._pending, None
-        if self._first_step and optimizer.state and skipped_inside(optimizer):
+    def _after_step(self, held: _Held, optimizer: Optimizer, *_: Any) -> None:
+        pending, held.pending = held.pending, None
+        evaluations, held.evaluations = held.evaluations, None
+        held.steps += 1
+        if held.first_step and optimizer.state and skipped_inside(optimizer):
             clear_unwritten(optimizer)
-        if self._remask:
-            for w in self.weights:
-                w.apply_mask(state_of(optimizer, w.parameter))
-        if pending is None or skipped_inside(optimizer):
-            return
-        moving = [w for w in self.weights if w.moves]
+        if evaluations is not None and not evaluations and held.steps <= 2:  # masked before gradients were made again?
+            require_masked_gradients(((w.parameter, w.mask_float) for w in held.weights), in_closure=True)
+        if held.remask or (held.missed and not evaluations):
+            for w in held.weights:
+                w.apply_mask(self.state_of(w))
+        elif held.steps == 1 and self._masked_all:
+            self._check_first_step(held)
+        if pending is not None and not skipped_inside(optimizer):
+            self._update([w for w in held.weights if w.moves], pending)
+        for w in held.weights:
+            w.note_version()
+
+    def _update(self, moving: list[SparseWeight], pending: Pending) -> None:
+        """Show the algorithm the gradients of the step, and drop and grow where it is due."""
         if self.algorithm.state:
             for w in moving:
                 gradient = pending.gradients.get(w.name)
@@ -364,13 +432,18 @@ class Sparsifier:
             for w in moving:
                 w.num_grown = 0  # of weights that this update does not reach
             self._drop_and_grow([w for w in moving if self._can_change(w, pending)], pending)
+            self._mask_copies()
 
-    def _can_change(self, w: SparseWeight, pending: _Pending) -> bool:
+    def _mask_copies(self) -> None:
+        for copy in self._copies:
+            copy_masks(self._model, copy)
+
+    def _can_change(self, w: SparseWeight, pending: Pending) -> bool:
         """Whether the update can change this mask: something is dropped, places are free, and the layer took part in the step."""
         without_gradient = self.algorithm.dense_gradient != "never" and w.name not in pending.gradients
         return bool(self.drops(w, pending.step)) and w.num_active < w.num_blocks and not without_gradient
 
-    def _drop_and_grow(self, weights: list[SparseWeight], pending: _Pending) -> None:
+    def _drop_and_grow(self, weights: list[SparseWeight], pending: Pending) -> None:
         t, found = pending.step, dict[SparseWeight, Tensor]()
         for device in dict.fromkeys(w.parameter.device for w in weights):
             fast = [w for w in weights if w.parameter.device == device and w.one_part]
@@ -379,84 +452,7 @@ class Sparsifier:
         for w in weights:
             gradient = pending.gradients.pop(w.name, None)
             blocks = found[w] if w in found else self.updated(w, t, gradient)
-            w.set_mask(blocks, state_of(self.optimizer, w.parameter), nnz=w.nnz)
-
-    def _fast_drop_and_grow(self, weights: list[SparseWeight], pending: _Pending) -> dict[SparseWeight, Tensor]:
-        """The new active blocks of weights on one device, without those that are uncertain."""
-        t, regrow = pending.step, self.regrow
-        keys, drops = [self.keys_of(w, t) for w in weights], [self.drops(w, t) for w in weights]
-        rows = [
-            update_numbers(w.num_blocks, w.num_active, n, ties, regrow)
-            for w, n, (_, ties) in zip(weights, drops, keys, strict=True)
-        ]
-        numbers = on_device(rows, weights[0].parameter.device)
-        blocks, uncertain = list[Tensor](), list[Tensor]()
-        for group in in_groups([w.num_blocks for w in weights]):
-            made, flags = fast_drop_and_grow(
-                [
-                    self.fast_update_of(
-                        weights[i], pending.gradients.get(weights[i].name), keys[i][0], numbers[i], drops[i]
-                    )
-                    for i in group
-                ]
-            )
-            blocks += made
-            uncertain.append(flags)
-        failed = torch.cat(uncertain).tolist()  # the one wait for the device
-        return {w: made for w, made, fails in zip(weights, blocks, failed, strict=True) if not fails}
-
-    def updated(self, w: SparseWeight, t: int, gradient: Tensor | None) -> Tensor:
-        """The active blocks of a weight after the update of step `t`, part by part; `gradient` [*shape] is the dense one."""
-        view, (_, ties) = self.view_of(w, t, gradient), self.keys_of(w, t)
-        drop = w.block_scores(self.algorithm.drop_scores(view).float())
-        grow = w.block_scores(self.algorithm.grow_scores(view).float())
-        parts = zip(*map(w.in_parts, (w.active_blocks(), drop, grow)), w.active_in_parts, strict=True)
-        made = [
-            drop_and_grow(active, n, down, up, self.algorithm.drops(n, t, self.schedule), ties, self.regrow)
-            for active, down, up, n in parts
-        ]
-        return w.whole(made)
-
-    def fast_update_of(
-        self, w: SparseWeight, gradient: Tensor | None, key: int | Tensor, numbers: Tensor, most: int
-    ) -> FastUpdate:
-        """The same for `fast_drop_and_grow`.
-
-        Args:
-            gradient: the dense one [*shape].
-            key: of random growth; in a CUDA graph an int64 scalar on the device.
-            numbers: int64 [NUMBERS], see `update_numbers`.
-            most: an upper bound of the blocks that are dropped.
-        """
-        algorithm, view = self.algorithm, self._view(w, gradient, key)
-        by_magnitude = w.single_weights and type(algorithm).drop_scores is MaskAlgorithm.drop_scores
-        # magnitudes of active weights alone are far fewer than those of all
-        drop = view.weight if by_magnitude else w.block_scores(algorithm.drop_scores(view).float())
-        return FastUpdate(
-            w.active_blocks(),
-            w.num_active,
-            drop,
-            w.block_scores(algorithm.grow_scores(view).float()),
-            numbers,
-            most,
-            self.regrow,
-            drop_by=magnitude if by_magnitude else None,
-        )
-
-    def view_of(self, w: SparseWeight, t: int, gradient: Tensor | None) -> WeightView:
-        """What the algorithm sees of a weight after the optimiser's step `t`; `gradient` is the dense one [*shape]."""
-        return self._view(w, gradient, self.keys_of(w, t)[0])
-
-    def _view(self, w: SparseWeight, gradient: Tensor | None, key: int | Tensor) -> WeightView:
-        return WeightView(w.parameter.detach(), gradient, self._states.get(w.name, {}), key)
-
-    def drops(self, w: SparseWeight, t: int) -> int:
-        """How many blocks of a weight the update of step `t` drops and grows."""
-        return self.algorithm.drops(w.num_active, t, self.schedule)
-
-    def keys_of(self, w: SparseWeight, t: int) -> tuple[int, int]:
-        """The keys of step `t`: of random growth, and of the choice between equal scores."""
-        return key_of(self.seed, w.name, "grow", t), key_of(self.seed, w.name, "ties", t)
+            w.set_mask(blocks, self.state_of(w), nnz=w.nnz)
 
     def _prune(self, t: int, dense: Mapping[str, Tensor]) -> None:
         """Prune every weight to the non-zeros that step `t` computes with; `dense` are gradients [*shape] to score by."""
@@ -465,42 +461,171 @@ class Sparsifier:
             return
         require_finite({w.name: w.parameter for w in down}, "the weight", t)
         for w, wanted in down.items():
-            scores = w.block_scores(self.algorithm.drop_scores(self.view_of(w, t, dense.get(w.name))).float())
-            key = self.keys_of(w, t)[1]
+            scores, key = self._scores(w, "drop_scores", self.view_of(w, t, dense.get(w.name))), self.keys_of(w, t)[1]
             parts = zip(*map(w.in_parts, (w.active_blocks(), scores)), w.active_in_parts, wanted, strict=True)
             made = [prune(active, count, of, n, key) for active, of, count, n in parts]
-            w.set_mask(w.whole(made), state_of(self.optimizer, w.parameter))
+            w.set_mask(w.whole(made), self.state_of(w))
+            w.note_version()
+        self._mask_copies()
         self._count()
-
-    def _down(self, t: int) -> dict[SparseWeight, list[int]]:
-        """The weights that step `t` computes with fewer non-zeros of, and how many in each part."""
-        if self.algorithm.start_density is None:  # only pruning algorithms have a density to come down from
-            return {}
-        wanted = {w: self._wanted(w, t) for w in self.weights if w.moves}
-        return {w: counts for w, counts in wanted.items() if sum(counts) < w.num_active}
-
-    def _wanted(self, w: SparseWeight, t: int) -> list[int]:
-        """The active blocks that step `t` computes with, in each part of a weight."""
-        return [self.algorithm.nonzeros(t, self._start[n], self._final[n], self.schedule) for n in w.part_names]
 
     def _dense_gradients(self) -> dict[str, Tensor]:
         return {w.name: w.parameter.grad.clone() for w in self.weights if w.moves and w.parameter.grad is not None}
 
     def _gradients(self) -> list[Tensor]:
-        held = (p.grad for group in self.optimizer.param_groups for p in group["params"])
+        held = (p.grad for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"])
         return [g for g in held if g is not None]
+
+    # --- what others do to weights, and how the loop calls this ---
+
+    def _evaluated_again(self) -> bool:
+        """Whether this is a further call of `step` within one step of an optimiser that evaluates its closure several times."""
+        inside = [held for held in self._held if held.evaluations is not None]
+        for held in inside:
+            held.evaluations = (held.evaluations or 0) + 1
+        return any((held.evaluations or 0) > 1 for held in inside)
+
+    def _check(self) -> None:
+        """Let masks follow weights that were loaded, and say how the loop is wrong; waits for the device in rare steps alone."""
+        self._calls += 1
+        if self._calls == _CALLS and 2 * max(held.steps for held in self._held) <= _CALLS:
+            made = max(held.steps for held in self._held)
+            warnings.warn(
+                f"sparsifier.step() was called {_CALLS} times and the optimiser made {made} steps: call it once a step, after "
+                "the last micro-batch, and give Sparsifier the optimiser whose step() the loop calls",
+                stacklevel=3,
+            )
+        changed = [w for w in self.weights if w.changed]
+        if not (changed or self._unchecked) or any(capturing(w.parameter) for w in self.weights[:1]):
+            return
+        for w in changed:
+            w.follow()
+        first, self._unchecked = self._unchecked, False
+        if first:
+            for w in self.weights:
+                w.keep_fill()
+        self._changes += bool(changed)
+        if not first and self._changes & (self._changes - 1):
+            return  # a loop that writes into weights in every step is looked at in steps 1, 2, 4, 8, ...
+        if first and self._zeroed and not changed:
+            warnings.warn(
+                f"the loaded masks zeroed {self._zeroed:,} weights, and none were loaded since: load the model's state too",
+                stacklevel=3,
+            )
+        self._zeroed = 0
+        if self.algorithm.masked:
+            now = {n: k for w in self.weights for n, k in zip(w.part_names, w.active_in_parts, strict=True)}
+            adopted = fit_masks(self.weights, now, self.seed)
+            if adopted is not None:
+                self._adopted = adopted
+                self._mask_copies()
+        self._warn_of_loaded()
+        for w in self.weights:
+            w.note_version()
+        self._count()
+
+    def _warn_of_loaded(self) -> None:
+        """Say what loaded weights and state of an optimiser do not bring."""
+        cleared = clear_states(self.weights, self.state_of)
+        if cleared:
+            warnings.warn(
+                f"the optimiser's state was not zero outside the masks of {some_of(cleared)}: it was set to zero there",
+                stacklevel=4,
+            )
+        restarts = self.algorithm.masked and self.algorithm.moves and not self.steps
+        loaded = restarts and any(map(made_steps, self.optimizers))
+        if self._adopted is None and not loaded:
+            return
+        what = str(self._adopted) if self._adopted else "the optimiser brings a state, but none of a Sparsifier"
+        again = (
+            f"; the schedule of {self.algorithm_name} starts at step 0. To go on where a run was, load what "
+            "optimizer.state_dict() or sparsifier.state_dict() gave beside its Sparsifier"
+        )
+        warnings.warn(what + (again if restarts else ""), stacklevel=4)
+        self._adopted = None
+
+    def _check_first_step(self, held: _Held) -> None:
+        """After the first step: whether something moved weights outside their masks all the same."""
+        if any(capturing(w.parameter) for w in held.weights[:1]):
+            return
+        moved = [w.name for w in held.weights if w.num_outside()]
+        if moved:
+            held.remask = True
+            for w in held.weights:
+                w.apply_mask(self.state_of(w))
+            warnings.warn(
+                f"the step of {type(held.optimizer).__name__} moved weights outside the masks of {some_of(moved)}: gradients "
+                "were changed after sparsifier.step(), as by noise. Weights and state are masked again after every step",
+                stacklevel=4,
+            )
+
+    def _load_hook(self, optimizer: Optimizer) -> None:
+        """After the optimiser's `load_state_dict`."""
+        state = take_state([optimizer])
+        if state is not None:
+            self._load_with_optimizer(state)
+        self._unchecked = True
+
+    def _save_hook(self, _: Optimizer, saved: dict[str, Any]) -> None:
+        """After the first optimiser's `state_dict`: it takes that of the Sparsifier along."""
+        saved["param_groups"][0][STATE_KEY] = self.state_dict()
 
     # --- the start ---
 
-    def _initial_blocks(self, w: SparseWeight) -> list[int]:
-        """The blocks of each part that are active at step 0: of the start density, rounded down, but all planned ones."""
-        density = self.algorithm.start_density
-        if density is None or not w.moves:
-            return w.active_in_parts
-        places = [part.numel() for part in w.in_parts(w.active_blocks())]
-        sizes = [w.mask_float.numel()] if w.one_part else [n * w.block_size for n in places]
-        starts = (min(most, int(density * size / w.block_size)) for most, size in zip(places, sizes, strict=True))
-        return [max(active, start) for active, start in zip(w.active_in_parts, starts, strict=True)]
+    def _begin(self, state: Mapping[str, Any] | None, fill: Fill) -> None:
+        """Masks and weights as step 0 computes with them, or as they were saved."""
+        came = take_state(self.optimizers)
+        if state is not None:
+            self.load_state_dict(state)
+        elif came is not None:
+            self._load_with_optimizer(came)
+        if not self._restored:
+            if self.algorithm.masked:
+                self._adopted = fit_masks(self.weights, self._start, self.seed)
+            if self.algorithm.start_density is not None:
+                self._adopted = None
+            self._densify(fill)
+        for w in self.weights:
+            w.note_version()
+
+    def _hold(self) -> list[_Held]:
+        """The optimisers with their weights; warns of those that move zeros, or whose steps depend on them."""
+        held, left = list[_Held](), list(self.weights)
+        for optimizer in self.optimizers:
+            own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            mine = [w for w in left if id(w.parameter) in own]
+            left = [w for w in left if w not in mine]
+            remask = bool(mine) and not keeps_zeros(optimizer)
+            if remask:
+                planned = [sum(self._final[n] for n in w.part_names) * w.block_size / w.mask.numel() for w in mine]
+                density, at = min((share, i) for i, share in enumerate(planned))
+                warn_of_zeros(optimizer, mine[at].parameter, density)
+            held.append(_Held(optimizer, mine, remask))
+        held[0].weights += left
+        for w in self.weights:
+            unwatch(w.parameter)
+        return held
+
+    def _hooks_on(self, held: _Held) -> list[Any]:
+        optimizer = held.optimizer
+        hooks = [
+            optimizer.register_step_pre_hook(partial(self._before_step, held)),
+            optimizer.register_step_post_hook(partial(self._after_step, held)),
+        ]
+        if self.weights:
+            hooks.append(optimizer.register_load_state_dict_post_hook(self._load_hook))
+            if held is self._held[0]:
+                hooks.append(optimizer.register_state_dict_post_hook(self._save_hook))
+        return hooks
+
+    def _warn_of_start(self) -> None:
+        """Say what keeps masks from moving."""
+        algorithm, updates = self.algorithm, self.schedule.updates
+        frozen = [w.name for w in self.weights if not w.parameter.requires_grad]
+        if frozen and algorithm.moves and algorithm.masked:
+            warnings.warn(f"frozen weights keep their masks: {some_of(frozen)}", stacklevel=3)
+        if algorithm.drops_and_grows and updates == 0 and self.schedule.stop:
+            warnings.warn(never_moves(self.algorithm_name, self.schedule), stacklevel=3)
 
     def _densify(self, fill: Fill) -> None:
         """Give every weight the non-zeros that step 0 computes with."""
@@ -518,8 +643,3 @@ class Sparsifier:
             for w in self.weights
             for name, count in zip(w.part_names, w.active_in_parts, strict=True)
         }
-
-
-def magnitude(weight: Tensor) -> Tensor:
-    """|w| of any shape, in float32."""
-    return weight.float().abs()

@@ -279,7 +279,7 @@ def _memory(run: Prepared, device: torch.device) -> dict[str, int]:
     """Bytes: the largest that was held so far (of the process, or of the GPU), and what the optimiser keeps."""
     import resource
 
-    state = run.optimizer.state_dict()["state"].values()
+    state = run.optimizer.state.values()
     held = sum(t.nbytes for values in state for t in values.values() if isinstance(t, Tensor))
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)

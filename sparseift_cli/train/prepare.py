@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -64,6 +65,8 @@ class Prepared:
     audit: Audit
     flop_meter: FlopMeter
     transformation: Transformation | None
+    notes: tuple[str, ...] = ()
+    """What the Sparsifier warned of: masks that never move, an optimiser whose steps depend on zeros."""
 
     def every(self, duration: float | str) -> int:
         """A duration of the recipe in steps, at least one."""
@@ -126,7 +129,8 @@ def prepare(recipe: Recipe, seed: int, processes: Processes) -> Prepared:
     if training.recompute:
         recompute(model, counted.table, train.batch(0, 0)[0][:1])
     optimizer = make_optimizer(model, spec.optimizer.options(), processes.device)
-    sparsifier = _sparsifier(spec, model, done, optimizer, steps, seed) if done else None
+    with warnings.catch_warnings(record=True, action="always", category=UserWarning) as warned:
+        sparsifier = _sparsifier(spec, model, done, optimizer, steps, seed) if done else None
     masked: tuple[Masked, ...] = done.surgery.masked if done else ()
     layers = counted.plan.layers if counted.plan else _dense_rows(counted)
     flop_meter = FlopMeter(layers, masked, spec.training.batch_size, recompute=training.recompute)
@@ -148,6 +152,7 @@ def prepare(recipe: Recipe, seed: int, processes: Processes) -> Prepared:
         counted,
         flop_meter,
         done,
+        tuple(str(warning.message) for warning in warned),
     )
 
 

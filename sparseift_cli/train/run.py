@@ -205,6 +205,8 @@ def _train(run: Prepared, found: RunDirectory | None, text: str, call: _Call, ou
             note(f"not as before, so bits may differ: {difference}")
         where = f"from step {begins:,}" if begins else "from the start"
         note(f"{path} (seed {seed}, {run.steps:,} steps, {ours.device}): {where}", run.steps, begins, f"seed {seed}")
+        for text in run.notes:
+            note(text)
         board = TensorBoard(path) if call.tensorboard else None
 
         def write_row(row: Mapping[str, Any]) -> None:

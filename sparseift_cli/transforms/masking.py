@@ -98,6 +98,28 @@ def parts_of_masks(surgery: Surgery) -> dict[str, Rows]:
     return found
 
 
+def follow_weights(model: nn.Module, masks: Mapping[str, Tensor], masked: Iterable[Masked], pattern: str) -> None:
+    """Read the masks of loaded weights from their zeros, in place, where non-zeros and pattern are those that were planned.
+
+    Args:
+        masks: by weight key: bool, same shape as the weight.
+    """
+    for m in masked:
+        if m.key not in masks:
+            continue
+        mask, weight = m.of(masks[m.key]), m.of(model.get_parameter(m.key).detach())
+        nonzero = weight != 0
+        spoiled = bool(weight.masked_fill(mask, 0).any())
+        if spoiled and int(nonzero.count_nonzero()) == m.nnz and has_pattern(nonzero, pattern, m.groups, m.transposed):
+            mask.copy_(nonzero)
+
+
+def excess_nonzeros(model: nn.Module, masked: Iterable[Masked]) -> dict[str, tuple[int, int]]:
+    """By name, the non-zeros of the weights that have more of them than were planned, and the planned number."""
+    counts = {m.name: (int(m.of(model.get_parameter(m.key)).count_nonzero()), m.nnz) for m in masked}
+    return {name: (found, planned) for name, (found, planned) in counts.items() if found > planned}
+
+
 def require_masked(model: nn.Module, masks: Mapping[str, Tensor], masked: Sequence[Masked], pattern: str) -> None:
     """Check that every planned mask exists and has its pattern, and that every weight outside a mask is zero.
 
@@ -105,7 +127,7 @@ def require_masked(model: nn.Module, masks: Mapping[str, Tensor], masked: Sequen
         masks: by weight key: bool, same shape as the weight.
 
     Raises:
-        CheckFailed: a mask is missing (`.type()` turns masks into numbers) or has lost its pattern, or a weight outside
+        CheckFailed: a mask is missing (its module was replaced) or has lost its pattern, or a weight outside
             one is not zero.
     """
     keys = list(dict.fromkeys(m.key for m in masked))
@@ -113,7 +135,7 @@ def require_masked(model: nn.Module, masks: Mapping[str, Tensor], masked: Sequen
     if missing:
         raise CheckFailed(
             f"masks are missing: {', '.join(missing[:5])}",
-            hint="module.type() converts masks to numbers; module.to() does not",
+            hint="masks are buffers beside the weights: a module that was replaced has none",
         )
     changed = [m.name for m in masked if not has_pattern(m.of(masks[m.key]), pattern, m.groups, m.transposed)]
     if changed:

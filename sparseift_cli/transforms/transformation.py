@@ -9,8 +9,10 @@ counted again.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from fractions import Fraction
 from typing import Any, Literal, TypeVar, get_args
 
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from ..errors import CheckFailed, UsageError, one_of
 from ..mask.attached import attach, unwrapped
 from ..plan.plan import Plan, make_plan
 from ..plan.spec import TrainingSpec, TransformSpec
+from ..table.table import LayerTable
 from ..trace.build import TraceResult, trace
 from ..trace.structure import Structure
 from .check import Measured, deviation, lost_by_configuration, measure, require_as_planned
@@ -108,6 +111,48 @@ class Transformation:
     source: Mapping[str, Any] | None = field(default=None)
     """How to build the dense model again, where a source names it."""
 
+    def __deepcopy__(self, _: Any) -> Transformation:
+        return self  # nothing in it changes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as a dictionary of plain values and tensors: a module that torch.save wrote has no class of ours for it."""
+        return OrderedDict, (), None, None, iter(self.to_values().items())
+
+    def to_values(self) -> dict[str, Any]:
+        """Numbers, texts, lists, dictionaries and tensors, from which `from_values` makes it again."""
+        plan = self.plan
+        return {
+            "table": plan.table.to_json(),
+            "spec": plan.spec.to_json(),
+            "training": plan.training.to_json(),
+            "surgery": self.surgery.to_json(),
+            "measured": asdict(replace(self.measured, macs={}))
+            | {"macs": {k: str(n) for k, n in self.measured.macs.items()}},
+            "options": self.options.to_json(),
+            "unconnected": list(self.unconnected),
+            "deviation": self.deviation,
+            "notes": list(self.notes),
+            "buffers": dict(self.buffers),
+            "source": None if self.source is None else dict(self.source),
+        }
+
+    @staticmethod
+    def from_values(values: Mapping[str, Any]) -> Transformation:
+        """The inverse of `to_values`; the plan is made again."""
+        table, training = LayerTable.from_json(values["table"]), TrainingSpec.from_json(values["training"])
+        measured = Measured(**values["measured"])
+        return Transformation(
+            make_plan(table, TransformSpec.from_json(values["spec"]), training),
+            Surgery.from_json(values["surgery"]),
+            replace(measured, macs={name: Fraction(n) for name, n in measured.macs.items()}),
+            Options.from_json(values["options"]),
+            unconnected=tuple(values["unconnected"]),
+            deviation=values["deviation"],
+            notes=tuple(values["notes"]),
+            buffers=values["buffers"],
+            source=values["source"],
+        )
+
 
 def transform_module(
     model: M,
@@ -178,7 +223,12 @@ def record(model: nn.Module, transformation: Transformation) -> None:
 
 def transformation_of(model: nn.Module) -> Transformation | None:
     """What was done to a module that `transform` made or `load` read; None for any other."""
-    return unwrapped(model).__dict__.get(_ATTRIBUTE)
+    model = unwrapped(model)
+    found = model.__dict__.get(_ATTRIBUTE)
+    if isinstance(found, OrderedDict):  # the module was pickled
+        found = Transformation.from_values(found)
+        record(model, found)
+    return found
 
 
 def _require_dense(model: nn.Module, name: str, *, preserve: bool) -> None:

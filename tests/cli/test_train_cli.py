@@ -204,6 +204,16 @@ def test_dry_run_counts_masks_and_what_is_executed(sparseift) -> None:
     assert "Each of 3 runs" in sparseift("train", MLP, "--dry-run", "--seeds", "0..2")[1]
 
 
+def test_masks_that_never_move_are_said(sparseift, tmp_path: Path) -> None:
+    """22 steps, updates until step ceil(.75 * 22) = 17, the first after 17."""
+    short = ("train", MLP, "--set", "training.epochs=1", "--set")
+    message = "rigl moves no mask in this run: the first update would be that of step 17, and updates end before step 17 of 22"
+    assert message in sparseift(*short, "algorithm.delta_t=17", "--dry-run")[1]
+    assert "moves no mask" not in sparseift(*short, "algorithm.delta_t=16", "--dry-run")[1]
+    code, _, err = sparseift(*short, "algorithm.delta_t=17", "--runs", str(tmp_path))
+    assert code == 0 and err.count(message) == 1
+
+
 def test_sizes_of_official_sets_give_steps_without_the_data(sparseift) -> None:
     assert json.loads(sparseift("train", "resnet18_cifar100/wide75_rigl", "--dry-run", "--json")[1])["steps"] == 78_000
     _, out, _ = sparseift(

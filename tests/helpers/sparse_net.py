@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from sparseift_cli.base.randomness import generator_for
 from sparseift_cli.mask.attached import attach
 from sparseift_cli.mask.mask import make_mask
+from sparseift_cli.sparsity.algorithms import MaskAlgorithm
 from sparseift_cli.sparsity.sparsifier import Sparsifier
 
 STEPS = 24
+OPTIONS = {"delta_t": 3, "drop_fraction": 0.4}
 
 
 class Net(nn.Module):
@@ -50,8 +52,10 @@ def loss_of(net: nn.Module, step: int) -> Tensor:
     return nn.functional.cross_entropy(net(x), torch.randint(4, (4,), generator=generator))
 
 
-def make(net: nn.Module, optimizer: torch.optim.Optimizer, algorithm: str = "rigl", **options) -> Sparsifier:
-    given = {"total_steps": STEPS, "delta_t": 3, "drop_fraction": 0.4} | options
+def make(
+    net: nn.Module, optimizer: torch.optim.Optimizer, algorithm: str | MaskAlgorithm = "rigl", **options
+) -> Sparsifier:
+    given = {"total_steps": STEPS} | ({} if isinstance(algorithm, MaskAlgorithm) else OPTIONS) | options
     return Sparsifier(net, optimizer, algorithm=algorithm, **given)
 
 
@@ -65,8 +69,7 @@ def train(net: nn.Module, optimizer: torch.optim.Optimizer, sparsifier: Sparsifi
 
 def assert_zeros(sparsifier: Sparsifier) -> None:
     for w in sparsifier.weights:
-        state = [v for v in sparsifier.optimizer.state[w.parameter].values() if isinstance(v, Tensor) and v.dim() > 0]
-        for tensor in (w.parameter.detach(), *state):
+        for tensor in (w.parameter.detach(), *sparsifier.state_of(w)):
             assert not tensor[~w.mask].any()
         assert torch.equal(w.mask_float.bool(), w.mask)
         assert w.nnz == int(w.mask.count_nonzero()) == sparsifier.nnz[w.name]

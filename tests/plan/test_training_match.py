@@ -24,6 +24,8 @@ from sparseift_cli.plan.spec import TrainingSpec, TransformSpec
 from sparseift_cli.plan.training_cost import executed_macs
 from sparseift_cli.table.table import LayerTable
 
+pytestmark = pytest.mark.filterwarnings("ignore:frozen weights keep")
+
 MEMBERS = ("wide", "parallel", "factorized", "doped")
 STARTS = {"gmp": 1, "granet": 2}  # a mask that moves starts with all weights, or with half of them
 

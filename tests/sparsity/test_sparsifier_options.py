@@ -142,7 +142,8 @@ def test_frozen_weights_keep_their_masks() -> None:
     before = net.conv.weight_mask.clone()
     optimizer = SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
     for algorithm in ("set", "rigl", "gmp"):
-        sparsifier = make(net, optimizer, algorithm)
+        with pytest.warns(UserWarning, match=r"frozen weights keep their masks: conv\.weight$"):
+            sparsifier = make(net, optimizer, algorithm)
         train(net, optimizer, sparsifier, 0, 7)
         sparsifier.close()
         assert torch.equal(net.conv.weight_mask, before)

@@ -55,6 +55,10 @@ def assert_equal(one: object, two: object) -> None:
         assert isinstance(two, dict) and one.keys() == two.keys()
         for key in one:
             assert_equal(one[key], two[key])
+    elif isinstance(one, list):
+        assert isinstance(two, list) and len(one) == len(two)
+        for a, b in zip(one, two, strict=True):
+            assert_equal(a, b)
     else:
         assert one == two
 

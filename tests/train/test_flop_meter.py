@@ -17,6 +17,8 @@ from sparseift_cli.sparsity.algorithms import ALGORITHMS
 from sparseift_cli.train.flop_meter import FlopMeter
 from sparseift_cli.transforms.transformation import transformation_of
 
+pytestmark = pytest.mark.filterwarnings("ignore:frozen weights keep")
+
 MEMBERS = ("wide", "parallel", "factorized", "doped")
 
 
@@ -93,6 +95,7 @@ def test_blocks_that_do_not_tile_a_weight(pattern: str, algorithm: str) -> None:
 
 @pytest.mark.parametrize(("steps", "delta_t", "stop"), [(1, 100, "0.75"), (7, 1, "1"), (7, 2, "0"), (5, 20, "0.5")])
 @pytest.mark.parametrize("algorithm", ["snfs", "rigl", "gmp", "granet"])
+@pytest.mark.filterwarnings("ignore:.*moves no mask in this run")
 def test_odd_schedules(algorithm: str, steps: int, delta_t: int, stop: str) -> None:
     training = TrainingSpec(algorithm=algorithm, steps=steps, delta_t=delta_t, stop=stop)
     spent, audited = both(frozen(), algorithm, training, sparsity="0.5")

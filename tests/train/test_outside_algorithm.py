@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from typer.testing import CliRunner
 
 from sparseift_cli.cli.app import app
 from sparseift_cli.errors import UsageError
 from sparseift_cli.plan.spec import TrainingSpec
 from sparseift_cli.recipe.load import load
-from sparseift_cli.sparsity.algorithms import ALGORITHMS, name_of
+from sparseift_cli.sparsity.algorithms import ALGORITHMS, DropAndGrow, WeightView, name_of
+from sparseift_cli.sparsity.schedule import UpdateSchedule
 from sparseift_cli.train.run import run_seeds
 from tests.helpers.outside_algorithm import Sensitivity
-from tests.helpers.sparse_net import STEPS, assert_zeros, loss_of, make, sparse_net
+from tests.helpers.sparse_net import STEPS, assert_zeros, loss_of, make, sparse_net, train
 
 NAME = "tests.helpers.outside_algorithm:Sensitivity"
 Write = Callable[..., Path]
@@ -90,3 +93,44 @@ def test_it_can_be_registered_under_a_name_of_its_own(monkeypatch: pytest.Monkey
     ALGORITHMS.register("sensitivity", Sensitivity)
     assert load(write_recipe("sensitivity")).training["algorithm"] == "sensitivity"
     assert TrainingSpec(algorithm="Sensitivity").method == Sensitivity()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failing(DropAndGrow):
+    """Fails where `in_` says."""
+
+    in_: str = "drop_scores"
+
+    def drop_scores(self, at: WeightView) -> Tensor:
+        if self.in_ == "shape":
+            return at.weight.abs().sum(0)
+        if self.in_ == "nan":
+            return at.weight / 0
+        return at.weight.no_such_method() if self.in_ == "drop_scores" else super().drop_scores(at)
+
+    def drops(self, active: int, step: int, schedule: UpdateSchedule) -> int:
+        return 1 // 0 if self.in_ == "drops" else super().drops(active, step, schedule)
+
+    def schedule(self, steps: int | None) -> UpdateSchedule:
+        return {}["none"] if self.in_ == "schedule" else super().schedule(steps)
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("drop_scores", "failed in drop_scores: AttributeError: 'Tensor' object has no attribute 'no_such_method'"),
+        ("drops", "failed in drops: ZeroDivisionError: integer division or modulo by zero"),
+        ("schedule", "failed in schedule: KeyError: 'none'"),
+        ("shape", r"drop_scores of .*:Failing gives scores of shape 3x3x3 for conv\.weight, a weight of 8x3x3x3"),
+        ("nan", r"drop_scores of .*:Failing has NaN for conv\.weight"),
+    ],
+)
+def test_what_goes_wrong_in_it_names_it(where: str, message: str) -> None:
+    net = sparse_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(UsageError, match=message) as failed:
+        train(net, optimizer, make(net, optimizer, Failing(in_=where, delta_t=3)), 0, STEPS)
+    assert failed.value.exit_code == 2
+    if "failed in" in message:
+        assert f"{__name__}:Failing" in str(failed.value)
+        assert failed.value.__cause__ is not None

@@ -133,8 +133,11 @@ def test_audit_reports_weights_outside_masks_and_missing_masks() -> None:
     new.load_state_dict({k: torch.ones_like(v) for k, v in new.state_dict().items()})
     with pytest.raises(CheckFailed, match=r"not zero: b\.weight: 768"):
         sparseift.audit(new, X)
-    with pytest.raises(CheckFailed, match=r"masks are missing: b\.weight"):
+    with pytest.raises(CheckFailed, match=r"not zero: b\.weight: 768"):  # the masks stay masks
         sparseift.audit(new.type(torch.float64), X.double())
+    new.b = torch.nn.Linear(new.b.in_features, new.b.out_features).double()
+    with pytest.raises(CheckFailed, match=r"masks are missing: b\.weight"):
+        sparseift.audit(new, X.double())
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:3", "3:8", "5:6"])

@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..guard import state_of
 from ..sparsifier import Sparsifier
 from .fast_drop_and_grow import NUMBERS, FastUpdate, fast_drop_and_grow, in_groups, update_numbers
 from .primitives import as_words, branches
@@ -112,7 +111,7 @@ class GraphedUpdate:
                 with branch(k):
                     new, old = as_words(blocks[k], updates[k].mask)
                     torch.where(accepted[k], new, old, out=new)
-                    w.set_mask(blocks[k], state_of(sparsifier.optimizer, w.parameter), nnz=w.nnz)
+                    w.set_mask(blocks[k], sparsifier.state_of(w), nnz=w.nnz)
                 grown.append(torch.as_tensor(w.num_grown))
                 w.num_grown = before  # a recording computes nothing: `finish` reads the number
         return uncertain, torch.stack(grown)
@@ -145,7 +144,7 @@ class GraphedUpdate:
                 w = self._weights[i]
                 if uncertain:
                     blocks = sparsifier.updated(w, self._step, self._gradient(i))
-                    w.set_mask(blocks, state_of(sparsifier.optimizer, w.parameter), nnz=w.nnz)
+                    w.set_mask(blocks, sparsifier.state_of(w), nnz=w.nnz)
                 else:
                     w.num_grown = grown
         sparsifier.count_step(dense_gradients=sparsifier.algorithm.dense_gradient != "never")
