@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,7 +13,7 @@ from ..base.sheets import digits_that_differ
 from ..errors import CheckFailed, UsageError
 from ..plan.audit import Audit
 from ..table.table import LayerTable
-from .output import write_whole
+from .output import write_result
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +121,7 @@ def annotate(results: Sequence[Audit], problems: Sequence[Problem], output: Path
     else:
         lines = [f"::notice title=sparseift flops::{_escape(_summary(result))}" for result in results]
     text = "".join(line + "\n" for line in lines)
-    if output is None:
-        sys.stdout.write(text)
-    else:
-        write_whole(output, text)
+    write_result(text, output)
 
 
 def _summary(result: Audit) -> str:

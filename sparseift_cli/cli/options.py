@@ -119,13 +119,19 @@ Output = Annotated[
 
 
 class Command(TyperCommand):
-    """A command that still reads the former spelling of an option, which its help does not list."""
+    """A command whose results alone go to stdout, and that still reads former spellings of options, which no help lists."""
 
     FORMER: Mapping[str, str] = {"--out": "--output"}
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         end = args.index("--") if "--" in args else len(args)
         return super().parse_args(ctx, [*map(self._current, args[:end]), *args[end:]])
+
+    def invoke(self, ctx: Any) -> Any:
+        from .output import results_alone_on_stdout
+
+        with results_alone_on_stdout():
+            return super().invoke(ctx)
 
     def _current(self, word: str) -> str:
         name, equals, value = word.partition("=")

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ..base.atomic import replace_file
 from ..base.sheets import Sheet, csv_text, make_console, markdown_text, print_tables, tables_text
@@ -27,14 +27,42 @@ def render(sheets: Sequence[Sheet], payload: Mapping[str, Any], fmt: Format, out
         UsageError: `output` cannot be written.
     """
     if output is None and fmt is Format.table:
-        print_tables(make_console(), sheets)
-        return
-    text = as_text(sheets, payload, fmt)
-    if output is None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        print_tables(make_console(stdout()), sheets)
     else:
+        write_result(as_text(sheets, payload, fmt), output)
+
+
+def write_result(text: str, output: Path | None = None) -> None:
+    """Write a result to stdout, or whole to `output`.
+
+    Raises:
+        UsageError: `output` cannot be written.
+    """
+    if output is not None:
         write_whole(output, text)
+        return
+    stdout().write(text)
+    stdout().flush()
+
+
+_stdout: TextIO | None = None
+
+
+def stdout() -> TextIO:
+    """The stream of results. `sys.stdout` is another one while a command runs: see `results_alone_on_stdout`."""
+    return _stdout or sys.stdout
+
+
+@contextmanager
+def results_alone_on_stdout() -> Iterator[None]:
+    """While a command runs, what a user's model, algorithm or data set prints goes to stderr."""
+    global _stdout
+    before, _stdout = _stdout, stdout()
+    sys.stdout = sys.stderr
+    try:
+        yield
+    finally:
+        sys.stdout, _stdout = _stdout, before
 
 
 @contextmanager
@@ -42,9 +70,9 @@ def ignore_broken_pipe() -> Iterator[None]:
     """Where the reader of stdout goes away (`| head`), what is printed goes nowhere, and the work after it is still done."""
     try:
         yield
-        sys.stdout.flush()
+        stdout().flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout().fileno())
 
 
 def as_text(sheets: Sequence[Sheet], payload: Mapping[str, Any], fmt: Format) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +31,7 @@ Examples:
 app = typer.Typer(
     help=options.help_of("recipe", HELP), no_args_is_help=True, add_completion=False, rich_markup_mode="rich"
 )
+command = partial(app.command, cls=options.Command)
 
 Name = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A file, or the name of a shipped recipe.", show_default=False)
@@ -52,7 +54,7 @@ def opened(name: str, sets: list[str] | None = None) -> Recipe:
     return load(path, sets or [])
 
 
-@app.command(help="List the shipped recipes.\n\nExample:\n\n  sparseift recipe ls --format json")
+@command(help="List the shipped recipes.\n\nExample:\n\n  sparseift recipe ls --format json")
 def ls(fmt: options.FormatOption = Format.table, json: options.Json = False) -> None:
     from ..base.durations import in_words
     from ..base.sheets import Column, Sheet, integer
@@ -98,7 +100,7 @@ def ls(fmt: options.FormatOption = Format.table, json: options.Json = False) -> 
     render([Sheet("Shipped recipes", columns, shown, notes)], payload, without_github(fmt, json, "recipe ls"))
 
 
-@app.command(
+@command(
     help="Print a recipe with every value, where it comes from, and what it means.\n\nThe output is a recipe.\n\n"
     "Examples:\n\n  sparseift recipe show quickstart/digits_mlp_dense\n\n"
     "  sparseift recipe show my.yaml --set training.epochs=1 --format json"
@@ -113,11 +115,11 @@ def show(
 ) -> None:
     from ..base.sheets import Column, Sheet
     from ..recipe.write import annotated_yaml, entries, flow
-    from .output import render
+    from .output import render, write_result
 
     found = opened(recipe, sets)
     if fmt is None and not json:
-        typer.echo(annotated_yaml(found), nl=False)
+        write_result(annotated_yaml(found))
         return
     fmt = without_github(fmt or Format.table, json, "recipe show")
     columns = [
@@ -131,18 +133,19 @@ def show(
     render([Sheet(str(found.path), columns, rows)], payload, fmt)
 
 
-@app.command(help="Copy a recipe to start from.\n\nExample:\n\n  sparseift recipe cp resnet18/wide90_rigl my.yaml")
+@command(help="Copy a recipe to start from.\n\nExample:\n\n  sparseift recipe cp resnet18/wide90_rigl my.yaml")
 def cp(
     recipe: Name,
     to: Annotated[Path, typer.Argument(help="A file that ends in .yaml, or a folder.", show_default=False)] = Path(),
     force: Force = False,
 ) -> None:
     from ..recipe.catalog import copy
+    from .output import write_result
 
-    typer.echo(str(copy(recipe, to, force=force)))
+    write_result(f"{copy(recipe, to, force=force)}\n")
 
 
-@app.command(
+@command(
     help="Check recipes: every key and value, and that the transform can be planned. Exit 2 if one is wrong.\n\n"
     "Example:\n\n  sparseift recipe validate my.yaml other.yaml"
 )
@@ -154,6 +157,7 @@ def validate(
     plan: Annotated[bool, typer.Option(help="Also plan and audit the transform.")] = True,
 ) -> None:
     from ..errors import SparseiftError
+    from .output import write_result
 
     worst = 0
     for name in recipes:
@@ -164,7 +168,7 @@ def validate(
             hint = f"\n  hint: {error.hint}" if error.hint else ""
             typer.echo(f"sparseift: {name}: {error.message}{hint}", err=True)
         else:
-            typer.echo(f"{name}: {said}")
+            write_result(f"{name}: {said}\n")
     if worst:
         raise typer.Exit(worst)
 
@@ -187,7 +191,7 @@ def _checked(name: str, sets: list[str] | None, plan: bool) -> str:
     return "fine" if ratio is None else f"fine, {float(ratio):.5f}x the dense model's forward FLOPs"
 
 
-@app.command("schema", help="Print what a recipe can say: the JSON schema that editors use, or a page to read.")
+@command("schema", help="Print what a recipe can say: the JSON schema that editors use, or a page to read.")
 def schema_(
     fmt: Annotated[
         str,
@@ -196,12 +200,13 @@ def schema_(
 ) -> None:
     from ..errors import one_of
     from ..recipe.schema import json_schema_text, markdown
+    from .output import write_result
 
     one_of("format", fmt, ("json", "md"))
-    typer.echo(json_schema_text() if fmt == "json" else markdown(), nl=False)
+    write_result(json_schema_text() if fmt == "json" else markdown())
 
 
-@app.command(
+@command(
     "import",
     help="Make a recipe of a Cerebras Model Zoo configuration, or of one of the Sparse-IFT authors.\n\n"
     "What cannot be carried over is named on stderr and in the recipe.\n\nExamples:\n\n"
@@ -226,6 +231,7 @@ def import_(
     from ..errors import UsageError
     from ..recipe.catalog import write_new
     from ..recipe.importers import as_recipe, read_foreign
+    from .output import write_result
 
     picks = dict(p.split("=", 1) for p in pick or [] if "=" in p)
     if len(picks) != len(pick or []):
@@ -242,8 +248,8 @@ def import_(
         for note in imported.notes:
             typer.echo(f"not carried over: {note}", err=True)
         if output is None:
-            typer.echo(as_recipe(imported), nl=False)
+            write_result(as_recipe(imported))
         else:
             path = output / f"{imported.name}.yaml" if folder else output
             write_new(path, as_recipe(imported), force=force)
-            typer.echo(str(path))
+            write_result(f"{path}\n")

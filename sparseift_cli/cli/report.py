@@ -387,14 +387,9 @@ def _names(text: str | None) -> list[str] | None:
 
 def _page(made: Report, output: Path | None) -> None:
     from ..report.html.page import page
-    from .output import write_whole
+    from .output import write_result
 
-    text = page(made)
-    if output is None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    else:
-        write_whole(output, text)
+    write_result(page(made), output)
 
 
 def _draw(made: Report, folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from ..report.published import PublishedRow, evidence
 from ..report.report import Comparison, Report
 from ..report.terminal import bar, can_show_blocks, curves_by_group, curves_by_run, sparkline
 from .options import Format
-from .output import render
+from .output import render, stdout
 
 SCHEMA = "sparseift.report/1"
 _STATES = {"finished": "green", "running": "cyan", "stopped": "yellow"}
@@ -145,7 +144,7 @@ class ReportView:
 
     def show(self, fmt: Format, output: Path | None) -> None:
         """Print it, or write it whole to `output`."""
-        plain = output is None and not can_show_blocks(sys.stdout.encoding)
+        plain = output is None and not can_show_blocks(stdout().encoding)
         sheets = [self._main(fmt, plain)]
         if not self.by_run:
             sheets += [s for s in (self._unfinished(fmt, plain), self._comparisons(fmt)) if s.rows]

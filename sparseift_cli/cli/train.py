@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,8 +120,9 @@ def train(
     loaded = [_load(recipe, asked.all_sets) for recipe in recipes]
     if print_recipe:
         from ..recipe.write import annotated_yaml
+        from .output import write_result
 
-        sys.stdout.write("---\n".join(map(annotated_yaml, loaded)))
+        write_result("---\n".join(map(annotated_yaml, loaded)))
         return
     jobs = _jobs(loaded, _seeds(seeds))
     if dry_run:

@@ -48,6 +48,99 @@ def test_a_full_disk_under_stdout_is_no_gate(words: tuple[str, ...]) -> None:
     assert len(done.stderr.splitlines()) == 2
 
 
+TALKATIVE = """
+print("imported")
+from dataclasses import dataclass
+import torch
+from torch import nn
+from sparseift_cli.base.metrics import Metric, percent
+from sparseift_cli.data.images import ImageSet
+from sparseift_cli.data.source import DataSource
+from sparseift_cli.plan.distributions import Uniform
+from sparseift_cli.sparsity.algorithms import RigL
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        print("built")
+        self.net = nn.Sequential(nn.Flatten(), *(nn.Linear(16, 16) for _ in range(4)))
+    def forward(self, x):
+        print("forward")
+        return self.net(x)
+
+def net():
+    return Net(), torch.zeros(1, 1, 4, 4)
+
+def read(split):
+    print("read")
+    return torch.zeros(16, 1, 4, 4, dtype=torch.uint8), torch.arange(16)
+
+def opened(root=None):
+    print("opened")
+    return ImageSet("dots", read, split_names=("train", "test"), shape=(1, 4, 4), classes=16, source="made up", mean=(0.5,), std=(1,))
+
+DOTS = DataSource(name="dots", kind="image", open=opened, image=(1, 4, 4), classes=16, samples=16, splits=("train", "test"))
+
+@dataclass(frozen=True, kw_only=True)
+class Moving(RigL):
+    def grow_scores(self, at):
+        print("scored")
+        return super().grow_scores(at)
+
+def hits(logits, targets):
+    print("measured")
+    return (logits.argmax(-1) == targets).sum()
+
+HITS = Metric("hits", "hits (%)", "points", lower_is_better=False, total=hits, value=percent)
+
+class Even(Uniform):
+    def densities(self, layers, macs):
+        print("distributed")
+        return super().densities(layers, macs)
+"""
+ITS_RECIPE = """
+model: talkative:net
+data: talkative:DOTS
+transform: {member: wide, match: model, distribution: "talkative:Even"}
+sparsity: 0.5
+algorithm: {name: "talkative:Moving", delta_t: 1}
+training: {steps: 3, batch_size: 8, device: cpu}
+evaluation: {metrics: [loss, "talkative:HITS"]}
+checkpoint: {best: loss}
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "printed"),
+    [
+        (
+            ("flops", "talkative:net", "-s", "0.5", "--match", "model", "--distribution", "talkative:Even"),
+            "built forward distributed",
+        ),
+        (("inspect", "talkative:net"), "built forward"),
+        (("transform", "talkative:net", "-s", "0.5", "-o", "made"), "built forward"),
+        (("train", "own.yaml"), "built forward opened read scored measured distributed"),
+        (("recipe", "show", "own.yaml"), ""),
+    ],
+)
+def test_what_other_peoples_code_prints_is_no_result(
+    sparseift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], printed: str
+) -> None:
+    """stdout is one JSON document, whatever a model, algorithm, data set, metric or distribution prints."""
+    (tmp_path / "talkative.py").write_text(TALKATIVE)
+    (tmp_path / "own.yaml").write_text(ITS_RECIPE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "talkative", raising=False)
+    code, out, err = sparseift(*words, "--json")
+    assert code == 0, err
+    json.loads(out)
+    for word in ("imported", *printed.split()):
+        assert f"{word}\n" in err
+    code, out, _ = sparseift(*words[:1], "--help")
+    assert code == 0 and "Usage" in out  # help is a result
+
+
 @needs_full
 def test_an_error_keeps_its_exit_code_where_stderr_is_full() -> None:
     assert shell('"$@" 2> /dev/full', "flops", "resnet18", "-s", "0.9", "--max-flops-ratio", "1").returncode == 1
