@@ -159,6 +159,7 @@ class _Builder:
 
     def build(self, name: str, input_shape: tuple[int, ...], untraceable: str | None) -> TraceResult:
         mark_output_layers(self.recorder, self.returned, self.variables)
+        self._find_block_diagonal_layers()
         widths = self._widths()
         equations = tuple(dict.fromkeys(self._named(e) for e in self.variables.equations))
         rows = RowBuilder(self.model, self.run, self._named)
@@ -176,6 +177,27 @@ class _Builder:
     def _named(self, poly: Poly) -> Poly:
         """A polynomial over variables as one over width ids."""
         return poly.rename(self.renaming)
+
+    def _find_block_diagonal_layers(self) -> None:
+        """Tell layers of one block a head, [heads, in, out], from experts, whose matrices are each for other tokens.
+
+        The blocks read the parts of one feature dim, which a view shows: (batch, tokens, heads * in) as (..., heads, in).
+        """
+        roots = LazyRenaming(self.variables.find)
+        views = {
+            tuple(part.rename(roots) for part in parts[-2:])
+            for seen in self.run.facts.all_layouts.values()
+            for kind, parts in seen
+            if kind == "product"
+        }
+        for op in self.recorder.layers():
+            if op.kind == "experts" and op.weight is not None:
+                blocks, *sides = (poly_of(size).rename(roots) for size in self.run.shapes[op.weight])
+                inputs = op.inputs.rename(roots)
+                if (blocks, inputs) in views and inputs in sides:
+                    sides.remove(inputs)
+                    op.kind, op.groups = "grouped linear", blocks
+                    op.inputs, op.outputs = blocks * inputs, blocks * sides[0]
 
     # --- variables to widths ---
 

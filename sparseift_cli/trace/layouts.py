@@ -134,7 +134,7 @@ def _dim(tensor: Tensor, kwargs: dict[str, Any], rest: tuple[Any, ...], at: int)
 
 def _reshaped(facts: Facts, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     out = func(*args, **kwargs)
-    if isinstance(out, Tensor) and out.dim() != args[0].dim():
+    if isinstance(out, Tensor) and list(map(concrete, out.shape)) != list(map(concrete, args[0].shape)):
         note_reshape(facts, args[0].shape, out.shape)
     return out
 

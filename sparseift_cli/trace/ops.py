@@ -57,6 +57,7 @@ _MOVING_NAMES = """
 """
 MOVING = LINEAR | {getattr(aten, name) for name in _MOVING_NAMES.split()}
 SCALING = {aten.mul, aten.mul_, aten.div, aten.div_}  # linear where only one operand is a tensor of activations
+COPYING = {aten.clone, aten._to_copy, aten.contiguous, aten._unsafe_view, aten._reshape_copy}  # the same values
 ALLOCATING = {aten.new_empty, aten.new_zeros, aten.empty_like, aten.zeros_like, aten.new_empty_strided}
 _CONSTANTS = "new_full new_ones full_like ones_like rand_like randn_like randint_like nextafter heaviside histc"
 NO_GRADIENT = ALLOCATING | {getattr(aten, name) for name in _CONSTANTS.split()}  # though the result may be floating

@@ -30,7 +30,7 @@ from ..table.poly import Poly
 from .constants import Uses
 from .flow import PARAMETER_PREFIX, UNKNOWN, Flow, layer_of, set_summands, summands_of
 from .gradients import Backward, Node, differentiable, node_of, set_node
-from .ops import ALLOCATING, MOVING, NO_GRADIENT, costs_no_macs, is_view
+from .ops import ALLOCATING, COPYING, MOVING, NO_GRADIENT, costs_no_macs, is_view
 from .symint import concrete, poly_of
 
 aten = torch.ops.aten
@@ -244,12 +244,25 @@ class Recorder(TorchDispatchMode):
         return new
 
     def parameter_of(self, tensor: Tensor) -> tuple[str, Tensor] | None:
-        """(key, fake parameter) whose memory a tensor of any shape shares; a tied one by its key in the running module."""
-        storage = tensor.untyped_storage()._cdata
-        found = self.parameters.get(storage)
+        """(key, fake parameter) whose memory a tensor of any shape shares, or that it is a copy of.
+
+        A tied parameter by its key in the running module.
+        """
+        found = self.parameters.get(tensor.untyped_storage()._cdata, getattr(tensor, "_sparseift_copied", None))
         if found is None:
             return None
-        return self.keys[storage].get(self.stack[-1], found[0]), found[1]
+        return self.keys[found[1].untyped_storage()._cdata].get(self.stack[-1], found[0]), found[1]
+
+    def _note_copy(self, op: Any, tensors: Sequence[Tensor], out: Any) -> None:
+        """Note that `out` is all of a parameter, moved or in another dtype: `weight.to(x.dtype)`, or as einsum arranges it."""
+        same_values = len(tensors) == 1 and (op.overloadpacket in COPYING or is_view(op))
+        owned = self.parameter_of(tensors[0]) if same_values else None
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and (owned or hasattr(tensor, "_sparseift_copied")):
+                whole = owned is not None and numel(tensor.shape) == numel(owned[1].shape)
+                tensor._sparseift_copied = owned if whole else None  # type: ignore[attr-defined]
+                if not same_values and tensor._base is not None:  # changed in place, through a view
+                    tensor._base._sparseift_copied = None  # type: ignore[attr-defined]
 
     # --- counting ---
 
@@ -450,6 +463,7 @@ class Recorder(TorchDispatchMode):
         elif not costs_no_macs(func):
             self.uncounted[f"{packet} in {self.stack[-1] or 'the model'}"] = None
         node = self.backward.node(sources) if packet not in NO_GRADIENT else None
+        self._note_copy(func, tensors, out)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._annotate_result(tensor, flags, producers, node, tensors)
@@ -506,16 +520,28 @@ def matmul(rec: Recorder, a: Tensor, b: Tensor, out: Tensor) -> None:
     if owned:
         key, parameter = owned
         outputs = _num_distinct(weight).divided_by(inner) or poly_of(weight.shape[-1 if weight is b else -2])
-        # any other parameter is no layer: a table of relative positions, say
-        layer = parameter.dim() == 2 and "weight" in key.rpartition(".")[2]
-        stacked = parameter.dim() == a.dim() == 3  # experts in one tensor, each with its own batch
-        kind = "linear" if layer else "experts" if stacked else "matmul"
+        kind = _kind_of_product(key.rpartition(".")[2], parameter, weight)
         rec.count_weighted(kind, x, weight, out, macs, inner, outputs)
     elif a.dim() == 3:
         part = "av" if rec.stack[-1] in rec.softmaxed else "qk"
         rec.count_product(part, a, b, out, macs)
     else:
         rec.count_weighted("matmul", a, b, out, macs, inner, poly_of(b.shape[-1]))
+
+
+def _kind_of_product(name: str, parameter: Tensor, weight: Tensor) -> str:
+    """What a product with `weight`, a view of the parameter `name`, is: linear, experts, or matmul, which is no layer.
+
+    A parameter of two dims is a layer where it is called weight; others are tables, of relative positions say. One of
+    more dims (XLNet's [d_model, heads, head_dim]) is a layer where it is used as one matrix, and holds experts where it is
+    used as a batch of matrices along its first dim, each for its own rows of the other operand.
+    """
+    one, dims = Poly.const(1), [poly_of(size) for size in parameter.shape]
+    if len(dims) == 2:
+        return "linear" if "weight" in name else "matmul"
+    if weight.dim() == 2 or poly_of(weight.shape[0]) == one:
+        return "linear" if sum(dim != one for dim in dims) > 2 else "matmul"
+    return "experts" if len(dims) == weight.dim() == 3 and poly_of(weight.shape[0]) == dims[0] else "matmul"
 
 
 def _convolution(rec: Recorder, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from ...errors import UsageError
 from ...mask.attached import is_transposed
 from ...plan.plan import Plan
 from ...table.poly import Poly
@@ -88,6 +89,12 @@ def _masked(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[Mask
                 heads = blocks.along(columns)
                 on_inputs = heads > 1
         (part,) = row.parts
+        if not plan.spec.mask_pattern.unrestricted and "linear" in row.layer.kind and len(structure.shapes[key]) > 2:
+            raise UsageError(
+                f"pattern {plan.spec.pattern} does not fit {row.layer.name}: which of the {len(structure.shapes[key])} dims of "
+                f"its weight are outputs, {type(module).__name__} decides",
+                hint=f"--exclude '{row.layer.name}', or pattern unstructured",
+            )
         yield Masked(
             row.layer.name,
             part.name,
