@@ -9,6 +9,7 @@ of it. To widen a model is to give widths new sizes. The pipeline, in the order 
     build        entry point; symbolic sizes first, plain sizes where a model does not allow them
     symbolise    puts a fake tensor (a shape, no memory) in place of every parameter, and a symbolic int in place of
                  every parameter dim and int attribute (`num_heads`); runs the forward pass; restores the model
+      hooks      leaves out a user's forward hooks that only watch
       fake_mode  PyTorch's FakeTensorMode, as this trace needs it
       symint     the symbolic int: a polynomial over width variables, and its value in this run. Asked "is v5 == v9?" by
                  PyTorch, it answers by the values of this run and records the fact

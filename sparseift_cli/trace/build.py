@@ -7,6 +7,7 @@ there is one. Then `rows` makes the rows of the table, and `_Builder._structure`
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -91,6 +92,11 @@ def trace(
     Raises:
         UsageError: the forward pass fails on these inputs even with plain sizes.
     """
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"{name} is no module but of class {type(model).__name__}",
+            hint="a torch.nn.Module is needed; of an exported program, what program.module() returns",
+        )
     untraceable = None
     with inference_mode(False), enable_grad():  # the table counts gradients too, even under the caller's no_grad
         try:
@@ -105,9 +111,37 @@ def trace(
     return _Builder(model, found).build(name, input_shape, untraceable)
 
 
+# What the message of an error says -> what the model does, and what to do about it.
+_KNOWN_ERRORS = {
+    "Sparse": (
+        "computes with sparse tensors, whose products cost what their entries say, not their shapes",
+        "give it dense ones",
+    ),
+    "[Nn]ested|_jagged|create_symintnode": (
+        "computes with nested tensors, whose sizes differ from sample to sample",
+        "give it padded tensors, all of one length",
+    ),
+    "uninitialized parameter": ("has lazy layers that have no sizes yet", "run it once on an example input"),
+    r"fake impl.*<CustomOpDef\((?P<op>\S+)\)>|fake impl.*(?P<name>\w+::\w+)": (
+        "calls a custom operator without a shape function",
+        "give it one: torch.library.register_fake",
+    ),
+    r"\.numpy\(\)|\.tolist\(\)": (
+        "computes with the values of tensors, not with their shapes alone",
+        "no .numpy(), .item() or .tolist() in forward",
+    ),
+}
+
+
 def _usage_error(error: Exception, name: str, given: Any) -> UsageError:
     """The error for a model whose forward pass fails even with plain sizes."""
+    if isinstance(error, UsageError):
+        return UsageError(f"{name} {error.message}", hint=error.hint)
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    for pattern, (what, hint) in _KNOWN_ERRORS.items():
+        if re.search(pattern, first_line):
+            detail = first_line.split(". ")[0].rstrip(".")
+            return UsageError(f"{name} {what} ({detail})", hint=hint)
     if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
         return UsageError(
             f"{name} computes with the values of tensors, not with their shapes alone ({first_line}), so its FLOPs are "

@@ -16,7 +16,7 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -82,6 +82,7 @@ class _DynamoSubstitute(ModuleType):
         self.__path__ = []  # marks a package, so that imports of submodules reach find_spec
         self.config = _Flags(self)
         self.disabled: list[Any] = []
+        self.imported = ExitStack()  # closed at the end of the trace
         self.__dict__["disable"] = self._disable
 
     def _disable(self, fn: Callable[..., Any], *_: Any, **__: Any) -> Callable[..., Any]:
@@ -109,7 +110,9 @@ class _DynamoSubstitute(ModuleType):
     def import_real(self) -> ModuleType:
         """Replace this substitute by the real torch._dynamo; returns it."""
         self.remove()
-        return importlib.import_module("torch._dynamo")
+        real = importlib.import_module("torch._dynamo")
+        self.imported.enter_context(_uncompiled())
+        return real
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         """The import spec of `torch._dynamo.<submodule>`, from the real package.
@@ -136,6 +139,11 @@ class _AlreadyLoaded(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         module.__spec__ = self.spec
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """What torch.compile made runs as it was written: a compiler has nothing to gain from shapes, and would trace this trace."""
+    return torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
 
 
 def _symbolic_sizes() -> AbstractContextManager[object]:
@@ -183,9 +191,10 @@ def fake_mode(shape_env: Any) -> Iterator[FakeTensorMode]:
     try:
         mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True)
         mode.cache_enabled = False
-        with _symbolic_sizes(), _sizes_as_floats(), mode:
+        with nullcontext() if substitute else _uncompiled(), _symbolic_sizes(), _sizes_as_floats(), mode:
             yield mode
     finally:
         log.disabled = was_disabled
         if substitute is not None:
             substitute.remove()
+            substitute.imported.close()

@@ -71,6 +71,11 @@ def differentiable(tensor: Tensor) -> bool:
     return tensor.dtype.is_floating_point or tensor.dtype.is_complex
 
 
+def in_backward_pass() -> bool:
+    """Whether autograd runs at this moment, because the forward pass itself asked for a gradient."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class BackwardCosts(Protocol):
     """What a product adds its gradients to; all in MACs."""
 

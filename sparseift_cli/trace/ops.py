@@ -18,6 +18,7 @@ _NAMES = """
     arange empty empty_like empty_strided full full_like
     linspace new_empty new_empty_strided new_full new_ones new_zeros ones
     ones_like rand randn rand_like randn_like randint randperm
+    uniform uniform_ normal normal_ random_ exponential_ multinomial
     bernoulli_ scalar_tensor tril triu tril_indices triu_indices zeros
     zeros_like eye bernoulli lift_fresh lift_fresh_copy
     _to_copy clone copy copy_ contiguous as_strided_ hardswish_
@@ -39,6 +40,7 @@ _NAMES = """
     median mode unique2 _unique2 bincount count_nonzero allclose equal is_same_size
     item _local_scalar_dense sym_size sym_stride sym_numel sym_storage_offset size stride
     grid_sampler_2d isin bucketize searchsorted glu prelu _prelu_kernel rrelu_with_noise_functional celu mish softplus
+    addr complex polar _linalg_check_errors _efficientzerotensor _has_same_storage_numel
     histc floor_divide unbind_copy narrow_copy _assert_async _assert_tensor_metadata
 """
 _FREE = frozenset(f"aten.{name}" for name in _NAMES.split())

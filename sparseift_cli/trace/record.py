@@ -17,19 +17,22 @@ Beside the count, the recorder notes on every tensor where it came from, as attr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..errors import UsageError
 from ..table.poly import Poly
 from .constants import Uses
 from .flow import PARAMETER_PREFIX, UNKNOWN, Flow, layer_of, set_summands, summands_of
-from .gradients import Backward, Node, differentiable, node_of, set_node
+from .gradients import Backward, Node, differentiable, in_backward_pass, node_of, set_node
 from .ops import ALLOCATING, COPYING, MOVING, NO_GRADIENT, costs_no_macs, is_view
 from .symint import concrete, poly_of
 
@@ -38,7 +41,7 @@ aten = torch.ops.aten
 FROM_INPUT, FROM_LAYER = 1, 2
 _WRITERS = 2  # the bits from this one on: the numbers of the layers that a tensor was last computed by
 Producer = tuple[Any, int | None]  # key of a counted op, and which part of its output where a dim of it was split
-LAYERS = ("linear", "conv", "conv_transpose")  # kinds that are layers where their weight is a parameter
+LAYERS = ("linear", "conv", "conv_transpose", "bilinear")  # kinds that are layers where their weight is a parameter
 ATTENTION: Producer = ("attention", None)  # the producer of an attention's result
 
 
@@ -145,6 +148,8 @@ class Recorder(TorchDispatchMode):
     Order is kept by `clock`, which counts module calls, new ops and activations.
     """
 
+    supports_higher_order_operators = True
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # else the first op imports torch._dynamo (see fake_mode)
@@ -171,6 +176,7 @@ class Recorder(TorchDispatchMode):
         self.product_shapes: dict[str, tuple[Poly, ...]] = {}  # weight key -> shape of its last product
         self.computes_more: set[str] = set()  # paths of layers whose forward is not one product of their weight
         self.read = 0  # writer bits of the layers whose output another layer reads
+        self.paused = False  # what runs is not recorded
         self.flow = Flow()
         self.backward = Backward()
         self.uses = Uses()  # what is done with buffers and plain tensors
@@ -180,6 +186,15 @@ class Recorder(TorchDispatchMode):
         other = Recorder()
         other.parameters, other.keys, other.uses = self.parameters, self.keys, self.uses
         return other
+
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Record nothing of what runs in the block."""
+        self.paused = True
+        try:
+            yield
+        finally:
+            self.paused = False
 
     # --- modules and parameters ---
 
@@ -279,19 +294,20 @@ class Recorder(TorchDispatchMode):
         groups: Poly | None = None,
         *,
         grad_inputs: Poly | None = None,
+        stored: bool = True,
     ) -> None:
         """Count one product of activations `x` [..., inputs, ...] with `weight`, of the kind's own shapes, into `out`.
 
         `macs` of the forward pass; `inputs`, `outputs`, `kernel` and `groups` are those of the layer. A weight that is
         not a parameter (computed in forward) makes it a product of two activations. `grad_inputs`: MACs of the gradient
-        of x, where it is not a product of the same size as the forward one.
+        of x, where it is not a product of the same size as the forward one. `stored`: whether `out` is in memory as it is.
         """
         key, parameter = self.parameter_of(weight) or (None, None)
         at, start = (None, None) if parameter is None else _part_of(weight, parameter)
         op = self._op(self._owner(key), kind, key, inputs, outputs, kernel, groups, at)
         op.at, op.start = at, start
         op.macs += macs
-        op.activations += numel(out.shape)
+        op.activations += numel(out.shape) if stored else Poly()
         op.projection |= ATTENTION in producers_of(x)
         op.first |= bool(flags_of(x) & FROM_INPUT) and not flags_of(x) & FROM_LAYER
         of_x = (macs if grad_inputs is None else grad_inputs) if node_of(x) is not None else Poly()
@@ -300,7 +316,7 @@ class Recorder(TorchDispatchMode):
             of_x, of_weight = of_x + of_weight, Poly()
         self.backward.add_product(op, out, macs, of_x, of_weight)
         flags = flags_of(out)
-        if op.is_layer:  # what wrote its operands, a layer has read
+        if op.is_layer and not in_backward_pass():  # what wrote its operands, a layer has read
             self.read |= (flags_of(x) | flags_of(weight)) >> _WRITERS << _WRITERS
             flags = flags & ((1 << _WRITERS) - 1) | op.writer
         if poly_of(x.shape[-1] if kind == "matmul" else 0) != Poly.const(1):
@@ -442,17 +458,16 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         """Run one primitive op; count it if it costs MACs, and annotate its results."""
         kwargs = kwargs or {}
+        if self.paused or isinstance(func, HigherOrderOperator):
+            return func(*args, **kwargs) if self.paused else self._higher_order(func, args, kwargs)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        flags, producers, sources = 0, frozenset[Producer](), list[Node]()
+        flags, producers = 0, frozenset[Producer]()
         for tensor in tensors:
             flags |= flags_of(tensor)
             producers |= producers_of(tensor)
-            node = node_of(tensor)
-            if node is not None:
-                sources.append(node)
         out = func(*args, **kwargs)
         packet = func.overloadpacket
-        count = _COUNTED.get(packet)
+        count = _counting(packet, args)
         if count is not None:
             flags |= FROM_LAYER
         elif packet in (aten.add, aten.add_):
@@ -462,7 +477,10 @@ class Recorder(TorchDispatchMode):
             self.softmaxed.add(self.stack[-1])
         elif not costs_no_macs(func):
             self.uncounted[f"{packet} in {self.stack[-1] or 'the model'}"] = None
-        node = self.backward.node(sources) if packet not in NO_GRADIENT else None
+        if packet in NO_GRADIENT:  # the result has nothing of its operands but a shape
+            flags, node = flags & (FROM_INPUT | FROM_LAYER), None
+        else:
+            node = self.backward.node_from(tensors)
         self._note_copy(func, tensors, out)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
@@ -475,6 +493,29 @@ class Recorder(TorchDispatchMode):
         else:
             count(self, args, kwargs, out)
             self.flow.note_read(tensors)
+        return out
+
+    def _higher_order(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """An operator that is given functions. flex_attention is an attention; of others the cost is not known.
+
+        Raises:
+            UsageError: it is another one.
+        """
+        if func.name() != "flex_attention":
+            raise UsageError(
+                f"calls torch.{func.name()}, and what runs in it, or how often, depends on the values of tensors",
+                hint="count a model that calls what it would run",
+            )
+        q, k, v = args[:3]  # [batch, heads, T, d]
+        out = func(*args, **kwargs)
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        node = self.backward.node_from(tensors)
+        flags = FROM_LAYER
+        for tensor in (q, k, v):
+            flags |= flags_of(tensor)
+        self._annotate_result(out[0], flags, frozenset(), node, tensors)
+        self.count_attention(q, k, v, out[0], False, by_size=args[5] is None)
+        self.flow.note_read(tensors)
         return out
 
     def _annotate_result(
@@ -512,21 +553,27 @@ class Recorder(TorchDispatchMode):
 
 
 def matmul(rec: Recorder, a: Tensor, b: Tensor, out: Tensor) -> None:
-    """Count a [(batch,) m, k] @ b [(batch,) k, n] -> out. Either operand may be a parameter or a view of one."""
+    """Count a [(batch,) m, k] @ b [(batch,) k, n] -> out. Either operand may be a parameter or a view of one, or a vector [k]."""
     inner = poly_of(a.shape[-1])
     macs = numel(out.shape) * inner
+
+    def columns(of: Tensor, dim: int) -> Poly:
+        return poly_of(of.shape[dim]) if of.dim() > 1 else Poly.const(1)
+
     weight, x = (b, a) if rec.parameter_of(b) else (a, b)
     owned = rec.parameter_of(weight)
     if owned:
         key, parameter = owned
-        outputs = _num_distinct(weight).divided_by(inner) or poly_of(weight.shape[-1 if weight is b else -2])
-        kind = _kind_of_product(key.rpartition(".")[2], parameter, weight)
+        outputs = _num_distinct(weight).divided_by(inner) or columns(weight, -1 if weight is b else -2)
+        # with a vector it is no layer: the matrix of a spectral norm
+        matrices = min(a.dim(), b.dim()) > 1
+        kind = _kind_of_product(key.rpartition(".")[2], parameter, weight) if matrices else "matmul"
         rec.count_weighted(kind, x, weight, out, macs, inner, outputs)
     elif a.dim() == 3:
         part = "av" if rec.stack[-1] in rec.softmaxed else "qk"
         rec.count_product(part, a, b, out, macs)
     else:
-        rec.count_weighted("matmul", a, b, out, macs, inner, poly_of(b.shape[-1]))
+        rec.count_weighted("matmul", a, b, out, macs, inner, columns(b, -1))
 
 
 def _kind_of_product(name: str, parameter: Tensor, weight: Tensor) -> str:
@@ -575,14 +622,84 @@ def _fused_attention(rec: Recorder, args: Sequence[Any], kwargs: dict[str, Any],
     rec.count_attention(q, k, v, result, causal, by_size=kwargs.get("scale") is None)
 
 
+def _product(rec: Recorder, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> None:
+    matmul(rec, args[0], args[1], out)
+
+
+def _product_and_sum(rec: Recorder, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> None:
+    matmul(rec, args[1], args[2], out)
+
+
+def _summed_products(rec: Recorder, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> None:
+    """[m, n] + the sum over the batch of a [batch, m, k] @ b [batch, k, n]"""
+    a, b = args[1:3]
+    inner, columns = poly_of(b.shape[1]), poly_of(b.shape[2])
+    rec.count_weighted("matmul", a, b, out, numel(a.shape) * columns, inner, columns)
+
+
+def _grouped_products(rec: Recorder, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> None:
+    """Rows of a [S, k] or [groups, m, k] by the matrix of their group in b [groups, k, n] or [k, S]; or columns by rows."""
+    a, b = args[:2]
+    inner, columns = poly_of(a.shape[-1]), poly_of(b.shape[-1])
+    macs = numel(a.shape) * columns if a.dim() == b.dim() == 2 else numel(out.shape) * inner
+    stacked = rec.parameter_of(b) is not None
+    outputs = columns * poly_of(b.shape[0]) if stacked else columns
+    rec.count_weighted("experts" if stacked else "matmul", a, b, out, macs, inner, outputs)
+
+
+def _distances(rec: Recorder, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> None:
+    """Distances of all rows of a [..., m, k] to those of b [..., n, k]: k differences, squared and added, each."""
+    a, b = args[:2]
+    inner = poly_of(a.shape[-1])
+    rec.count_weighted("matmul", a, b, out, numel(out.shape) * inner, inner, poly_of(b.shape[-2]))
+
+
+def _trilinear(rec: Recorder, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> None:
+    """What F.bilinear runs: x [B, 1, m, 1], weight [1, n, m, k], y [B, 1, 1, k] -> [B, n]"""
+    x, weight, y = args[:3]
+    bilinear(rec, x, y, weight, out, tuple(weight.shape[-3:]))
+
+
+def bilinear(rec: Recorder, x: Tensor, y: Tensor, weight: Tensor, out: Tensor, shape: Sequence[Any]) -> None:
+    """Count x^T W y for every output: x and y [..., m] and [..., k], weight of `shape` [n, m, k] -> out [..., n].
+
+    First x meets every weight, then y what came of it: a product of two activations, n * k MACs a sample.
+    """
+    n, m, k = map(poly_of, shape)
+    each = numel(out.shape)
+    between = set_node(torch.empty_like(out), rec.backward.node_from((x, weight)))
+    rec.count_weighted("matmul", between, y, out, each * k, k, n, stored=False)
+    rec.count_weighted("bilinear", x, weight, out, each * m * k, m * k, n)
+
+
+def _conv_tbc(rec: Recorder, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> None:
+    """x [T, B, in], weight [taps, in, out] -> [T', B, out]"""
+    x, weight = args[:2]
+    inner = poly_of(weight.shape[0]) * poly_of(weight.shape[1])
+    rec.count_weighted("matmul", x, weight, out, numel(out.shape) * inner, inner, poly_of(weight.shape[2]))
+
+
+def _by_names(names: str, count: Any) -> dict[Any, Any]:
+    """`count` for the ops of these names that this PyTorch has, whatever their overloads: in place, with out=."""
+    return {getattr(aten, name): count for name in names.split() if hasattr(aten, name)}
+
+
 _COUNTED: dict[Any, Any] = {
-    aten.mm: lambda rec, args, kwargs, out: matmul(rec, args[0], args[1], out),
-    aten.bmm: lambda rec, args, kwargs, out: matmul(rec, args[0], args[1], out),
-    aten.addmm: lambda rec, args, kwargs, out: matmul(rec, args[1], args[2], out),
-    aten.baddbmm: lambda rec, args, kwargs, out: matmul(rec, args[1], args[2], out),
+    **_by_names("mm bmm mv dot vdot _int_mm _scaled_mm", _product),
+    **_by_names("addmm addmm_ baddbmm baddbmm_ addmv addmv_ _addmm_activation", _product_and_sum),
+    **_by_names("addbmm addbmm_", _summed_products),
+    **_by_names("_grouped_mm _scaled_grouped_mm", _grouped_products),
+    **_by_names("_cdist_forward _euclidean_dist", _distances),
+    **_by_names("_trilinear", _trilinear),
+    **_by_names("conv_tbc", _conv_tbc),
     aten.convolution: _convolution,
     aten._scaled_dot_product_flash_attention: _fused_attention,
     aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention,
     aten._scaled_dot_product_efficient_attention: _fused_attention,
     aten._scaled_dot_product_cudnn_attention: _fused_attention,
 }
+
+
+def _counting(packet: Any, args: Sequence[Any]) -> Any:
+    """What counts an op; None for one that is no product. Of distances only those in the Euclidean norm are."""
+    return None if packet is aten._cdist_forward and args[2] != 2 else _COUNTED.get(packet)

@@ -28,9 +28,9 @@ from torch.overrides import TorchFunctionMode
 
 from ..table.poly import Poly
 from .flow import pass_through_norm, set_summands, summands_of
-from .gradients import node_of, set_node
+from .gradients import Node, node_of, set_node
 from .layouts import WATCHED, IndexTracker, note_index, note_layout, note_sum
-from .record import ATTENTION, FROM_LAYER, Recorder, annotate, conv, flags_of, matmul, numel, producers_of
+from .record import ATTENTION, FROM_LAYER, Recorder, annotate, bilinear, conv, flags_of, matmul, numel, producers_of
 from .symint import Facts, poly_of
 
 Rule = Callable[..., Any]  # (rules, *arguments of the function) -> its result, or NotImplemented
@@ -46,13 +46,14 @@ class ShapeRules(TorchFunctionMode):
         self.indices = IndexTracker(facts)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch._C._are_functorch_transforms_active():  # vmap hides the batch: the recorder sees it, one level lower
+        # vmap hides the batch: the recorder sees it, one level lower
+        if self.recorder.paused or torch._C._are_functorch_transforms_active():
             return func(*args, **(kwargs or {}))
         return self.indices.follow(func, args, kwargs or {}, self._answer(func, args, kwargs))
 
     def _answer(self, func: Any, args: Any, kwargs: Any) -> Any:
         rule = _RULES.get(func)
-        if rule is not None:
+        if rule is not None and not _wants_pytorch(args, kwargs):
             answer = rule(self, *args, **(kwargs or {}))
             if answer is not NotImplemented:
                 return answer
@@ -87,6 +88,13 @@ class ShapeRules(TorchFunctionMode):
         if not counted:
             self.recorder.uses.follow((like, *sources), (out,), of_layer=FROM_LAYER, linear=linear)
         return set_summands(out, summands_of(like)) if linear else out
+
+
+def _wants_pytorch(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> bool:
+    """Whether a result has to be written into `out`, or the forward pass itself differentiates: own rules keep no graph."""
+    if kwargs and kwargs.get("out") is not None:
+        return True
+    return any(isinstance(value, Tensor) and value.requires_grad for value in args)
 
 
 # --- layers with a weight ---
@@ -394,6 +402,22 @@ def _baddbmm(rules: ShapeRules, input: Tensor, batch1: Tensor, batch2: Tensor, *
     return annotate(out, flags_of(out) | flags_of(input), producers_of(out))
 
 
+def _addbmm(rules: ShapeRules, input: Tensor, batch1: Tensor, batch2: Tensor, **scales: Any) -> Tensor:
+    """input, which broadcasts, + the sum over b of batch1 [b, n, m] @ batch2 [b, m, p] -> [n, p]"""
+    return input + torch.bmm(batch1, batch2).sum(0)
+
+
+def _bilinear(rules: ShapeRules, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """input1 [..., m], input2 [..., k], weight [n, m, k], bias [n] -> [..., n]"""
+    for have, want in zip((input1.shape[-1], input2.shape[-1]), weight.shape[1:], strict=True):
+        rules.require_equal(have, want)
+    if bias is not None:
+        rules.require_equal(bias.shape[0], weight.shape[0])
+    out = rules.new_output(input1, (*input1.shape[:-1], weight.shape[0]), input2, weight, bias, counted=True)
+    bilinear(rules.recorder, input1, input2, weight, out, weight.shape)
+    return out
+
+
 def _pad(rules: ShapeRules, input: Tensor, pad: Sequence[Any], mode: str = "constant", value: Any = None) -> Any:
     """Pads the last len(pad) / 2 dims; `pad` has (before, after) of each, from the last dim on."""
     if mode != "constant":
@@ -436,6 +460,15 @@ def _detach(rules: ShapeRules, input: Tensor) -> Any:
 
 def _detach_in_place(rules: ShapeRules, input: Tensor) -> Any:
     return input if rules.recorder.backward.function_depth else set_node(input, None)
+
+
+def _requires_grad(rules: ShapeRules, input: Tensor, requires_grad: bool = True) -> Tensor:
+    """The forward pass differentiates by this tensor: forces are the gradient of an energy."""
+    if requires_grad and not rules.recorder.backward.function_depth:
+        set_node(input, node_of(input) or Node())
+    with torch._C.DisableTorchFunctionSubclass():
+        input.requires_grad = requires_grad
+    return input
 
 
 def _set_grad_enabled(rules: ShapeRules, enabled: bool) -> None:
@@ -583,6 +616,9 @@ _RULES: dict[Any, Rule] = {
     F.dropout: _dropout,
     torch.baddbmm: _baddbmm,
     Tensor.baddbmm: _baddbmm,
+    torch.addbmm: _addbmm,
+    Tensor.addbmm: _addbmm,
+    F.bilinear: _bilinear,
     **{getattr(F, name): _activation(name) for name in _ACTIVATIONS},
     torch.relu: _activation("relu"),
     Tensor.relu: _activation("relu"),
@@ -596,5 +632,7 @@ _RULES: dict[Any, Rule] = {
     torch.detach: _detach,
     Tensor.data.__get__: _detach,  # pyright: ignore[reportAttributeAccessIssue]
     Tensor.detach_: _detach_in_place,
+    Tensor.requires_grad_: _requires_grad,
+    Tensor.requires_grad.__set__: _requires_grad,  # pyright: ignore[reportAttributeAccessIssue]
     torch._C._set_grad_enabled: _set_grad_enabled,
 }

@@ -31,6 +31,7 @@ from .constants import is_statistic, plain_tensors
 from .fake_mode import fake_mode
 from .flow import is_layer_norm
 from .gradients import following_functions, tensors_in
+from .hooks import without_watching_hooks
 from .record import FROM_INPUT, Recorder, annotate
 from .shape_rules import ShapeRules
 from .symint import Facts, poly_of
@@ -152,15 +153,23 @@ def run_symbolically(
             fake_mode(facts),
             _substituted(model, _Substitutes(run, symbolic, configs, tensors and symbolic)),
         ):
-            _forward(model.eval(), inputs, kwargs or {}, run, run.recorder)
+            set_training(model, False)
+            _forward(model, inputs, kwargs or {}, run, run.recorder)
             if _has_unreached_weights(model, run.recorder):
                 with suppress(Exception):  # a train mode may need targets: then what only it reaches keeps its widths
-                    _forward(model.train(), inputs, kwargs or {}, run, run.recorder.second_pass())
+                    set_training(model, True)
+                    _forward(model, inputs, kwargs or {}, run, run.recorder.second_pass())
     finally:
-        model.eval()
+        set_training(model, False)
         for module in training:
             module.training = True
     return run
+
+
+def set_training(model: nn.Module, mode: bool) -> None:
+    """`model.train(mode)`; programs of torch.export have the mode that they were exported in, and refuse to change it."""
+    with suppress(NotImplementedError):
+        model.train(mode)
 
 
 def _forward(
@@ -174,6 +183,7 @@ def _forward(
     )
     # A function mode (ShapeRules) is asked before a dispatch mode (the recorder): what it answers, the recorder never sees.
     with (
+        without_watching_hooks(model, run.facts, recorder),
         _following_modules(model, recorder),
         _runnable_modules(recorder),
         following_functions(recorder.backward),

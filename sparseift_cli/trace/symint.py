@@ -30,8 +30,8 @@ This is the only file that uses PyTorch's private API for symbolic ints; checked
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -102,6 +102,18 @@ class Facts:
             self.divisors[next(iter(quotient.variables))] = b
             self.equal(a, b * quotient)
         return quotient
+
+    @contextmanager
+    def discarding(self) -> Iterator[None]:
+        """Forget at the end of the block what was recorded in it."""
+        stores = [value for value in vars(self).values() if isinstance(value, (list, dict))]
+        kept = [(store, store.copy()) for store in (*stores, *self.all_layouts.values())]
+        try:
+            yield
+        finally:
+            for store, before in kept:
+                store.clear()
+                store.extend(before) if isinstance(store, list) else store.update(before)
 
     # --- the ShapeEnv methods that torch calls ---
 
