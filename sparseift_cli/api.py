@@ -9,7 +9,7 @@ model = load("out")
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -81,19 +81,18 @@ def transform(
     if options is None or options.start is None:
         _warn_of_trained(model)
     with inference_mode(False):  # what is made there could never be trained
-        new, done = transform_module(
-            model,
-            args,
-            kwargs,
-            wanted,
-            name=name or type(model).__name__,
-            input_shape=shape_of(args, kwargs),
-            training=training,
-            options=options,
-        )
-    if growth := count(done.plan).growth():
-        warnings.warn(growth, stacklevel=2)
+        facts = {"name": name or type(model).__name__, "input_shape": shape_of(args, kwargs)}
+        new, done = transform_module(model, args, kwargs, wanted, **facts, training=training, options=options)
+    for text in _unexpected(done):
+        warnings.warn(text, stacklevel=2)
     return new, done.plan
+
+
+def _unexpected(done: Transformation) -> Iterator[str]:
+    """What grows without being transformed, and what is not kept: the command prints it, Python shows it in no other way."""
+    if growth := count(done.plan).growth():
+        yield growth
+    yield from (n for n in done.notes if n.startswith(("not exact", "the deviation cannot", "save_pretrained")))
 
 
 def _warn_of_trained(model: nn.Module) -> None:

@@ -10,7 +10,8 @@ attention        members inside nn.MultiheadAttention
 initialise       fresh weights; the dense weights (preserve)
 preserve/        how a transformed network keeps the function of the dense one
 masking          masks with the planned numbers of non-zeros
-check            measured == planned, and the deviation of outputs
+check            measured == planned
+compare          the function: the deviation from the dense outputs, and what a configuration would lose
 artifact         the folder that `save` writes; reading its JSON needs no torch
 restore          from that folder back to a module
 """

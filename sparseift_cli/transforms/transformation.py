@@ -24,7 +24,8 @@ from ..plan.spec import TrainingSpec, TransformSpec
 from ..table.table import LayerTable
 from ..trace.build import TraceResult, trace
 from ..trace.structure import Structure
-from .check import Measured, deviation, lost_by_configuration, measure, require_as_planned
+from .check import Measured, measure, require_as_planned
+from .compare import SAME, first_difference, lost_by_configuration, measure_deviation
 from .edits import Surgery
 from .initialise import Init, initialise, preserve
 from .masking import count_unconnected, draw_masks, parts_of_masks
@@ -182,7 +183,7 @@ def transform_module(
     A module on the meta device stays on it: it is planned, resized and counted, without weights or masks.
 
     Args:
-        inputs: positional arguments of the forward, as `kwargs` its keyword arguments; only shapes and dtypes matter.
+        inputs, kwargs: arguments of the forward; only shapes and dtypes matter.
         name, input_shape: how tables and errors show the model and its input.
         training: how training FLOPs are counted and, with match train, matched.
 
@@ -198,7 +199,7 @@ def transform_module(
     surgery = surgery_for(plan, before.structure, model)
     new = apply_surgery(model, surgery)
     started = Preserved({}, ()) if on_meta else _start(new, model, plan, surgery, before.structure, options)
-    surgery = replace(surgery, attributes=(*surgery.attributes, *started.attributes))
+    edits, surgery = surgery, replace(surgery, attributes=(*surgery.attributes, *started.attributes))
     masks = None if on_meta else started.masks
     attach(new, started.masks, plan.spec.pattern, parts_of_masks(surgery))
     measured = _check_cost(new, inputs, kwargs, plan, surgery, masks, before)
@@ -208,17 +209,18 @@ def transform_module(
         measured,
         options,
         unconnected=(0, 0) if masks is None else count_unconnected(masks, surgery.masked),
-        deviation=deviation(new, model, inputs, kwargs) if options.start == "preserve" else None,
-        notes=(*started.notes, *filter(None, [lost_by_configuration(new, inputs, kwargs)])),
+        notes=(*started.notes, *lost_by_configuration(new, inputs, kwargs)),
         buffers=started.buffers,
     )
-    record(new, done)
-    return new, done
+    if options.start == "preserve":
+        done = _with_deviation(done, new, model, inputs, kwargs, started, edits, before.structure)
+    return record(new, done), done
 
 
-def record(model: nn.Module, transformation: Transformation) -> None:
-    """Store what was done on the transformed module, where `transformation_of` finds it."""
+def record(model: M, transformation: Transformation) -> M:
+    """Store what was done on the transformed module, where `transformation_of` finds it; returns the module."""
     model.__dict__[_ATTRIBUTE] = transformation
+    return model
 
 
 def transformation_of(model: nn.Module) -> Transformation | None:
@@ -248,6 +250,39 @@ def _start(
     scores = _scores(new, surgery, options)
     masks = draw_masks(new, plan, surgery, seed=options.seed, connect=options.connect, scores=scores)
     return Preserved(masks, tuple(repeated_tables(dense, surgery)))
+
+
+def _with_deviation(
+    done: Transformation,
+    new: nn.Module,
+    dense: nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    started: Preserved,
+    surgery: Surgery,
+    structure: Structure,
+) -> Transformation:
+    """`done` with the deviation of `new` from `dense`, and with sentences on it that the preserving code could not know.
+
+    With slack the function differs as it should. What else differs is found in a second copy without slack, made by `surgery`.
+    """
+    found, why = measure_deviation(new, dense, inputs, kwargs)
+    if found is None or found <= 10 * SAME:
+        return replace(done, deviation=found, notes=(*([why] if why else []), *done.notes))
+    notes, exact = [], found
+    if done.options.preserve_slack and done.plan.member.name == "wide":
+        new = apply_surgery(dense, surgery)
+        started = _start(new, dense, done.plan, surgery, structure, replace(done.options, preserve_slack=0.0))
+        exact = measure_deviation(new, dense, inputs, kwargs)[0] or 0.0
+        notes = [f"without the slack the largest difference would be {exact:.2g}"]
+    if exact > 10 * SAME and not any(note.startswith("not exact") for note in started.notes):
+        at = first_difference(new, dense, inputs, kwargs, started.positions)
+        notes.append(
+            f"not exact at {at[0]}: its output is the first that differs, by {at[1]:.2g} of its largest value"
+            if at
+            else "not exact behind the layers and norms: all their outputs are the dense ones"
+        )
+    return replace(done, deviation=found, notes=(*notes, *done.notes))
 
 
 def _check_cost(

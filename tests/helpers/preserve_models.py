@@ -16,7 +16,7 @@ from sparseift_cli.models.zoo.llama import Llama, LlamaConfig
 from sparseift_cli.plan.plan import Plan, make_plan
 from sparseift_cli.plan.spec import TransformSpec
 from sparseift_cli.trace.build import trace
-from sparseift_cli.transforms.check import deviation
+from sparseift_cli.transforms.compare import deviation
 from sparseift_cli.transforms.edits import Surgery
 from sparseift_cli.transforms.initialise import initialise, preserve
 from sparseift_cli.transforms.preserve import Preserved

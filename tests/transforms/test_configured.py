@@ -162,7 +162,8 @@ class Scaled(Decoder):
 
 def test_what_a_configuration_cannot_say_is_said() -> None:
     options = Options(start="preserve", preserve_slack=0)
-    new, _ = sparseift.transform(Scaled(PretrainedConfig(**SIZES)), IDS, sparsity=0.75, options=options)
+    with pytest.warns(UserWarning, match="save_pretrained"):
+        new, _ = sparseift.transform(Scaled(PretrainedConfig(**SIZES)), IDS, sparsity=0.75, options=options)
     (note,) = (n for n in transformation_of(new).notes if n.startswith("save_pretrained"))  # type: ignore[union-attr]
     assert "outputs change by up to" in note and f"embed.embed_scale as {96**0.5:g} from its configuration" in note
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import sparseift_cli as sparseift
+from sparseift_cli import Options
 from sparseift_cli.errors import UsageError
 from sparseift_cli.models.weights import load_into, recognised
 from sparseift_cli.models.zoo import registry
@@ -18,9 +20,10 @@ from sparseift_cli.models.zoo.bert import Bert, BertConfig
 from sparseift_cli.plan.plan import make_plan
 from sparseift_cli.plan.spec import TransformSpec
 from sparseift_cli.trace.build import trace
-from sparseift_cli.transforms.check import deviation
+from sparseift_cli.transforms.compare import deviation
 from sparseift_cli.transforms.initialise import initialise, preserve
 from sparseift_cli.transforms.surgery import apply_surgery, surgery_for
+from sparseift_cli.transforms.transformation import transformation_of
 from tests.helpers.preserve_models import (
     EXACT,
     MODELS,
@@ -288,6 +291,74 @@ def test_deviation_is_relative_and_takes_real_inputs() -> None:
         deviation(gpt, gpt, (torch.zeros(1, 32, dtype=torch.long),), {}) == 0
     )  # random ids stay below the 101 embedding rows
     assert gpt.training
+
+
+class Random(nn.Module):
+    """Draws random numbers in eval mode too: of the batch (stochastic depth), or of the channels (dropout)."""
+
+    def __init__(self, *, of_channels: bool) -> None:
+        super().__init__()
+        self.of_channels = of_channels
+        self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        x = F.dropout(x, 0.5) if self.of_channels else x * (torch.rand(len(x), 1) < 0.5)
+        return self.c(self.b(x).relu())
+
+
+def test_deviation_of_a_forward_that_draws_random_numbers() -> None:
+    """The same draws on both sides where they can be the same; where width decides how many are drawn, no number is given."""
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    options = Options(start="preserve", preserve_slack=0)
+    state = torch.get_rng_state()
+    new, _ = sparseift.transform(Random(of_channels=False), x, sparsity=0.75, options=options)
+    done = transformation_of(new)
+    assert done is not None and done.deviation is not None and done.deviation <= 1e-12
+    with pytest.warns(UserWarning, match="cannot be measured"):
+        new, _ = sparseift.transform(Random(of_channels=True), x, sparsity=0.75, options=options)
+    done = transformation_of(new)
+    assert done is not None and done.deviation is None
+    assert "cannot be measured: the forward pass draws random numbers" in done.notes[0]
+    assert len(state) == len(torch.get_rng_state())
+
+
+def test_deviation_is_measured_in_float64() -> None:
+    """Exact is 1e-16, not the rounding of 32 or 16 bits; the module keeps its dtypes and its values."""
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        dense = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3)).to(dtype)
+        x = torch.randn(4, 6, dtype=dtype)
+        new, _ = sparseift.transform(dense, x, sparsity=0.75, options=Options(start="preserve", preserve_slack=0))
+        done = transformation_of(new)
+        assert done is not None and done.deviation is not None and done.deviation <= 1e-14
+        assert {p.dtype for p in (*new.parameters(), *dense.parameters())} == {dtype}
+
+
+class Mixed(nn.Module):
+    """A softmax over channels, of which a zero that is added takes its share, as no rule of preserve knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.mixer, self.c = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.mixer(self.b(self.a(x).relu()).softmax(-1)).relu())
+
+
+@pytest.mark.parametrize("slack", [0.0, 0.1])
+def test_whatever_is_not_exact_is_named(slack: float) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 4)
+    options = Options(start="preserve", preserve_slack=slack)
+    with pytest.warns(UserWarning, match="not exact at mixer"):
+        new, _ = sparseift.transform(Mixed(), x, sparsity=0.75, options=options)
+    done = transformation_of(new)
+    assert done is not None and done.deviation is not None and done.deviation > 0.01
+    assert any(note.startswith("not exact at mixer: its output is the first that differs") for note in done.notes)
+    assert any(note.startswith("without the slack the largest difference would be 0.") for note in done.notes) == bool(
+        slack
+    )
 
 
 def test_hugging_face_gpt2() -> None:

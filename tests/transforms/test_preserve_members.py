@@ -13,7 +13,7 @@ from sparseift_cli.errors import UsageError
 from sparseift_cli.plan.plan import make_plan
 from sparseift_cli.plan.spec import TransformSpec
 from sparseift_cli.trace.build import trace
-from sparseift_cli.transforms.check import deviation
+from sparseift_cli.transforms.compare import deviation
 from sparseift_cli.transforms.edits import Surgery
 from sparseift_cli.transforms.initialise import initialise, preserve
 from sparseift_cli.transforms.members.parallel import distribute

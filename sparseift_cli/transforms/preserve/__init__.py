@@ -13,7 +13,7 @@ What "the same function" means depends on the member:
 
 A wide network made this way is at a saddle point: added channels have exactly zero gradients, so training would stay in
 the dense network. `--preserve-slack q` replaces the smallest share q of the weights by random ones that feed the added
-channels (`slack`). The function then differs a little; `deviation` in `transforms.check` measures by how much.
+channels (`slack`). The function then differs a little; `deviation` in `transforms.compare` measures by how much.
 
     preserve/
       coordinates   where the dense channels are in every wider width
@@ -66,9 +66,12 @@ class Preserved:
         attributes: numbers of modules (eps, theta, scales) that differ from what the surgery sets. They are set already;
             they are needed to make the module again from its surgery and its state dict.
         buffers: the same for resized buffers that a state dict leaves out, by key.
+        positions: modules whose outputs are the dense ones, where the whole is exact, by path: index of each dense channel
+            among the new ones, int64 [channels].
     """
 
     masks: dict[str, Tensor]
     notes: tuple[str, ...]
     attributes: tuple[SetAttribute, ...] = ()
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    positions: Mapping[str, Tensor] = field(default_factory=dict)

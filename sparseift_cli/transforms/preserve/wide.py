@@ -89,7 +89,16 @@ class _WideFill:
         buffers, saved = dict(named_constants(self.new)), self.new.state_dict()
         unsaved = {r.key: buffers[r.key] for r in self.surgery.resizes if r.key in buffers and r.key not in saved}
         masks = whole_masks(self.new, {name: choice.mask for name, choice in choices.items()}, self.surgery)
-        return Preserved(masks, tuple(notes), tuple(edits), unsaved)
+        return Preserved(masks, tuple(notes), tuple(edits), unsaved, dict(self._positions()))
+
+    def _positions(self) -> Iterator[tuple[str, Tensor]]:
+        """Modules that must give the dense outputs: norms, and layers whose weights are neither centred nor scaled."""
+        for norm in self.norm_plan.norms:
+            yield norm.path, self.coordinates.positions(norm.width)
+        for key, weight in self.weights.items():
+            changed = self.names[key] in self.norm_plan.centred or key in self.structure.query_parts
+            if not changed and key.endswith(".weight"):
+                yield key.removesuffix(".weight"), self.coordinates.positions(weight.outputs)
 
     # --- values ---
 
