@@ -63,7 +63,8 @@ def fit_masks(weights: Sequence[SparseWeight], most: Mapping[str, int], seed: in
         raise UsageError(
             f"weights do not fit their masks: {some_of(unfit, 3)}",
             hint="load weights that were saved with masks of this plan; to drop what is outside instead: "
-            "sparseift.copy_masks(model, model)",
+            "sparseift.copy_masks(model, model). A loop that moves weights by their gradients before step(), as SAM does, "
+            "calls sparsifier.mask_gradients() before that",
         )
     filled = 0
     for w, blocks in found.items():

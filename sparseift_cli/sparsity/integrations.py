@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 from ..errors import UsageError
 from ..mask.attached import masks_of, unwrapped
-from .optimizers import innermost
+from .optimizers import has_state, innermost
 from .sparsifier import Sparsifier
 
 STATE_FILE = "sparsifier.pt"
@@ -36,8 +36,8 @@ STATE_FILE = "sparsifier.pt"
 def hugging_face_callback(**options: Any) -> Any:
     """A `transformers.TrainerCallback` that masks gradients at `on_pre_optimizer_step`.
 
-    Its state is saved as `sparsifier.pt` in every checkpoint folder and read again on `resume_from_checkpoint`. The
-    Sparsifier is its attribute `sparsifier` once training has begun.
+    Its state is part of the optimiser's in every checkpoint folder, and a file `sparsifier.pt` beside it; on
+    `resume_from_checkpoint` it is read from where it is. The Sparsifier is its attribute `sparsifier` once training has begun.
 
     Raises:
         UsageError: transformers is not installed.
@@ -48,10 +48,9 @@ def hugging_face_callback(**options: Any) -> Any:
         sparsifier: Sparsifier | None = None
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            saved = None
-            if state.global_step:  # resumed: model and optimiser are loaded by now
+            optimizer, saved = innermost(kwargs["optimizer"]), None
+            if state.global_step and not has_state(optimizer):  # resumed: model and optimiser are loaded by now
                 saved = _read(_folder(args, state))
-            optimizer = innermost(kwargs["optimizer"])
             self.sparsifier = _make(kwargs["model"], optimizer, state.max_steps, saved, options)
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

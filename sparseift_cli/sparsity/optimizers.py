@@ -169,6 +169,11 @@ def clear_unwritten(optimizer: Optimizer) -> None:
             buffer.zero_()
 
 
+def has_state(optimizer: Optimizer) -> bool:
+    """Whether a loaded state of this optimiser brought that of a Sparsifier, which no Sparsifier has taken yet."""
+    return any(STATE_KEY in group for group in optimizer.param_groups)
+
+
 def take_state(optimizers: Iterable[Optimizer]) -> Mapping[str, Any] | None:
     """Remove the state of a Sparsifier that came with loaded states of these optimisers, and return it; None if there is none."""
     found = [group.pop(STATE_KEY, None) for optimizer in optimizers for group in optimizer.param_groups]

@@ -14,6 +14,9 @@ gradient, and a hook after the optimiser's step drops and grows weights: by thei
     step t:  backward ─► Sparsifier.step(): keep dense gradients, prune for step t + 1, mask gradients
                       ─► clip ─► optimizer.step() ─► hook: observe, drop and grow, zero what changed
 
+Masks are in no state dict of the model. The optimiser's brings them, with the schedule, so a program that saves model and
+optimiser resumes to the bit; of weights that come alone the masks are read from their zeros (`agreement`).
+
 A grown weight starts at zero with zero state, so Adam's first step on it is large: with betas .9, .999 and after many steps
 it is (1 - .9) / sqrt(1 - .999) = 3.16 times the learning rate, whatever the gradient.
 """

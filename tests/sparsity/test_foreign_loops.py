@@ -305,20 +305,28 @@ def test_what_is_no_optimizer_is_refused() -> None:
 
 
 def test_two_optimizers_are_one() -> None:
-    """Weights in two optimisers of one kind and rate train as in one."""
-    plain, net = sparse_net(), sparse_net()
+    """Weights in two optimisers of one kind and rate train as in one, also when both are saved and loaded on the way."""
+    plain = sparse_net()
     optimizer = SGD(plain.parameters(), lr=0.1, momentum=0.9)
     train(plain, optimizer, sparseift.Sparsifier(plain, optimizer, **OPTIONS), 0, STEPS)
-    halves = [list(net.conv.parameters()), [p for n, p in net.named_parameters() if not n.startswith("conv")]]
-    one, two = (SGD(half, lr=0.1, momentum=0.9) for half in halves)
-    sparsifier = sparseift.Sparsifier(net, [one, two], **OPTIONS)
-    for t in range(STEPS):
-        loss_of(net, t).backward()
-        sparsifier.step()
-        one.step()
-        two.step()
-        net.zero_grad()
-        assert_zeros(sparsifier)
+    net, saved = sparse_net(), dict[str, Any]()
+    for first, last in ((0, HALF), (HALF, STEPS)):
+        halves = [list(net.conv.parameters()), [p for n, p in net.named_parameters() if not n.startswith("conv")]]
+        both = [SGD(half, lr=0.1, momentum=0.9) for half in halves]
+        sparsifier = sparseift.Sparsifier(net, both, **OPTIONS)
+        for name, one in zip("ab", both, strict=True):
+            if saved:
+                one.load_state_dict(saved[name])
+        for t in range(first, last):
+            loss_of(net, t).backward()
+            sparsifier.step()
+            for one in both:
+                one.step()
+            net.zero_grad()
+            assert_zeros(sparsifier)
+        saved = through_disk({"net": net.state_dict(), "a": both[0].state_dict(), "b": both[1].state_dict()})
+        net = other_net()
+        net.load_state_dict(saved["net"])
     assert equal(plain, net)
 
 

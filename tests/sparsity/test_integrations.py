@@ -63,6 +63,7 @@ def hugging_face(folder: Path, model: nn.Module, optimizer, first: int, last: in
         state.global_step = t + 1
     (folder / f"checkpoint-{last}").mkdir(exist_ok=True)
     callback.on_save(args, state, None, **around)
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
     callback.on_train_end(args, state, None, **around)
 
 
@@ -71,7 +72,8 @@ def fresh() -> tuple[nn.Sequential, torch.optim.Optimizer]:
     return model, torch.optim.AdamW(model.parameters(), lr=0.01)
 
 
-def test_hugging_face_resumes_to_the_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lost", [False, True])
+def test_hugging_face_resumes_to_the_bit(tmp_path: Path, lost: bool) -> None:
     model, optimizer = fresh()
     callback = hugging_face_callback(**OPTIONS)
     hugging_face(tmp_path, model, optimizer, 0, STEPS, callback)
@@ -84,9 +86,14 @@ def test_hugging_face_resumes_to_the_bit(tmp_path: Path) -> None:
     half, its_optimizer = fresh()
     hugging_face(first, half, its_optimizer, 0, 5, hugging_face_callback(**OPTIONS))
     first.rename(second)
+    if lost:
+        (second / "checkpoint-5" / STATE_FILE).unlink()
     again, resumed = fresh()
     again.load_state_dict(half.state_dict())
-    resumed.load_state_dict(copy.deepcopy(its_optimizer.state_dict()))
+    if lost:
+        resumed.load_state_dict(torch.load(second / "optimizer.pt", weights_only=True))
+    else:  # a checkpoint of an older version: the optimiser's state is its own alone
+        resumed.load_state_dict(copy.deepcopy(its_optimizer.state_dict()))
     hugging_face(second, again, resumed, 5, STEPS, hugging_face_callback(**OPTIONS))
     assert torch.equal(model[0].weight, again[0].weight)
     assert torch.equal(model[0].weight_mask, again[0].weight_mask)
