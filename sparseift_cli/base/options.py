@@ -35,7 +35,7 @@ class Option:
         names: the values it may have, where a registry or a tuple lists them and not a `Literal`. A registry also takes
             `package.module:Name`.
         by_layer: beside a name, a mapping from globs over layer names to numbers is a value, in recipes and in Python.
-        only: the members or algorithms that read it; the others ignore it. Shown before the help.
+        only: the members or algorithms that read it, separated by commas; others refuse it. Shown before the help.
         minimum: the smallest value; `above` a limit that is no value itself.
         maximum: the largest value; `below` a limit that is no value itself.
         pattern: regular expression that the text must match.
@@ -107,6 +107,34 @@ class DeclaredOption:
         if self.default is dataclasses.MISSING or self.default in (None, ()):
             return None
         return str(self.default).lower() if isinstance(self.default, bool) else str(self.default)
+
+
+def not_read(declaring: type, user: str) -> dict[str, DeclaredOption]:
+    """The options that are for others than `user` (a member, a way to start); none where no option names `user`."""
+    readers = {n: d.option.only.split(", ") for n, d in options_of(declaring).items() if d.option.only}
+    if not any(user in named for named in readers.values()):  # one from outside: it may read any of them
+        return {}
+    return {name: options_of(declaring)[name] for name, named in readers.items() if user not in named}
+
+
+def require_read(values: Mapping[str, Any], declaring: type, user: str, what: str) -> None:
+    """Refuse an option that would be ignored: one that is for others, with another value than its default.
+
+    Args:
+        values: options by name.
+        declaring: the class that declares them.
+        user: who reads them, `wide`; `what` it is: `member`.
+
+    Raises:
+        UsageError: there is one.
+    """
+    for name, declared in not_read(declaring, user).items():
+        if name in values and values[name] != declared.default:
+            called, readers = name.replace("_", " "), declared.option.only
+            raise UsageError(
+                f"{called} {values[name]!r} is an option of {readers}; {user} does not read it",
+                hint=f"leave it out, or use {what} {readers.replace(', ', ' or ')}",
+            )
 
 
 @cache

@@ -134,7 +134,7 @@ def _count(
     from .gates import Problem
 
     request, recipe = resolve_request(request)
-    given: dict[str, Any] = (dict(recipe.transform) if recipe else {}) | spec
+    given: dict[str, Any] = TransformSpec.overridden(recipe.transform if recipe else {}, spec)
     sparsities = [s.strip() for s in given["sparsity"].split(",")] if "sparsity" in given else []
     if given and not sparsities:
         raise UsageError(

@@ -49,7 +49,9 @@ def inspect_model(
             hint="add --why, or use sparseift flops for the numbers",
         )
     table = load_table(request)
-    options: dict[str, Any] = {"sparsity": DEFAULT_SPARSITY} | (dict(recipe.transform) if recipe else {}) | dict(spec)
+    options: dict[str, Any] = {"sparsity": DEFAULT_SPARSITY} | TransformSpec.overridden(
+        recipe.transform if recipe else {}, spec
+    )
     asked = MEMBERS.canonical(options["member"]) if "member" in options else None
     members = [asked] if asked else list(MEMBERS)
     if spec.get("scope") == "none":  # the control of wide alone: it keeps no FLOPs
@@ -59,7 +61,8 @@ def inspect_model(
     notes = _notes(table)
     if why:
         for member in members:
-            notes += _explain(table, entries, TransformSpec.of(options | {"member": member}))
+            known = options if asked else TransformSpec.overridden(options, {"member": member})
+            notes += _explain(table, entries, TransformSpec.of(known | {"member": member}))
     entries = fold(entries, depth) if depth is not None else entries
     entries = sorted_entries(entries, sort) if sort else entries
     sheets = [_layers(table, entries, members if why else [], notes)]

@@ -160,7 +160,7 @@ def _convert(
     from ..recipe.load import resolve_request
 
     request, recipe = resolve_request(request) if request.source else (request, None)
-    given: dict[str, Any] = (dict(recipe.transform) if recipe else {}) | spec
+    given: dict[str, Any] = TransformSpec.overridden(recipe.transform if recipe else {}, spec)
     if "sparsity" not in given:
         raise UsageError("a transform needs its sparsity", hint="--sparsity 0.9")
     wanted = TransformSpec.of(given)

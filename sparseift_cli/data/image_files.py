@@ -10,6 +10,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -107,7 +108,8 @@ class FolderLoader:
             pin_memory=self._settings.device.type == "cuda",
             generator=torch.Generator(),  # or it would draw from, and so change, the global one
         )
-        return iter(loader)
+        with _signals_held_back():
+            return iter(loader)
 
     def _endless(self, epoch: int, step: int) -> Iterator[list[Item]]:
         while True:
@@ -151,6 +153,19 @@ class Decoder(Dataset[Any]):
         return pixels.view(self.size, self.size, 3).permute(2, 0, 1).contiguous(), label
 
 
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """While workers are forked: one inherits the mask, and so cannot die of a signal before `leave_signals` has run."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def leave_signals(_: int) -> None:
     """In a worker: signals are for the process that trains, which ends its workers when it has saved.
 
@@ -159,8 +174,10 @@ def leave_signals(_: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGTERM})
         threading.Thread(target=_wait_for_parent, args=(os.getppid(),), daemon=True).start()
+    elif hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
 
 
 def _wait_for_parent(parent: int) -> None:

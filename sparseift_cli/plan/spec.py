@@ -11,7 +11,7 @@ from fractions import Fraction
 from functools import cached_property
 from typing import Annotated, Any, Literal, get_args
 
-from ..base.options import Option, check
+from ..base.options import Option, check, not_read, require_read
 from ..errors import UsageError, one_of
 from ..mask.patterns import WRITTEN, MaskPattern, parse_pattern
 from ..sparsity.algorithms import ALGORITHMS, MaskAlgorithm, make_algorithm, name_of
@@ -196,6 +196,7 @@ class TransformSpec:
             if size is not None:
                 object.__setattr__(self, name, int(size))  # an integer of numpy, too
         MEMBERS.get(self.member).check(self)
+        require_read({name: getattr(self, name) for name in self.__slots__}, TransformSpec, self.member, "member")
         self._require_distribution()
         self._require_pattern()
 
@@ -241,6 +242,12 @@ class TransformSpec:
     def of(options: Mapping[str, Any]) -> TransformSpec:
         """From loose options (a command line, a recipe); checked as always."""
         return TransformSpec(**options)
+
+    @staticmethod
+    def overridden(options: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of a recipe with those `given` on top. Where these name another member, what it does not read is left out."""
+        others = not_read(TransformSpec, MEMBERS.canonical(given["member"])) if "member" in given else {}
+        return {name: value for name, value in options.items() if name not in others} | dict(given)
 
     def to_json(self) -> dict[str, Any]:
         data = asdict(self)
@@ -413,3 +420,4 @@ class InitSpec:
 
     def __post_init__(self) -> None:
         check(self)
+        require_read({name: getattr(self, name) for name in self.__slots__}, InitSpec, self.start, "init")

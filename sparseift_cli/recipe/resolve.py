@@ -9,10 +9,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..base.metrics import LOSS, METRICS
+from ..base.options import not_read
 from ..data import DATASETS
 from ..errors import SparseiftError, UsageError, did_you_mean
 from ..models.zoo import registry
-from ..plan.spec import TransformSpec
+from ..plan.spec import InitSpec, TransformSpec
 from ..sparsity.algorithms import ALGORITHMS
 from . import schema
 from .defaults import defaults
@@ -127,11 +128,10 @@ def _check(spec: schema.Spec, tree: Mapping[str, Value], start: Location, proble
         problems.add(
             _location(tree, ["init", "start"], start), "init: preserve needs the dense checkpoint: init.checkpoint"
         )
-    if spec.init.start == "preserve" and spec.init.zero_residual:
-        problems.add(
-            _location(tree, ["init", "zero_residual"], start),
-            "init.zero_residual: is for fresh weights; preserve keeps the function of the checkpoint",
-        )
+    for name, declared in not_read(InitSpec, spec.init.start).items():
+        if getattr(spec.init, name) != declared.default:
+            said = f"init.{name}: is for start {declared.option.only}; {spec.init.start} would ignore it"
+            problems.add(_location(tree, ["init", name], start), said)
     _check_metrics(spec, tree, start, problems)
     if spec.checkpoint.best is not None and spec.checkpoint.best not in spec.evaluation.metrics:
         problems.add(

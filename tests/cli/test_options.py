@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from sparseift_cli.cli import options
 from sparseift_cli.cli.app import SUMMARIES, subcommand
 from sparseift_cli.errors import UsageError
 from sparseift_cli.plan.spec import InitSpec, TrainingSpec, TransformSpec
+from sparseift_cli.recipe.load import load
 from sparseift_cli.recipe.sections import section_of
 
 SPECS = (TransformSpec, TrainingSpec, InitSpec)
@@ -151,3 +153,62 @@ def test_former_spellings_are_read_and_not_shown(sparseift: Any, tmp_path: Path)
         assert sparseift(*words)[0] == 0
         assert out.is_dir()
     assert sparseift("transform", "digits_mlp", "-s", "0.5", "--plan-only", f"--out={tmp_path / 'e'}")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--branch-activation", "sum"), "branch activation 'sum' is an option of parallel; wide does not read it"),
+        (("-t", "doped", "--inner", "norm"), "inner 'norm' is an option of factorized; doped does not read it"),
+        (("-t", "parallel", "--base-width", "90"), "base width 90 is an option of wide; parallel does not read it"),
+        (("-t", "factorized", "--scope", "inner"), "scope 'inner' is an option of wide; factorized does not read it"),
+        (
+            ("-t", "wide", "--projections", "transformed"),
+            "an option of parallel, factorized, doped; wide does not read it",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["flops", "transform"])
+def test_an_option_of_another_member_is_refused(
+    sparseift: Any, tmp_path: Path, command: str, given: tuple[str, ...], said: str
+) -> None:
+    words = (
+        command,
+        "resnet20",
+        "-s",
+        "0.5",
+        *given,
+        *(("-o", str(tmp_path / "made")) if command == "transform" else ()),
+    )
+    code, out, err = sparseift(*words)
+    assert (code, out) == (2, "") and said in err and "hint: leave it out, or use member" in err
+
+
+@pytest.mark.parametrize("start", [("--preserve-slack", "0.2"), ("--init", "preserve", "--masks", "magnitude")])
+def test_an_option_of_the_other_start_is_refused(sparseift: Any, tmp_path: Path, start: tuple[str, ...]) -> None:
+    code, out, err = sparseift("transform", "resnet20", "-s", "0.5", "-o", str(tmp_path / "made"), *start)
+    assert (code, out) == (2, "") and "does not read it" in err
+
+
+def test_another_member_leaves_the_options_of_a_recipes_behind(sparseift: Any, tmp_path: Path) -> None:
+    """What a recipe says of its own member means nothing to the one that the command line names."""
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(
+        "model: resnet20\nsparsity: 0.5\ntransform: {member: wide, base_width: 24, exclude: [layer3.*]}\n"
+    )
+    both = (("flops", str(recipe)), ("flops", "resnet20", "-s", "0.5", "--exclude", "layer3.*"))
+    counted = [json.loads(sparseift(*words, "-t", "doped", "--json")[1])["totals"] for words in both]
+    assert counted[0] == counted[1]
+
+
+def test_a_recipe_is_told_of_options_that_nothing_reads(tmp_path: Path) -> None:
+    recipe = tmp_path / "own.yaml"
+    for text, said in (
+        ("transform: {member: wide, inner: norm}\n", ":3:12: transform: inner 'norm' is an option of factorized"),
+        ("transform: wide\ninit: {slack: 0.3}\n", ":4:15: init.slack: is for start preserve; fresh would ignore it"),
+        ("transform: wide\ninit: {checkpoint: a.pt}\n", "init.checkpoint: is for start preserve"),
+    ):
+        recipe.write_text("model: resnet20\nsparsity: 0.5\n" + text)
+        with pytest.raises(UsageError) as caught:
+            load(recipe)
+        assert said in caught.value.message

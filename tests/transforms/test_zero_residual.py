@@ -74,5 +74,5 @@ def test_a_preserved_function_is_not_zeroed(tmp_path: Path) -> None:
         "model: resnet18_cifar\ndata: cifar100\ntransform: wide\nsparsity: 0.5\n"
         "init: {start: preserve, checkpoint: a.pt, zero_residual: true}\ntraining: {steps: 1}\n"
     )
-    with pytest.raises(UsageError, match="zero_residual: is for fresh weights"):
+    with pytest.raises(UsageError, match="zero_residual: is for start fresh; preserve would ignore it"):
         load(path)
