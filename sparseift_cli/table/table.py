@@ -84,6 +84,7 @@ class Layer:
     outputs: Poly = field(default_factory=Poly)
     kernel: tuple[int, ...] = ()
     groups: Poly = field(default_factory=lambda: Poly.const(1))
+    computed: bool = False  # the weight is computed from the parameter, and is zero where that is (weight_norm)
     start: Poly | None = None  # where it uses rows [start, start + outputs) of the weight, not all of it
     tied_to: str | None = None
     host: str | None = None  # the class that holds or reads the weight, where a transformed layer cannot replace it
@@ -127,7 +128,17 @@ class Layer:
             data["start"] = self.start.to_json()
         if self.calls != 1:
             data["calls"] = self.calls
-        for key in ("grad_inputs", "grad_weight", "recomputed", "weight", "tied_to", "host", "projection", "note"):
+        for key in (
+            "grad_inputs",
+            "grad_weight",
+            "recomputed",
+            "weight",
+            "tied_to",
+            "host",
+            "projection",
+            "computed",
+            "note",
+        ):
             if value := getattr(self, key):
                 data[key] = str(value) if isinstance(value, Fraction) else value
         if self.kernel:

@@ -62,6 +62,18 @@ def annotate(tensor: Tensor, flags: int, producers: frozenset[Producer] = frozen
     return tensor
 
 
+# Ops whose result is zero wherever their first operand is; of a product the second one will do as well.
+_KEEPS_ZEROS = {aten.div, aten.div_, aten.neg, aten.abs, aten.clone, aten._to_copy, aten.detach, aten.alias}
+_PRODUCTS = {aten.mul, aten.mul_}
+_RESHAPES = {aten.view, aten._unsafe_view, aten._reshape_copy}
+
+
+def set_zeros_of(tensor: Tensor, key: str | None) -> Tensor:
+    """Note that a tensor (any shape) has the elements of the parameter `key`, each zero where that is; returns it."""
+    tensor._sparseift_zeros_of = key  # type: ignore[attr-defined]
+    return tensor
+
+
 def numel(shape: Iterable[Any]) -> Poly:
     """Number of elements of a shape, as a polynomial."""
     total = Poly.const(1)
@@ -77,6 +89,10 @@ def _num_distinct(tensor: Tensor) -> Poly:
     )
 
 
+def _sizes(sizes: Iterable[Any]) -> tuple[int, ...]:
+    return tuple(map(concrete, sizes))
+
+
 def _part_of(weight: Tensor, parameter: Tensor) -> tuple[tuple[int, ...] | None, Poly | None]:
     """Which part of `parameter` [out, in, ...] a view of it is: (`at`, `start`) of a `CountedOp`.
 
@@ -84,10 +100,10 @@ def _part_of(weight: Tensor, parameter: Tensor) -> tuple[tuple[int, ...] | None,
     """
     if _num_distinct(weight) == numel(parameter.shape):
         return None, None
-    sizes, whole = tuple(map(concrete, weight.shape)), tuple(map(concrete, parameter.shape))
+    sizes, whole = _sizes(weight.shape), _sizes(parameter.shape)
     if math.prod(sizes) == math.prod(whole):
         return None, None
-    offset, strides = weight.storage_offset(), tuple(map(concrete, parameter.stride()))
+    offset, strides = weight.storage_offset(), _sizes(parameter.stride())
     at = concrete(offset), *sizes
     for dims in (range(weight.dim()), reversed(range(weight.dim()))):
         order = tuple(dims)
@@ -123,6 +139,7 @@ class CountedOp:
     at: tuple[int, ...] | None = None  # which part of the weight it uses, in the sizes of this run; None: all of it
     start: Poly | None = None  # the part is rows [start, start + outputs) of the weight: the query of a fused QKV
     part: str = ""  # name of that part in the name of the row
+    computed: bool = False  # the weight is computed from the parameter, and zero where that is (weight_norm)
     projection: bool = False  # makes a query, key or value, or reads the result of an attention
     first: bool = False  # reads the model's input, not another layer's output
     causal: tuple[int, int] | None = None  # (queries, keys) under a causal mask
@@ -158,6 +175,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.ops: dict[tuple[Any, ...], CountedOp] = {}  # by (owner, kind, weight, part of the weight)
         self.parameters: dict[int, tuple[str, Tensor]] = {}  # storage -> (state_dict key, fake parameter)
+        self.by_key: dict[str, Tensor] = {}  # fake parameters
         self.keys: dict[int, dict[str, str]] = {}  # storage -> module path -> key there: several, if it is tied
         self.stack: list[str] = [""]
         self.first_seen: dict[str, int] = {}  # module path -> clock at its first call
@@ -185,6 +203,7 @@ class Recorder(TorchDispatchMode):
         """A recorder for a second forward pass over the same parameters; what it counts is not used."""
         other = Recorder()
         other.parameters, other.keys, other.uses = self.parameters, self.keys, self.uses
+        other.by_key = self.by_key
         return other
 
     @contextmanager
@@ -242,6 +261,7 @@ class Recorder(TorchDispatchMode):
         storage = parameter.untyped_storage()._cdata
         self.parameters.setdefault(storage, (key, parameter))
         self.keys.setdefault(storage, {})[key.rpartition(".")[0]] = key
+        self.by_key[key] = parameter
 
     def register_constant(self, key: str, tensor: Tensor) -> None:
         """Remember the fake tensor (any shape) of the buffer or plain tensor `key`: see `constants`."""
@@ -257,6 +277,24 @@ class Recorder(TorchDispatchMode):
             self.parameters[after], self.keys[after] = (key, new), self.keys[before]
             set_summands(annotate(new, flags_of(parameter)), summands_of(parameter))
         return new
+
+    def zeros_of(self, tensor: Tensor) -> str | None:
+        """The key of a parameter where `tensor` [*shape] has its elements in its order, each zero where the parameter's is."""
+        if key := getattr(tensor, "_sparseift_zeros_of", None):
+            return key
+        key, parameter = self.parameter_of(tensor) or (None, None)
+        if parameter is None or parameter.dim() < 2 or not tensor.is_contiguous():
+            return None
+        return key if math.prod(_sizes(tensor.shape)) == math.prod(_sizes(parameter.shape)) else None
+
+    def _note_zeros(self, packet: Any, args: Sequence[Any], out: Any) -> None:
+        """Where `out`, the result of an op, is a parameter times or divided by something, note whose zeros it has."""
+        if packet not in _PRODUCTS | _KEEPS_ZEROS | _RESHAPES:
+            return
+        for operand in args[: 2 if packet in _PRODUCTS else 1]:
+            key = self.zeros_of(operand) if isinstance(operand, Tensor) else None
+            if key is not None and (packet in _RESHAPES or _sizes(operand.shape) == _sizes(out.shape)):
+                set_zeros_of(out, key)
 
     def parameter_of(self, tensor: Tensor) -> tuple[str, Tensor] | None:
         """(key, fake parameter) whose memory a tensor of any shape shares, or that it is a copy of.
@@ -304,8 +342,11 @@ class Recorder(TorchDispatchMode):
         """
         key, parameter = self.parameter_of(weight) or (None, None)
         at, start = (None, None) if parameter is None else _part_of(weight, parameter)
-        op = self._op(self._owner(key), kind, key, inputs, outputs, kernel, groups, at)
-        op.at, op.start = at, start
+        owner, computed = self._owner(key), self.zeros_of(weight) if key is None else None
+        if computed is not None and _sizes(self.by_key[computed].shape) == _sizes(weight.shape):
+            key, parameter = computed, self.by_key[computed]  # its mask is a mask of what is computed from it
+        op = self._op(owner, kind, key, inputs, outputs, kernel, groups, at)
+        op.at, op.start, op.computed = at, start, key is not None and key == computed
         op.macs += macs
         op.activations += numel(out.shape) if stored else Poly()
         op.projection |= ATTENTION in producers_of(x)
@@ -485,6 +526,7 @@ class Recorder(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._annotate_result(tensor, flags, producers, node, tensors)
+        self._note_zeros(packet, args, out)
         if count is None:
             self.flow.propagate(func, tensors, out)
             if packet not in ALLOCATING:

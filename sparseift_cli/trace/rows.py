@@ -67,6 +67,7 @@ class RowBuilder:
         for op in sorted(self.recorder.ops.values(), key=lambda op: op.order):
             name = _row_name(op)
             own = () if op.weight is None else (op.weight, op.weight.rpartition(".")[0])
+            own = (*own, op.owner) if op.computed else own
             if (name in reserved and name not in own) or name in names.values():
                 name = f"{name} product" if op.weight is None else op.weight
             while name in names.values():
@@ -119,6 +120,9 @@ class RowBuilder:
         """Keys of the parameters that belong to a row: those of its module, or where it has several weights, one and its bias."""
         if row.weight is None:
             return ()
+        if row.computed:
+            path = row.weight.rpartition(".")[0]
+            return dict.fromkeys((row.weight, *self.by_module.get(path, ()), *self.by_module.get(row.owner, ())))
         if "weight" not in row.weight.rpartition(".")[2]:
             return (row.weight,)
         if row.owner + ".weight" != row.weight:
@@ -147,6 +151,7 @@ class RowBuilder:
             outputs=self.named(row.outputs),
             kernel=row.kernel,
             groups=groups,
+            computed=row.computed,
             start=None if row.start is None else self.named(row.start),
             projection=row.projection,
             causal=row.causal,
@@ -167,6 +172,8 @@ class RowBuilder:
         A linear or conv layer can be replaced if its forward pass is the product with its weight plus its bias, and if
         no other module reads the weight. Of nn.MultiheadAttention only a fused input projection of self-attention can.
         """
+        if row.computed:
+            return type(self.modules[row.owner]).__name__
         key = row.weight or ""
         path, _, name = key.rpartition(".")
         module = self.modules.get(path)

@@ -30,7 +30,19 @@ from ..table.poly import Poly
 from .flow import pass_through_norm, set_summands, summands_of
 from .gradients import Node, node_of, set_node
 from .layouts import WATCHED, IndexTracker, note_index, note_layout, note_sum
-from .record import ATTENTION, FROM_LAYER, Recorder, annotate, bilinear, conv, flags_of, matmul, numel, producers_of
+from .record import (
+    ATTENTION,
+    FROM_LAYER,
+    Recorder,
+    annotate,
+    bilinear,
+    conv,
+    flags_of,
+    matmul,
+    numel,
+    producers_of,
+    set_zeros_of,
+)
 from .symint import Facts, poly_of
 
 Rule = Callable[..., Any]  # (rules, *arguments of the function) -> its result, or NotImplemented
@@ -184,6 +196,12 @@ def _conv_transpose(spatial: int) -> Rule:
         return NotImplemented
 
     return rule
+
+
+def _weight_norm(rules: ShapeRules, v: Tensor, g: Tensor, dim: Any = 0) -> Any:
+    """v [*shape], g of as many elements as v has along `dim` (-1: one) -> v * g / norm(v) [*shape], zero where v is."""
+    rules.require_equal(g.numel(), 1 if dim == -1 else v.shape[dim])
+    return set_zeros_of(rules.new_output(v, v.shape, g), rules.recorder.zeros_of(v))
 
 
 # --- norms ---
@@ -592,6 +610,7 @@ _RULES: dict[Any, Rule] = {
     **_RECURRENT,
     F.linear: _linear,
     torch.addmm: _addmm,
+    torch._weight_norm: _weight_norm,
     F.conv1d: _conv(1),
     F.conv2d: _conv(2),
     F.conv3d: _conv(3),

@@ -190,15 +190,19 @@ def _draw(s: _Drawn, rule: Rule | None, scale: float, generator: torch.Generator
         s.new.fill_(s.old.flatten()[0])
         return
     shape, name = rule
+    old = s.old.detach().flatten()
+    sample = old[:: max(1, old.numel() // _SAMPLE)].double()
+    # far from zero they are no weights but lengths or gains, as those of weight_norm
+    mean = float(sample.mean()) if abs(float(sample.mean())) > 2 * float(sample.std(correction=0)) else 0.0
     if name in _DEVIATIONS:
         deviation = scale * _DEVIATIONS[name](*_fans(s.new_weight))
     else:
-        deviation = scale * float(s.old.detach().flatten().float().std(correction=0))
+        deviation = scale * float(old.float().std(correction=0))
     target = s.new if s.new.device.type == "cpu" else torch.empty(s.new.shape, dtype=torch.float32)
     if shape == "uniform":
-        target.uniform_(-math.sqrt(3) * deviation, math.sqrt(3) * deviation, generator=generator)
+        target.uniform_(mean - math.sqrt(3) * deviation, mean + math.sqrt(3) * deviation, generator=generator)
     else:
-        target.normal_(0.0, deviation, generator=generator)
+        target.normal_(mean, deviation, generator=generator)
     if target is not s.new:
         s.new.copy_(target)
 

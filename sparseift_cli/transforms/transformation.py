@@ -9,6 +9,7 @@ counted again.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -265,8 +266,17 @@ def _with_deviation(
     """`done` with the deviation of `new` from `dense`, and with sentences on it that the preserving code could not know.
 
     With slack the function differs as it should. What else differs is found in a second copy without slack, made by `surgery`.
+
+    Raises:
+        CheckFailed: `new` computes NaN.
     """
     found, why = measure_deviation(new, dense, inputs, kwargs)
+    if found == math.inf:
+        raise CheckFailed(
+            f"with the weights of the dense model, the wider {type(dense).__name__} computes NaN",
+            hint="weight_norm divides by the length of a row, which is zero on added channels without slack: give some "
+            "(--preserve-slack 0.1), or --init fresh",
+        )
     if found is None or found <= 10 * SAME:
         return replace(done, deviation=found, notes=(*([why] if why else []), *done.notes))
     notes, exact = [], found
@@ -274,8 +284,8 @@ def _with_deviation(
         new = apply_surgery(dense, surgery)
         started = _start(new, dense, done.plan, surgery, structure, replace(done.options, preserve_slack=0.0))
         exact = measure_deviation(new, dense, inputs, kwargs)[0] or 0.0
-        notes = [f"without the slack the largest difference would be {exact:.2g}"]
-    if exact > 10 * SAME and not any(note.startswith("not exact") for note in started.notes):
+        notes = [f"without the slack the largest difference would be {exact:.2g}"] if exact < math.inf else []
+    if math.inf > exact > 10 * SAME and not any(note.startswith("not exact") for note in started.notes):
         at = first_difference(new, dense, inputs, kwargs, started.positions)
         notes.append(
             f"not exact at {at[0]}: its output is the first that differs, by {at[1]:.2g} of its largest value"

@@ -64,7 +64,6 @@ def test_tensors_that_a_forward_stores_do_not_keep_the_trace(member: str, ran: b
 
 @pytest.mark.parametrize("member", MEMBERS)
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.filterwarnings("ignore:.*without being transformed")
 def test_weight_norm_by_hooks(member: str) -> None:
     model = nn.Sequential(
         nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 4)

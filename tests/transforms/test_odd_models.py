@@ -349,24 +349,9 @@ def test_two_layers_with_one_weight_are_left_alone_by_name() -> None:
         assert [r.reason for r in plan.layers[1:3]] == ["weight shared with 2", "weight shared with 1"]
 
 
-@pytest.mark.filterwarnings("ignore:.*without being transformed")
-def test_parametrised_layers_are_left_alone_by_name() -> None:
-    model = nn.Sequential(
-        nn.Linear(16, 16), nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)), nn.Linear(16, 20), nn.Linear(20, 3)
-    )
-    for member in ("wide", "doped"):
-        new, plan = sparseift.transform(model, torch.randn(TOKENS), member=member, sparsity=0.5)
-        assert new(torch.randn(TOKENS)).isfinite().all()
-        (row,) = (r for r in plan.layers if "computed in forward" in r.reason)
-        assert (row.layer.role, row.status) == ("body", "untouched")
-        assert {r.reason for r in plan.layers if r.layer.kind == "parameter"} == {"parameter, no MACs"}
-        audit = sparseift.flops(new)
-        assert "attention" not in audit.owners()
-
-
 def test_a_body_of_parametrised_layers_is_refused_with_its_reason() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)), nn.Linear(16, 3))
-    with pytest.raises(UsageError, match="the weight is computed in forward, not a parameter"):
+    with pytest.raises(UsageError, match="its weight is used by ParametrizedLinear: only Sparse Wide can transform it"):
         sparseift.transform(model, torch.randn(TOKENS), member="doped", sparsity=0.5)
 
 

@@ -147,7 +147,9 @@ def _eligible(table: LayerTable, spec: TransformSpec, solution: Solution) -> set
     for layer in table.layers:
         deselected = layer.weighted and layer.role == "body" and not selected(layer, spec)
         boundary = spec.scope == "inner" and layer.weighted and layer.role in ("input", "output")
-        if deselected or boundary or layer.kind == "experts":  # experts stay dense, so wider ones would cost more
+        # what stays dense would cost more if it were wider; depthwise layers are left to their option
+        dense = layer.role == "body" and layer.note and layer.macs.terms and layer.kind != "depthwise"
+        if deselected or boundary or dense:
             for width in layer.inputs.variables | layer.outputs.variables:
                 free -= set(solution.free_widths(width))
     if spec.scope == "inner":

@@ -69,8 +69,13 @@ def scale_queries(
                     gain.copy_(norm.scale_gain(gain, factor))
                 if norm.bias_key:
                     new.get_parameter(norm.bias_key).mul_(factor)
-        elif weight is None or rows is None or not len(rows):
-            notes.append(f"not exact at {score.module}: which outputs of {key} are its queries is not known")
+        elif weight is None or rows is None or not len(rows) or weight.computed:
+            why = (
+                "is computed in forward"
+                if weight and weight.computed
+                else "does not show which outputs are its queries"
+            )
+            notes.append(f"not exact at {score.module}: {key} {why}")
         else:
             by_output = new.get_parameter(key).movedim(weight.axis, 0)  # a view: [out, in]
             by_output[rows] = by_output[rows] * factor

@@ -189,7 +189,7 @@ class LayerWeight:
     """The weight of a linear or convolution by its symbolic dims, in the order of the tensor.
 
     Outputs are along `axis` (0, or 1 where the layer stores [in, out]), inputs along the other one of the first two
-    dims.
+    dims. `computed`: the layer multiplies with what is computed from it.
     """
 
     key: str
@@ -197,6 +197,7 @@ class LayerWeight:
     dims: tuple[Poly, ...]
     axis: int
     masked: bool
+    computed: bool = False
 
     @property
     def outputs(self) -> Poly:
@@ -221,13 +222,13 @@ def layer_weights(plan: Plan, structure: Structure, surgery: Surgery, dense: nn.
     found = {}
     for row in plan.layers:
         key = row.layer.weight
-        if key is None or row.layer.kind not in _KINDS or "weight" not in key.rpartition(".")[2]:
+        if key is None or row.layer.kind not in _KINDS or "weight" not in key:
             continue
         dims = structure.shapes[key]
         if len(dims) >= 2:
             path, _, name = key.rpartition(".")
             axis = int(name == "weight" and is_transposed(dense.get_submodule(path)))
-            found[key] = LayerWeight(key, row.layer.kind, dims, axis, key in masked)
+            found[key] = LayerWeight(key, row.layer.kind, dims, axis, key in masked, row.layer.computed)
     return found
 
 

@@ -305,7 +305,9 @@ class _NormInputs:
         whole = self.coordinates.size_key(weight.outputs) == self.coordinates.size_key(self.norm.width)
         concatenated = self.coordinates.dense_size(weight.outputs) < self.coordinates.dense_size(self.norm.width)
         bias = self.names.get(weight.bias_key)
-        if weight.kind not in ("linear", "conv"):
+        if weight.computed:
+            yield "it reads a layer whose weight is computed in forward, so that the outputs cannot be centred"
+        elif weight.kind not in ("linear", "conv"):
             yield f"it reads a {weight.kind} layer, whose outputs share no inputs and so have no common mean to subtract"
         elif not (whole or (concatenated and weight.masked)):
             yield "it reads a layer's outputs in another grouping than the layer writes them"
