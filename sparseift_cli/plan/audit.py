@@ -147,6 +147,10 @@ class Audit(ShownAsSheets):
         what = "layer of the body costs" if len(rows) == 1 else "layers of the body cost"
         return f"{len(rows)} {what} {factor}x dense without being transformed: {shown} ({reasons})"
 
+    def kept_widths(self) -> str | None:
+        """A sentence on the widths that Sparse Wide left as they are, why, and what to do about it; None without any."""
+        return self.plan.widening.kept() if self.plan and self.plan.widening else None
+
     @property
     def s_max(self) -> float | None:
         """The sparsity above which --match model cannot be met (Sparse Wide that widens)."""
@@ -273,6 +277,7 @@ def to_json(result: Audit) -> dict[str, Any]:
             ),
         }
         data["widths"] = plan.to_json()["free_widths"]
+        data["kept_widths"] = result.kept_widths()
     return data
 
 

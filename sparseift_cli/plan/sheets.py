@@ -152,9 +152,11 @@ def _notes(result: Audit) -> list[str]:
         notes.append(f"Widths unknown ({result.table.untraceable}): Sparse Wide cannot be planned.")
     if result.table.uncounted:
         notes.append(f"Not counted: {', '.join(result.table.uncounted)}.")
-    if result.plan is None or result.transformed is None:
-        return notes
-    plan = result.plan
+    return notes if result.plan is None else [*notes, *_notes_on_plan(result, result.plan)]
+
+
+def _notes_on_plan(result: Audit, plan: Plan) -> list[str]:
+    notes = []
     if grown := plan.grown_by_products:
         notes.append(f"Wider than before, beside the outputs, which keep their shapes: {', '.join(grown)}.")
     if result.control:
@@ -172,6 +174,8 @@ def _notes(result: Audit) -> list[str]:
             notes.append(
                 "Warning: less than half of the transformed layers' FLOPs are left; what stays dense eats the rest."
             )
+    if kept := result.kept_widths():
+        notes.append(f"{kept}.")
     if growth := result.growth():
         notes.append(f"Warning: {growth}.")
     limit = result.s_max

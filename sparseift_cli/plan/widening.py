@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import log
 from typing import TYPE_CHECKING
 
+from ..base.text import some_of
 from ..table.table import Layer, LayerTable
 from .layer_plan import LayerPlan
-from .widths import Solution
+from .selection import selected
+from .widths import Solution, advice_on
 
 if TYPE_CHECKING:
     from .spec import TransformSpec
@@ -49,6 +51,18 @@ class Widening:
     def may_widen(self, layer: Layer) -> bool:
         """May a dim of this layer grow?"""
         return bool(free_widths(self.solution, layer.inputs.variables | layer.outputs.variables) & self.candidates)
+
+    def body_widths(self) -> tuple[int, dict[str, list[str]]]:
+        """How many widths of the selected body layers grow; and the others that something can be done about, by their reason."""
+        return body_widths(self.table, self.spec, self.solution, self.sizes)
+
+    def kept(self) -> str | None:
+        """A sentence on the widths that scope all leaves at their size although it need not be so; None without any."""
+        grown, kept = self.body_widths()
+        if self.spec.scope != "all" or not kept:
+            return None
+        total = grown + sum(map(len, kept.values()))
+        return f"{grown} of {total} widths of the body grew: {kept_in_words(kept)}"
 
     def ideal_sizes(self, density: float) -> list[float]:
         """All sizes without rounding, at any density: what closed forms are stated in."""
@@ -95,6 +109,32 @@ class Widening:
         return greatest_sparsity(
             lambda d: sum(m * d**-p for p, m in by_power.items()), sum(p.dense_macs for p in layers)
         )
+
+
+def body_widths(
+    table: LayerTable, spec: TransformSpec, solution: Solution, sizes: Sequence[int]
+) -> tuple[int, dict[str, list[str]]]:
+    """See `Widening.body_widths`; `sizes` are the new ones."""
+    touched = dict.fromkeys(
+        v
+        for layer in table.layers
+        if layer.weighted and layer.role == "body" and selected(layer, spec)
+        for v in sorted(layer.inputs.variables | layer.outputs.variables)
+    )
+    kept: dict[str, list[str]] = {}
+    for v in touched:
+        reasons = [solution.reasons[u] for u in (v, *solution.free_widths(v)) if u in solution.reasons]
+        if sizes[v] == table.sizes[v] and reasons and advice_on(reasons[0]):
+            kept.setdefault(reasons[0], []).append(table.widths[v].name)
+    return sum(sizes[v] > table.sizes[v] for v in touched), kept
+
+
+def kept_in_words(kept: Mapping[str, list[str]]) -> str:
+    """Widths by their reason, with what to do about it: the same words wherever widths are kept."""
+    return "; ".join(
+        f"{some_of(names, 2)} {'stays' if len(names) == 1 else 'stay'}, {reason} ({advice_on(reason)})"
+        for reason, names in kept.items()
+    )
 
 
 def greatest_sparsity(fixed_at: Callable[[float], float], budget: float) -> float:

@@ -26,6 +26,24 @@ Affine = dict[int | None, Fraction]  # free width id -> coefficient; None -> the
 
 _CONSTANT, _COUNT, _IN_FIXED_SUM = "must equal a constant", "a count, not a width", "part of a sum of fixed size"
 
+_HEADS, _HEAD_DIM = "number of heads (head_dim scales instead)", "head_dim (the number of heads scales instead)"
+
+# How a reason begins that a model's author may do something about -> what. Outputs and rows of embeddings are not among them.
+_ADVICE = {
+    "tied to buffer": "make it a parameter, or compute it in forward from the width",
+    _CONSTANT: "a number in forward, or a size of the input: take numbers from a shape or an attribute",
+    "must fit": "a width cannot grow where forward compares it with a count",
+    _COUNT: "nothing shows that it is a width",
+    "forward reads it as a plain number": "no int(), range() or index of a size in forward",
+    _IN_FIXED_SUM: "the other parts of the sum cannot shrink",
+    "part of a product of two widths": "two sizes that both grow are multiplied with each other",
+}
+
+
+def advice_on(reason: str) -> str | None:
+    """What the author of a model can do about a width that is kept for `reason`; None where it has to be so."""
+    return next((advice for start, advice in _ADVICE.items() if reason.startswith(start)), None)
+
 
 @dataclass(frozen=True, slots=True)
 class Free:
@@ -106,7 +124,7 @@ def solve(widths: Sequence[Width], equations: Sequence[Poly], heads: HeadScaling
                 rest.append(equation)
                 continue
             progress = True
-            _eliminate(linear, known, widths, reasons)
+            _eliminate(linear, known, widths, reasons, _inherited(equation, reasons))
         if not progress:
             for i in sorted({v for e in rest for v in e.variables}):
                 for v in _depends_on(i, known):
@@ -123,9 +141,9 @@ def _kept(width: Width, heads: HeadScaling) -> str | None:
     if width.kind == "count":
         return _COUNT
     if width.kind == "heads" and heads == "scale_dim":
-        return "number of heads (head_dim scales instead)"
+        return _HEADS
     if width.kind == "head_dim" and heads == "scale_count" and width.attention:
-        return "head_dim (the number of heads scales instead)"
+        return _HEAD_DIM
     return None
 
 
@@ -151,7 +169,15 @@ def _linear(equation: Poly, known: Mapping[int, Affine]) -> Affine | None:
     return {v: x for v, x in total.items() if x}
 
 
-def _eliminate(zero: Affine, known: dict[int, Affine], widths: Sequence[Width], reasons: dict[int, str]) -> None:
+def _inherited(equation: Poly, reasons: Mapping[int, str]) -> str:
+    """Why an equation that leaves one width no choice does so: because of a fixed width in it, else because of a number."""
+    found = (reasons[v] for v in sorted(equation.variables) if v in reasons)
+    return next((reason for reason in found if reason not in (_COUNT, _HEADS, _HEAD_DIM)), _CONSTANT)
+
+
+def _eliminate(
+    zero: Affine, known: dict[int, Affine], widths: Sequence[Width], reasons: dict[int, str], why: str = _CONSTANT
+) -> None:
     """Solve `zero == 0` for its largest width, so that small ones (a head dim) stay the free ones.
 
     With a constant in it (a == b + 8) a width that is a sum of the others is eliminated first: solved for a part, as in
@@ -167,7 +193,7 @@ def _eliminate(zero: Affine, known: dict[int, Affine], widths: Sequence[Width], 
     c = zero[pivot]
     value: Affine = {v: -x / c for v, x in zero.items() if v != pivot}
     if not any(v is not None for v in value):
-        reasons.setdefault(pivot, _CONSTANT)
+        reasons.setdefault(pivot, why)
     _substitute(pivot, value, known)
 
 
@@ -188,7 +214,12 @@ def _fix_parts(
             return
         alone = {v for form in sums for v in _variables(form) if len(_variables(form)) == 1}
         for v in parts:
-            reasons.setdefault(v, _constant(v, equations, widths, reasons) if v in alone else _IN_FIXED_SUM)
+            if v in alone:
+                alone_in = [e for e in equations if v in e.variables and _variables(_linear(e, constants) or {}) == [v]]
+                inherited = (_inherited(e, reasons) for e in alone_in)
+                root = next((reason for reason in inherited if reason != _CONSTANT), None)
+                reasons.setdefault(v, root or _constant(v, equations, widths, reasons))
+            reasons.setdefault(v, _IN_FIXED_SUM)
             zero = dict(known.get(v, {v: Fraction(1)}))
             zero[None] = zero.get(None, Fraction(0)) - widths[v].size
             _eliminate({x: c for x, c in zero.items() if c}, known, widths, reasons)

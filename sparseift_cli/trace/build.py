@@ -337,7 +337,8 @@ class _Builder:
         widths: dict[str, set[int]] = {}
         for output in self.returned[:1]:
             for name, tensor in output.by_products.items():
-                widths.setdefault(name.partition(".")[0], set()).update(self.renaming[v] for v in variables_of(tensor))
+                known = {v for v in variables_of(tensor) if self._known(Poly.var(v))}  # not a count that no weight has
+                widths.setdefault(name.partition(".")[0], set()).update(self.renaming[v] for v in known)
         return {name: tuple(sorted(ids)) for name, ids in widths.items()}
 
     # --- the second result ---

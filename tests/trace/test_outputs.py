@@ -223,3 +223,20 @@ def test_a_changed_output_is_named() -> None:
     after = replace(after, structure=replace(after.structure, output_shapes=shapes))
     with pytest.raises(CheckFailed, match="output boxes has shape 6x8, not 6x4; output masks is new"):
         require_as_planned(measured, plan, before, after)
+
+
+class Counting(nn.Module):
+    """Returns a cache of which one dim is an attribute that no weight has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.o, self.states = nn.Linear(8, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3), 5
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = self.b(self.a(x).relu())
+        return {"logits": self.o(h), "cache": h.new_zeros(len(x), self.states)}
+
+
+def test_a_by_product_may_have_sizes_that_no_weight_has() -> None:
+    table = trace(Counting(), (X,), name="net", input_shape=(6, 8)).table
+    assert table.by_products == {"cache": ()}

@@ -12,7 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparseift_cli as sparseift
+from sparseift_cli.plan.audit import to_json
+from sparseift_cli.plan.sheets import totals_sheet
 from sparseift_cli.trace.sinusoids import find_sinusoids
+from sparseift_cli.transforms.transformation import transformation_of
 
 # At 75 % sparsity every width is doubled.
 ROWS, WIDTH, SPARSITY = 16, 32, 0.75
@@ -108,8 +111,6 @@ def test_any_other_table_that_is_added_is_repeated_and_said(kind: str) -> None:
     table = torch.randn(ROWS, WIDTH)
     new, _ = wide(Positions(table, kind), X)
     assert torch.equal(new.pe, torch.cat((table, table), 1))
-    from sparseift_cli.transforms.transformation import transformation_of
-
     (note,) = transformation_of(new).notes  # type: ignore[union-attr]
     assert note == "pe (16x32 -> 16x64) is no parameter and follows no known formula: its entries are repeated"
 
@@ -253,3 +254,43 @@ def test_constants_stay_what_they_are_at_every_size() -> None:
 @pytest.mark.parametrize("table", [torch.randn(9, 32), torch.zeros(9, 32), torch.ones(9, 32), torch.rand(9, 2).cos()])
 def test_what_is_no_table_of_sines_is_not_taken_for_one(table: Tensor) -> None:
     assert find_sinusoids(table) is None
+
+
+class Held(nn.Module):
+    """A projection that is not trained, on the stream: nothing may grow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.i, self.m, self.o = nn.Linear(8, 32), nn.Linear(32, 32), nn.Linear(32, 3)
+        self.register_buffer("draw", torch.randn(32, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o((y := self.i(x) @ self.draw) + self.m(y))
+
+
+WHY = "tied to buffer draw, which a product reads (make it a parameter, or compute it in forward from the width)"
+
+
+def test_widths_that_stay_are_said_with_what_to_do() -> None:
+    audit = sparseift.flops(Projected(), X, sparsity=SPARSITY)
+    assert audit.kept_widths() == f"1 of 2 widths of the body grew: m.weight[1] stays, {WHY}"
+    assert (
+        to_json(audit)["kept_widths"] == audit.kept_widths()
+        and f"{audit.kept_widths()}." in totals_sheet(audit, "").notes
+    )
+    with pytest.raises(sparseift.UsageError, match="no width that Sparse Wide can grow") as error:
+        sparseift.flops(Held(), X, sparsity=SPARSITY)
+    assert error.value.message.endswith(f": m.weight[0] stays, {WHY}")
+
+
+def test_widths_that_follow_from_a_fixed_one_give_its_reason() -> None:
+    kept = sparseift.flops(scaled_angles(), X, sparsity=SPARSITY).kept_widths()
+    assert kept == (
+        "1 of 3 widths of the body grew: qkv.weight[0], p.weight[1] stay, tied to buffer cos, which is multiplied and follows "
+        "no known formula (make it a parameter, or compute it in forward from the width)"
+    )
+
+
+def test_outputs_that_stay_are_nothing_to_mend() -> None:
+    assert sparseift.flops(Positions(halves(WIDTH)), X, sparsity=SPARSITY).kept_widths() is None
+    assert sparseift.flops(Positions(halves(WIDTH)), X, sparsity=SPARSITY, scope="inner").kept_widths() is None

@@ -16,7 +16,7 @@ from ...errors import UsageError
 from ...table.table import LayerTable
 from ..layer_plan import LayerPlan, Part, positions_of
 from ..selection import selected
-from ..widening import WidenedWidth, Widening, free_widths
+from ..widening import WidenedWidth, Widening, body_widths, free_widths, kept_in_words
 from ..widths import Solution, solve
 from .base import DenseLayer, Member
 
@@ -231,4 +231,7 @@ def _why_none(table: LayerTable, spec: TransformSpec, solution: Solution) -> str
         return "--include and --exclude leave none"
     if spec.scope == "inner":
         return "every width is shared by a residual stream, an input, an output or an attention product"
+    _, kept = body_widths(table, spec, solution, table.sizes)
+    if kept:
+        return kept_in_words(kept)
     return "every width is tied to a fixed size (" + "; ".join(sorted(set(solution.reasons.values()))[:3]) + ")"
