@@ -14,10 +14,11 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TextIO
 
 from rich import box
 from rich.console import Console
@@ -96,9 +97,29 @@ def digits_that_differ(value: Fraction | float, limit: float, digits: int = 6) -
     return str(float(value))
 
 
+_stdout: TextIO | None = None
+
+
+def stdout() -> TextIO:
+    """The stream of results. `sys.stdout` is another one while a command runs: see `results_alone_on_stdout`."""
+    return _stdout or sys.stdout
+
+
+@contextmanager
+def results_alone_on_stdout() -> Iterator[None]:
+    """While a command runs, what a user's model, algorithm or data set prints goes to stderr."""
+    global _stdout
+    before, _stdout = _stdout, stdout()
+    sys.stdout = sys.stderr
+    try:
+        yield
+    finally:
+        sys.stdout, _stdout = _stdout, before
+
+
 def make_console(stream: Any = None) -> Console:
     """The only place that makes a Console: a terminal's own width, or no limit through a pipe. Honours NO_COLOR, COLUMNS."""
-    stream = stream or sys.stdout
+    stream = stream or stdout()
     if not stream.isatty():
         return _console(stream, PIPE_WIDTH)
     dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")

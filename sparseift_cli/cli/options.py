@@ -128,7 +128,7 @@ class Command(TyperCommand):
         return super().parse_args(ctx, [*map(self._current, args[:end]), *args[end:]])
 
     def invoke(self, ctx: Any) -> Any:
-        from .output import results_alone_on_stdout
+        from ..base.sheets import results_alone_on_stdout
 
         with results_alone_on_stdout():
             return super().invoke(ctx)

@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from ..base.atomic import replace_file
-from ..base.sheets import Sheet, csv_text, make_console, markdown_text, print_tables, tables_text
+from ..base.sheets import Sheet, csv_text, make_console, markdown_text, print_tables, stdout, tables_text
 from ..errors import UsageError
 from .options import Format
 
@@ -27,7 +26,7 @@ def render(sheets: Sequence[Sheet], payload: Mapping[str, Any], fmt: Format, out
         UsageError: `output` cannot be written.
     """
     if output is None and fmt is Format.table:
-        print_tables(make_console(stdout()), sheets)
+        print_tables(make_console(), sheets)
     else:
         write_result(as_text(sheets, payload, fmt), output)
 
@@ -43,26 +42,6 @@ def write_result(text: str, output: Path | None = None) -> None:
         return
     stdout().write(text)
     stdout().flush()
-
-
-_stdout: TextIO | None = None
-
-
-def stdout() -> TextIO:
-    """The stream of results. `sys.stdout` is another one while a command runs: see `results_alone_on_stdout`."""
-    return _stdout or sys.stdout
-
-
-@contextmanager
-def results_alone_on_stdout() -> Iterator[None]:
-    """While a command runs, what a user's model, algorithm or data set prints goes to stderr."""
-    global _stdout
-    before, _stdout = _stdout, stdout()
-    sys.stdout = sys.stderr
-    try:
-        yield
-    finally:
-        sys.stdout, _stdout = _stdout, before
 
 
 @contextmanager

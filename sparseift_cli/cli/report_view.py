@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..base.sheets import Column, Sheet, integer
+from ..base.sheets import Column, Sheet, integer, stdout
 from ..report import frame as frames
 from ..report.make import ReportOptions, sort
 from ..report.published import PublishedRow, evidence
 from ..report.report import Comparison, Report
 from ..report.terminal import bar, can_show_blocks, curves_by_group, curves_by_run, sparkline
 from .options import Format
-from .output import render, stdout
+from .output import render
 
 SCHEMA = "sparseift.report/1"
 _STATES = {"finished": "green", "running": "cyan", "stopped": "yellow"}

@@ -260,6 +260,7 @@ class TransformSpec:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> TransformSpec:
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        fields = TransformSpec.overridden(fields, {"member": data["member"]})  # older versions kept what no member read
         return TransformSpec.of(fields | {"sparsity": str(data["sparsity"])})
 
 

@@ -245,6 +245,20 @@ def edited(runs: Sequence[Run], groups: Sequence[str]) -> list[str]:
     ]
 
 
+def changed_data(runs: Sequence[Run]) -> list[str]:
+    """A sentence for every run that was resumed on other data than it began with."""
+    found = []
+    for run in runs:
+        read = [session.get("data") or {} for session in (run.provenance or {}).get("sessions") or ()]
+        if changed := sorted(
+            {name for one in read for name in one if any(one[name] != o.get(name, one[name]) for o in read)}
+        ):
+            found.append(
+                f"{run.path}: it was resumed on other data than it began with ({', '.join(changed)}): no result of either"
+            )
+    return found
+
+
 def contradicting(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """A sentence for every metric that rows of runs are judged by and of which their runs recorded different facts."""
     found: dict[str, dict[str, str]] = {}

@@ -14,7 +14,7 @@ from . import frame as frames
 from .collect import collect
 from .compare import ComparisonRules, compare
 from .filters import Expression
-from .grouping import contradicting, duplicate_names, edited, pooled
+from .grouping import changed_data, contradicting, duplicate_names, edited, pooled
 from .published import published_rows
 from .read import Run
 from .report import Report
@@ -149,7 +149,7 @@ def _filter_groups(groups: pd.DataFrame, wanted: Expression) -> pd.DataFrame:
 def _group_notes(runs: Sequence[Run], frame: pd.DataFrame, options: ReportOptions) -> list[str]:
     """What a reader should know of how the runs were grouped."""
     labels = list(frame["group"])
-    different = contradicting(frames.records(frame))
+    different = [*contradicting(frames.records(frame)), *changed_data(runs)]
     if "group" in options.by:
         return [*duplicate_names(runs, labels), *edited(runs, labels), *_not_counted(frame), *different]
     return [*pooled(runs, labels), *edited(runs, labels), *different]

@@ -201,6 +201,11 @@ def test_another_member_leaves_the_options_of_a_recipes_behind(sparseift: Any, t
     assert counted[0] == counted[1]
 
 
+def test_a_plan_of_an_older_version_may_hold_them() -> None:
+    kept = TransformSpec(sparsity="0.5").to_json() | {"inner": "norm"}
+    assert TransformSpec.from_json(kept) == TransformSpec(sparsity="0.5")
+
+
 def test_a_recipe_is_told_of_options_that_nothing_reads(tmp_path: Path) -> None:
     recipe = tmp_path / "own.yaml"
     for text, said in (

@@ -87,6 +87,15 @@ def test_seeds_on_other_data_are_neither_pooled_nor_compared(tmp_path: Path) -> 
     assert sorted(by_transform["n"]) == [2, 2, 3, 3]  # no group of the two contents together
 
 
+def test_a_run_that_was_resumed_on_other_data_is_named(tmp_path: Path) -> None:
+    path = make_run(tmp_path, "net_dense", 0) / "provenance.json"
+    (session,) = json.loads(path.read_text())["sessions"]
+    sessions = [session, session | {"data": {"cifar100": "d1"}}]
+    path.write_text(json.dumps({"schema": "sparseift.provenance/1", "sessions": sessions}))
+    (note,) = report(tmp_path, None).notes
+    assert note.endswith("it was resumed on other data than it began with (cifar100): no result of either")
+
+
 def test_copies_of_one_text_are_one_group(tmp_path: Path) -> None:
     for seed in range(3):
         recipe = make_run(tmp_path, "net_dense", seed) / "recipe.yaml"
