@@ -92,7 +92,8 @@ def _unexpected(done: Transformation) -> Iterator[str]:
     """What grows without being transformed, and what is not kept: the command prints it, Python shows it in no other way."""
     if growth := count(done.plan).growth():
         yield growth
-    yield from (n for n in done.notes if n.startswith(("not exact", "the deviation cannot", "save_pretrained")))
+    said = ("not exact", "the deviation cannot", "save_pretrained", "attention scores")
+    yield from (note for note in done.notes if note.startswith(said))
 
 
 def _warn_of_trained(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, enable_grad, inference_mode, nn
@@ -21,33 +21,19 @@ from torch.utils._pytree import tree_leaves
 from ..errors import UsageError
 from ..plan.widths import solve
 from ..table.poly import Poly
-from ..table.table import OUTPUT, LayerTable, Width, WidthKind
+from ..table.table import OUTPUT, LayerTable, Width
 from . import symbolise
 from .constants import is_statistic, named_constants, plain_tensors, why_fixed
+from .kinds import ROTARY, Kinds
 from .layouts import equal_parts
 from .outputs import FEEDS_LOSS, mark_output_layers, returned, variables_of
 from .record import CountedOp
 from .rows import RowBuilder
+from .scales import Formulas, Score
 from .structure import AttentionScore, DimLayout, LayoutKind, Structure
-from .symbolise import Origin, SymbolicRun
+from .symbolise import Origin, SymbolicRun, Way
 from .symint import poly_of
 from .union_find import LazyRenaming, UnionFind
-
-# Names of int attributes say what they count, which no shape does: models differ in their spelling.
-_HEAD_DIM = (
-    "head_dim",
-    "head_size",
-    "dim_head",
-    "d_kv",
-    "d_head",
-    "per_head",
-    "kv_channels",
-    "head_channels",
-    "value_proj_dim",
-)
-_HEAD_DIM_ALONE = frozenset({"d_k", "d_q", "d_v", "d_qk", "d_h", "dk", "dv", "dh", "hd"})  # the whole name
-_HEADS = ("head", "num_kv")
-_ROTARY = "inv_freq"  # rotary frequencies: a buffer whose values follow from its size, so it may grow
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +86,10 @@ def trace(
     untraceable = None
     with inference_mode(False), enable_grad():  # the table counts gradients too, even under the caller's no_grad
         try:
-            found = _run_with_what_can_be_symbolic(model, inputs, kwargs, symbolic)
+            found = _run(model, inputs, kwargs, symbolic)
         except Exception as symbolic_error:
             try:
-                found = symbolise.run_symbolically(model, inputs, kwargs, symbolic=False)
+                found = _run(model, inputs, kwargs, symbolic=False)
             except Exception as error:
                 raise _usage_error(error, name, (inputs, dict(kwargs or {}))) from error
             first_line = (str(symbolic_error).strip() or "no message").splitlines()[0]
@@ -155,26 +141,46 @@ def _usage_error(error: Exception, name: str, given: Any) -> UsageError:
     )
 
 
-def _run_with_what_can_be_symbolic(
+def _run(
     model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any] | None, symbolic: bool
 ) -> symbolise.SymbolicRun:
-    """A run with symbolic ints in configuration objects and symbolic plain tensors; if it fails, runs without one of them.
+    """A run with as many symbolic numbers as the model accepts.
 
-    Without the configurations, `transforms/members/wide` finds their ints that must change by the values.
+    Without those in its configuration object, `transforms/widen` finds by their values which ints of it must change.
     """
-    try:
-        return symbolise.run_symbolically(model, inputs, kwargs, symbolic=symbolic)
-    except Exception as first:
-        held = [value for m in model.modules() for value in m.__dict__.values()]
-        for kind, found in (("configs", any(map(symbolise.is_config, held))), ("tensors", _has_plain_tensors(model))):
-            if symbolic and found:
-                with suppress(Exception):
-                    return symbolise.run_symbolically(model, inputs, kwargs, **{kind: False})
-        raise first from None
+    if not symbolic:
+        return symbolise.run_symbolically(model, inputs, kwargs, Way(symbolic=False))
+    ways = [Way(), Way(keys="sizes"), Way(keys="values")]
+    if any(symbolise.is_config(value) for m in model.modules() for value in m.__dict__.values()):
+        ways += [Way(configs=False), Way(keys="sizes", configs=False)]
+    if any(True for module in model.modules() for _ in plain_tensors(module)):
+        ways.append(Way(tensors=False))
+    first: Exception | None = None
+    for way in ways:
+        if way.keys and "unhashable" not in str(first):
+            continue
+        try:
+            return _with_plain_widths(
+                symbolise.run_symbolically(model, inputs, kwargs, way), way, model, inputs, kwargs
+            )
+        except Exception as error:
+            first = first or error
+    assert first is not None
+    raise first
 
 
-def _has_plain_tensors(model: nn.Module) -> bool:
-    return any(True for module in model.modules() for _ in plain_tensors(module))
+def _with_plain_widths(
+    run: symbolise.SymbolicRun,
+    way: Way,
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+) -> symbolise.SymbolicRun:
+    """`run`, or another one with symbolic ints that were left out by name and turned out to be widths."""
+    if also := run.plain_widths():
+        with suppress(Exception):
+            return symbolise.run_symbolically(model, inputs, kwargs, replace(way, also=also))
+    return run
 
 
 class _Builder:
@@ -184,10 +190,13 @@ class _Builder:
         self.model = model
         self.run = run
         self.recorder = run.recorder
-        self.variables = UnionFind(len(run.facts.sizes), run.facts.equations)
-        if more := equal_parts(run.facts, self.variables):
-            self.variables = UnionFind(len(run.facts.sizes), [*run.facts.equations, *more])
         self.returned = [returned(output) for output in run.outputs]
+        self.formulas = Formulas(self.recorder.scales, run.facts.sizes, run.facts.plain_floats)
+        equations = [*run.facts.equations, *self._equal_by_formula()]
+        constants = {v: run.facts.sizes[v] for v in run.facts.frozen}
+        self.variables = UnionFind(len(run.facts.sizes), equations, constants)
+        if more := equal_parts(run.facts, self.variables):
+            self.variables = UnionFind(len(run.facts.sizes), [*equations, *more], constants)
         self.width_ids: dict[int, int] = {}  # variable -> width id
         self.renaming = LazyRenaming(lambda v: self.width_ids[self.variables.find(v)])
 
@@ -235,13 +244,26 @@ class _Builder:
 
     # --- variables to widths ---
 
+    def _equal_by_formula(self) -> Iterator[Poly]:
+        """Equations of int attributes that forward uses in a formula alone, as `self.d_model ** -0.5`.
+
+        No shape shows what they are: such an attribute is the dim of the same size that the number multiplies.
+        """
+        in_shapes = {v for equation in self.run.facts.equations for v in equation.variables}
+        for size, dims in self.formulas.sizes_multiplying():
+            v = size.as_variable
+            if v is None or v in in_shapes or any(p.kind != "attribute" for p in self.run.origins.get(v, ())):
+                continue
+            same = (dim for dim in dims if dim.evaluate(self.run.facts.sizes) == self.run.facts.sizes[v])
+            yield from (size - dim for dim in list(same)[:1] if dim != size)
+
     def _widths(self) -> tuple[Width, ...]:
         """One width for each group of equal variables that is used, named after its first parameter dim."""
         members = self.variables.groups()
         used = self._used(members)
         widths: list[Width] = []
         names = self._output_names()
-        fixed = self._fixed(names)
+        fixed, kinds = self._fixed(names), Kinds(self.run, self.variables)
         residual, attention = (self.variables.roots(s) for s in (self.recorder.residual, self.recorder.attention))
         for root, variables in members.items():
             if root not in used:
@@ -255,7 +277,7 @@ class _Builder:
             width = Width(
                 name=f"quotient {root}" if first is None else first.label,
                 size=self.run.facts.sizes[root],
-                kind=self._kind(variables, origins),
+                kind=kinds.of(root),
                 fixed=reasons[0] if reasons else None,
                 outputs=outputs if all(reason.startswith(OUTPUT) for reason in reasons) else (),
                 residual=root in residual,
@@ -263,26 +285,6 @@ class _Builder:
             )
             widths.append(width)
         return tuple(widths)
-
-    def _kind(self, variables: list[int], origins: list[Origin]) -> WidthKind:
-        """What a width counts, by the names of its attributes; the quotient of a division by head_dim counts heads."""
-        named = _kind_by_name(origins)
-        if named in ("head_dim", "heads"):
-            return named
-        for v in variables:
-            if v in self.run.facts.divisors and self._divides_by_head_dim(self.run.facts.divisors[v]):
-                return "heads"
-        if origins and all(p.kind in ("buffer", "tensor") for p in origins):  # the angles of a rotary embedding, say
-            dims = [d for dims in self.recorder.contracted_dims.values() for d in dims]
-            summed = self.variables.roots(v for d in dims for v in d.variables)
-            return "head_dim" if self.variables.roots(variables) & summed else "width"
-        return named if origins else "head_dim"
-
-    def _divides_by_head_dim(self, divisor: Poly) -> bool:
-        """Whether some attribute with the size of `divisor` is named as a head_dim."""
-        roots = self.variables.roots(divisor.variables)
-        members = [v for v in self.run.origins if self.variables.find(v) in roots]
-        return _kind_by_name([p for v in members for p in self.run.origins[v]]) == "head_dim"
 
     def _used(self, members: dict[int, list[int]]) -> set[int]:
         """Variables of parameters, buffers, equations and counts.
@@ -317,7 +319,7 @@ class _Builder:
         constants = dict(named_constants(self.model))
         for v, origins in self.run.origins.items():
             for p in origins:
-                if p.kind in ("buffer", "tensor") and not is_statistic(p.path) and not p.name.endswith(_ROTARY):
+                if p.kind in ("buffer", "tensor") and not is_statistic(p.path) and not p.name.endswith(ROTARY):
                     reason = why_fixed(p.path, constants[p.path], p.index or 0, self.recorder.uses)
                     if reason:
                         fixed.setdefault(v, reason)
@@ -348,7 +350,6 @@ class _Builder:
         flow, rows, recorder = self.recorder.flow, list(self.recorder.ops.values()), self.recorder
         output = self.returned[0]
         flow.note_read(output.results.values())
-        floats = {self._named(p) for p in self.run.facts.floats if self._known(p)}
         return Structure(
             shapes={
                 k: tuple(self._named(poly_of(d)) for d in shape)
@@ -369,10 +370,11 @@ class _Builder:
                 for module, dims in recorder.contracted_dims.items()
             },
             query_parts=dict(recorder.query_parts),
-            attention_scores={
-                key: AttentionScore(module, self._named(dim), by_size or self._named(dim) in floats)
-                for key, (module, dim, by_size) in recorder.attention_scores.items()
-                if self._known(dim)
+            attention_scores=tuple(dict.fromkeys(self._score(s) for s in recorder.scales.scores if self._known(s.dim))),
+            scaled_dims={
+                source: tuple(self._named(dim) for dim in dims if self._known(dim))
+                for source, dims in recorder.scales.scaled_dims.items()
+                if isinstance(source, tuple)
             },
             norm_inputs=dict(flow.norm_inputs),
             weight_inputs=dict(flow.weight_inputs),
@@ -383,6 +385,17 @@ class _Builder:
                 for _, origin in self._attributes(expr.variables)
             ),
             output_shapes={name: tuple(map(int, tensor.shape)) for name, tensor in output.results.items()},
+        )
+
+    def _score(self, score: Score) -> AttentionScore:
+        scale: dict[Any, float] = {}
+        for source, power in self.formulas.resolve(score.scale).items():
+            if isinstance(source, Poly):
+                known = self._known(source)
+                source = self._named(source) if known else float(source.evaluate(self.run.facts.sizes))
+            scale[source] = scale.get(source, 0) + power
+        return AttentionScore(
+            score.module, self._named(score.dim), tuple(scale.items()), score.queries, score.softmaxed
         )
 
     def _known(self, poly: Poly) -> bool:
@@ -435,18 +448,6 @@ class _Builder:
         return {
             names[r.number]: events[min(bisect_right(times, r.order), len(events) - 1)][1] for r in rows if r.weight
         }
-
-
-def _kind_by_name(origins: list[Origin]) -> WidthKind:
-    names = [p.name.lower() for p in origins if p.kind == "attribute"]
-    by_name = any(n in _HEAD_DIM_ALONE or any(part in n for part in _HEAD_DIM) for n in names)
-    if by_name or any(p.path.endswith(_ROTARY) for p in origins):
-        return "head_dim"
-    if any(part in n for n in names for part in _HEADS):
-        return "heads"  # also where a parameter has one entry per head (a table of relative position biases)
-    if any(p.kind == "parameter" for p in origins):
-        return "width"
-    return "count"
 
 
 # --- sizes that a Hugging Face configuration can say ---

@@ -159,22 +159,42 @@ def _symbolic_sizes() -> AbstractContextManager[object]:
     return enable_python_dispatcher()
 
 
-@contextmanager
-def _sizes_as_floats() -> Iterator[None]:
-    """Let `math.sqrt(size)`, `float(size)` and `numpy.sqrt(size)` read a float, as `size ** 0.5` does.
+def _hash_of_size(size: Any) -> int:
+    """The hash of a symbolic size, as `facts.keys` says: None makes it unhashable, as in PyTorch."""
+    keys = size.node.facts.keys
+    if keys is None:
+        raise TypeError("unhashable type: a size of a tensor")
+    return hash(size.node.value if keys == "values" else size.node.expr)
 
-    Such a float is a scale, not the size of a tensor. Without `__float__` Python would call `__index__`, and the size
-    would look like one that must not change.
+
+@contextmanager
+def _sizes_as_numbers() -> Iterator[None]:
+    """What Python does with an int and PyTorch's SymInt lacks.
+
+    `math.sqrt(size)`, `float(size)` and `numpy.sqrt(size)` read a float, as `size ** 0.5` does. Such a float is a scale,
+    not the size of a tensor. Without `__float__` Python would call `__index__`, and the size would look like one that
+    must not change. Text of a size is its digits (`f"stage_{depth}"`), and a size can be a key of a dict.
     """
-    methods = {"__float__": lambda size: size.node.guard_float("", 0), "sqrt": lambda size: float(size) ** 0.5}
-    added = {name: method for name, method in methods.items() if name not in vars(torch.SymInt)}
-    for name, method in added.items():
+    methods = {
+        "__float__": lambda size: size.node.guard_float("", 0),
+        "sqrt": lambda size: torch.sym_float(size) ** 0.5,
+        "__divmod__": lambda size, other: (size // other, size % other),
+        "__rdivmod__": lambda size, other: (other // size, other % size),
+        "__str__": lambda size: str(size.node.value),
+        "__format__": lambda size, spec: format(size.node.value, spec),
+        "__hash__": _hash_of_size,
+    }
+    before = {name: vars(torch.SymInt).get(name) for name in methods}
+    for name, method in methods.items():
         setattr(torch.SymInt, name, method)
     try:
         yield
     finally:
-        for name in added:
-            delattr(torch.SymInt, name)
+        for name, method in before.items():
+            if method is None:
+                delattr(torch.SymInt, name)
+            else:
+                setattr(torch.SymInt, name, method)
 
 
 @contextmanager
@@ -191,7 +211,7 @@ def fake_mode(shape_env: Any) -> Iterator[FakeTensorMode]:
     try:
         mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True)
         mode.cache_enabled = False
-        with nullcontext() if substitute else _uncompiled(), _symbolic_sizes(), _sizes_as_floats(), mode:
+        with nullcontext() if substitute else _uncompiled(), _symbolic_sizes(), _sizes_as_numbers(), mode:
             yield mode
     finally:
         log.disabled = was_disabled

@@ -34,6 +34,7 @@ from .constants import Uses
 from .flow import PARAMETER_PREFIX, UNKNOWN, Flow, layer_of, set_summands, summands_of
 from .gradients import Backward, Node, differentiable, in_backward_pass, node_of, set_node
 from .ops import ALLOCATING, COPYING, MOVING, NO_GRADIENT, costs_no_macs, is_view
+from .scales import Scale, Scales, Score, scale_of
 from .symint import concrete, poly_of
 
 aten = torch.ops.aten
@@ -190,7 +191,6 @@ class Recorder(TorchDispatchMode):
         ] = {}  # weight key -> activation that reads its output, or a norm of it, directly
         self.contracted_dims: dict[str, list[Poly]] = {}  # module -> dims that its attention products sum over
         self.query_parts: dict[str, int | None] = {}  # weight key -> which part of its output is the query
-        self.attention_scores: dict[str, tuple[str, Poly, bool]] = {}  # weight key -> module, head dim, scaled by it?
         self.product_shapes: dict[str, tuple[Poly, ...]] = {}  # weight key -> shape of its last product
         self.computes_more: set[str] = set()  # paths of layers whose forward is not one product of their weight
         self.read = 0  # writer bits of the layers whose output another layer reads
@@ -198,6 +198,7 @@ class Recorder(TorchDispatchMode):
         self.flow = Flow()
         self.backward = Backward()
         self.uses = Uses()  # what is done with buffers and plain tensors
+        self.scales = Scales()
 
     def second_pass(self) -> Recorder:
         """A recorder for a second forward pass over the same parameters; what it counts is not used."""
@@ -387,13 +388,13 @@ class Recorder(TorchDispatchMode):
         macs: Poly,
         causal: tuple[int, int] | None = None,
         *,
-        by_size: bool = False,
         stored: bool = True,
+        scale: Scale | None = None,
     ) -> None:
         """Count a product of two activations, `a` [..., m, k] with `b` [..., n, k] or [..., k, n]; `part`: qk, av or matmul.
 
-        Not `stored` is the score matrix of a fused attention; then `out` is what follows from it, the attention's result.
-        `by_size`: see `AttentionScore`.
+        Not `stored` is the score matrix of a fused attention, which is multiplied with `scale`; then `out` is what follows
+        from it, the attention's result.
         """
         op = self._op(self.stack[-1], part, None, Poly(), Poly(), (), None)
         op.macs += macs
@@ -411,8 +412,11 @@ class Recorder(TorchDispatchMode):
             if producer in self.ops:
                 self.ops[producer].projection = True
         if part == "qk":
-            self.contracted_dims.setdefault(self.stack[-1], []).append(poly_of(a.shape[-1]))
-            self._note_query(producers_of(a), producers_of(b), poly_of(a.shape[-1]), by_size)
+            dim = poly_of(a.shape[-1])
+            self.contracted_dims.setdefault(self.stack[-1], []).append(dim)
+            queries = tuple(self._query_weights(producers_of(a), producers_of(b)))
+            score = Score(self.stack[-1], dim, queries, softmaxed=not stored)
+            self.scales.note_score(score, a, b, out if stored else None, scale or {})
         for tensor in (a, b):
             for dim in tensor.shape:
                 self.attention |= poly_of(dim).variables
@@ -422,16 +426,17 @@ class Recorder(TorchDispatchMode):
         owned = self.parameter_of(weight)
         if owned:
             self.query_parts[owned[0]] = part
-            self.attention_scores[owned[0]] = (self.stack[-1], head_dim, True)
+            score = Score(self.stack[-1], head_dim, (owned[0],), {head_dim: -0.5}, softmaxed=True)
+            self.scales.scores.append(score)
 
-    def _note_query(self, q: frozenset[Producer], k: frozenset[Producer], head_dim: Poly, by_size: bool) -> None:
-        """Find which weight makes the query, and which part of its output the query is where it makes the key too."""
+    def _query_weights(self, q: frozenset[Producer], k: frozenset[Producer]) -> Iterator[str]:
+        """The weights that make the query; `query_parts` gets which part of its output it is where one makes the key too."""
         keys = {producer for producer, _ in k}
         for producer, part in q:
             if producer in self.ops and producer[2] is not None and (producer not in keys or part is not None):
                 rows = self.ops[producer].start is not None and self.ops[producer].at  # equal parts; the query is one
                 self.query_parts[producer[2]] = rows[0] // rows[1] if rows else part if producer in keys else None
-                self.attention_scores[producer[2]] = (self.stack[-1], head_dim, by_size)
+                yield producer[2]
 
     def _op(
         self,
@@ -463,19 +468,21 @@ class Recorder(TorchDispatchMode):
         out: Tensor,
         causal: bool,
         *,
-        by_size: bool = False,
+        scale: Scale | None = None,
         batch: Sequence[Any] | None = None,
     ) -> None:
         """Count a fused attention softmax(q k^T) v: two products of batch x heads x T_q x T_k x head_dim MACs.
 
-        q [..., T_q, d], k [..., T_k, d], v [..., T_k, d_v], out [..., T_q, d_v]. `batch`: the leading sizes of the
-        scores where they are not those of q, as when one query is shared by all samples.
+        q [..., T_q, d], k [..., T_k, d], v [..., T_k, d_v], out [..., T_q, d_v]. `scale`: what multiplies the scores,
+        d ** -0.5 by default. `batch`: the leading sizes of the scores where they are not those of q, as when one query
+        is shared by all samples.
         """
         keys = poly_of(k.shape[-2])
         scores = numel(q.shape[:-2] if batch is None else batch) * poly_of(q.shape[-2]) * keys
         lengths = (int(q.shape[-2]), int(k.shape[-2])) if causal else None
-        pairs = scores * poly_of(q.shape[-1])
-        self.count_product("qk", q, k, out, pairs, lengths, by_size=by_size, stored=False)
+        dim = poly_of(q.shape[-1])
+        factor = {dim: -0.5} if scale is None else scale
+        self.count_product("qk", q, k, out, scores * dim, lengths, stored=False, scale=factor)
         self.count_product("av", q, v, out, numel(out.shape) * keys, lengths)
 
     # --- which layers wrote a tensor ---
@@ -532,6 +539,7 @@ class Recorder(TorchDispatchMode):
             if packet not in ALLOCATING:
                 moves = packet in MOVING or is_view(func)
                 self.uses.follow(tensors, tree_leaves(out), of_layer=FROM_LAYER, linear=moves)
+            self.scales.propagate(func, tensors, out)
         else:
             count(self, args, kwargs, out)
             self.flow.note_read(tensors)
@@ -661,7 +669,8 @@ def _fused_attention(rec: Recorder, args: Sequence[Any], kwargs: dict[str, Any],
     q, k, v = args[:3]
     result = out[0] if isinstance(out, (tuple, list)) else out
     causal = bool(kwargs.get("is_causal", any(a is True for a in args[3:])))
-    rec.count_attention(q, k, v, result, causal, by_size=kwargs.get("scale") is None)
+    scale = kwargs.get("scale")
+    rec.count_attention(q, k, v, result, causal, scale=None if scale is None else scale_of(scale))
 
 
 def _product(rec: Recorder, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> None:

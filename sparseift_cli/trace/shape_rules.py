@@ -43,6 +43,7 @@ from .record import (
     producers_of,
     set_zeros_of,
 )
+from .scales import mark_number, scale_of
 from .symint import Facts, poly_of
 
 Rule = Callable[..., Any]  # (rules, *arguments of the function) -> its result, or NotImplemented
@@ -303,7 +304,8 @@ def _attention(
                 rules.require_equal(have, want)
     shape = (*_broadcast(rules, scores, values), query.shape[-2], value.shape[-1])
     out = rules.new_output(query, shape, key, value, attn_mask, counted=True)
-    rules.recorder.count_attention(query, key, value, out, is_causal, by_size=scale is None, batch=scores)
+    factor = None if scale is None else scale_of(scale)
+    rules.recorder.count_attention(query, key, value, out, is_causal, scale=factor, batch=scores)
     return out
 
 
@@ -417,6 +419,7 @@ def _baddbmm(rules: ShapeRules, input: Tensor, batch1: Tensor, batch2: Tensor, *
         if not (isinstance(have, int) and have == 1):
             rules.require_equal(have, want)
     set_node(out, rules.recorder.backward.node_from((out, input)))
+    rules.recorder.scales.multiply(out, out, scales.get("alpha", 1), 1)
     return annotate(out, flags_of(out) | flags_of(input), producers_of(out))
 
 
@@ -434,6 +437,39 @@ def _bilinear(rules: ShapeRules, input1: Tensor, input2: Tensor, weight: Tensor,
     out = rules.new_output(input1, (*input1.shape[:-1], weight.shape[0]), input2, weight, bias, counted=True)
     bilinear(rules.recorder, input1, input2, weight, out, weight.shape)
     return out
+
+
+def _scaling(op: Callable[..., Any], power: int) -> Rule:
+    """x * number, or x / number: PyTorch runs it, and the scale of the result is noted (see `scales`)."""
+
+    def rule(rules: ShapeRules, input: Any, other: Any = 1, **options: Any) -> Any:
+        out = op(input, other, **options)
+        tensor, number = (other, input) if power > 0 and _is_number(input) else (input, other)
+        return rules.recorder.scales.multiply(tensor, out, number, power) if _is_number(number) else out
+
+    return rule
+
+
+def _is_number(value: Any) -> bool:
+    return not isinstance(value, Tensor) or value.dim() == 0 or (value.dim() == 1 and _is_one(value.shape[0]))
+
+
+def _spaced(rules: ShapeRules, start: Any, end: Any, steps: Any, *_: Any, **options: Any) -> Any:
+    """torch.linspace: its shape function reads the number of steps as a plain number."""
+    if not isinstance(steps, torch.SymInt):
+        return NotImplemented
+    dtype = options.get("dtype") or torch.get_default_dtype()
+    return torch.empty(steps, dtype=dtype, device=options.get("device") or "cpu")
+
+
+def _number(op: Callable[..., Any], at: int) -> Rule:
+    """A tensor made of one number, which is argument `at`: what the number is made of stays known."""
+
+    def rule(rules: ShapeRules, *args: Any, **options: Any) -> Any:
+        value = args[at] if len(args) > at else options.get("fill_value", options.get("data"))
+        return mark_number(op(*args, **options), value)
+
+    return rule
 
 
 def _pad(rules: ShapeRules, input: Tensor, pad: Sequence[Any], mode: str = "constant", value: Any = None) -> Any:
@@ -644,6 +680,13 @@ _RULES: dict[Any, Rule] = {
     Tensor.relu_: _activation_in_place("relu", Tensor.relu_),
     **{getattr(F, f"{n}_"): _activation_in_place(n, getattr(F, f"{n}_")) for n in _IN_PLACE},
     F.ctc_loss: _ctc_loss,
+    **{op: _scaling(op, 1) for op in (Tensor.mul, Tensor.mul_, torch.mul, Tensor.multiply, torch.multiply)},
+    **{op: _scaling(op, -1) for op in (Tensor.div, Tensor.div_, torch.div, Tensor.true_divide, torch.true_divide)},
+    **{op: _number(op, 0) for op in (torch.tensor, torch.as_tensor, torch.scalar_tensor)},
+    **{op: _number(op, 1) for op in (torch.full, torch.full_like, Tensor.new_tensor)},
+    Tensor.new_full: _number(Tensor.new_full, 2),
+    torch.linspace: _spaced,
+    torch.logspace: _spaced,
     F.pad: _pad,
     F.interpolate: _interpolate,
     Tensor.__getitem__: _getitem,

@@ -27,14 +27,16 @@ class DimLayout:
 class AttentionScore:
     """The product q k^T of an attention: the module that computes it and the dim that it sums over (head_dim).
 
-    `by_size`: the forward pass itself scales the product by the size of that dim (the default of
-    F.scaled_dot_product_attention, head_dim ** -0.5). Otherwise the scale is a number that a module stores, which does
-    not change when the dim grows.
+    `scale` is what multiplies the product, or the query or the key before it, up to the softmax: (source, power) of each
+    number. A source is a size of the model, a float attribute (path of its owner, name), or a number of the code.
+    `queries` are the keys of the weights that make the query. `softmaxed`: a softmax is known to read the product.
     """
 
     module: str
     dim: Poly
-    by_size: bool
+    scale: tuple[tuple[Poly | tuple[str, str] | float, float], ...]
+    queries: tuple[str, ...]
+    softmaxed: bool
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,10 @@ class Structure:
     """Module -> the dims that its attention products sum over (head_dim)."""
     query_parts: Mapping[str, int | None] = field(default_factory=dict)
     """Key of a weight that makes queries -> which part of its output they are (0 in a fused QKV); None: all of it."""
-    attention_scores: Mapping[str, AttentionScore] = field(default_factory=dict)
-    """Key of a weight that makes queries -> the product that the query is used in."""
+    attention_scores: tuple[AttentionScore, ...] = ()
+    """The score products of all attentions."""
+    scaled_dims: Mapping[tuple[str, str], tuple[Poly, ...]] = field(default_factory=dict)
+    """(owner, name) of a float attribute, or a buffer of one element -> the dims of the tensors that it multiplies."""
     norm_inputs: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """Path of a norm over channels -> the summands of what it reads (see `flow`)."""
     weight_inputs: Mapping[str, frozenset[str]] = field(default_factory=dict)

@@ -1,7 +1,7 @@
 """One forward pass of a model with symbolic sizes: replace its parameters and ints, run it, restore it.
 
 Every parameter and buffer becomes a fake tensor whose dims are symbolic ints, each with a variable of its own; every
-int or tuple of ints among the attributes of a module (`num_heads`, `head_dim`, `normalized_shape`) becomes symbolic
+int or tuple of ints among the attributes of a module (`num_heads`, `head_dim`, `normalized_shape`) is symbolic
 too, because the forward pass computes shapes from it. Sizes that describe space or count things and not widths (kernel,
 stride, window, number of layers) stay plain numbers: see NOT_WIDTHS. The forward pass is the model's own, unmodified,
 in eval mode. Which variables must be equal follows from what the pass does with them.
@@ -12,12 +12,14 @@ train mode only, and their weights read the same widths. Only its facts about wi
 
 from __future__ import annotations
 
+import math
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,56 +35,21 @@ from .flow import is_layer_norm
 from .gradients import following_functions, tensors_in
 from .hooks import without_watching_hooks
 from .record import FROM_INPUT, Recorder, annotate
+from .scales import TracedFloat, mark_number
 from .shape_rules import ShapeRules
 from .symint import Facts, poly_of
 
-# Attributes that are no widths, or that repeat the shape of a parameter (in_features): forward passes do not read
-# those.
-NOT_WIDTHS = frozenset(
-    [
-        "training",
-        "padding_idx",
-        "in_features",
-        "out_features",
-        "in_channels",
-        "out_channels",
-        "num_embeddings",
-        "embedding_dim",
-        "nx",
-        "kernel_size",
-        "stride",
-        "padding",
-        "dilation",
-        "output_padding",
-        "_reversed_padding_repeated_twice",
-        "output_size",
-        "shift_size",
-        "window_size",
-        "image_size",
-        "patch_size",
-        "num_layers",
-        "num_hidden_layers",
-        "layer_idx",
-        "grid_size",
-        "n_partitions",
-        "max_seq_len",
-        "partition_size",
-        "p",
-        "upscale_factor",
-        "downscale_factor",
-        "scale_factor",
-        "max_positions",
-        "num_layers",
-        "vocab_size",
-        "num_classes",
-        "num_experts",
-        "num_local_experts",
-        "n_routed_experts",
-        "num_experts_per_tok",
-        "top_k",
-        "_version",
-    ]
-)
+# Attributes that stay plain numbers at first, because a run with fewer symbolic sizes is faster and fails less often. Names
+# decide nothing: where a dim of a parameter has to be equal to one of these, it is symbolic in a second run (`plain_widths`).
+_NAMES = """
+    in_features out_features in_channels out_channels embedding_dim nx
+    kernel_size stride padding dilation output_padding _reversed_padding_repeated_twice output_size upscale_factor
+    downscale_factor scale_factor shift_size window_size image_size patch_size grid_size partition_size n_partitions
+    vocab_size num_embeddings padding_idx max_positions max_seq_len num_classes
+    num_layers num_hidden_layers layer_idx p top_k num_experts num_local_experts n_routed_experts num_experts_per_tok
+    _version
+"""  # a layer's copies of its weight's shape; space; tokens and other values; how often something is done
+NOT_WIDTHS = frozenset(_NAMES.split())
 
 
 _ACTIVATIONS = ("relu", "gelu", "silu", "swish", "mish", "elu", "activation")
@@ -113,6 +80,26 @@ class Origin:
         return self.path.rpartition(".")[2]
 
 
+@dataclass(frozen=True)
+class Way:
+    """Which numbers of a model are symbolic in a run. Models differ in what they accept, so `build` tries several ways.
+
+    Args:
+        symbolic: False keeps all sizes plain numbers. The count is the same, the widths stay unknown.
+        configs: False keeps the ints in configuration objects plain: some objects check the type of what is assigned.
+        tensors: False leaves tensors that are plain attributes as they are: some code reads their values.
+        keys: what a size is as a key of a dict, in a set or a cached function: None, nothing; "sizes", equal to sizes that
+            follow from the widths in the same way; "values", equal to every size and int of its value, which ties them.
+        also: (path of the owner, name) of ints to make symbolic although they are in NOT_WIDTHS.
+    """
+
+    symbolic: bool = True
+    configs: bool = True
+    tensors: bool = True
+    keys: Literal["sizes", "values"] | None = None
+    also: frozenset[tuple[str, str]] = frozenset()
+
+
 @dataclass
 class SymbolicRun:
     """What one run recorded. `outputs` has the output of each pass: one, or two with the second in train mode."""
@@ -122,36 +109,45 @@ class SymbolicRun:
     origins: dict[int, list[Origin]] = field(default_factory=dict)  # variable -> what it was made for
     shapes: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # key of a parameter or buffer -> symbolic shape
     outputs: list[Any] = field(default_factory=list)
+    plain: dict[tuple[str, str], int] = field(default_factory=dict)  # (path of the owner, name) -> int left out by name
+
+    def plain_widths(self) -> frozenset[tuple[str, str]]:
+        """Ints that were left out by their names, and whose value is what a dim of a parameter had to be equal to."""
+        constants = {
+            -e.terms[0][1]
+            for e in self.facts.equations
+            if [len(m) for m, _ in e.terms] == [0, 1]
+            and abs(e.terms[1][1]) == 1
+            and any(p.kind == "parameter" for p in self.origins.get(e.terms[1][0][0], ()))
+        }
+        return frozenset(key for key, value in self.plain.items() if value in constants)
 
 
 def run_symbolically(
     model: nn.Module,
     inputs: tuple[Any, ...],
     kwargs: Mapping[str, Any] | None = None,
-    *,
-    symbolic: bool = True,
-    configs: bool = True,
-    tensors: bool = True,
+    way: Way | None = None,
 ) -> SymbolicRun:
     """Run `model(*inputs, **kwargs)` on fake tensors, in eval mode; then in train mode if modules were not reached.
 
     Args:
         inputs, kwargs: tensors of any shape, real or meta: only their shapes and dtypes are used.
-        symbolic: False keeps all sizes plain numbers. The count is the same, the widths stay unknown.
-        configs: False keeps the ints in configuration objects plain: some objects check the type of what is assigned.
-        tensors: False leaves tensors that are plain attributes as they are: some code reads their values.
+        way: which numbers are symbolic.
 
     Raises:
         Exception: whatever the forward pass raises on these inputs, or on symbolic sizes.
     """
-    facts = Facts()
+    facts, way = Facts(), way or Way()
+    facts.keys = way.keys
     run = SymbolicRun(facts, Recorder())
     training = [m for m in model.modules() if m.training]
     try:
         with (
             _restoring_module_state(model),
+            _forgetting_cached_results(model),
             fake_mode(facts),
-            _substituted(model, _Substitutes(run, symbolic, configs, tensors and symbolic)),
+            _substituted(model, _Substitutes(run, way)),
         ):
             set_training(model, False)
             _forward(model, inputs, kwargs or {}, run, run.recorder)
@@ -160,6 +156,7 @@ def run_symbolically(
                     set_training(model, True)
                     _forward(model, inputs, kwargs or {}, run, run.recorder.second_pass())
     finally:
+        facts.closed = True
         set_training(model, False)
         for module in training:
             module.training = True
@@ -238,14 +235,27 @@ def _restoring_module_state(model: nn.Module) -> Iterator[None]:
             held.extend(kept) if isinstance(held, list) else held.update(kept)
 
 
+@contextmanager
+def _forgetting_cached_results(model: nn.Module) -> Iterator[None]:
+    """Empty the caches of `lru_cache` that the run wrote: a later forward pass would be given fake tensors."""
+    homes = {id(home): home for cls in {type(m) for m in model.modules()} if (home := sys.modules.get(cls.__module__))}
+    functions = [value for home in homes.values() for value in vars(home).values() if hasattr(value, "cache_clear")]
+    before = [f.cache_info().misses for f in functions]
+    try:
+        yield
+    finally:
+        for function, misses in zip(functions, before, strict=True):
+            if function.cache_info().misses != misses:
+                function.cache_clear()
+
+
 class _Substitutes:
     """Puts fake tensors and symbolic ints in place of parameters, buffers and ints; `restore` undoes it."""
 
-    def __init__(self, run: SymbolicRun, symbolic: bool, configs: bool, tensors: bool) -> None:
+    def __init__(self, run: SymbolicRun, way: Way) -> None:
         self.run = run
-        self.symbolic = symbolic
-        self.tensors = tensors
-        self.with_configs = configs
+        self.way = way
+        self.symbolic = way.symbolic
         self.undo: list[tuple[dict[str, Any], str, Any]] = []  # (dict, key, original value)
         self.fakes: dict[int, Tensor] = {}  # id of a tensor -> its fake one: tied parameters stay tied
         self.configs: set[int] = set()  # ids of the configuration objects that are done
@@ -272,7 +282,7 @@ class _Substitutes:
                 self.run.recorder.register_parameter(prefix + key, fake, tensor.requires_grad)
                 self.run.shapes[prefix + key] = tuple(fake.shape)
                 self._replace(store, key, fake)
-        for key, tensor in list(plain_tensors(module)) if self.tensors else ():
+        for key, tensor in list(plain_tensors(module)) if self.way.tensors and self.symbolic else ():
             if id(tensor) not in self.fakes:
                 self.fakes[id(tensor)] = _fake(tensor, "tensor", prefix + key, module, self.run, self.symbolic)
             self._constant(prefix + key, self.fakes[id(tensor)], module.__dict__, key)
@@ -285,6 +295,9 @@ class _Substitutes:
         """Put the fake tensor of a buffer or plain tensor in its place, and follow what the forward pass does with it."""
         if not is_statistic(path):
             self.run.recorder.register_constant(path, fake)
+            if self.symbolic and fake.numel() == 1:
+                owner, _, name = path.rpartition(".")
+                mark_number(fake, {(owner, name): 1})
         self.run.shapes[path] = tuple(fake.shape)
         self._replace(store, key, fake)
 
@@ -299,16 +312,21 @@ class _Substitutes:
             self.run.facts.equal(outputs, entries)
 
     def for_numbers(self, module: nn.Module, prefix: str) -> None:
-        """Replace the ints of a module, and those of a configuration object that it holds (once for all its holders)."""
-        self._numbers(prefix, module.__dict__)
+        """Replace the numbers of a module, and those of a configuration object that it holds (once for all its holders)."""
+        self._numbers(prefix, module.__dict__, of_layer=_is_layer_of_torch(module))
         for key, config in list(module.__dict__.items()):
-            if self.with_configs and is_config(config) and id(config) not in self.configs:
+            if self.way.configs and is_config(config) and id(config) not in self.configs:
                 self.configs.add(id(config))
                 self._numbers(f"{prefix}{key}.", config.__dict__)
 
-    def _numbers(self, prefix: str, store: dict[str, Any]) -> None:
+    def _numbers(self, prefix: str, store: dict[str, Any], *, of_layer: bool = False) -> None:
         for key, indices in _int_attributes(store):
             value = store[key]
+            where = prefix.removesuffix("."), key
+            if key in NOT_WIDTHS and where not in self.way.also:
+                if type(value) is int and not of_layer:
+                    self.run.plain[where] = value
+                continue
             if not indices:
                 self._replace(store, key, _variable(self.run, Origin("attribute", prefix + key, None, value)))
             else:
@@ -317,6 +335,9 @@ class _Substitutes:
                     for i, v in enumerate(cast(Any, value))
                 ]
                 self._replace(store, key, items if isinstance(value, list) else tuple(items))
+        for key, value in list(store.items()):
+            if type(value) is float and value > 0 and value != 1 and math.isfinite(value):
+                self._replace(store, key, TracedFloat(value, {(prefix.removesuffix("."), key): 1}, self.run.facts))
 
     def _replace(self, store: dict[str, Any], key: str, value: Any) -> None:
         self.undo.append((store, key, store[key]))
@@ -342,6 +363,12 @@ def _fake(tensor: Tensor, kind: str, path: str, module: nn.Module, run: Symbolic
     return torch.empty(shape, dtype=tensor.dtype, device="cpu")
 
 
+def _is_layer_of_torch(module: nn.Module) -> bool:
+    """Whether a module is, or extends, a layer of torch.nn: its attributes repeat the shape of its weight."""
+    own = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    return any(cls.__module__.startswith("torch.nn.modules.") and cls not in own for cls in type(module).__mro__)
+
+
 def is_config(value: Any) -> bool:
     """Whether `value` is a configuration object that modules read sizes from in forward, as Hugging Face's."""
     return any(base.__name__ in ("PretrainedConfig", "PreTrainedConfig") for base in type(value).__mro__)
@@ -359,8 +386,6 @@ def _int_attributes(attributes: Mapping[str, Any]) -> Iterator[tuple[str, set[in
     A 1 is no width: it means "not split" or "no groups", and stays 1 when the model is widened.
     """
     for key, value in list(attributes.items()):
-        if key in NOT_WIDTHS:
-            continue
         if type(value) is int:
             if value > 1:
                 yield key, set()

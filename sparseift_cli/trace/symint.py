@@ -38,6 +38,7 @@ import torch
 from torch.fx.experimental.sym_node import SymNode
 
 from ..table.poly import Poly
+from .scales import TracedFloat
 
 _Layout = tuple[Literal["product", "sum"], tuple[Poly, ...]]  # see `structure.DimLayout`
 
@@ -62,6 +63,9 @@ class Facts:
         self.layouts: dict[Poly, _Layout] = {}  # dim -> the most telling way in which it was seen to be made of others
         self.all_layouts: dict[Poly, dict[_Layout, None]] = {}  # dim -> all ways that were seen
         self.floats: dict[Poly, None] = {}  # sizes that a float was computed from, as head_dim ** -0.5
+        self.plain_floats: dict[Poly, None] = {}  # those of them that Python read as a plain float, as math.sqrt does
+        self.keys: Literal["sizes", "values"] | None = None  # what a size is as a key of a dict; None: it cannot be one
+        self.closed = False  # the run is over: in a cache that outlives it, a size equals nothing
         self.fake_tensor_cache = {}
 
     def new_variable(self, size: int) -> Poly:
@@ -168,7 +172,7 @@ def _record_equalities(facts: Facts, node: WidthNode, holds: bool) -> None:
 
 
 class WidthNode(SymNode):
-    """A symbolic int (`expr` is a Poly), bool (`expr` is a _Condition) or float (a plain number: floats carry no widths).
+    """A symbolic int (`expr` is a Poly), bool (`expr` is a _Condition) or float (a number: see `scales.TracedFloat`).
 
     `value` is its value in this run; `constant` the same where it depends on no variable. The names of the methods are
     PyTorch's.
@@ -257,13 +261,16 @@ class WidthNode(SymNode):
         return self.guard_int()
 
     def guard_float(self, file: Any = "", line: int = 0) -> float:
-        return self._as_float()
+        if self.pytype is int and self.constant is None:
+            self.facts.plain_floats.setdefault(self._expr)
+        return float(self._as_float())
 
     def _as_float(self) -> float:
         # A float of a size is a scale (head_dim ** -0.5): not frozen, but noted, as the scale changes with the size.
-        if self.pytype is int and self.constant is None:
-            self.facts.floats.setdefault(self._expr)
-        return float(self.value)
+        if self.pytype is not int or self.constant is not None:
+            return self.value
+        self.facts.floats.setdefault(self._expr)
+        return TracedFloat(float(self.value), {self._expr: 1}, self.facts)
 
     # --- arithmetic ---
 
@@ -361,7 +368,7 @@ class WidthNode(SymNode):
     # --- comparison: only an equality is a fact about widths ---
 
     def eq(self, other: Any) -> WidthNode:
-        same = self.value == other.value
+        same = self.value == other.value and not self.facts.closed
         if self._has_non_int(other) or (self._expr - other.expr).is_constant:
             return self.wrap_bool(same)
         return WidthNode(_Condition("eq", self._expr, other.expr), self.facts, bool, same)

@@ -8,7 +8,8 @@ widths are never compared directly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 
 from ..table.poly import Poly
 
@@ -20,10 +21,16 @@ class UnionFind:
     >>> variables = UnionFind(4, [v2 - v0 - v1, v3 - v0 - v1])
     >>> variables.groups(), variables.equations
     ({0: [0], 1: [1], 2: [2, 3]}, [-1*w0 + -1*w1 + w2])
+
+    Args:
+        variables: how many there are.
+        equations: polynomials that are 0.
+        constants: variable -> its size, of those that cannot change; where one is a factor of a product, it is put in.
     """
 
-    def __init__(self, variables: int, equations: Iterable[Poly]) -> None:
+    def __init__(self, variables: int, equations: Iterable[Poly], constants: Mapping[int, int] | None = None) -> None:
         self.parent = list(range(variables))
+        self.constants = constants or {}
         self.equations = self._merge_all(equations)
 
     def find(self, v: int) -> int:
@@ -58,7 +65,9 @@ class UnionFind:
             else:
                 left.append(equation)
         while True:
-            renamed = dict.fromkeys(e.rename(LazyRenaming(self.find)).primitive() for e in left)
+            constants = {self.find(v): size for v, size in self.constants.items()}
+            names = LazyRenaming(self.find)
+            renamed = dict.fromkeys(_with_constants(e.rename(names), constants).primitive() for e in left)
             left, merged, first_equal = [], False, {}
             for equation in renamed:
                 pair = _equal_pair(equation)
@@ -90,6 +99,18 @@ class LazyRenaming(dict[int, int]):
     def __missing__(self, v: int) -> int:
         self[v] = self.find(v)
         return self[v]
+
+
+def _with_constants(equation: Poly, constants: Mapping[int, int]) -> Poly:
+    """The equation with the sizes of constant factors in its products: the two halves of a split are w0 == 2 * w1."""
+    if not any(len(m) > 1 and not constants.keys().isdisjoint(m) for m, _ in equation.terms):
+        return equation
+    total = Poly()
+    for monomial, coefficient in equation.terms:
+        rest = tuple(v for v in monomial if len(monomial) == 1 or v not in constants)
+        known = math.prod(constants[v] for v in monomial if v not in rest)
+        total = total + Poly([(rest, coefficient * known)])
+    return total
 
 
 def _equal_pair(equation: Poly) -> tuple[int, int] | None:

@@ -95,6 +95,24 @@ class Masked:
         return tensor if self.rows is None else tensor[slice(*self.rows)]
 
 
+def owner_at(root: Any, path: str) -> Any:
+    """The module, the configuration object, or the dict in one, at `path` below `root`.
+
+    Raises:
+        AttributeError, KeyError: there is none.
+    """
+    for name in path.split(".") if path else ():
+        root = root[name] if isinstance(root, dict) else getattr(root, name)
+    return root
+
+
+def number_at(root: Any, path: str, name: str) -> float | int:
+    """The number that the owner at `path` below `root` keeps as an attribute, or as a buffer of one element."""
+    owner = owner_at(root, path)
+    value = owner[name] if isinstance(owner, dict) else getattr(owner, name)
+    return value if isinstance(value, (int, float)) else float(value)
+
+
 @dataclass(frozen=True)
 class Surgery:
     """All edits that turn the dense module into the planned one. Values of weights and masks are not part of it."""

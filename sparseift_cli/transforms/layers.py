@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import skip_init
 
 from ..mask.attached import is_transposed
-from .edits import SetAttribute
+from .edits import SetAttribute, owner_at
 
 _CONVS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 _BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
@@ -167,14 +167,14 @@ def set_attribute(root: nn.Module, edit: SetAttribute) -> None:
     Raises:
         AttributeError, KeyError, IndexError: `root` has no such thing.
     """
-    owner: Any = root
-    for part in edit.owner.split(".") if edit.owner else ():
-        owner = owner[part] if isinstance(owner, dict) else getattr(owner, part)
+    owner = owner_at(root, edit.owner)
     values: dict[str, Any] = owner if isinstance(owner, dict) else owner.__dict__
     if isinstance(owner, nn.Module) and edit.name in owner._buffers:
         buffer = owner._buffers[edit.name]
         assert buffer is not None
         owner._buffers[edit.name] = torch.full_like(buffer, edit.value)
+    elif isinstance(values[edit.name], Tensor):
+        values[edit.name] = torch.full_like(values[edit.name], edit.value)
     elif edit.index is None:
         values[edit.name] = edit.value
     else:

@@ -30,6 +30,7 @@ from .compare import SAME, first_difference, lost_by_configuration, measure_devi
 from .edits import Surgery
 from .initialise import Init, initialise, preserve
 from .masking import count_unconnected, draw_masks, parts_of_masks
+from .members import torch_half
 from .preserve import Preserved
 from .surgery import apply_surgery, repeated_tables, surgery_for
 
@@ -106,8 +107,8 @@ class Transformation:
     deviation: float | None = None
     """Start preserve: the largest difference to the dense model's output, relative to its largest value."""
     notes: tuple[str, ...] = ()
-    """Sentences on what is not exact (start preserve), on tables that no formula makes larger, and on what `save_pretrained`
-    would lose."""
+    """Sentences on what is not exact (start preserve), on tables and scales that do not follow the new widths, and on what
+    `save_pretrained` would lose."""
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     """Start preserve: resized buffers that are not in the state dict and that surgery would set otherwise (frequencies)."""
     source: Mapping[str, Any] | None = field(default=None)
@@ -244,13 +245,14 @@ def _require_dense(model: nn.Module, name: str, *, preserve: bool) -> None:
 def _start(
     new: nn.Module, dense: nn.Module, plan: Plan, surgery: Surgery, structure: Structure, options: Options
 ) -> Preserved:
-    """Set the weights of `new` and choose its masks. A fresh start has masks, and notes on tables alone."""
+    """Set the weights of `new` and choose its masks. A fresh start has masks and notes alone."""
     initialise(new, dense, surgery, seed=options.seed, init=options.init)
     if options.start == "preserve":
         return preserve(new, dense, plan, surgery, structure, seed=options.seed, slack=options.preserve_slack)
     scores = _scores(new, surgery, options)
     masks = draw_masks(new, plan, surgery, seed=options.seed, connect=options.connect, scores=scores)
-    return Preserved(masks, tuple(repeated_tables(dense, surgery)))
+    notes = torch_half(plan.member).notes(plan, structure, dense, surgery)
+    return Preserved(masks, (*repeated_tables(dense, surgery), *notes))
 
 
 def _with_deviation(

@@ -29,7 +29,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         both, value, out = (self.get_submodule(name) for name in self.names)
         q, k = both(x).chunk(2, -1)
-        return x + out((q @ k.transpose(-2, -1) / 4).softmax(-1) @ value(x))
+        return x + out((q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1) @ value(x))
 
 
 class Model(nn.Module):

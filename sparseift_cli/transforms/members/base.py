@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -48,6 +48,10 @@ class TorchHalf(ABC):
     @abstractmethod
     def surgery(self, plan: Plan, structure: Structure, model: nn.Module) -> Surgery:
         """Every edit that makes `model`, which `structure` was traced from, the network that `plan` describes."""
+
+    def notes(self, plan: Plan, structure: Structure, model: nn.Module, surgery: Surgery) -> Iterator[str]:
+        """What a user should know of a network with new weights: a sentence each."""
+        yield from ()
 
     @abstractmethod
     def preserve(self, start: DenseStart) -> Preserved:

@@ -13,20 +13,20 @@ from typing import Any
 
 from torch import nn
 
+from ...base.text import some_of
 from ...errors import UsageError
 from ...mask.attached import is_transposed
 from ...plan.plan import Plan
 from ...table.poly import Poly
 from ...table.table import Layer
 from ...trace.constants import is_statistic, named_constants
-from ...trace.structure import Structure
+from ...trace.structure import AttentionScore, Structure
 from ...trace.symbolise import NOT_WIDTHS, is_config
-from ..edits import Masked, Resize, SetAttribute, Surgery
+from ..edits import Masked, Resize, SetAttribute, Surgery, number_at
 from ..preserve import DenseStart, Preserved
 from ..preserve.wide import fill_wide, keep_largest
 from .base import TorchHalf
 
-_SCALES = ("scal", "norm_factor", "temperature", "inv_")
 _STREAM = ("hidden_size", "n_embd", "d_model", "model_dim", "embed_dim", "hidden_dim", "word_embed_proj_dim")
 _HEAD_DIM = ("head_dim", "d_kv", "kv_channels", "attention_head_size", "head_size")
 _COUNTS = (
@@ -57,6 +57,29 @@ class SparseWide(TorchHalf):
             attributes=tuple(_attributes(plan, structure, model)),
             masked=tuple(_masked(plan, structure, model)),
         )
+
+    def notes(self, plan: Plan, structure: Structure, model: nn.Module, surgery: Surgery) -> Iterator[str]:
+        """Attention scores with a scale that does not follow the head dim: their softmax gets sharper."""
+        edited = {(edit.owner, edit.name) for edit in surgery.attributes}
+        sharper: dict[tuple[str, int, int], dict[str, None]] = {}
+        for score in structure.attention_scores:
+            old, new = score.dim.evaluate(plan.table.sizes), score.dim.evaluate(plan.sizes)
+            follows = any(
+                source.evaluate(plan.sizes) != source.evaluate(plan.table.sizes)
+                if isinstance(source, Poly)
+                else source in edited
+                for source, _ in score.scale
+            )
+            if old != new and score.softmaxed and score.scale and not follows:
+                sharper.setdefault((_words(score, plan, model), old, new), {})[score.module or "the model itself"] = (
+                    None
+                )
+        for (scale, old, new), modules in sharper.items():
+            yield (
+                f"attention scores are scaled by {scale}, which does not follow the head dim ({old} -> {new}): with "
+                f"new weights their softmax starts up to {math.sqrt(new / old):.2f} times sharper, in {some_of(modules, 3)}. "
+                "Scale by q.shape[-1] ** -0.5, or by an attribute of that value"
+            )
 
     def preserve(self, start: DenseStart) -> Preserved:
         """The dense weights at the dense coordinates; with scope none, which has no others, the largest of them.
@@ -141,43 +164,45 @@ def _attributes(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[
     yield from _untied(plan, structure, model)
 
 
+def _words(score: AttentionScore, plan: Plan, model: nn.Module) -> str:
+    """The scale of a score that follows no width: the attributes in it by name, or the number that the code has."""
+    names = [source for source, _ in score.scale if isinstance(source, tuple)]
+    if names:
+        return ", ".join(f"{name} = {number_at(model, owner, name):.4g}" for owner, name in names)
+    sizes = {source: source.evaluate(plan.table.sizes) for source, _ in score.scale if isinstance(source, Poly)}
+    numbers = [(sizes.get(source, source), power) for source, power in score.scale]
+    return f"{math.prod(number**power for number, power in numbers):.4g}"
+
+
 def _scales(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[SetAttribute]:
-    """Floats that equal a width to the power of 1/2 or -1/2, as attention scales do. They appear in no shape."""
-    for path, module in model.named_modules():
-        floats = {k: v for k, v in _floats(module).items() if any(part in k.lower() for part in _SCALES)}
-        if not floats:
-            continue
-        for old, new in _sizes_around(path, plan, structure):
-            for name, value in list(floats.items()):
-                for power in (-0.5, 0.5):
-                    if old != new and math.isclose(value, old**power, rel_tol=1e-5):
-                        yield SetAttribute(path, name, new**power)
-                        floats.pop(name)
-                        break
+    """Floats that a forward multiplies with and that are a power of a width, as attention scales. They appear in no shape.
+
+    Which width: of what the number multiplies. For an attention score that is the dim that the product sums over
+    (head_dim), else a dim of the projections that make the query; for any other tensor one of its own dims.
+    """
+    summed: dict[tuple[str, str], dict[Poly, None]] = {}
+    for score in structure.attention_scores:
+        around = [d for key in score.queries for d in structure.shapes[key]]
+        for source, _ in score.scale:
+            if isinstance(source, tuple):
+                summed.setdefault(source, {}).update(dict.fromkeys([score.dim, *around]))
+    for owner, name in structure.scaled_dims.keys() | summed.keys():
+        value = number_at(model, owner, name)
+        found = _power(value, summed.get((owner, name), ()), (-0.5, 0.5, -0.25, 0.25, -1, 1), plan)
+        if found is None:
+            found = _power(value, structure.scaled_dims.get((owner, name), ()), (-0.5, 0.5), plan)
+        if found is not None and found != value:
+            yield SetAttribute(owner, name, found)
 
 
-def _floats(module: nn.Module) -> dict[str, float]:
-    """Floats of a module: attributes, and buffers of one element (Gemma's embedding scale)."""
-    found = {k: v for k, v in module.__dict__.items() if type(v) is float}
-    for key, buffer in module._buffers.items():
-        if buffer is not None and buffer.numel() == 1 and buffer.is_floating_point() and not buffer.is_meta:
-            found[key] = float(buffer)
-    return found
-
-
-def _sizes_around(path: str, plan: Plan, structure: Structure) -> Iterator[tuple[int, int]]:
-    """(dense, new) of the widths that a module may scale by: dims that its attention sums over, its attributes, its shapes."""
-    below = f"{path}." if path else ""
-    contracted = [
-        d
-        for p, dims in structure.contracted_dims.items()
-        if p == path or p.startswith(below) or path.startswith(f"{p}.")
-        for d in dims
-    ]
-    numbers = [d for (owner, _, _), d in structure.attributes.items() if owner == path]
-    own = [d for key, dims in structure.shapes.items() if key.startswith(below) for d in dims]
-    for d in dict.fromkeys([*contracted, *numbers, *own]):
-        yield d.evaluate(plan.table.sizes), d.evaluate(plan.sizes)
+def _power(value: float, dims: Iterable[Poly], powers: Iterable[float], plan: Plan) -> float | None:
+    """The power of a new size, where `value` is that power of the dense size of the first such dim."""
+    for dim in dims:
+        old, new = dim.evaluate(plan.table.sizes), dim.evaluate(plan.sizes)
+        for power in powers:
+            if old > 1 and math.isclose(value, old**power, rel_tol=1e-5):
+                return value if old == new else new**power
+    return None
 
 
 def _untied(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[SetAttribute]:

@@ -6,15 +6,14 @@ instead, so the queries are multiplied by sqrt(d' / d). Rotary frequencies: `tra
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ...table.poly import Poly
 from ...trace.structure import AttentionScore, Structure
-from ..edits import SetAttribute, Surgery
+from ..edits import SetAttribute, Surgery, number_at
 from .coordinates import Coordinates, LayerWeight
 from .norms import WidenedNorm
 
@@ -42,23 +41,32 @@ def scale_queries(
     weights: Mapping[str, LayerWeight],
     norms: Sequence[WidenedNorm],
 ) -> tuple[list[str], set[SetAttribute]]:
-    """Multiply the query projections of `new` by sqrt(d' / d), in place.
+    """Multiply the query projections of `new` by what its scores are divided by more than before, in place: sqrt(d' / d).
 
     Where a norm follows the query projection (QK-norm), its gain and bias are multiplied instead.
 
     Returns:
-        A sentence for every attention where that is not possible, and the edits of `surgery` that set a module's own
-        scale to d' ** -0.5: these must stay, since the queries make up for them.
+        A sentence for every attention where that is not possible, and the edits of `surgery` that set a number which
+        scales the scores: these must stay, since the queries make up for them.
     """
     notes: list[str] = []
     compensated: set[SetAttribute] = set()
-    for key, score in structure.attention_scores.items():
-        ratio = coordinates.new_size(score.dim) / coordinates.dense_size(score.dim)
-        scales = set(_scale_edits(score, dense, surgery, ratio)) if ratio != 1 else set()
-        if ratio == 1 or not (score.by_size or scales):
+    edits = {(edit.owner, edit.name): edit for edit in surgery.attributes}
+    by_query: dict[str, AttentionScore] = {}
+    for (
+        score
+    ) in structure.attention_scores:  # nn.MultiheadAttention is noted before the product inside it, which shows none
+        by_query |= {key: score for key in score.queries if key not in by_query or not by_query[key].scale}
+    for key, score in by_query.items():
+        factor = 1.0
+        for source, power in score.scale:
+            if isinstance(source, Poly):
+                factor *= (coordinates.dense_size(source) / coordinates.new_size(source)) ** power
+            elif isinstance(source, tuple) and source in edits:
+                compensated.add(edits[source])
+                factor *= (number_at(dense, *source) / edits[source].value) ** power
+        if factor == 1:
             continue
-        compensated |= scales
-        factor = math.sqrt(ratio)
         weight = weights.get(key)
         rows = None if weight is None else query_rows(weight, structure, coordinates)
         query_norms = [n for n in norms if key in structure.norm_inputs.get(n.path, ())]
@@ -84,23 +92,3 @@ def scale_queries(
             if bias is not None:
                 bias[rows] = bias[rows] * factor
     return notes, compensated
-
-
-def number_of(module: nn.Module, name: str) -> float | int:
-    """A number that a module keeps as an attribute or as a buffer of one element."""
-    value: Any = getattr(module, name)
-    return float(value) if isinstance(value, (Tensor, float)) else int(value)
-
-
-def _scale_edits(score: AttentionScore, dense: nn.Module, surgery: Surgery, ratio: float) -> Iterator[SetAttribute]:
-    """Edits of floats in or around an attention module by a factor of sqrt(ratio) or its inverse: its scale."""
-    modules = dict(dense.named_modules())
-    for edit in surgery.attributes:
-        near = any(
-            a == b or not b or a.startswith(f"{b}.")
-            for a, b in ((score.module, edit.owner), (edit.owner, score.module))
-        )
-        if near and type(edit.value) is float and edit.owner in modules:
-            old = number_of(modules[edit.owner], edit.name)
-            if old > 0 and math.isclose(abs(math.log(edit.value / old)), math.log(ratio) / 2, rel_tol=1e-5):
-                yield edit

@@ -22,12 +22,12 @@ from ...base.randomness import generator_for
 from ...errors import UsageError
 from ...trace.constants import named_constants
 from ...trace.flow import PARAMETER_PREFIX, is_layer_norm
-from ..edits import Masked, SetAttribute
+from ..edits import Masked, SetAttribute, number_at
 from ..layers import set_attribute
 from ..masking import draw_masks, whole_masks
 from ..rotary import keep_frequencies
 from . import DenseStart, Preserved
-from .attention import number_of, query_rows, scale_queries
+from .attention import query_rows, scale_queries
 from .coordinates import HINT, Coordinates, LayerWeight, canonical_names, layer_weights
 from .norms import configured_eps, plan_norms, widened_norms
 from .slack import FreePositions, SlackMask, distribute_slack
@@ -161,12 +161,11 @@ class _WideFill:
         The scale of an embedding, sqrt(hidden size), say. Left alone are numbers that shapes depend on, and the
         attention scales that the queries make up for (`compensated`).
         """
-        modules = dict(self.dense.named_modules())
         for edit in self.surgery.attributes:
             sets_shape = (edit.owner, edit.name, edit.index) in self.structure.attributes
             is_factor = type(edit.value) is float or (edit.owner, edit.name) in self.structure.float_attributes
-            if not sets_shape and is_factor and edit not in compensated and edit.owner in modules:
-                yield SetAttribute(edit.owner, edit.name, number_of(modules[edit.owner], edit.name))
+            if not sets_shape and is_factor and edit not in compensated:
+                yield SetAttribute(edit.owner, edit.name, number_at(self.dense, edit.owner, edit.name))
 
     # --- masks ---
 

@@ -1,0 +1,175 @@
+"""Sizes that a forward keeps as attributes and computes with in Python: the widths that they are grow with the rest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparseift_cli as sparseift
+
+X = torch.randn(2, 16)
+
+
+class Net(nn.Module):
+    """Linear 16 > 24 > 64 > 24 > 10; `use(self, h)` is what happens to the 64 hidden units."""
+
+    def __init__(self, use: Callable[[Any, Tensor], Tensor], **numbers: Any) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(16, 24), nn.Linear(24, 64), nn.Linear(64, 24), nn.Linear(24, 10)
+        self.mid = nn.Linear(32, 32)
+        self.use = use
+        for name, number in numbers.items():
+            setattr(self, name, number)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.use(self, self.b(self.a(x).relu()).relu())
+        return self.d(self.c(h).relu())
+
+
+def halves(n: Any, parts: tuple[Tensor, ...]) -> Tensor:
+    first, second = parts
+    return torch.cat([first, n.mid(second)], 1)
+
+
+@pytest.mark.parametrize("name", ["hidden", "head_hidden", "header_size", "lookahead", "num_slots"])
+def test_a_width_is_one_whatever_its_attribute_is_called(name: str) -> None:
+    new, _ = sparseift.transform(Net(lambda n, h: h.view(-1, getattr(n, name)), **{name: 64}), X, sparsity=0.75)
+    assert (getattr(new, name), new.b.weight.shape, new.c.weight.shape) == (128, (128, 48), (48, 128))
+
+
+# How 64 hidden units become two halves of 32; and the attributes of the model before and after.
+SPLITS: dict[str, tuple[Callable[[Any, Tensor], Any], dict[str, Any], dict[str, Any]]] = {
+    "half an attribute": (lambda n, h: h.split(n.width // 2, 1), {"width": 64}, {"width": 128}),
+    "an attribute": (lambda n, h: h.split(n.part, 1), {"part": 32}, {"part": 64}),
+    "two attributes": (lambda n, h: h.split([n.p0, n.p1], 1), {"p0": 32, "p1": 32}, {"p0": 64, "p1": 64}),
+    "a list": (lambda n, h: h.split(n.parts, 1), {"parts": [32, 32]}, {"parts": [64, 64]}),
+    "half a size": (lambda n, h: h.split(h.shape[1] // 2, 1), {}, {}),
+    "floor": (lambda n, h: h.split(math.floor(h.shape[1] / 2), 1), {}, {}),
+    "ceil": (lambda n, h: h.split(math.ceil(n.width * 0.5), 1), {"width": 64}, {"width": 128}),
+    "round": (lambda n, h: h.split(round(h.shape[1] * 0.5), 1), {}, {}),
+    "divmod": (lambda n, h: h.split(divmod(h.shape[1], 2)[0], 1), {}, {}),
+    "chunk": (lambda n, h: h.chunk(n.parts, 1), {"parts": 2}, {"parts": 2}),
+    "slices": (lambda n, h: (h[:, : n.part], h[:, n.part :]), {"part": 32}, {"part": 64}),
+    "narrow": (lambda n, h: (h.narrow(1, 0, n.part), h.narrow(1, n.part, n.part)), {"part": 32}, {"part": 64}),
+}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_split_by_a_size_splits_the_wider_layer(split: str) -> None:
+    function, before, after = SPLITS[split]
+    new, plan = sparseift.transform(Net(lambda n, h: halves(n, function(n, h)), **before), X, sparsity=0.75)
+    shapes = [tuple(new.get_submodule(name).weight.shape) for name in ("a", "b", "mid", "c", "d")]
+    assert shapes == [(48, 16), (128, 48), (64, 64), (48, 128), (10, 48)]
+    assert {name: getattr(new, name) for name in after} == after
+    assert [r.layer.name for r in plan.layers if r.status == "transformed"] == ["b", "mid", "c"]
+    assert new(X).shape == (2, 10)
+
+
+# Numbers that are computed with a size: nothing in their place keeps the width.
+COMPUTED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "float / size": lambda n, h: h * (2.0 / h.shape[-1]),
+    "size / float": lambda n, h: h * (h.shape[-1] / 2.0),
+    "float / attribute": lambda n, h: h * (2.0 / n.grid),
+    "power": lambda n, h: h * (1.0 / h.shape[-1] ** 0.5),
+    "float ** size": lambda n, h: h * 0.9 ** h.shape[-1],
+    "logarithm": lambda n, h: h / math.log2(h.shape[-1]),
+    "math.prod": lambda n, h: h.reshape(-1)[: math.prod(h.shape)].view(h.shape),
+    "numpy.prod": lambda n, h: h / float(__import__("numpy").prod(h.shape)),
+    "eye": lambda n, h: h @ torch.eye(h.shape[-1]),
+    "triangle": lambda n, h: h @ torch.triu(torch.ones(h.shape[-1], h.shape[-1])),
+    "minimum": lambda n, h: h[:, : min(h.shape[-1], n.c.in_features)],
+    "truth": lambda n, h: h if h.shape[-1] else -h,
+    "count of samples": lambda n, h: torch.stack([h[i] for i in range(len(h))]),
+    "floor division of a float": lambda n, h: h * (h.shape[-1] // 2.0),
+}
+
+
+@pytest.mark.parametrize("case", COMPUTED)
+def test_a_number_computed_from_a_size_keeps_no_width(case: str) -> None:
+    new, _ = sparseift.transform(Net(COMPUTED[case], grid=4), X, sparsity=0.75)
+    assert (new.b.weight.shape, new.c.weight.shape) == ((128, 48), (48, 128))
+    assert new.grid == 4
+    assert new(X).isfinite().all()
+    sparseift.audit(new, X)
+
+
+@pytest.mark.parametrize("name", ["p", "patch_size", "num_layers", "in_features", "vocab_size"])
+def test_a_name_that_is_seldom_a_width_can_be_one(name: str) -> None:
+    new, _ = sparseift.transform(Net(lambda n, h: h.view(-1, getattr(n, name)), **{name: 64}), X, sparsity=0.75)
+    assert (getattr(new, name), new.b.weight.shape, new.c.weight.shape) == (128, (128, 48), (48, 128))
+
+
+@lru_cache
+def ramp(size: int) -> Tensor:
+    return torch.arange(size) / size
+
+
+@lru_cache
+def doubled(shape: tuple[int, ...]) -> int:
+    return 2 * shape[-1]
+
+
+def remembered(n: Any, h: Tensor) -> Tensor:
+    if h.shape not in n.seen:
+        n.seen[h.shape] = torch.linspace(0, 1, h.shape[-1])
+    return h * n.seen[h.shape]
+
+
+KEYS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "a shape in a dict": remembered,
+    "a size in a set": lambda n, h: h * len({h.shape[-1], h.shape[0]}),
+    "one size in a set": lambda n, h: h if len({h.shape[-1], n.c.weight.shape[1]}) == 1 else h[:, :0],
+    "a cached function": lambda n, h: h * ramp(h.shape[-1]),
+    "a cached function of a shape": lambda n, h: h * doubled(h.shape),
+    "an f-string": lambda n, h: h * n.table[f"depth_{n.grid - 1}"],
+    "%s": lambda n, h: h * n.table["depth_%s" % (n.grid - 1)],
+    "%d": lambda n, h: h * n.table["depth_%d" % (n.grid - 1)],  # noqa: UP031
+    "format": lambda n, h: h * n.table["depth_{:d}".format(n.grid - 1)],  # noqa: UP032
+    "text of a shape": lambda n, h: h if f"{h.shape[-1]}" else -h,
+}
+
+
+@pytest.mark.parametrize("case", KEYS)
+def test_a_size_can_be_a_key(case: str) -> None:
+    model = Net(KEYS[case], seen={}, table={"depth_3": 0.5}, grid=4)
+    before = model(X)
+    new, _ = sparseift.transform(model, X, sparsity=0.75)
+    assert (new.b.weight.shape, new.c.weight.shape, new.grid) == ((128, 48), (48, 128), 4)
+    assert new(X).isfinite().all()
+    torch.testing.assert_close(model(X), before)  # no cache holds what the trace put there
+
+
+def test_a_cache_that_a_trace_filled_is_emptied() -> None:
+    ramp.cache_clear()
+    model = Net(lambda n, h: h * ramp(len(h))[:, None])  # a plain int: the key of a later call
+    sparseift.inspect(model, X)
+    assert ramp.cache_info().currsize == 0
+    assert type(model(X)) is Tensor
+
+
+CONSTANTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "compared with a number": lambda n, h: h if h.size(1) == 64 else h[:, :0],
+    "read by int()": lambda n, h: h[:, : int(h.shape[1])],
+    "half read by int()": lambda n, h: torch.cat([h[:, : int(h.shape[1] / 2)], h[:, int(h.shape[1] * 0.5) :]], 1),
+    "a list of its length": lambda n, h: h * sum([1] * h.shape[1]),
+    "a loop over channels": lambda n, h: torch.stack([h[:, i] for i in range(h.shape[1])], 1),
+    "a literal": lambda n, h: h.view(-1, 64),
+}
+
+
+@pytest.mark.parametrize("case", CONSTANTS)
+def test_a_width_that_python_reads_as_a_number_stays_and_says_why(case: str) -> None:
+    model = Net(CONSTANTS[case])
+    new, plan = sparseift.transform(model, X, sparsity=0.75)
+    assert (new.a.weight.shape, new.b.weight.shape, new.c.weight.shape) == ((48, 16), (64, 48), (48, 64))
+    assert plan.widening is not None
+    reasons = plan.widening.solution.reasons
+    why = reasons[[w.name for w in plan.table.widths].index("b.weight[0]")]
+    assert why in ("must equal a constant", "forward reads it as a plain number", "part of a sum of fixed size")
+    assert new(X).isfinite().all()
