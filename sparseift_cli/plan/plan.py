@@ -70,6 +70,12 @@ class Plan(ShownAsSheets):
         changed = {i for i, (new, old) in enumerate(zip(self.sizes, self.table.sizes, strict=True)) if new != old}
         return [name for name, widths in self.table.by_products.items() if changed & set(widths)]
 
+    @property
+    def outputs_of_stream(self) -> list[str]:
+        """Names of the outputs that keep the width of a residual stream; an output that is a tensor has an empty name."""
+        kept = (w for w, new in zip(self.table.widths, self.sizes, strict=True) if w.residual and new == w.size)
+        return list(dict.fromkeys(name for width in kept for name in width.outputs))
+
     def to_json(self) -> dict[str, Any]:
         widths = [
             {"name": self.table.widths[w.id].name, "dense": w.dense, "size": w.size, "ideal": w.ideal}

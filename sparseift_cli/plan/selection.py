@@ -1,4 +1,4 @@
-"""Which layers --include, --exclude and the globs of a distribution select. Pure."""
+"""Which layers --include, --exclude and the globs of a distribution select, and which outputs --free-outputs does. Pure."""
 
 from __future__ import annotations
 
@@ -19,8 +19,16 @@ def selected(layer: Layer, spec: TransformSpec) -> bool:
     return inside and not any(fnmatchcase(layer.name, g) for g in spec.exclude)
 
 
+def may_grow(output: str, spec: TransformSpec) -> bool:
+    """Whether --free-outputs lets the output of this name grow; the name of an output that is a tensor is empty."""
+    return any(fnmatchcase(output, glob) for glob in spec.free_outputs)
+
+
 def require_matches(table: LayerTable, spec: TransformSpec) -> None:
-    """Raise UsageError for an --include or --exclude that names no layer: a slip would go unnoticed."""
+    """Raise UsageError for an --include or --exclude that names no layer, and for a --free-outputs that names no output.
+
+    A slip would go unnoticed.
+    """
     names = [layer.name for layer in table.layers]
     for option, globs in (("include", spec.include), ("exclude", spec.exclude)):
         for glob in globs:
@@ -29,6 +37,14 @@ def require_matches(table: LayerTable, spec: TransformSpec) -> None:
                     f"--{option} {glob!r} matches no layer of {table.model}",
                     hint=did_you_mean(glob, names) or "`sparseift inspect` names the layers",
                 )
+    outputs = sorted({name for width in table.widths for name in width.outputs})
+    for glob in spec.free_outputs:
+        if not any(fnmatchcase(name, glob) for name in outputs):
+            known = ", ".join(filter(None, outputs)) or ("it has one, '*'" if outputs else "none holds a width")
+            raise UsageError(
+                f"--free-outputs {glob!r} matches no output of {table.model} that holds a width",
+                hint=did_you_mean(glob, outputs) or f"its outputs: {known}",
+            )
 
 
 def require_transformed(globs: Sequence[str], names: Sequence[str]) -> None:

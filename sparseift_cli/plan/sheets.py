@@ -156,9 +156,7 @@ def _notes(result: Audit) -> list[str]:
 
 
 def _notes_on_plan(result: Audit, plan: Plan) -> list[str]:
-    notes = []
-    if grown := plan.grown_by_products:
-        notes.append(f"Wider than before, beside the outputs, which keep their shapes: {', '.join(grown)}.")
+    notes = _notes_on_outputs(plan)
     if result.control:
         notes.append(CONTROL)
     if result.training.method.costs_more_while_updating and result.training_while_updating is not None:
@@ -185,6 +183,19 @@ def _notes_on_plan(result: Audit, plan: Plan) -> list[str]:
         )
     if result.activation_factor and result.activation_factor > 1:
         notes.append(f"Activations take {result.activation_factor:.2f}x the memory, which no FLOP count shows.")
+    return notes
+
+
+def _notes_on_outputs(plan: Plan) -> list[str]:
+    notes = []
+    if plan.widening and plan.spec.scope == "all" and (outputs := plan.outputs_of_stream):
+        name = outputs[0] or "*"
+        what = f"output {name}" if outputs[0] else "the output"
+        notes.append(
+            f"A residual stream keeps its width, which is that of {what}: --free-outputs '{name}' lets both grow."
+        )
+    if grown := plan.grown_by_products:
+        notes.append(f"Wider than before, beside the outputs, which keep their shapes: {', '.join(grown)}.")
     return notes
 
 

@@ -103,6 +103,16 @@ class TransformSpec:
     heads: Annotated[
         HeadScaling, Option("Attention grows by larger heads, or by more of them.", panel=_WIDE, only="wide")
     ] = "scale_dim"
+    free_outputs: Annotated[
+        tuple[str, ...],
+        Option(
+            "Outputs of the model that may grow: globs over their names (last_hidden_state; 0 in a tuple; '*' for all).",
+            panel=_WIDE,
+            only="wide",
+            metavar="GLOB",
+        ),
+    ] = ()
+    """For a model without a head, as a feature extractor: its output is its residual stream, which keeps its width otherwise."""
     depthwise: Annotated[
         Literal["dense", "sparse"],
         Option("Depthwise convolutions stay dense, or are made sparse.", panel=_WIDE, only="wide"),
@@ -169,7 +179,7 @@ class TransformSpec:
     """
 
     def __post_init__(self) -> None:
-        for name in ("include", "exclude"):
+        for name in ("include", "exclude", "free_outputs"):
             if isinstance(getattr(self, name), str):  # one glob, or its letters would each be one
                 object.__setattr__(self, name, (getattr(self, name),))
         try:

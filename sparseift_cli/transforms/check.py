@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ..base.text import shape_text
 from ..errors import CheckFailed
 from ..plan.plan import Plan
+from ..plan.selection import may_grow
+from ..plan.spec import TransformSpec
 from ..table.table import Layer
 from ..trace.build import TraceResult, trace
 from .edits import Surgery
@@ -107,7 +109,7 @@ def require_as_planned(measured: Measured, plan: Plan, before: TraceResult, afte
     for what, want, have in (("parameters", params, measured.params), ("non-zero", nonzero, measured.nonzero_params)):
         if want != have:
             problems.append(f"{what}: planned {want:,}, measured {have:,}")
-    problems += _changed_outputs(before.structure.output_shapes, after.structure.output_shapes)
+    problems += _changed_outputs(before.structure.output_shapes, after.structure.output_shapes, plan.spec)
     if problems:
         more = f" (and {len(problems) - _MAX_PROBLEMS} more)" if len(problems) > _MAX_PROBLEMS else ""
         raise CheckFailed(
@@ -115,10 +117,12 @@ def require_as_planned(measured: Measured, plan: Plan, before: TraceResult, afte
         )
 
 
-def _changed_outputs(before: Mapping[str, tuple[int, ...]], after: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
-    """A sentence on each output of the model, by name, whose shape is not what it was, or that is gone or new."""
+def _changed_outputs(
+    before: Mapping[str, tuple[int, ...]], after: Mapping[str, tuple[int, ...]], spec: TransformSpec
+) -> Iterator[str]:
+    """A sentence on each output of the model, by name, that should have its old shape and has not, or is gone or new."""
     for name in dict.fromkeys([*before, *after]):
         want, have = (shape_text(shapes[name]) if name in shapes else None for shapes in (before, after))
-        if want != have:
+        if want != have and not (want and have and may_grow(name, spec)):
             what = f"output {name}" if name else "the output"
             yield f"{what} has shape {have}, not {want}" if have and want else f"{what} is {'new' if have else 'gone'}"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from sparseift_cli import transform
-from sparseift_cli.errors import CheckFailed
+from sparseift_cli.errors import CheckFailed, UsageError
 from sparseift_cli.trace.build import layer_table, trace
 from sparseift_cli.trace.outputs import returned
 from sparseift_cli.transforms.check import measure, require_as_planned
@@ -211,6 +211,33 @@ def test_the_last_block_of_a_stream_without_a_head_is_no_head() -> None:
         c=nn.Linear(WIDTH, WIDTH),
     )
     assert roles(model) == {"a": "input", "b": "body", "c": "body"}
+
+
+STREAM = {"*": lambda h: h, "0": lambda h: (h, h.mean()), "last_*": lambda h: {"last_hidden_state": h}}
+
+
+@pytest.mark.parametrize("glob", STREAM)
+def test_an_output_grows_where_the_user_says_so(glob: str) -> None:
+    def forward(n: Net, x: Tensor) -> Any:
+        h = n.a(x)
+        return STREAM[glob](h + n.c(n.b(h).relu()))
+
+    parts = {"a": nn.Linear(8, WIDTH), "b": nn.Linear(WIDTH, WIDTH), "c": nn.Linear(WIDTH, WIDTH)}
+    model = Net(forward, **parts).eval()
+    kept, plan = transform(model, X, sparsity=0.75)
+    assert kept.c.weight.shape == (WIDTH, WIDER) and plan.outputs_of_stream == [
+        "" if glob == "*" else glob.replace("*", "hidden_state")
+    ]
+    new, plan = transform(model, X, sparsity=0.75, free_outputs=glob)
+    assert new.c.weight.shape == (WIDER, WIDER) and plan.outputs_of_stream == []
+    assert returned(new(X)).results[next(iter(returned(model(X)).results))].shape == (6, WIDER)
+
+
+def test_an_output_that_does_not_exist_is_refused_by_name() -> None:
+    model = Net(lambda n, x: {"last_hidden_state": n.a(x)}, a=nn.Linear(8, WIDTH)).eval()
+    with pytest.raises(UsageError, match="'last_hidden_stat' matches no output of Net") as error:
+        transform(model, X, sparsity=0.75, free_outputs="last_hidden_stat")
+    assert "last_hidden_state" in str(error.value.hint)
 
 
 def test_a_changed_output_is_named() -> None:

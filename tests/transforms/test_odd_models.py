@@ -308,24 +308,27 @@ class BiasInParts(nn.Module):
         self.q_bias, self.v_bias = nn.Parameter(torch.ones(48)), nn.Parameter(torch.ones(48))
         if key == "parameter":
             self.k_bias = nn.Parameter(torch.zeros(48))
+        if key == "buffer":
+            self.register_buffer("k_bias", torch.zeros(48), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         b, t, c = x.shape
-        k_bias = self.k_bias if self.key == "parameter" else torch.zeros_like(self.v_bias)
+        k_bias = torch.zeros_like(self.v_bias) if self.key == "zeros_like" else self.k_bias
         qkv = F.linear(x, self.qkv.weight, torch.cat((self.q_bias, k_bias, self.v_bias)))
         q, k, v = qkv.reshape(b, t, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, c))
         return self.head(x)
 
 
-@pytest.mark.parametrize("key", ["parameter", "zeros_like"])
+@pytest.mark.parametrize("key", ["parameter", "buffer", "zeros_like"])
 @pytest.mark.parametrize(("sparsity", "width"), [("0.5", 68), ("0.75", 96), ("0.9", 152)])
 def test_the_parts_of_a_bias_grow_alike(key: str, sparsity: str, width: int) -> None:
     """48 / sqrt(1 - s), rounded to whole heads; a sum alone would let one part grow for another."""
     new, _ = sparseift.transform(BiasInParts(key).eval(), x := torch.zeros(1, 5, 8), sparsity=sparsity)
     assert new.qkv.weight.shape == (3 * width, width)
-    assert {p.shape for name, p in new.named_parameters() if name.endswith("_bias")} == {(width,)}
+    parts = {**dict(new.named_parameters()), **dict(new.named_buffers())}
+    assert {tuple(t.shape) for name, t in parts.items() if name.endswith("_bias")} == {(width,)}
     assert new(x).shape == (1, 5, 3)
 
 

@@ -8,6 +8,7 @@ product shares.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from math import ceil, floor, gcd, isqrt, lcm
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 from ...errors import UsageError
 from ...table.table import LayerTable
 from ..layer_plan import LayerPlan, Part, positions_of
-from ..selection import selected
+from ..selection import may_grow, selected
 from ..widening import WidenedWidth, Widening, body_widths, free_widths, kept_in_words
 from ..widths import Solution, solve
 from .base import DenseLayer, Member
@@ -101,7 +102,9 @@ def widen(table: LayerTable, spec: TransformSpec) -> Widening:
         UsageError: no width can grow, `width_multiple` rounds one back to its dense size, or one that is a difference of
             others has no size.
     """
-    solution = solve(table.widths, table.equations, spec.heads)
+    freed = [w.outputs and all(may_grow(name, spec) for name in w.outputs) for w in table.widths]
+    widths = [replace(w, fixed=None) if free else w for w, free in zip(table.widths, freed, strict=True)]
+    solution = solve(widths, table.equations, spec.heads)
     candidates = _eligible(table, spec, solution)
     if spec.density == 1:
         return Widening(table, spec, solution, (), list(table.sizes))
