@@ -81,8 +81,11 @@ def build(request: Request, *, device: str = "meta") -> Built:
         return Built(made.model.eval(), made.args, made.kwargs, request.source, made.trained)
     info = import_object(request.source, "model") if ":" in request.source else registry.lookup(request.source)
     if not isinstance(info, ModelInfo):
+        from ..trace.symbolise import set_training
+
         made = _foreign(request, info, device)
-        return Built(made.model.eval(), made.args, made.kwargs, request.source)
+        set_training(made.model, False)
+        return Built(made.model, made.args, made.kwargs, request.source)
     if info.kind == "image" and request.image is not None and len(request.image) != 3:
         raise UsageError(f"{info.name} takes channels x height x width", hint="--input 3x224x224")
     image: Any = request.image

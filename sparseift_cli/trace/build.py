@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, enable_grad, inference_mode, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._pytree import tree_leaves
@@ -78,11 +79,7 @@ def trace(
     Raises:
         UsageError: the forward pass fails on these inputs even with plain sizes.
     """
-    if not isinstance(model, nn.Module):
-        raise UsageError(
-            f"{name} is no module but of class {type(model).__name__}",
-            hint="a torch.nn.Module is needed; of an exported program, what program.module() returns",
-        )
+    _require_dense_module(model, name)
     untraceable = None
     with inference_mode(False), enable_grad():  # the table counts gradients too, even under the caller's no_grad
         try:
@@ -95,6 +92,20 @@ def trace(
             first_line = (str(symbolic_error).strip() or "no message").splitlines()[0]
             untraceable = f"{type(symbolic_error).__name__}: {first_line}"
     return _Builder(model, found).build(name, input_shape, untraceable)
+
+
+def _require_dense_module(model: Any, name: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"{name} is no module but of class {type(model).__name__}",
+            hint="a torch.nn.Module is needed; of an exported program, what program.module() returns",
+        )
+    for key, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.layout is not torch.strided:
+            raise UsageError(
+                f"{name} holds sparse tensors ({key}), whose products cost what their entries say, not their shapes",
+                hint="give it dense ones",
+            )
 
 
 # What the message of an error says -> what the model does, and what to do about it.

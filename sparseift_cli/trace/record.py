@@ -751,6 +751,11 @@ _COUNTED: dict[Any, Any] = {
 }
 
 
+def is_product(packet: Any, args: Sequence[Any]) -> bool:
+    """Whether an op (`aten.mm`) with these arguments is a product that costs MACs."""
+    return _counting(packet, args) is not None
+
+
 def _counting(packet: Any, args: Sequence[Any]) -> Any:
     """What counts an op; None for one that is no product. Of distances only those in the Euclidean norm are."""
     return None if packet is aten._cdist_forward and args[2] != 2 else _COUNTED.get(packet)

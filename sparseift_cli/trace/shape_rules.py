@@ -151,6 +151,8 @@ def _conv(spatial: int) -> Rule:
             values = list(value) if isinstance(value, (tuple, list)) else [value]
             return values * spatial if len(values) == 1 else values
 
+        if input.is_complex():
+            return NotImplemented  # PyTorch makes it of three real ones
         kernel, steps, spread = weight.shape[2:], each(stride), each(dilation)
         if isinstance(padding, str):
             pads = [0 if padding == "valid" else spread[i] * (kernel[i] - 1) for i in range(spatial)]

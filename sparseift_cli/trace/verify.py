@@ -9,11 +9,13 @@ FlopCounterMode (torch.utils.flop_counter)
     (shapes without memory), so a model of any size can be checked. On real CPU tensors it would count 0 for fused
     attention, whose CPU kernel it has no formula for, and for the fast path of nn.MultiheadAttention; on meta tensors
     PyTorch computes both from plain matrix products. Only the forward pass is used: its count of the backward of
-    grouped convolutions is wrong.
+    grouped convolutions is wrong. It has no formula for products with vectors, distances, bilinear layers and products in
+    place: those are named.
 fvcore (FlopCountAnalysis)
-    Counts MACs, under the name "flop", on a torch.jit trace of real tensors. It has no rule for fused attention and for
-    recurrent layers. It is therefore run twice: as it is, and with a rule for attention that we give to it. It also
-    counts norms and elementwise work, which is left out here.
+    Counts MACs, under the name "flop", on a torch.jit trace of real tensors. It has no rule for fused attention, recurrent
+    layers and what runs in a torch.autograd.Function; those are named. It is run twice: as it is, and with a rule for
+    attention that we give to it. It also counts norms and elementwise work, which is left out here, and sums of three or
+    more factors (einsum) in an order of its own.
 """
 
 from __future__ import annotations
@@ -21,21 +23,43 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from ..table.table import LayerTable
+from .gradients import tensors_in
+from .record import is_product
+from .symbolise import set_training
 
 Build = Callable[[str], tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]]]
 
 MAX_PARAMETERS = 2_000_000_000  # of a model that fvcore counts: real tensors of float32 take 4 bytes each
 _MAC_OPS = ("conv", "linear", "addmm", "matmul", "bmm", "mm", "einsum", "baddbmm")  # fvcore's names
-_UNSEEN_WORDS = ("attention", "lstm", "gru", "rnn", "conv", "mm")  # in the name of an op that costs MACs
+# in the name of an op that costs MACs, or inside of which ops that do are hidden
+_UNSEEN_WORDS = (
+    *(
+        "attention",
+        "lstm",
+        "gru",
+        "rnn",
+        "conv",
+        "mm",
+        "mv",
+        "dot",
+        "inner",
+        "bilinear",
+        "cdist",
+        "matrix_power",
+        "matmul",
+    ),
+    *("PythonOp", "CallFunction", "CallMethod", "_efficientzerotensor"),
+)
 _ATTENTION_OP = "aten::scaled_dot_product_attention"
 
 
@@ -60,30 +84,38 @@ class _FvcoreCount:
 class Verification:
     """The counts of one dense forward pass, in MACs, and whether they are equal.
 
-    `flop_counter` or `fvcore` is None where that counter could not run; `notes` say why.
+    `flop_counter` or `fvcore` is None where that counter could not run; `notes` say why. `unseen`: products that
+    FlopCounterMode met and has no formula for.
     """
 
     ours: int
     flop_counter: int | None
     fvcore: _FvcoreCount | None
     notes: tuple[str, ...] = ()
+    unseen: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def agree(self) -> bool:
         """At least one other counter ran, and no difference is left unexplained.
 
-        fvcore counting less is explained where it names ops that it has no rule for, and FlopCounterMode agrees with
-        us.
+        A counter that counts less is explained where it names ops that it has no rule for.
         """
+        counts = (self.flop_counter, self.fvcore.total if self.fvcore else None)
         if self.flop_counter is None:
-            return self.fvcore is not None and self.fvcore.total == self.ours
-        fvcore_agrees = self.fvcore is None or self.fvcore.total == self.ours or self._fvcore_gap_is_known
-        return self.flop_counter == self.ours and fvcore_agrees
+            return counts[1] == self.ours
+        known = (self._flop_counter_gap_is_known, self._fvcore_gap_is_known)
+        return all(macs in (None, self.ours) or why for macs, why in zip(counts, known, strict=True))
+
+    @property
+    def _flop_counter_gap_is_known(self) -> bool:
+        return self.flop_counter is not None and bool(self.unseen) and self.flop_counter < self.ours
 
     @property
     def _fvcore_gap_is_known(self) -> bool:
         if self.fvcore is None:
             return False
+        if "einsum" in self.fvcore.by_operator:
+            return True
         return self.fvcore.total < self.ours and any(op != _ATTENTION_OP for op in self.fvcore.unseen)
 
     @property
@@ -96,13 +128,15 @@ class Verification:
             sentences.append(f"{', '.join(same)} and sparseift agree to the MAC.")
         for name, macs in counts.items():
             if macs is not None and macs != self.ours:
-                known = name == "fvcore" and self._fvcore_gap_is_known
+                known = self._fvcore_gap_is_known if name == "fvcore" else self._flop_counter_gap_is_known
                 verb = "counts" if known else "DISAGREES:"
-                why = ", having no rule for some ops" if known else ""
+                why = ", having no rule for some ops" if known and macs < self.ours else ""
+                why = why or (", by an order of its own for einsum" if known else "")
                 sentences.append(f"{name} {verb} {macs:,} MACs where sparseift counts {self.ours:,}{why}.")
+        if self.unseen:
+            sentences.append(f"FlopCounterMode cannot see: {_listed(self.unseen)}.")
         if self.fvcore and self.fvcore.unseen:
-            ops = ", ".join(f"{op} x{n}" for op, n in sorted(self.fvcore.unseen.items()))
-            sentences.append(f"By itself fvcore does not count: {ops}.")
+            sentences.append(f"By itself fvcore does not count: {_listed(self.fvcore.unseen)}.")
         if not any(macs is not None for macs in counts.values()):
             sentences.append("No other counter could run on this model: nothing is verified.")
         return " ".join([*sentences, *self.notes])
@@ -129,6 +163,7 @@ class Verification:
         return {
             "agree": self.agree,
             "rows": self.rows,
+            "unseen_by_flop_counter": dict(self.unseen),
             "unseen_by_fvcore": self.fvcore.unseen if self.fvcore else {},
             "verdict": self.verdict,
         }
@@ -143,8 +178,9 @@ def verify(build: Build, table: LayerTable) -> Verification:
     """
     notes: list[str] = []
     flop_counter = fvcore = None
+    unseen: dict[str, int] = {}
     try:
-        flop_counter = count_with_flop_counter(*build("meta"))
+        flop_counter, unseen = _flop_counter_and_unseen(build)
     except Exception as error:  # whatever a forward raises on meta tensors: the other counter can still run
         notes.append(f"FlopCounterMode could not run: {_first_line(error)}.")
     if table.params > MAX_PARAMETERS:
@@ -157,13 +193,50 @@ def verify(build: Build, table: LayerTable) -> Verification:
             fvcore = _count_with_fvcore(*build("cpu"))
         except Exception as error:  # torch.jit cannot trace every model
             notes.append(f"fvcore could not run: {_first_line(error)}.")
-    return Verification(table.macs, flop_counter, fvcore, tuple(notes))
+    return Verification(table.macs, flop_counter, fvcore, tuple(notes), unseen)
 
 
-def count_with_flop_counter(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+def _flop_counter_and_unseen(build: Build) -> tuple[int, dict[str, int]]:
+    """MACs by FlopCounterMode, and the products that it has no formula for; with gradients if it does not run without."""
+    with _Unseen() as unseen:
+        try:
+            macs = count_with_flop_counter(*build("meta"))
+        except RuntimeError:
+            unseen.found.clear()
+            macs = count_with_flop_counter(*build("meta"), gradients=True)
+    return macs, unseen.found
+
+
+class _Unseen(TorchDispatchMode):
+    """Collects products that FlopCounterMode has no formula for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        packet = getattr(func, "overloadpacket", None)
+        if is_product(packet, args) and packet not in flop_registry:
+            self.found[str(packet)] = self.found.get(str(packet), 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+class _NoModules:
+    """In place of FlopCounterMode's follower of modules, which hinders a forward pass that differentiates."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def count_with_flop_counter(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, gradients: bool = False
+) -> int:
     """MACs of one forward pass by torch's FlopCounterMode, on meta tensors of the shapes of the inputs (any shape).
 
-    The model is moved to the meta device, which drops its values.
+    The model is moved to the meta device, which drops its values. `gradients`: leave them on, as in training.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 16, 10))
     >>> count_with_flop_counter(model, (torch.empty(1, 3, 4, 4),), {})  # 16 pixels * 8 * 27 taps + 128 * 10
@@ -171,28 +244,54 @@ def count_with_flop_counter(model: nn.Module, args: tuple[Any, ...], kwargs: Map
     """
     args, named = tree_map_only(Tensor, lambda t: t.to("meta"), (args, dict(kwargs)))
     counter = FlopCounterMode(display=False)
-    with torch.device("meta"), torch.no_grad(), counter:
-        model.to("meta").eval()(*args, **named)
+    counter.mod_tracker = cast(Any, _NoModules())
+    set_training(model, False)
+    with torch.device("meta"), torch.set_grad_enabled(gradients), counter:
+        model.to("meta")(*args, **named)
     return counter.get_total_flops() // 2  # it counts the multiplication and the addition
 
 
 def _count_with_fvcore(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _FvcoreCount:
-    """MACs by fvcore, on real tensors; it takes positional inputs only."""
+    """MACs by fvcore, on real tensors. What is no tensor among the inputs and outputs is kept from its torch.jit."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fvcore uses torch.jit, which warns that it is deprecated
         from fvcore.nn import FlopCountAnalysis
 
         logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
-        inputs = (*args, *kwargs.values())
-        unaided = FlopCountAnalysis(model, inputs)
+        wrapped = _Tensors(model, args, kwargs)
+        unaided = FlopCountAnalysis(wrapped, wrapped.given)
         unaided.tracer_warnings("none")
         by_operator = {op: int(macs) for op, macs in unaided.by_operator().items() if op in _MAC_OPS}
         missed = unaided.unsupported_ops().items()
         unseen = {op: n for op, n in missed if any(word in op for word in _UNSEEN_WORDS)}
-        aided = FlopCountAnalysis(model, inputs).set_op_handle(_ATTENTION_OP, _attention_macs)
+        aided = FlopCountAnalysis(wrapped, wrapped.given).set_op_handle(_ATTENTION_OP, _attention_macs)
         aided.tracer_warnings("none")
         attention = int(aided.by_operator().get("scaled_dot_product_attention", 0))
     return _FvcoreCount(by_operator, attention, unseen)
+
+
+class _Tensors(nn.Module):
+    """A module that takes the tensors among the inputs of another one, and returns those among its results.
+
+    Args:
+        args, kwargs: the inputs; `given` are their tensors, of any shape, in order.
+    """
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.leaves, self.form = tree_flatten((args, dict(kwargs)))
+        self.given = tuple(leaf for leaf in self.leaves if isinstance(leaf, Tensor))
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        left = iter(tensors)
+        leaves = [next(left) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        args, kwargs = tree_unflatten(leaves, self.form)
+        return tuple(tensors_in(self.model(*args, **kwargs)))
+
+
+def _listed(ops: Mapping[str, int]) -> str:
+    return ", ".join(f"{op} x{n}" for op, n in sorted(ops.items()))
 
 
 def _attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
