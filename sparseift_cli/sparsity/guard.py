@@ -21,14 +21,25 @@ class NonFiniteError(SparseiftError):
 _ORDER = "loss.backward(), sparsifier.step(), optimizer.step()"
 
 
-def warn_of_order(parameters: Iterable[nn.Parameter]) -> None:
-    """Warn that the optimiser is about to make a step without a `Sparsifier.step` before it, if there are gradients."""
-    if any(p.grad is not None for p in parameters):
+def warn_of_order(weights: Iterable[tuple[nn.Parameter, Tensor]]) -> bool:
+    """Warn, and return True, if the optimiser is about to make a step with gradients that no `Sparsifier.step` masked.
+
+    Args:
+        weights: parameters, and the mask of each in floats, [*shape] both.
+    """
+    unmasked = _have_unmasked(weights)
+    if unmasked:
         warnings.warn(
             "optimizer.step() without sparsifier.step() before it: gradients are not masked, so weights are masked after this "
             f"step, and no mask moves; call {_ORDER}",
             stacklevel=4,  # the line that calls the optimiser's step
         )
+    return unmasked
+
+
+def _have_unmasked(weights: Iterable[tuple[nn.Parameter, Tensor]]) -> bool:
+    """Whether a gradient is not zero where the mask is."""
+    return any(p.grad is not None and bool(p.grad[mask == 0].any()) for p, mask in weights)
 
 
 def require_masked_gradients(weights: Iterable[tuple[nn.Parameter, Tensor]], *, in_closure: bool = False) -> None:
@@ -41,7 +52,7 @@ def require_masked_gradients(weights: Iterable[tuple[nn.Parameter, Tensor]], *, 
         UsageError: `Sparsifier.step` was called after the optimiser's step, and masked gradients that were used already; or
             before it, and the closure made new ones.
     """
-    if not any(p.grad is not None and bool(p.grad[mask == 0].any()) for p, mask in weights):
+    if not _have_unmasked(weights):
         return
     if in_closure:
         raise UsageError(

@@ -102,7 +102,7 @@ class _Held:
     stepped: bool = False
     """`Sparsifier.step` was called since its last step."""
     missed: bool = False
-    """It was not called before its last step."""
+    """It was not called before its last step, which had gradients outside the masks."""
     evaluations: int | None = None
     """While the optimiser makes a step with a closure: how often `Sparsifier.step` was called in it."""
 
@@ -391,12 +391,15 @@ class Sparsifier(MaskUpdates):
     def _before_step(self, held: _Held, optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Before the optimiser touches a weight: a gradient that is not finite ends the run at a mask update."""
         held.evaluations = 0 if any(callable(given) for given in (*args, *kwargs.values())) else None
-        if held.evaluations is None:
-            if not held.stepped:
-                warn_of_order([w.parameter for w in held.weights])
-            elif held.missed:  # step() may have been called one iteration late, after the optimiser's step
-                require_masked_gradients((w.parameter, w.mask_float) for w in held.weights)
-        held.missed = not held.stepped
+        unmasked = False
+        if held.evaluations is None and not held.stepped:
+            if any(w.changed for w in held.weights):  # loaded, and `step` has not looked at them yet
+                self._follow_weights()
+                self._unchecked = True
+            unmasked = warn_of_order((w.parameter, w.mask_float) for w in held.weights)
+        elif held.evaluations is None and held.missed:  # step() may have been called late, after the optimiser's step
+            require_masked_gradients((w.parameter, w.mask_float) for w in held.weights)
+        held.missed = unmasked
         held.first_step, held.stepped = not optimizer.state, False
         if held.pending is not None and held.pending.updates and not skipped_inside(optimizer):
             require_finite(held.pending.gradients, "the gradient", held.pending.step)
@@ -516,16 +519,21 @@ class Sparsifier(MaskUpdates):
                 stacklevel=3,
             )
         self._zeroed = 0
+        self._follow_weights()
+        self._warn_of_loaded()
+        for w in self.weights:
+            w.note_version()
+        self._count()
+
+    def _follow_weights(self) -> None:
+        """Let masks follow weights that were loaded."""
         if self.algorithm.masked:
             now = {n: k for w in self.weights for n, k in zip(w.part_names, w.active_in_parts, strict=True)}
             adopted = fit_masks(self.weights, now, self.seed)
             if adopted is not None:
                 self._adopted = adopted
                 self._mask_copies()
-        self._warn_of_loaded()
-        for w in self.weights:
-            w.note_version()
-        self._count()
+                self._count()
 
     def _warn_of_loaded(self) -> None:
         """Say what loaded weights and state of an optimiser do not bring."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint.state_dict as dcp
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -132,6 +133,23 @@ def test_masks_are_read_from_loaded_zeros(algorithm: str, when: str) -> None:
         assert torch.equal(mask, sparseift.masks(first)[name])
     optimizer.step()
     assert_zeros(sparsifier)
+
+
+def test_checkpoints_of_torch_distributed() -> None:
+    """They make a step of the optimiser with zero gradients to have a state to load into: it must change no loaded weight."""
+    first = sparse_net()
+    optimizer = ADAMW(first.parameters(), lr=0.01)
+    train(first, optimizer, sparseift.Sparsifier(first, optimizer, **OPTIONS), 0, HALF)
+    again = other_net()
+    other = ADAMW(again.parameters(), lr=0.01)
+    sparsifier = sparseift.Sparsifier(again, other, **OPTIONS)
+    dcp.set_model_state_dict(again, dcp.get_model_state_dict(first))
+    dcp.set_optimizer_state_dict(again, other, dcp.get_optimizer_state_dict(first, optimizer))
+    assert sparsifier.steps == HALF
+    assert equal(first, again)
+    for t in range(HALF, STEPS):
+        train(again, other, sparsifier, t, t + 1)
+        assert_zeros(sparsifier)
 
 
 def test_exact_zeros_inside_the_masks_are_filled_to_the_planned_number() -> None:
