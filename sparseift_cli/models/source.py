@@ -26,6 +26,8 @@ from .zoo.catalog import ModelInfo
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..trace.build import TraceResult
+
 TABLES = Path(__file__).resolve().parent / "zoo" / "tables"
 
 
@@ -40,10 +42,14 @@ def load_table(request: Request, *, fresh: bool = False) -> LayerTable:
         shipped = TABLES / f"{name}.json"
         if shipped.is_file():
             return LayerTable.from_json(json.loads(shipped.read_text(encoding="utf-8"))["table"])
-    built = build(request)
+    found = _traced(build(request))
+    return (_traced(build(request, device="cpu")) if found.needs_values else found).table
+
+
+def _traced(built: Built) -> TraceResult:
     from ..trace.build import trace
 
-    return trace(built.model, built.args, built.kwargs, name=built.name, input_shape=built.input_shape).table
+    return trace(built.model, built.args, built.kwargs, name=built.name, input_shape=built.input_shape)
 
 
 @dataclass(frozen=True)

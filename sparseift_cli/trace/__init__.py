@@ -19,6 +19,7 @@ of it. To widen a model is to give widths new sizes. The pipeline, in the order 
         ops        which primitive ops cost no MACs, which are views, which are linear
         gradients  which products a backward pass computes, and which forward ones again
         flow       what each tensor is the sum of, for `--init preserve`
+        constants  which buffers and plain tensors may grow, by what is done with them; `sinusoids` computes tables of positions
         layouts    how a dim is made of others (3 * heads * head_dim), from views, slices and concatenations
     union_find   merges variables that were found equal; what is left over are equations between widths
     outputs      what the model returns: results, which keep their shapes, and by-products; which layers make the results

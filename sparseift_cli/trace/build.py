@@ -24,7 +24,7 @@ from ..plan.widths import solve
 from ..table.poly import Poly
 from ..table.table import OUTPUT, LayerTable, Width
 from . import symbolise
-from .constants import is_statistic, named_constants, plain_tensors, why_fixed
+from .constants import depends_on_values, is_statistic, named_constants, plain_tensors, why_fixed
 from .kinds import ROTARY, Kinds
 from .layouts import equal_parts
 from .outputs import FEEDS_LOSS, mark_output_layers, returned, variables_of
@@ -43,6 +43,8 @@ class TraceResult:
 
     table: LayerTable
     structure: Structure
+    needs_values: bool = False
+    """A width is kept, or not, because of a buffer whose values decide it, and the model is on meta."""
 
 
 def layer_table(model: nn.Module, inputs: tuple[Any, ...], *, name: str, input_shape: tuple[int, ...]) -> LayerTable:
@@ -226,7 +228,7 @@ class _Builder:
             by_products=self._by_products(),
             untraceable=untraceable,
         )
-        return TraceResult(table, self._structure(rows.names))
+        return TraceResult(table, self._structure(rows.names), self._needs_values())
 
     def _named(self, poly: Poly) -> Poly:
         """A polynomial over variables as one over width ids."""
@@ -327,14 +329,31 @@ class _Builder:
             for op in self.recorder.layers():
                 for v in op.outputs.variables if op.output else ():
                     fixed.setdefault(v, FEEDS_LOSS)
-        constants = dict(named_constants(self.model))
-        for v, origins in self.run.origins.items():
-            for p in origins:
-                if p.kind in ("buffer", "tensor") and not is_statistic(p.path) and not p.name.endswith(ROTARY):
-                    reason = why_fixed(p.path, constants[p.path], p.index or 0, self.recorder.uses)
-                    if reason:
-                        fixed.setdefault(v, reason)
+        constants, uses = dict(named_constants(self.model)), self.recorder.uses
+        for v, p in self._origins("buffer", "tensor"):
+            if not is_statistic(p.path) and not p.name.endswith(ROTARY):
+                reason = why_fixed(p.path, constants[p.path], p.index or 0, uses)
+                if reason:
+                    fixed.setdefault(v, reason)
         return fixed
+
+    def _needs_values(self) -> bool:
+        """See `TraceResult.needs_values`: a constant on meta meets a parameter, in one width or in an equation."""
+        constants, uses = dict(named_constants(self.model)), self.recorder.uses
+        met = self.variables.roots(v for v, _ in self._origins("parameter"))
+        met |= {v for e in self.variables.equations if len(e.variables) > 1 for v in self.variables.roots(e.variables)}
+        return any(
+            self.variables.find(v) in met and depends_on_values(p.path, constants[p.path], uses)
+            for v, p in self._origins("buffer", "tensor")
+            if not is_statistic(p.path) and not p.name.endswith(ROTARY)
+        )
+
+    def _origins(self, *kinds: str) -> Iterator[tuple[int, Origin]]:
+        """(variable, origin) of each variable that was made for one of `kinds`."""
+        for v, origins in self.run.origins.items():
+            for origin in origins:
+                if origin.kind in kinds:
+                    yield v, origin
 
     def _output_names(self) -> dict[int, list[str]]:
         """Variable -> the names of the results that it is a dim of, in the order in which they are returned."""

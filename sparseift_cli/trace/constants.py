@@ -105,7 +105,7 @@ class Uses:
 def why_fixed(key: str, value: Tensor, dim: int, uses: Uses) -> str | None:
     """Why the constant `key`, a tensor of any shape, must keep its size along `dim`; None where it may grow.
 
-    Of a `value` on meta only the uses are known: a table that is multiplied is then taken to follow a formula.
+    Of a `value` on meta only the uses are known: see `depends_on_values`.
     """
     if not value.is_meta and _equal_along(value, dim):
         return None
@@ -113,10 +113,21 @@ def why_fixed(key: str, value: Tensor, dim: int, uses: Uses) -> str | None:
         return f"tied to buffer {key}"
     if key in uses.contracted:
         return f"tied to buffer {key}, which a product reads"
-    table = sum(size > 1 for size in value.shape) > 1
-    if key in uses.multiplied and table and not value.is_meta and find_sinusoids(value.movedim(dim, -1)) is None:
+    table = key in uses.multiplied and _is_table(value)
+    if table and not value.is_meta and find_sinusoids(value.movedim(dim, -1)) is None:
         return f"tied to buffer {key}, which is multiplied and follows no known formula"
     return None
+
+
+def depends_on_values(key: str, value: Tensor, uses: Uses) -> bool:
+    """Whether `why_fixed` cannot be sure about the constant `key` because its `value` (any shape) is on meta."""
+    numbers = value.is_floating_point() or value.is_complex()
+    read = key in uses.contracted or (key in uses.multiplied and _is_table(value))
+    return value.is_meta and (read or not numbers)
+
+
+def _is_table(value: Tensor) -> bool:
+    return sum(size > 1 for size in value.shape) > 1
 
 
 # --- larger ones ---

@@ -648,7 +648,7 @@ _RULES: dict[Any, Rule] = {
     **_RECURRENT,
     F.linear: _linear,
     torch.addmm: _addmm,
-    torch._weight_norm: _weight_norm,
+    torch._weight_norm: _weight_norm,  # pyright: ignore[reportPrivateImportUsage]
     F.conv1d: _conv(1),
     F.conv2d: _conv(2),
     F.conv3d: _conv(3),
@@ -668,7 +668,7 @@ _RULES: dict[Any, Rule] = {
         if hasattr(holder, name)
     },
     F.multi_head_attention_forward: _multi_head_attention,
-    torch._nested_tensor_from_mask_left_aligned: _never_left_aligned,
+    torch._nested_tensor_from_mask_left_aligned: _never_left_aligned,  # pyright: ignore[reportPrivateImportUsage]
     F.embedding: _embedding,
     F.dropout: _dropout,
     torch.baddbmm: _baddbmm,

@@ -436,8 +436,7 @@ def _runnable_modules(recorder: Recorder) -> Iterator[None]:
         """`module.to(dtype)` in a forward pass: converted parameters keep their keys."""
         for child in module.children() if recurse else ():
             child._apply(fn)
-        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for store in stores:
+        for store in (cast("dict[str, Any]", module._parameters), cast("dict[str, Any]", module._buffers)):
             store.update({k: recorder.converted(t, fn(t)) for k, t in store.items() if t is not None})
         return module
 

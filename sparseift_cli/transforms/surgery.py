@@ -76,7 +76,7 @@ def _resize(new: nn.Module, edit: Resize, fresh: dict[int, Tensor]) -> None:
     """Allocate the new tensor and note it in `fresh`; tied names share one."""
     path, _, name = edit.key.rpartition(".")
     module = new.get_submodule(path)
-    stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)
+    stores = cast("list[dict[str, Tensor]]", [module._parameters, module._buffers, module.__dict__])
     old = next(store[name] for store in stores if name in store)
     if id(old) not in fresh:
         known = edit.runs and not old.is_meta

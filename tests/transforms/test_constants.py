@@ -81,7 +81,7 @@ class Positions(nn.Module):
         return self.o(x + self.b(self.a(self.norm(x)).relu()))
 
 
-def wide(model: nn.Module, x: Tensor, **options: Any) -> tuple[nn.Module, Any]:
+def wide(model: nn.Module, x: Tensor, **options: Any) -> tuple[Any, Any]:
     """The transformed model; every layer has grown on all sides but the input's and the output's, and it runs."""
     new, plan = sparseift.transform(model, x, sparsity=SPARSITY, **options)
     for row in plan.layers:
@@ -111,7 +111,9 @@ def test_any_other_table_that_is_added_is_repeated_and_said(kind: str) -> None:
     table = torch.randn(ROWS, WIDTH)
     new, _ = wide(Positions(table, kind), X)
     assert torch.equal(new.pe, torch.cat((table, table), 1))
-    (note,) = transformation_of(new).notes  # type: ignore[union-attr]
+    done = transformation_of(new)
+    assert done is not None
+    (note,) = done.notes
     assert note == "pe (16x32 -> 16x64) is no parameter and follows no known formula: its entries are repeated"
 
 
@@ -148,6 +150,9 @@ def test_the_dense_model_keeps_its_table() -> None:
 
 class Rotary(nn.Module):
     """Attention with cached angles, [positions, head_dim] or complex [positions, head_dim / 2]."""
+
+    cos: Tensor
+    sin: Tensor | None
 
     def __init__(self, cos: Tensor, sin: Tensor | None = None, kind: str = "buffer") -> None:
         super().__init__()
@@ -220,7 +225,7 @@ def test_tables_that_no_rule_makes_larger_keep_their_width_by_name() -> None:
     _, plan = sparseift.transform(Projected(), X, sparsity=SPARSITY)
     kept = [w.size for w in plan.table.widths if w.fixed == "tied to buffer draw, which a product reads"]
     assert kept == [32, 16]
-    new, _ = sparseift.transform(Frozen(), torch.zeros(2, 6, dtype=torch.long), sparsity=SPARSITY)
+    new: Any = sparseift.transform(Frozen(), torch.zeros(2, 6, dtype=torch.long), sparsity=SPARSITY)[0]
     assert (new.words.shape, new.i.weight.shape, new.m.weight.shape) == ((11, 32), (64, 32), (64, 64))
 
 
@@ -244,7 +249,8 @@ class Constants(nn.Module):
 
 
 def test_constants_stay_what_they_are_at_every_size() -> None:
-    new, _ = sparseift.transform(Constants(), x := torch.randn(2, 3, 9, 9), sparsity=SPARSITY)
+    x = torch.randn(2, 3, 9, 9)
+    new: Any = sparseift.transform(Constants(), x, sparsity=SPARSITY)[0]
     assert new.kernel.shape == (32, 1, 3, 3) and torch.equal(new.kernel[0], new.kernel[31])
     assert torch.equal(new.zeros, torch.zeros(64))
     assert new.factors.flatten().tolist() == [0.5] * 32 + [2.0] * 32
@@ -294,3 +300,26 @@ def test_widths_that_follow_from_a_fixed_one_give_its_reason() -> None:
 def test_outputs_that_stay_are_nothing_to_mend() -> None:
     assert sparseift.flops(Positions(halves(WIDTH)), X, sparsity=SPARSITY).kept_widths() is None
     assert sparseift.flops(Positions(halves(WIDTH)), X, sparsity=SPARSITY, scope="inner").kept_widths() is None
+
+
+def blurred() -> tuple[nn.Module, Tensor]:
+    return Constants(), torch.zeros(2, 3, 9, 9)
+
+
+def turned() -> tuple[nn.Module, Tensor]:
+    twice = torch.cat((angles(ROWS, 4), angles(ROWS, 4)), 1).float()
+    return Rotary(twice.cos(), twice.sin()), torch.zeros(2, 6, 8)
+
+
+def stretched() -> tuple[nn.Module, Tensor]:
+    return scaled_angles(), torch.zeros(2, 6, 8)
+
+
+@pytest.mark.parametrize("make", [blurred, turned, stretched])
+def test_flops_of_a_source_are_those_of_the_transform(make: Callable[[], tuple[nn.Module, Tensor]]) -> None:
+    """`flops` builds on meta, where no buffer has values: it reads them where they decide what grows."""
+    source = sparseift.flops(f"{__name__}:{make.__name__}", sparsity=SPARSITY)
+    model = sparseift.flops(*make(), sparsity=SPARSITY)
+    assert [(r.layer.name, r.status, r.macs) for r in source.plan.layers] == [
+        (r.layer.name, r.status, r.macs) for r in model.plan.layers
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def through(norm: nn.Module) -> nn.Sequential:
     )
 
 
-def require_doubled(model: nn.Module, x: Tensor, layers: dict[str, tuple[int, int]]) -> nn.Module:
+def require_doubled(model: nn.Module, x: Tensor, layers: dict[str, tuple[int, int]]) -> Any:
     """Transform; the layers named have these (inputs, outputs) and cost what they did; forward and backward run."""
     new, plan = sparseift.transform(model, x, sparsity=0.75)
     rows = {r.layer.name: r for r in plan.layers}
