@@ -282,7 +282,7 @@ def _other_numbers(built: nn.Module, model: nn.Module) -> Iterator[str]:
             if one.shape != other.shape or not torch.allclose(one.double().cpu(), other.double().cpu(), rtol=1e-5):
                 yield f"{path}.{name} with other values".removeprefix(".")
         for name, value in module.__dict__.items():
-            found = ours.__dict__.get(name)
+            found: Any = ours.__dict__.get(name)
             if (
                 type(value) in (int, float)
                 and type(found) is type(value)

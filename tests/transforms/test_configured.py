@@ -106,7 +106,7 @@ IDS = torch.randint(0, 50, (2, 40), generator=torch.Generator().manual_seed(0))
 
 def rebuilt(new: nn.Module) -> nn.Module:
     """What from_pretrained makes of what save_pretrained wrote: the class, its configuration, the state dict."""
-    built = type(new)(new.config.from_dict(new.config.to_dict()))  # type: ignore[operator, union-attr]
+    built = type(new)(new.config.from_dict(new.config.to_dict()))
     built.load_state_dict(new.state_dict())
     return built
 
@@ -128,7 +128,7 @@ def test_a_saved_model_is_the_preserved_one(sparsity: str, more: dict[str, int])
     n = len(dense.rotary.inv_freq)
     torch.testing.assert_close(new.rotary.inv_freq[:n], 100.0 ** -(torch.arange(n) / n))
     assert dense.config.rope_parameters["rope_theta"] == 100.0 and dense.config.rms_norm_eps == 1e-3
-    assert not any("save_pretrained" in note for note in transformation_of(new).notes)  # type: ignore[union-attr]
+    assert not any("save_pretrained" in note for note in transformation_of(new).notes)
 
 
 def test_a_wide_model_is_one_that_its_class_builds() -> None:
@@ -164,7 +164,7 @@ def test_what_a_configuration_cannot_say_is_said() -> None:
     options = Options(start="preserve", preserve_slack=0)
     with pytest.warns(UserWarning, match="save_pretrained"):
         new, _ = sparseift.transform(Scaled(PretrainedConfig(**SIZES)), IDS, sparsity=0.75, options=options)
-    (note,) = (n for n in transformation_of(new).notes if n.startswith("save_pretrained"))  # type: ignore[union-attr]
+    (note,) = (n for n in transformation_of(new).notes if n.startswith("save_pretrained"))
     assert "outputs change by up to" in note and f"embed.embed_scale as {96**0.5:g} from its configuration" in note
 
 

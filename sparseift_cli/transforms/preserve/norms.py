@@ -181,8 +181,8 @@ def configured_eps(new: nn.Module, edits: Sequence[SetAttribute]) -> list[SetAtt
         for name, old in vars(config).items():
             if "eps" in name and type(old) is float:
                 values = {changed.get((p, n), value) for p, n, value in norms if value == old}
-                if len(values) == 1 and (value := values.pop()) != old:
-                    found.append(SetAttribute(f"{path}.config".removeprefix("."), name, value))
+                if len(values) == 1 and old not in values:
+                    found.append(SetAttribute(f"{path}.config".removeprefix("."), name, values.pop()))
     return found
 
 
