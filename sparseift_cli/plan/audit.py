@@ -36,8 +36,10 @@ class Totals:
         forward_macs: MACs of a forward pass.
         training_macs: MACs of the mean training step over a run: forward, backward and mask updates.
         params: parameters, masked ones too.
-        activations: output elements of all counted layers.
+        activations: output elements of all counted operations, as far as they are in memory: the score matrix of a fused
+            attention is not.
         nonzero_params: parameters that are not masked.
+        scores: those of `activations` that are score matrices (q k^T computed as a product of its own).
     """
 
     forward_macs: int
@@ -45,6 +47,7 @@ class Totals:
     params: int
     activations: int
     nonzero_params: int
+    scores: int = 0
 
     @property
     def forward_flops(self) -> int:
@@ -108,6 +111,14 @@ class Audit(ShownAsSheets):
             if self.transformed and self.dense.activations
             else None
         )
+
+    @property
+    def activation_factor_without_scores(self) -> float | None:
+        """The same without the score matrices that are stored: tokens by tokens, they do not grow with any width."""
+        dense, new = self.dense, self.transformed
+        if new is None or dense.activations == dense.scores:
+            return None
+        return (new.activations - new.scores) / (dense.activations - dense.scores)
 
     @property
     def nonzero_after_training(self) -> int:
@@ -195,6 +206,7 @@ def audit(counted: Plan | LayerTable, training: TrainingSpec | None = None, *, c
         training_macs=Fraction(dense_training_macs(dense_layers(table), training)),
         params=params,
         activations=sum(row.activations.evaluate(table.sizes) for row in table.layers),
+        scores=sum(row.activations.evaluate(table.sizes) for row in table.layers if row.kind == "qk"),
         nonzero_params=params,
     )
     if plan is None:
@@ -207,6 +219,7 @@ def audit(counted: Plan | LayerTable, training: TrainingSpec | None = None, *, c
         training_macs=run_macs(plan.layers, training, plan.spec.mask_pattern),
         params=stored,
         activations=sum(row.activations for row in plan.layers),
+        scores=sum(row.activations for row in plan.layers if row.layer.kind == "qk"),
         nonzero_params=stored - sum(row.weights - row.nnz for row in plan.layers),
     )
     updating = transformed.training_macs
@@ -257,7 +270,12 @@ def to_json(result: Audit) -> dict[str, Any]:
             "dense": _totals(result.dense),
             "transformed": None
             if t is None
-            else _totals(t) | {"nonzero_params": t.nonzero_params, "activation_factor": result.activation_factor},
+            else _totals(t)
+            | {
+                "nonzero_params": t.nonzero_params,
+                "activation_factor": result.activation_factor,
+                "activation_factor_without_scores": result.activation_factor_without_scores,
+            },
             "ratio": None
             if t is None
             else {"forward": _number(result.forward_ratio), "training": _number(result.training_ratio)},
@@ -305,6 +323,7 @@ def row_fields(row: LayerPlan) -> dict[str, Any]:
         "nnz": row.nnz if row.parts else None,
         "weights": row.weights if row.parts else None,
         "params": row.params,
+        "activations": row.activations,
         "parts": [p.to_json() for p in row.parts],
     }
 
@@ -315,6 +334,8 @@ def _totals(totals: Totals) -> dict[str, int]:
         "forward_flops": totals.forward_flops,
         "training_flops": totals.training_flops,
         "params": totals.params,
+        "activations": totals.activations,
+        "stored_scores": totals.scores,
     }
 
 

@@ -182,7 +182,12 @@ def _notes_on_plan(result: Audit, plan: Plan) -> list[str]:
             f"s_max {digits_that_differ(limit, 1, 3)}: above it, what is left alone costs more than the whole dense model."
         )
     if result.activation_factor and result.activation_factor > 1:
-        notes.append(f"Activations take {result.activation_factor:.2f}x the memory, which no FLOP count shows.")
+        scores = (
+            f" ({result.activation_factor_without_scores:.2f}x without stored attention scores)"
+            if result.dense.scores
+            else ""
+        )
+        notes.append(f"Activations take {result.activation_factor:.2f}x the memory{scores}, which no FLOP count shows.")
     return notes
 
 

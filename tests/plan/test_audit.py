@@ -5,6 +5,8 @@ from __future__ import annotations
 from fractions import Fraction
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 import sparseift_cli as sparseift
 from sparseift_cli.plan.audit import Totals, to_json
@@ -43,3 +45,32 @@ def test_a_body_row_that_grows_untransformed_is_named_and_owned() -> None:
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
 def test_depthwise_rows_that_stay_dense_as_asked_are_no_warning(name: str) -> None:
     assert sparseift.flops(name, sparsity=0.75).growth() is None
+
+
+class Attention(nn.Module):
+    """x [2, 10, 16] through one head of attention, with its scores in memory or not, and a layer behind it."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.fused = fused
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        if self.fused:
+            return self.out(nn.functional.scaled_dot_product_attention(q, k, v))
+        return self.out((q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1) @ v)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_scores_that_are_stored_are_activations(fused: bool) -> None:
+    """20 tokens: 48 of a projection, 16 of the attention, 3 at the end; 2 x 10 x 10 scores. Four times fewer weights: k = 2."""
+    model = nn.Sequential(nn.Linear(16, 16), Attention(fused))
+    result = sparseift.flops(model, torch.zeros(2, 10, 16), sparsity=0.75)
+    scores = 0 if fused else 200
+    assert (result.dense.activations, result.dense.scores) == (20 * (16 + 48 + 16 + 3) + scores, scores)
+    assert result.transformed is not None
+    assert result.transformed.activations == 20 * (32 + 96 + 32 + 3) + scores
+    data = to_json(result)["totals"]["transformed"]
+    assert data["activation_factor"] == (3260 + scores) / (1660 + scores) and data["stored_scores"] == scores
+    assert data["activation_factor_without_scores"] == 3260 / 1660
