@@ -361,12 +361,7 @@ class Sparsifier(MaskUpdates):
             return
         changes = setting_changes(self._settings(), state["settings"])
         if state["settings"]["algorithm"] != self.algorithm_name:
-            self._restore_masks(state)
-            if self.algorithm.masked and self.algorithm.moves:
-                warnings.warn(
-                    f"the saved run had another algorithm ({changes['algorithm']}): this one begins with its masks, at step 0",
-                    stacklevel=5,
-                )
+            self._begin_with_masks_of(state, changes["algorithm"])
             return
         self._restore(state)
         length = changes.pop("total_steps", None)
@@ -376,6 +371,19 @@ class Sparsifier(MaskUpdates):
             warnings.warn(
                 f"the saved run had other settings ({in_words(changes)}): it goes on at step {self.steps} with the new ones",
                 stacklevel=5,
+            )
+
+    def _begin_with_masks_of(self, state: Mapping[str, Any], change: str) -> None:
+        """Take the masks of a run with another algorithm, where they are what this one begins with."""
+        if self.algorithm.start_density is not None:
+            return  # it begins denser, with whatever weights there are
+        if any(int(state["masks"][w.name].count_nonzero()) != w.nnz for w in self.weights):
+            return  # of a run that had not come down to the plan yet: its weights will not fit
+        self._restore_masks(state)
+        if self.algorithm.moves:
+            warnings.warn(
+                f"the saved run had another algorithm ({change}): this one begins with its masks, at step 0",
+                stacklevel=6,
             )
 
     def _warn_of_length(self, change: str) -> None:
@@ -506,6 +514,8 @@ class Sparsifier(MaskUpdates):
             return
         for w in changed:
             w.follow()
+            for key, tensor in self._states.get(w.name, {}).items():
+                self._states[w.name][key] = tensor.to(w.parameter.device)
         first, self._unchecked = self._unchecked, False
         if first:
             for w in self.weights:

@@ -69,16 +69,17 @@ def test_model_and_optimizer_alone_resume_to_the_bit(cls, options: dict, algorit
 
         optimizer = cls(net.parameters(), **options)
         if order == "sparsifier last":
-            load("model"), load("optimizer")
+            load("model")
+            load("optimizer")
         if order == "model first":
             load("model")
         sparsifier = sparseift.Sparsifier(net, optimizer, algorithm=algorithm, **OPTIONS)
-        if order == "optimizer first":
-            load("optimizer"), load("model")
-        if order == "model first":
-            load("optimizer")
         if order == "sparsifier first":
-            load("model"), load("optimizer")
+            load("model")
+        if order in ("sparsifier first", "model first", "optimizer first"):
+            load("optimizer")
+        if order == "optimizer first":
+            load("model")
         return optimizer, sparsifier
 
     straight = sparse_net()
@@ -263,6 +264,29 @@ def test_masks_of_another_algorithm_are_taken_and_its_schedule_is_not() -> None:
     other.load_state_dict(optimizer.state_dict())
     assert static.steps == 0
     assert all(torch.equal(m, sparseift.masks(net)[n]) for n, m in static.masks().items())
+    with pytest.warns(UserWarning, match="another algorithm .*: this one begins with its masks, at step 0"):
+        sparseift.Sparsifier(again, loaded(SGD(again.parameters(), lr=0.1), optimizer), algorithm="set", **OPTIONS)
+    denser = sparseift.Sparsifier(again, loaded(SGD(again.parameters(), lr=0.1), optimizer), algorithm="dense")
+    assert denser.nnz == {name: m.numel() for name, m in denser.masks().items()}
+
+
+def loaded(optimizer: torch.optim.Optimizer, saved: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    optimizer.load_state_dict(saved.state_dict())
+    return optimizer
+
+
+def test_masks_of_a_run_that_was_still_denser_are_not_taken() -> None:
+    net = sparse_net()
+    optimizer = SGD(net.parameters(), lr=0.1)
+    train(net, optimizer, sparseift.Sparsifier(net, optimizer, algorithm="gmp", **OPTIONS), 0, 4)
+    again = sparse_net()
+    other = SGD(again.parameters(), lr=0.1)
+    static = sparseift.Sparsifier(again, other, algorithm="static")
+    again.load_state_dict(net.state_dict())
+    other.load_state_dict(optimizer.state_dict())
+    loss_of(again, 4).backward()
+    with pytest.raises(UsageError, match=r"weights do not fit their masks: conv\.weight"):
+        static.step()
 
 
 def test_masks_without_their_weights_are_said() -> None:
@@ -396,6 +420,7 @@ def test_gradients_that_are_changed_after_masking() -> None:
         loss_of(net, t).backward()
         sparsifier.step()
         for p in net.parameters():
+            assert p.grad is not None
             p.grad += torch.randn_like(p) * 0.01
         if t:
             optimizer.step()
@@ -522,7 +547,7 @@ def test_an_audit_of_a_module_that_was_filled_says_so() -> None:
     net, nnz = wide_mlp()
     planned = sparseift.flops(net).forward_ratio
     with torch.no_grad():
-        net[2].weight.fill_(1.0)
+        net.get_parameter("2.weight").fill_(1.0)
     message = rf"the module costs more: 2\.weight has 4,096 non-zeros where {nnz:,} were planned"
     with pytest.warns(UserWarning, match=message):
         assert sparseift.flops(net).forward_ratio == planned
@@ -536,7 +561,7 @@ def test_audit_and_save_read_masks_of_loaded_weights(tmp_path: Path) -> None:
     assert torch.equal(sparseift.masks(net)["2.weight"], sparseift.masks(first)["2.weight"])
     sparseift.save(net, tmp_path / "net")
     with torch.no_grad():
-        net[2].weight.fill_(1.0)
+        net.get_parameter("2.weight").fill_(1.0)
     with pytest.raises(CheckFailed, match=f"2.weight: {4096 - nnz:,}"):
         sparseift.audit(net, torch.zeros(2, 16))
 
