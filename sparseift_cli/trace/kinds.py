@@ -69,14 +69,15 @@ class Kinds:
         return "width" if root in self.widths or table or _in_parameter(origins) else "count"
 
     def _products(self) -> Iterator[frozenset[int]]:
-        """The groups that are factors of one dim, in views and in equations."""
+        """The groups that are factors of one dim, in views, in equations, and in weights of more dims than a matrix has."""
         for layouts in self.run.facts.all_layouts.values():
             for kind, parts in layouts:
                 variables = [part.as_variable for part in parts]
                 if kind == "product":
                     yield frozenset(self.variables.find(v) for v in variables if v is not None)
-        for equation in self.variables.equations:
-            yield from (frozenset(self.variables.roots(m)) for m, _ in equation.terms if len(m) > 1)
+        sides = (side for layer in self.run.recorder.layers() for side in (layer.inputs, layer.outputs))
+        for sum_of_products in (*self.variables.equations, *sides):
+            yield from (frozenset(self.variables.roots(m)) for m, _ in sum_of_products.terms if len(m) > 1)
 
     def _of_attention(self) -> tuple[set[int], set[int]]:
         """The heads and head_dims that the products q k^T show."""

@@ -288,9 +288,13 @@ class Recorder(TorchDispatchMode):
             return None
         return key if math.prod(_sizes(tensor.shape)) == math.prod(_sizes(parameter.shape)) else None
 
-    def _note_zeros(self, packet: Any, args: Sequence[Any], out: Any) -> None:
+    def _note_zeros(self, op: Any, args: Sequence[Any], out: Any) -> None:
         """Where `out`, the result of an op, is a parameter times or divided by something, note whose zeros it has."""
+        packet = op.overloadpacket
         if packet not in _PRODUCTS | _KEEPS_ZEROS | _RESHAPES:
+            for tensor in tree_leaves(out) if not is_view(op) else ():
+                if isinstance(tensor, Tensor):  # it may be an operand that was changed in place, or a view of one
+                    set_zeros_of(tensor if tensor._base is None else tensor._base, None)
             return
         for operand in args[: 2 if packet in _PRODUCTS else 1]:
             key = self.zeros_of(operand) if isinstance(operand, Tensor) else None
@@ -533,7 +537,7 @@ class Recorder(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._annotate_result(tensor, flags, producers, node, tensors)
-        self._note_zeros(packet, args, out)
+        self._note_zeros(func, args, out)
         if count is None:
             self.flow.propagate(func, tensors, out)
             if packet not in ALLOCATING:

@@ -79,10 +79,12 @@ def test_no_two_rows_have_one_name(name: str) -> None:
     assert table.macs * 2 == counter.get_total_flops()
 
 
-@pytest.mark.parametrize("member", ["wide", "factorized"])
+@pytest.mark.parametrize(
+    "spec", [{}, {"member": "factorized", "projections": "transformed"}], ids=["wide", "factorized"]
+)
 @pytest.mark.parametrize("name", MODELS)
-def test_what_is_planned_by_name_is_measured_by_it(name: str, member: str) -> None:
-    new, plan = transform(MODELS[name]().eval(), X, sparsity=0.75, member=member, projections="transformed")
+def test_what_is_planned_by_name_is_measured_by_it(name: str, spec: dict[str, str]) -> None:
+    new, plan = transform(MODELS[name]().eval(), X, sparsity=0.75, **spec)
     assert new(X).shape == (2, 5, 3)
     assert any(p.status == "transformed" for p in plan.layers)
 

@@ -62,6 +62,30 @@ LAYERS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...], int
 }
 
 
+def relative(x: Tensor, q: Tensor, k: Tensor, o: Tensor) -> Tensor:
+    """Attention of four heads by weights [features, heads, head_dim] alone, as XLNet's."""
+    query, key = (torch.einsum("bth,hnd->btnd", x, w) for w in (q, k))
+    weights = torch.einsum("bind,bjnd->bnij", query, key).softmax(-1)
+    return torch.einsum("bnij,bjnd,hnd->bih", weights, key, o)
+
+
+def test_heads_that_only_weights_show_stay_in_number() -> None:
+    class Relative(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Linear(8, WIDTH), nn.Linear(WIDTH, 3)
+            self.q, self.k, self.o = (nn.Parameter(torch.randn(WIDTH, HEADS, 4)) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.head(x + relative(x, self.q, self.k, self.o))
+
+    new, plan = transform(Relative().eval(), X, sparsity=0.75)
+    assert new.q.shape == new.k.shape == new.o.shape == (2 * WIDTH, HEADS, 8)
+    assert [p.layer.name for p in plan.layers if p.status == "transformed"] == ["q", "k", "o"]
+    assert new(X).shape == (2, 5, 3)
+
+
 def row(model: nn.Module, name: str = "table") -> tuple[Layer, int]:
     table = layer_table(model, (X,), name="net", input_shape=(2, 5, 8))
     (found,) = (layer for layer in table.layers if layer.name == name)
@@ -112,10 +136,10 @@ def test_a_copy_of_a_weight_is_that_weight(copy: Callable[[Tensor], Tensor], mem
 
 
 def test_a_copy_that_is_changed_is_no_weight() -> None:
-    def halved(x: Tensor, w: Tensor) -> Tensor:
+    def shifted(x: Tensor, w: Tensor) -> Tensor:
         w = w.clone()
-        w[:2] *= 0.5
+        w[:2] += 0.5  # its zeros are no zeros of the product
         return x @ w
 
-    table = layer_table(Body(halved, WIDTH, WIDTH), (X,), name="net", input_shape=(2, 5, 8))
+    table = layer_table(Body(shifted, WIDTH, WIDTH), (X,), name="net", input_shape=(2, 5, 8))
     assert [layer.weight for layer in table.layers if layer.kind == "matmul"] == [None]
