@@ -81,7 +81,7 @@ def transform(
     if options is None or options.start is None:
         _warn_of_trained(model)
     with inference_mode(False):  # what is made there could never be trained
-        facts = {"name": name or type(model).__name__, "input_shape": shape_of(args, kwargs)}
+        facts: Any = {"name": name or type(model).__name__, "input_shape": shape_of(args, kwargs)}
         new, done = transform_module(model, args, kwargs, wanted, **facts, training=training, options=options)
     for text in _unexpected(done):
         warnings.warn(text, stacklevel=2)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import pickletools
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, BinaryIO, Protocol, cast
 
 from .untrusted import Malformed, printable
@@ -46,9 +46,10 @@ class Global:
 
 @dataclass(slots=True, eq=False)
 class Opaque:
-    """An object of the file that is not built; only the name of its kind is kept."""
+    """An object of the file that is not built: the name of its kind is kept and, of a subclass of dict, its items."""
 
     kind: str
+    items: dict[object, object] = field(default_factory=dict)
 
 
 class PickleRules(Protocol):
@@ -234,9 +235,9 @@ class PickleMachine:
         target = self.stack[-1]
         if len(items) % 2 or not isinstance(target, dict | Opaque):
             raise TypeError("keys for something that is no dict")
-        if isinstance(target, dict):
-            for key, value in zip(items[::2], items[1::2], strict=True):
-                target[plain_key(key)] = value
+        held = cast("dict[object, object]", target) if isinstance(target, dict) else target.items
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            held[plain_key(key)] = value
 
 
 def plain_key(key: object) -> Key | tuple[Key, ...]:

@@ -86,9 +86,12 @@ def find_state_dict(root: object, key: str | None = None) -> Found:
         return Found({"tensor": root}, None, ())
     if isinstance(root, list | tuple):
         root = {str(i): value for i, value in enumerate(root)}
-    if not isinstance(root, dict):
-        raise Malformed(f"holds {describe(root).type}, not a state dict")
-    root = cast("dict[object, object]", root)
+    found = _items(root)
+    if found is None:
+        raise (
+            _pickled(root) if isinstance(root, Opaque) else Malformed(f"holds {describe(root).type}, not a state dict")
+        )
+    root = found
     candidates = list(_candidates(root))
     if not candidates:
         raise _without_tensors(root)
@@ -100,6 +103,20 @@ def find_state_dict(root: object, key: str | None = None) -> Found:
                 raise Malformed(f"two tensors are named {printable(str(name))!r}")
             tensors[str(name)] = value
     return Found(tensors, chosen.path or None, tuple(_others(root, chosen)))
+
+
+def _items(value: object) -> dict[object, object] | None:
+    """The items of a dict, or of an object that is a subclass of dict (EasyDict); None of anything else."""
+    if isinstance(value, dict):
+        return cast("dict[object, object]", value)
+    return value.items if isinstance(value, Opaque) and value.items else None
+
+
+def _pickled(value: Opaque) -> Malformed:
+    return Malformed(
+        f"holds an object of {value.kind}, not a state dict",
+        hint="it may be a pickled model; where you trust the file, load it yourself and save model.state_dict()",
+    )
 
 
 def strip_prefix(names: Sequence[str]) -> str:
@@ -124,7 +141,7 @@ def describe(value: object, path: str = "") -> OtherEntry:
         case list() | tuple():
             return OtherEntry(path, f"{type(value).__name__} of {len(value)}")
         case Opaque():
-            return OtherEntry(path, value.kind)
+            return OtherEntry(path, value.kind + (f" of {len(value.items)}" if value.items else ""))
         case Global():
             return OtherEntry(path, str(value))
         case str():
@@ -150,8 +167,9 @@ def _candidates(root: dict[object, object]) -> Iterator[_Candidate]:
         tensors = sum(isinstance(value, PickledTensor) for value in mapping.values())
         if tensors:
             yield _Candidate(keys, mapping, tensors)
-        for name, value in mapping.items():
-            if not isinstance(value, dict) or not isinstance(name, str) or id(value) in seen or len(keys) == _DEPTH:
+        for name, entry in mapping.items():
+            value = _items(entry)
+            if value is None or not isinstance(name, str) or id(value) in seen or len(keys) == _DEPTH:
                 continue
             if not any(word in name.lower() for word in _NOT_WEIGHTS):
                 seen.add(id(value))
@@ -164,6 +182,8 @@ def _without_tensors(root: dict[object, object]) -> Malformed:
         return Malformed(
             f"holds no tensors but of a layout that is not read: {', '.join(kinds)}", hint="save them with .to_dense()"
         )
+    if objects := [value for value in root.values() if isinstance(value, Opaque) and not value.items]:
+        return _pickled(objects[0])
     return Malformed("holds no tensors in any dict", hint="a state dict maps names to tensors")
 
 
@@ -193,9 +213,10 @@ def _others(root: dict[object, object], chosen: _Candidate) -> Iterator[OtherEnt
     level: object = root
     listed = 0
     for depth in range(len(chosen.keys) + 1):
-        assert isinstance(level, dict)
+        items = _items(level)
+        assert items is not None
         onward = chosen.keys[depth] if depth < len(chosen.keys) else None
-        for name, value in level.items():
+        for name, value in items.items():
             if name == onward or (onward is None and isinstance(value, PickledTensor)):
                 continue
             listed += 1
@@ -203,4 +224,4 @@ def _others(root: dict[object, object], chosen: _Candidate) -> Iterator[OtherEnt
                 yield OtherEntry("…", "more than is listed here")
                 return
             yield describe(value, printable(".".join((*chosen.keys[:depth], str(name)))))
-        level = level.get(onward)
+        level = items.get(onward)

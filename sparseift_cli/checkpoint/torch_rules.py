@@ -3,13 +3,15 @@
 `inert_pickle` asks `TorchRules` for every name and every call. A call of `torch._utils._rebuild_tensor_v2` becomes a
 `PickledTensor`, whose shape and stride are checked against the size of its storage; a persistent id becomes a
 `PickledStorage`; a dict class a plain dict; what training scripts save beside the weights (`argparse.Namespace`,
-`numpy.ndarray`) stays `Opaque`. Any other name is refused. Argument orders are those of PyTorch's `torch/_utils.py`
-(`_rebuild_tensor_v2(storage, storage_offset, size, stride, requires_grad, backward_hooks, metadata=None)` and its
-relatives).
+`numpy.ndarray`, an OmegaConf, classes of the script itself) stays `Opaque`. Any other name of Python's own modules and of
+torch is refused: none is a setting, and some (`os.system`) are what an attack would call. Argument orders are those of
+PyTorch's `torch/_utils.py` (`_rebuild_tensor_v2(storage, storage_offset, size, stride, requires_grad, backward_hooks,
+metadata=None)` and its relatives).
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -68,6 +70,13 @@ _HARMLESS = {
     "builtins.complex",
     "builtins.slice",
     "builtins.range",
+    "builtins.object",
+    "collections.deque",
+    "copyreg._reconstructor",
+    "decimal.Decimal",
+    "fractions.Fraction",
+    "types.SimpleNamespace",
+    "uuid.UUID",
     "torch.device",
     "torch.serialization._get_layout",
     "torch._utils._rebuild_sparse_tensor",
@@ -82,6 +91,11 @@ _TYPES = {
     "builtins.int",
     "builtins.float",
     "builtins.str",
+    "builtins.bool",
+    "builtins.bytes",
+    "builtins.dict",
+    "builtins.tuple",
+    "builtins.type",
 }
 _QUANTISERS = "torch.per_"  # per_tensor_affine, per_channel_symmetric, ...
 _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
@@ -126,6 +140,8 @@ class TorchRules:
             return found
         if module == "torch" and name.endswith("Tensor"):
             return found
+        if _is_foreign(found.module):
+            return found
         raise refused(found)
 
     def called(self, function: object, args: Sequence[object]) -> object:
@@ -136,7 +152,9 @@ class TorchRules:
             return _pairs(args)
         if path in _CALLS:
             return _CALLS[path](args)
-        if path in _HARMLESS:
+        if path == "copyreg._reconstructor" and args:
+            return Opaque(str(args[0]) if isinstance(args[0], Global) else "object")
+        if path in _HARMLESS or _is_foreign(function.module):
             return Opaque(str(function))
         raise refused(function)
 
@@ -159,6 +177,12 @@ class TorchRules:
         if view[1] + view[2] > numel:
             raise Malformed(f"a view reaches beyond its storage {storage.key!r}")
         return PickledStorage(storage.key, dtype, numel, (view[1], view[2]))
+
+
+def _is_foreign(module: str) -> bool:
+    """Whether a module is neither of Python's own, types apart, nor of torch: the script that saved the file, or a library."""
+    top = module.partition(".")[0]
+    return top in ("__main__", "typing") or not (top in sys.stdlib_module_names or top == "torch")
 
 
 def refused(name: Global) -> Malformed:

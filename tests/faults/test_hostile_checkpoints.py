@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import datetime
+import enum
 import io
 import json
 import os
@@ -12,12 +16,15 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from sparseift_cli.checkpoint import open_checkpoint, read_tensor
+from sparseift_cli.errors import CheckpointError
 
 
 class Payload:
@@ -221,3 +228,61 @@ def test_what_fits_adds_up(sparseift, tmp_path: Path) -> None:
     save_file(state, str(tmp_path / "part.safetensors"))
     _, out, _ = sparseift("inspect", str(tmp_path / "part.safetensors"))
     assert f"{len(state)} of {len(state) + 1} tensors of resnet20, 1 missing" in out
+
+
+class Phase(enum.Enum):
+    WARM_UP = 1
+
+
+@dataclasses.dataclass
+class Settings:
+    learning_rate: float = 0.1
+    kind: type = dict
+    annotation: object = Any  # OmegaConf's metadata hold such
+
+
+class EasyDict(dict):
+    """A dict whose items are attributes too, as the package of that name has."""
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    ("beside", "kind"),
+    [
+        (Phase.WARM_UP, f"{__name__}.Phase"),
+        (Settings(), f"{__name__}.Settings"),
+        (EasyDict(a=1), f"{__name__}.EasyDict of 1"),
+        (argparse.Namespace(lr=0.1), "argparse.Namespace"),
+        (Path("runs"), "pathlib"),
+        (datetime.datetime(2026, 1, 1), "datetime.datetime"),
+        (np.float64(0.5), "multiarray.scalar"),
+        ({Phase.WARM_UP: 1}, "dict of 1"),
+    ],
+    ids=str,
+)
+def test_what_scripts_save_beside_the_tensors_is_named_and_not_built(
+    tmp_path: Path, beside: object, kind: str, zipped: bool
+) -> None:
+    path = tmp_path / "settings.pt"
+    torch.save({"model": {"w": torch.ones(2, 3)}, "args": beside}, path, _use_new_zipfile_serialization=zipped)
+    checkpoint = open_checkpoint(path)
+    assert [(t.name, t.shape) for t in checkpoint.tensors] == [("w", (2, 3))]
+    (entry,) = checkpoint.other
+    assert entry.path == "args" and kind in entry.type
+    assert torch.equal(read_tensor(checkpoint, "w"), torch.ones(2, 3))
+
+
+def test_a_state_dict_in_a_subclass_of_dict(tmp_path: Path) -> None:
+    path = tmp_path / "easy.pt"
+    torch.save(EasyDict(net=EasyDict(w=torch.ones(2)), args=Settings()), path)
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.nested_under == "net" and [t.name for t in checkpoint.tensors] == ["w"]
+
+
+@pytest.mark.parametrize("saved", [Settings(), {"model": Settings(), "epoch": 1}])
+def test_an_object_without_tensors_is_no_checkpoint(tmp_path: Path, saved: object) -> None:
+    path = tmp_path / "object.pt"
+    torch.save(saved, path)
+    with pytest.raises(CheckpointError, match=r"an object of .*Settings, not a state dict") as refused:
+        open_checkpoint(path)
+    assert "pickled model" in (refused.value.hint or "")

@@ -170,7 +170,7 @@ def configured_eps(new: nn.Module, edits: Sequence[SetAttribute]) -> list[SetAtt
 
     A configuration has one eps for all its norms, so only where every norm below it that has this eps gets the same new one.
     """
-    changed = {(e.owner, e.name): e.value for e in edits if e.name in _EPS}
+    changed = {(e.owner, e.name): float(e.value) for e in edits if e.name in _EPS}
     found: list[SetAttribute] = []
     for path, holder in new.named_modules():
         config = holder.__dict__.get("config")
@@ -180,7 +180,7 @@ def configured_eps(new: nn.Module, edits: Sequence[SetAttribute]) -> list[SetAtt
         norms = [(p, n, m.__dict__[n]) for p, m in below.items() for n in _EPS if type(m.__dict__.get(n)) is float]
         for name, old in vars(config).items():
             if "eps" in name and type(old) is float:
-                values = {changed.get((p, n), value) for p, n, value in norms if value == old}
+                values = {changed.get((p, n), old) for p, n, value in norms if value == old}
                 if len(values) == 1 and old not in values:
                     found.append(SetAttribute(f"{path}.config".removeprefix("."), name, values.pop()))
     return found
