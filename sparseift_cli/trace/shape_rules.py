@@ -446,7 +446,8 @@ def _scaling(op: Callable[..., Any], power: int) -> Rule:
 
     def rule(rules: ShapeRules, input: Any, other: Any = 1, **options: Any) -> Any:
         out = op(input, other, **options)
-        tensor, number = (other, input) if power > 0 and _is_number(input) else (input, other)
+        swapped = power > 0 and _is_number(input) and isinstance(other, Tensor)
+        tensor, number = (other, input) if swapped else (input, other)
         return rules.recorder.scales.multiply(tensor, out, number, power) if _is_number(number) else out
 
     return rule

@@ -398,3 +398,9 @@ def test_a_forward_that_depends_on_values_is_refused_in_words(use: Callable[[Ten
     with pytest.raises(UsageError, match="computes with the values of tensors") as error:
         layer_table(net, (torch.zeros(2, 8),), name="net", input_shape=(2, 8))
     assert "torch.where" in (error.value.hint or "")
+
+
+def test_a_number_kept_in_a_tensor_may_be_multiplied() -> None:
+    """The scale of DeBERTa's attention."""
+    model = Net(lambda n, x: n.a(x) / torch.sqrt(torch.tensor(x.size(-1), dtype=torch.float) * 3), a=nn.Linear(16, 3))
+    assert traced(model, TOKENS).macs == 10 * 48
