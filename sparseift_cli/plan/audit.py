@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, ClassVar
@@ -39,6 +40,8 @@ class Totals:
         activations: output elements of all counted operations, as far as they are in memory: the score matrix of a fused
             attention is not.
         nonzero_params: parameters that are not masked.
+        active_params: parameters that one token uses: of experts, those that it is routed to.
+        active_nonzero_params: the same of those that are not masked.
         scores: those of `activations` that are score matrices (q k^T computed as a product of its own).
     """
 
@@ -47,6 +50,8 @@ class Totals:
     params: int
     activations: int
     nonzero_params: int
+    active_params: int
+    active_nonzero_params: int
     scores: int = 0
 
     @property
@@ -208,6 +213,8 @@ def audit(counted: Plan | LayerTable, training: TrainingSpec | None = None, *, c
         activations=sum(row.activations.evaluate(table.sizes) for row in table.layers),
         scores=sum(row.activations.evaluate(table.sizes) for row in table.layers if row.kind == "qk"),
         nonzero_params=params,
+        active_params=(active := _active(dense_layers(table), lambda row: row.params)),
+        active_nonzero_params=active,
     )
     if plan is None:
         return Audit(table, causal, training, dense)
@@ -221,11 +228,18 @@ def audit(counted: Plan | LayerTable, training: TrainingSpec | None = None, *, c
         activations=sum(row.activations for row in plan.layers),
         scores=sum(row.activations for row in plan.layers if row.layer.kind == "qk"),
         nonzero_params=stored - sum(row.weights - row.nnz for row in plan.layers),
+        active_params=_active(plan.layers, lambda row: row.params),
+        active_nonzero_params=_active(plan.layers, lambda row: row.params - row.weights + row.nnz),
     )
     updating = transformed.training_macs
     if training.method.costs_more_while_updating:
         updating = training_macs_while_updating(plan.layers, training)
     return Audit(table, causal, training, dense, plan, transformed, updating)
+
+
+def _active(rows: Sequence[LayerPlan], count: Callable[[LayerPlan], int]) -> int:
+    """What `count` gives of all rows, of experts only the share that one token uses."""
+    return int(sum((row.layer.active * count(row) for row in rows), Fraction(0)))
 
 
 def _require_same_budget(planned: Plan | LayerTable, counted: Plan, training: TrainingSpec) -> None:
@@ -273,6 +287,7 @@ def to_json(result: Audit) -> dict[str, Any]:
             else _totals(t)
             | {
                 "nonzero_params": t.nonzero_params,
+                "active_nonzero_params": t.active_nonzero_params,
                 "activation_factor": result.activation_factor,
                 "activation_factor_without_scores": result.activation_factor_without_scores,
             },
@@ -334,6 +349,7 @@ def _totals(totals: Totals) -> dict[str, int]:
         "forward_flops": totals.forward_flops,
         "training_flops": totals.training_flops,
         "params": totals.params,
+        "active_params": totals.active_params,
         "activations": totals.activations,
         "stored_scores": totals.scores,
     }

@@ -84,7 +84,7 @@ def clamp_to_room(plan: LayerPlan, nnz: int, spec: TransformSpec) -> int:
     Raises:
         UsageError: it has no room for one block.
     """
-    unit, dense = spec.mask_pattern.unit, plan.dense_nnz
+    unit, dense = spec.mask_pattern.unit * plan.copies, plan.dense_nnz
     room = _room(plan, spec.mask_pattern) - dense
     if room < unit:
         raise UsageError(
@@ -114,9 +114,10 @@ def _share_nonzeros(layers: list[LayerPlan], shared: Sequence[int], spec: Transf
     ]
     densities = checked_densities(spec, weighed, spec.density * sum(masked))
     budgets = [d * n for d, n in zip(densities, masked, strict=True)]
-    unit = spec.mask_pattern.unit
-    caps = [(_room(p, spec.mask_pattern) - n) // unit for p, n in zip(chosen, dense, strict=True)]
-    for i, n, count in zip(shared, dense, round_to_budget(budgets, [unit] * len(caps), caps), strict=True):
+    units = [spec.mask_pattern.unit * p.copies for p in chosen]
+    caps = [(_room(p, spec.mask_pattern) - n) // u for p, n, u in zip(chosen, dense, units, strict=True)]
+    counts = round_to_budget(budgets, units, caps)
+    for i, n, count, unit in zip(shared, dense, counts, units, strict=True):
         layers[i] = _with_nonzeros(layers[i], clamp_to_room(layers[i], n + count * unit, spec), spec)
     return layers
 
@@ -139,7 +140,7 @@ def _with_nonzeros(plan: LayerPlan, nnz: int, spec: TransformSpec) -> LayerPlan:
     Raises:
         UsageError: one of them has no room for its blocks.
     """
-    plan = plan.with_nonzeros(nnz, spec.mask_pattern.unit)
+    plan = plan.with_nonzeros(nnz, spec.mask_pattern.unit * plan.copies)
     _require_room(plan, spec.mask_pattern)
     return plan
 
@@ -308,20 +309,21 @@ def _solve(cost: Callable[[Fraction], Fraction], budget: Fraction | int, most: F
 def _matched(budget: _ModelBudget, scale: Fraction) -> list[int]:
     """Counts within the budget that `scale` was solved for: the forward pass's, or the run's as it is counted afterwards."""
     spec, training, chosen = budget.spec, budget.training, budget.chosen
-    unit = spec.mask_pattern.unit
+    units = [spec.mask_pattern.unit * p.copies for p in chosen]
     dense = [p.dense_nnz for p in chosen]
-    caps = [(_room(p, spec.mask_pattern) - n) // unit for p, n in zip(chosen, dense, strict=True)]
+    caps = [(_room(p, spec.mask_pattern) - n) // u for p, n, u in zip(chosen, dense, units, strict=True)]
     budgets = [b - n * p.positions for b, n, p in zip(budget.forward_budgets(scale), dense, chosen, strict=True)]
-    costs = [p.positions * unit for p in chosen]
+    costs = [int(p.positions * u) for p, u in zip(chosen, units, strict=True)]
     if spec.match == "model":
         counts = round_to_budget([max(Fraction(0), b) for b in budgets], costs, caps)
     else:
 
         def of_run(i: int, n: int) -> Fraction:
-            return run_macs([chosen[i].with_nonzeros(dense[i] + n * unit, unit)], training, spec.mask_pattern)
+            nnz = dense[i] + n * units[i]
+            return run_macs([chosen[i].with_nonzeros(nnz, units[i])], training, spec.mask_pattern)
 
         counts = round_to_budget(budgets, costs, caps, budget.total - budget.cost_of_others(), of_run)
-    return [n + c * unit for n, c in zip(dense, counts, strict=True)]
+    return [n + c * u for n, c, u in zip(dense, counts, units, strict=True)]
 
 
 def round_to_budget(

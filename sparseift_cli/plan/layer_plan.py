@@ -10,6 +10,7 @@ from typing import Any, Literal
 from ..table.shape import Shape
 from ..table.table import Layer
 
+EXPERTS = "experts"  # kind of a row whose weight is a stack of matrices, of which every token uses some
 Status = Literal["transformed", "boundary", "untouched"]
 NormKind = Literal["batch_norm", "layer_norm"]
 InnerActivation = Literal["direct", "following"]
@@ -66,7 +67,7 @@ class LayerPlan:
         reason: why it is not transformed; empty where it is.
         dense_macs: MACs of a forward pass of the dense model.
         positions: how often each weight is used in a forward pass: output positions of a convolution, tokens of a linear
-            layer, over the batch. 0 for a row without a weight.
+            layer, over the batch; of experts the mean, a fraction. 0 for a row without a weight.
         product_macs: MACs of a row without a weight: an attention product.
         params: parameters, biases and norms too.
         activations: output elements.
@@ -83,7 +84,7 @@ class LayerPlan:
     status: Status
     reason: str = ""
     dense_macs: int
-    positions: int = 0
+    positions: Fraction | int = 0
     product_macs: int = 0
     params: int
     activations: int
@@ -96,14 +97,19 @@ class LayerPlan:
     inner_activation: InnerActivation | None = None
 
     @property
+    def copies(self) -> int:
+        """How many stacked matrices have equal numbers of non-zeros, so that MACs are the same for any routing: the experts."""
+        return self.parts[0].shape.groups if self.layer.kind == EXPERTS and self.parts else 1
+
+    @property
     def macs(self) -> int:
         """MACs of a forward pass: a masked weight counts its non-zeros alone."""
-        return self.positions * self.nnz if self.parts else self.product_macs
+        return int(self.positions * self.nnz) if self.parts else self.product_macs
 
     @property
     def full_macs(self) -> int:
         """MACs of a forward pass without masks."""
-        return self.positions * self.weights if self.parts else self.product_macs
+        return int(self.positions * self.weights) if self.parts else self.product_macs
 
     @property
     def weights(self) -> int:
@@ -147,11 +153,15 @@ class LayerPlan:
         return data
 
 
-def positions_of(macs: int, weights: int) -> int:
-    """How often each weight is used in a forward pass: MACs over weights, always a whole number."""
+def positions_of(layer: Layer, sizes: Sequence[int]) -> Fraction | int:
+    """How often each weight of a row is used in a forward pass: MACs over weights, a whole number.
+
+    Of experts, tokens * top_k over the number of experts: how often on average, whatever the routing.
+    """
+    macs, weights = layer.macs.evaluate(sizes), layer.shape(sizes).weights
     positions, rest = divmod(macs, weights)
-    assert not rest, f"{macs} MACs are no multiple of {weights} weights"
-    return positions
+    assert not rest or layer.kind == EXPERTS, f"{macs} MACs are no multiple of {weights} weights"
+    return Fraction(macs, weights) if rest else positions
 
 
 def left_alone(layer: Layer, dense_sizes: Sequence[int], sizes: Sequence[int], reason: str) -> LayerPlan:
@@ -174,7 +184,7 @@ def left_alone(layer: Layer, dense_sizes: Sequence[int], sizes: Sequence[int], r
         status=status,
         reason=layer.note or reason,
         dense_macs=dense_macs,
-        positions=positions_of(macs, shape.weights) if parts else 0,
+        positions=positions_of(layer, sizes) if parts else 0,
         product_macs=0 if parts else macs,
         params=layer.params.evaluate(sizes),
         activations=layer.activations.evaluate(sizes),

@@ -11,13 +11,17 @@ from ..base.sheets import Column, Sheet, digits_that_differ, integer, ratio
 from ..base.text import shape_text
 from ..table.shape import Shape
 from .audit import Audit, audit, row_fields, rows
-from .layer_plan import LayerPlan
+from .layer_plan import EXPERTS, LayerPlan
 from .plan import Plan
 
 WITHOUT_MASKS = (
     "Trained without masks (algorithm dense): forward MACs and non-zeros are the plan's, not what is trained."
 )
 CONTROL = "Scope none: nothing is widened and FLOPs fall with the sparsity. A control, no iso-FLOP transform."
+EXPERTS_COUNT = (
+    "Experts: MACs are tokens x experts a token is routed to x non-zeros of one expert. All experts of a layer have equally "
+    "many, so the routing changes nothing."
+)
 STYLES = {"transformed": "green", "boundary": "yellow", "untouched": "dim", "mixed": ""}
 
 
@@ -133,6 +137,11 @@ def totals_sheet(result: Audit, title: str) -> Sheet:
         line("non-zero parameters", dense.nonzero_params, after and after.nonzero_params),
         line("activation elements", dense.activations, after and after.activations),
     ]
+    if dense.active_params != dense.params:
+        entries += [
+            line("parameters a token uses", dense.active_params, after and after.active_params),
+            line("non-zero, a token uses", dense.active_nonzero_params, after and after.active_nonzero_params),
+        ]
     columns = [Column("what", "total"), Column("dense", "dense", integer, right=True)]
     if after:
         columns += [
@@ -148,6 +157,8 @@ def _notes(result: Audit) -> list[str]:
         found = any(row.causal for row in result.table.layers)
         unseen = "no attention here says that it is causal (`is_causal=True`; a mask of its own is not read): counted in full"
         notes.append(f"Causal attention counted {result.causal}." if found else f"--causal {result.causal}: {unseen}.")
+    if any(row.kind == EXPERTS for row in result.table.layers):
+        notes.append(EXPERTS_COUNT)
     if result.table.untraceable:
         notes.append(f"Widths unknown ({result.table.untraceable}): Sparse Wide cannot be planned.")
     if result.table.uncounted:

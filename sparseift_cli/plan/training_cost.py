@@ -87,7 +87,7 @@ def run_macs(layers: Sequence[LayerPlan], training: TrainingSpec, pattern: MaskP
 
     def mean(plan: LayerPlan, part: Part, cost: StepCost) -> Fraction:
         start = initial_nonzeros(plan, part, method, pattern)
-        return method.mean_step(cost, start, part.nnz, part.shape.weights, schedule, pattern.unit)
+        return method.mean_step(cost, start, part.nnz, part.shape.weights, schedule, pattern.unit * plan.copies)
 
     return _training_macs(layers, training, mean)
 
@@ -141,5 +141,6 @@ def _start(plan: LayerPlan, part: Part, method: MaskAlgorithm, pattern: MaskPatt
     """The non-zeros of the algorithm's start density, in whole blocks; 0 for parts that keep theirs: dense or frozen ones."""
     if method.start_density is None or part.dense or not plan.layer.grad_weight:
         return 0
-    count = int(method.start_density * part.shape.weights / pattern.unit)
-    return min(pattern.places(part.shape) // pattern.unit, count) * pattern.unit
+    unit = pattern.unit * plan.copies
+    count = int(method.start_density * part.shape.weights / unit)
+    return min(pattern.places(part.shape) // unit, count) * unit

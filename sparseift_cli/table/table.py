@@ -85,6 +85,7 @@ class Layer:
     kernel: tuple[int, ...] = ()
     groups: Poly = field(default_factory=lambda: Poly.const(1))
     computed: bool = False  # the weight is computed from the parameter, and is zero where that is (weight_norm)
+    active: Fraction | int = 1  # share of the weights that one token uses: of experts, those that it is routed to
     start: Poly | None = None  # where it uses rows [start, start + outputs) of the weight, not all of it
     tied_to: str | None = None
     host: str | None = None  # the class that holds or reads the weight, where a transformed layer cannot replace it
@@ -124,6 +125,8 @@ class Layer:
                 data[key] = poly.to_json()
         if self.groups != Poly.const(1):
             data["groups"] = self.groups.to_json()
+        if self.active != 1:
+            data["active"] = str(self.active)
         if self.start is not None:
             data["start"] = self.start.to_json()
         if self.calls != 1:
@@ -156,7 +159,7 @@ class Layer:
         for key in ("kernel", "causal"):
             if key in fields:
                 fields[key] = tuple(fields[key])
-        for key in ("grad_inputs", "grad_weight", "recomputed"):
+        for key in ("grad_inputs", "grad_weight", "recomputed", "active"):
             if isinstance(fields.get(key), str):
                 fields[key] = Fraction(fields[key])
         return Layer(**fields)

@@ -215,7 +215,7 @@ class _Builder:
 
     def build(self, name: str, input_shape: tuple[int, ...], untraceable: str | None) -> TraceResult:
         mark_output_layers(self.recorder, self.returned, self.variables)
-        self._find_block_diagonal_layers()
+        self._group_stacked_weights()
         widths = self._widths()
         equations = tuple(dict.fromkeys(self._named(e) for e in self.variables.equations))
         rows = RowBuilder(self.model, self.run, self._named)
@@ -234,10 +234,11 @@ class _Builder:
         """A polynomial over variables as one over width ids."""
         return poly.rename(self.renaming)
 
-    def _find_block_diagonal_layers(self) -> None:
-        """Tell layers of one block a head, [heads, in, out], from experts, whose matrices are each for other tokens.
+    def _group_stacked_weights(self) -> None:
+        """Give layers of stacked matrices their groups, and tell block-diagonal ones, one block a head, from experts.
 
         The blocks read the parts of one feature dim, which a view shows: (batch, tokens, heads * in) as (..., heads, in).
+        The matrices of experts are each for other tokens.
         """
         roots = LazyRenaming(self.variables.find)
         views = {
@@ -250,10 +251,12 @@ class _Builder:
             if op.kind == "experts" and op.weight is not None:
                 blocks, *sides = (poly_of(size).rename(roots) for size in self.run.shapes[op.weight])
                 inputs = op.inputs.rename(roots)
-                if (blocks, inputs) in views and inputs in sides:
+                if inputs in sides and op.at is None:
                     sides.remove(inputs)
-                    op.kind, op.groups = "grouped linear", blocks
-                    op.inputs, op.outputs = blocks * inputs, blocks * sides[0]
+                    op.kind = "grouped linear" if (blocks, inputs) in views else op.kind
+                    op.groups, op.inputs, op.outputs = blocks, blocks * inputs, blocks * sides[0]
+                if op.kind == "experts":
+                    self.run.facts.freeze(blocks, "number of experts")
 
     # --- variables to widths ---
 

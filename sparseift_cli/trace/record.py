@@ -140,6 +140,7 @@ class CountedOp:
     at: tuple[int, ...] | None = None  # which part of the weight it uses, in the sizes of this run; None: all of it
     start: Poly | None = None  # the part is rows [start, start + outputs) of the weight: the query of a fused QKV
     part: str = ""  # name of that part in the name of the row
+    tokens: int | None = None  # of experts: how many tokens their module was called with
     computed: bool = False  # the weight is computed from the parameter, and zero where that is (weight_norm)
     projection: bool = False  # makes a query, key or value, or reads the result of an attention
     first: bool = False  # reads the model's input, not another layer's output
@@ -177,6 +178,7 @@ class Recorder(TorchDispatchMode):
         self.ops: dict[tuple[Any, ...], CountedOp] = {}  # by (owner, kind, weight, part of the weight)
         self.parameters: dict[int, tuple[str, Tensor]] = {}  # storage -> (state_dict key, fake parameter)
         self.by_key: dict[str, Tensor] = {}  # fake parameters
+        self.tokens: dict[str, int] = {}  # module path -> positions of the first tensor that it was last called with
         self.keys: dict[int, dict[str, str]] = {}  # storage -> module path -> key there: several, if it is tied
         self.stack: list[str] = [""]
         self.first_seen: dict[str, int] = {}  # module path -> clock at its first call
@@ -218,8 +220,11 @@ class Recorder(TorchDispatchMode):
 
     # --- modules and parameters ---
 
-    def enter_module(self, module: str) -> None:
-        """The module at this path is called."""
+    def enter_module(self, module: str, args: Any = ()) -> None:
+        """The module at this path is called with `args`."""
+        first = next((t for t in tree_leaves(args) if isinstance(t, Tensor)), None)
+        if first is not None and first.dim():
+            self.tokens[module] = math.prod(map(concrete, first.shape[:-1]))
         self.clock += 1
         self.first_seen.setdefault(module, self.clock)
         self.stack.append(module)
@@ -348,7 +353,10 @@ class Recorder(TorchDispatchMode):
         key, parameter = self.parameter_of(weight) or (None, None)
         at, start = (None, None) if parameter is None else _part_of(weight, parameter)
         owner, computed = self._owner(key), self.zeros_of(weight) if key is None else None
-        if computed is not None and _sizes(self.by_key[computed].shape) == _sizes(weight.shape):
+        gathered = None if key is not None else gathered_from(weight)
+        if gathered is not None:
+            owner, key, parameter = self._owner(gathered), gathered, self.by_key[gathered]
+        elif computed is not None and kind in LAYERS and _sizes(self.by_key[computed].shape) == _sizes(weight.shape):
             key, parameter = computed, self.by_key[computed]  # its mask is a mask of what is computed from it
         op = self._op(owner, kind, key, inputs, outputs, kernel, groups, at)
         op.at, op.start, op.computed = at, start, key is not None and key == computed
@@ -361,6 +369,8 @@ class Recorder(TorchDispatchMode):
         if parameter is None:
             of_x, of_weight = of_x + of_weight, Poly()
         self.backward.add_product(op, out, macs, of_x, of_weight)
+        if kind == "experts":
+            op.tokens = self.tokens.get(self.stack[-1])
         flags = flags_of(out)
         if op.is_layer and not in_backward_pass():  # what wrote its operands, a layer has read
             self.read |= (flags_of(x) | flags_of(weight)) >> _WRITERS << _WRITERS
@@ -614,9 +624,11 @@ def matmul(rec: Recorder, a: Tensor, b: Tensor, out: Tensor) -> None:
     def columns(of: Tensor, dim: int) -> Poly:
         return poly_of(of.shape[dim]) if of.dim() > 1 else Poly.const(1)
 
-    weight, x = (b, a) if rec.parameter_of(b) else (a, b)
+    weight, x = (b, a) if rec.parameter_of(b) or gathered_from(b) else (a, b)
     owned = rec.parameter_of(weight)
-    if owned:
+    if gathered_from(weight):
+        rec.count_weighted("experts", x, weight, out, macs, inner, columns(weight, -1 if weight is b else -2))
+    elif owned:
         key, parameter = owned
         outputs = _num_distinct(weight).divided_by(inner) or columns(weight, -1 if weight is b else -2)
         # with a vector it is no layer: the matrix of a spectral norm
@@ -628,6 +640,11 @@ def matmul(rec: Recorder, a: Tensor, b: Tensor, out: Tensor) -> None:
         rec.count_product(part, a, b, out, macs)
     else:
         rec.count_weighted("matmul", a, b, out, macs, inner, columns(b, -1))
+
+
+def gathered_from(tensor: Tensor) -> str | None:
+    """The key of the stacked parameter [experts, ...] that a tensor [tokens, ...] holds one matrix of for each token."""
+    return getattr(tensor, "_sparseift_gathered_from", None)
 
 
 def _kind_of_product(name: str, parameter: Tensor, weight: Tensor) -> str:
@@ -697,9 +714,7 @@ def _grouped_products(rec: Recorder, args: Sequence[Any], kwargs: dict[str, Any]
     a, b = args[:2]
     inner, columns = poly_of(a.shape[-1]), poly_of(b.shape[-1])
     macs = numel(a.shape) * columns if a.dim() == b.dim() == 2 else numel(out.shape) * inner
-    stacked = rec.parameter_of(b) is not None
-    outputs = columns * poly_of(b.shape[0]) if stacked else columns
-    rec.count_weighted("experts" if stacked else "matmul", a, b, out, macs, inner, outputs)
+    rec.count_weighted("matmul" if rec.parameter_of(b) is None else "experts", a, b, out, macs, inner, columns)
 
 
 def _distances(rec: Recorder, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> None:

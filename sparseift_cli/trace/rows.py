@@ -152,6 +152,7 @@ class RowBuilder:
             kernel=row.kernel,
             groups=groups,
             computed=row.computed,
+            active=self._active(row),
             start=None if row.start is None else self.named(row.start),
             projection=row.projection,
             causal=row.causal,
@@ -204,6 +205,15 @@ class RowBuilder:
         """Another module than `module` with the same parameter: an adapter around a layer, with `weight = layer.weight`."""
         holders = self.holders.get(self.tied.get(key, key), [])
         return next((holder for holder in holders if holder is not module), None)
+
+    def _active(self, row: CountedOp) -> Fraction | int:
+        """Which share of stacked experts one token uses: top_k of them; 1 for any other layer, or where that is not known."""
+        sizes = self.run.facts.sizes
+        if row.kind != "experts" or not row.tokens:
+            return 1
+        weights = (row.inputs * row.outputs).evaluate(sizes) // row.groups.evaluate(sizes)
+        share = min(Fraction(row.macs.evaluate(sizes), row.calls * row.tokens * weights), Fraction(1))
+        return share if share.denominator > 1 else 1
 
     def _per_mac(self, row: CountedOp, gradients: Poly) -> Fraction | int:
         """MACs of a backward pass as a share of the forward MACs."""
@@ -260,8 +270,8 @@ def _row_name(row: CountedOp) -> str:
 def _note(row: CountedOp, role: Role, *, in_parts: bool) -> str | None:
     if row.weight is None and row.kind in (*LAYERS, "matmul"):
         return "the weight is computed in forward, not a parameter"
-    if row.kind == "experts":
-        return "experts stacked in one tensor stay dense: what a non-zero costs depends on the routing"
+    if row.kind == "experts" and row.groups == Poly.const(1):
+        return "a part of the experts that are stacked in one tensor: what a non-zero costs depends on the routing"
     if in_parts and role == "body":
         return "its calls use parts of the weight that are no separate rows, so its non-zeros differ in cost"
     return None

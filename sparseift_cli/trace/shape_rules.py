@@ -333,8 +333,9 @@ def _grouped_mm(rules: ShapeRules, mat_a: Tensor, mat_b: Tensor, *_: Any, **__: 
         return NotImplemented
     rules.require_equal(mat_a.shape[1], mat_b.shape[1])
     out = rules.new_output(mat_a, (mat_a.shape[0], mat_b.shape[2]), mat_b, counted=True)
-    experts, inputs, outputs = map(poly_of, mat_b.shape)
-    rules.recorder.count_weighted("experts", mat_a, mat_b, out, numel(out.shape) * inputs, inputs, experts * outputs)
+    _, inputs, outputs = map(poly_of, mat_b.shape)
+    kind = "matmul" if rules.recorder.parameter_of(mat_b) is None else "experts"
+    rules.recorder.count_weighted(kind, mat_a, mat_b, out, numel(out.shape) * inputs, inputs, outputs)
     return out
 
 
@@ -505,6 +506,9 @@ def _getitem(rules: ShapeRules, input: Tensor, index: Any) -> Any:
     out = input[index]
     if isinstance(out, Tensor):
         note_index(rules.facts, input, index, out)
+        owned = rules.recorder.parameter_of(input) if isinstance(index, Tensor) and input.dim() == 3 else None
+        if owned and index.dim() == 1 and index.dtype is torch.int64:  # the matrix of its expert for each token
+            out._sparseift_gathered_from = owned[0]  # type: ignore[attr-defined]
     return out
 
 

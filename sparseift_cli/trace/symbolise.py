@@ -477,7 +477,7 @@ def _following_modules(model: nn.Module, recorder: Recorder) -> Iterator[None]:
     def before(module: nn.Module, args: Any) -> None:
         depth.append(id(module) in names)
         if depth[-1]:
-            recorder.enter_module(names[id(module)])
+            recorder.enter_module(names[id(module)], args)
             _tie_channels(module, args)
             if id(module) in activations:
                 recorder.note_activation(f"module:{names[id(module)]}", args)

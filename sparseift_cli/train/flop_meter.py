@@ -25,10 +25,14 @@ class FlopMeter:
     ) -> None:
         self.batch_size = batch_size
         self.macs = Fraction(0)
-        self._costs: dict[str, tuple[StepCost, int]] = {}  # by key; with the number of weights
+        self._costs: list[
+            tuple[list[str], StepCost, int]
+        ] = []  # names of the weights, their cost, and how many they are
         self._fixed = Fraction(0)
         self._known: tuple[Any, bool, Fraction] | None = None  # the last step's: most are like the one before
-        keys = {(m.layer, m.part): m.name for m in masked}
+        names: dict[tuple[str, str], list[str]] = {}
+        for m in masked:
+            names.setdefault((m.layer, m.part), []).append(m.name)
         for row in layers:
             if row.status != "transformed":
                 self._fixed += step_cost(row, recompute=recompute).total
@@ -36,7 +40,7 @@ class FlopMeter:
             fixed, found = costs_by_part(row, recompute=recompute)
             self._fixed += fixed
             weights = {part.name: part.shape.weights for part in row.parts}
-            self._costs |= {keys[row.layer.name, part]: (cost, weights[part]) for part, cost in found.items()}
+            self._costs += [(names[row.layer.name, part], cost, weights[part]) for part, cost in found.items()]
 
     def add(self, record: StepRecord | None) -> None:
         """One optimiser step; without a record (a dense model) all of it is fixed."""
@@ -48,8 +52,8 @@ class FlopMeter:
     def _of(self, record: StepRecord | None) -> Fraction:
         total = self._fixed
         if record is not None:
-            for key, (cost, weights) in self._costs.items():
-                nnz = record.nnz[key]
+            for names, cost, weights in self._costs:
+                nnz = sum(record.nnz[name] for name in names)
                 total += cost.total * nnz
                 if record.dense_gradients:
                     total += cost.grad_weight * (weights - nnz)

@@ -16,7 +16,7 @@ from ..plan.selection import may_grow
 from ..plan.spec import TransformSpec
 from ..table.table import Layer
 from ..trace.build import TraceResult, trace
-from .edits import Surgery
+from .edits import Masked, Surgery
 
 _MAX_PROBLEMS = 5  # in one message
 
@@ -52,16 +52,18 @@ def measure(
             non-zeros are used.
     """
     traced = trace(model, inputs, kwargs, name=plan.table.model, input_shape=plan.table.input, symbolic=False)
-    masked = {(m.key, m.rows): m for m in surgery.masked}
+    masked: dict[tuple[str, tuple[int, int] | None], list[Masked]] = {}
+    for m in surgery.masked:
+        masked.setdefault((m.key, None if m.expert else m.rows), []).append(m)
     replaced = {edit.path for edit in surgery.members}
     macs: dict[str, Fraction] = {}
     zeros = 0
     for row in traced.table.layers:
         cost, name = Fraction(row.macs.evaluate(())), _planned_row(row, replaced)
-        if m := masked.get((row.weight or "", _rows_of(row))):
-            weights = m.of(model.get_parameter(m.key)).numel()
-            nnz = m.nnz if masks is None else int(m.of(masks[m.key]).count_nonzero())
-            cost, name = cost * nnz / weights, m.layer
+        if parts := masked.get((row.weight or "", _rows_of(row))):
+            weights = sum(m.of(model.get_parameter(m.key)).numel() for m in parts)
+            nnz = sum(m.nnz if masks is None else int(m.of(masks[m.key]).count_nonzero()) for m in parts)
+            cost, name = cost * nnz / weights, parts[0].layer
             zeros += weights - nnz
         macs[name] = macs.get(name, Fraction(0)) + cost
     params = sum(p.numel() for p in model.parameters())

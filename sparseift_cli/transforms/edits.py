@@ -71,6 +71,7 @@ class Masked:
         nnz: its non-zeros.
         transposed: it is [in, out] instead of [out, in].
         rows: it is only rows [start, stop) of the parameter, which uses its parts at different numbers of positions.
+        expert: the rows are one matrix of a stack [experts, out, in].
         heads: number of equal blocks of rows (with `heads_on_inputs`: of columns) with equal shares of the non-zeros,
             one for each head of an attention projection.
     """
@@ -84,6 +85,7 @@ class Masked:
     heads: int = 1
     heads_on_inputs: bool = False
     rows: tuple[int, int] | None = None
+    expert: bool = False
 
     @property
     def name(self) -> str:
@@ -92,7 +94,9 @@ class Masked:
 
     def of(self, tensor: Tensor) -> Tensor:
         """What of a tensor [*shape of the parameter] belongs to it, as a view."""
-        return tensor if self.rows is None else tensor[slice(*self.rows)]
+        if self.rows is None:
+            return tensor
+        return tensor[self.rows[0]] if self.expert else tensor[slice(*self.rows)]
 
 
 def owner_at(root: Any, path: str) -> Any:

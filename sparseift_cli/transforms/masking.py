@@ -61,7 +61,7 @@ def draw_masks(
             masks[m.name] = make_mask(
                 tuple(m.of(model.get_parameter(m.key)).shape),
                 m.nnz,
-                generator=generator_for(seed, "mask", m.layer, m.part),
+                generator=generator_for(seed, "mask", m.layer, m.part, *((m.rows or ())[: m.expert])),
                 pattern=pattern,
                 scores=None if scores is None else m.of(scores[m.key]),
                 connect=connect,

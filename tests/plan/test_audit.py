@@ -15,7 +15,7 @@ from tests.helpers import nets
 
 @pytest.mark.parametrize(("macs", "flops"), [(Fraction(11, 12), 2), (Fraction(13, 12), 2), (Fraction(7), 14)])
 def test_training_flops_are_the_nearest_whole_number(macs: Fraction, flops: int) -> None:
-    assert Totals(1, macs, 1, 1, 1).training_flops == flops
+    assert Totals(1, macs, 1, 1, 1, 1, 1).training_flops == flops
 
 
 def test_a_control_has_no_sparsity_that_it_can_match_up_to() -> None:

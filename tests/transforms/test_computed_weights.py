@@ -49,6 +49,12 @@ def batch_normed(weight: Tensor) -> Tensor:
     return F.batch_norm(weight.reshape(1, len(weight), -1), None, None, training=True).reshape_as(weight)
 
 
+def written_into(weight: Tensor) -> Tensor:
+    copy = weight.clone()
+    copy[:2] += 1
+    return copy
+
+
 KEEP_ZEROS = {
     "weight_norm": parametrizations.weight_norm,
     "weight_norm of the whole": lambda layer: parametrizations.weight_norm(layer, dim=None),
@@ -57,7 +63,11 @@ KEEP_ZEROS = {
     "filters of length one": own_forward(lambda w: w / w.square().sum((1, 2, 3), keepdim=True).sqrt()),
     "scaled": own_forward(lambda w: 0.5 * w),
 }
-LOSE_ZEROS = {"standardised": own_forward(standardised), "batch-normed": own_forward(batch_normed)}
+LOSE_ZEROS = {
+    "standardised": own_forward(standardised),
+    "batch-normed": own_forward(batch_normed),
+    "written into": own_forward(written_into),
+}
 
 
 def net(wrap: Callable[[nn.Conv2d], nn.Module]) -> nn.Sequential:

@@ -117,7 +117,7 @@ class DenseLayer:
             layer=self.layer,
             status="transformed",
             dense_macs=macs,
-            positions=positions_of(macs, self.shape.weights),
+            positions=positions_of(self.layer, self.table.sizes),
             params=sum(p.shape.weights for p in parts) + (self.bias if extra_params is None else extra_params),
             activations=self.activations if activations is None else activations,
             parts=parts,

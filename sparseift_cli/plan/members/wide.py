@@ -64,7 +64,7 @@ class Wide(Member):
             layer=layer,
             status="transformed",
             dense_macs=layer.macs.evaluate(dense.table.sizes),
-            positions=positions_of(layer.macs.evaluate(widening.sizes), shape.weights),
+            positions=positions_of(layer, widening.sizes),
             params=layer.params.evaluate(widening.sizes),
             activations=layer.activations.evaluate(widening.sizes),
             parts=(Part.full("weight", shape),),

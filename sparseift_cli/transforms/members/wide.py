@@ -16,6 +16,7 @@ from torch import nn
 from ...base.text import some_of
 from ...errors import UsageError
 from ...mask.attached import is_transposed
+from ...plan.layer_plan import EXPERTS, LayerPlan
 from ...plan.plan import Plan
 from ...table.poly import Poly
 from ...table.table import Layer
@@ -112,12 +113,16 @@ def _masked(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[Mask
                 heads = blocks.along(columns)
                 on_inputs = heads > 1
         (part,) = row.parts
-        if not plan.spec.mask_pattern.unrestricted and "linear" in row.layer.kind and len(structure.shapes[key]) > 2:
+        stacked = row.layer.kind == EXPERTS or ("linear" in row.layer.kind and len(structure.shapes[key]) > 2)
+        if not plan.spec.mask_pattern.unrestricted and stacked:
             raise UsageError(
                 f"pattern {plan.spec.pattern} does not fit {row.layer.name}: which of the {len(structure.shapes[key])} dims of "
                 f"its weight are outputs, {type(module).__name__} decides",
                 hint=f"--exclude '{row.layer.name}', or pattern unstructured",
             )
+        if row.layer.kind == EXPERTS:
+            yield from _masked_experts(row, structure, plan)
+            continue
         yield Masked(
             row.layer.name,
             part.name,
@@ -129,6 +134,16 @@ def _masked(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[Mask
             on_inputs,
             rows=_rows(row.layer, plan.sizes),
         )
+
+
+def _masked_experts(row: LayerPlan, structure: Structure, plan: Plan) -> Iterator[Masked]:
+    """One entry an expert, each with as many non-zeros."""
+    (part,), key = row.parts, row.layer.weight or ""
+    transposed = structure.shapes[key][1].evaluate(plan.sizes) * part.shape.groups == part.shape.inputs
+    transposed = transposed and part.shape.inputs != part.shape.outputs
+    for i in range(row.copies):
+        nnz = part.nnz // row.copies
+        yield Masked(row.layer.name, part.name, key, nnz, transposed=transposed, rows=(i, i + 1), expert=True)
 
 
 def _rows(layer: Layer, sizes: Sequence[int]) -> tuple[int, int] | None:

@@ -195,8 +195,10 @@ class _WideFill:
                 inputs = self.coordinates.is_added(weight.inputs).nonzero().flatten()
                 outputs = _within(masked.rows, self.coordinates.positions(weight.outputs))
                 free.append(FreePositions.along(shape, 1 - axis, inputs, axis, outputs))
-        first, *others = self.coordinates.index(self.structure.shapes[masked.key])
-        index = (_within(masked.rows, first.flatten()).view(-1, *first.shape[1:]), *others)
+        dims = self.structure.shapes[masked.key]
+        first, *others = self.coordinates.index(dims[1:] if masked.expert else dims)
+        rows = None if masked.expert else masked.rows
+        index = (_within(rows, first.flatten()).view(-1, *first.shape[1:]), *others)
         generator = generator_for(self.seed, "preserve", masked.name)
         choice = distribute_slack(values.detach().cpu(), index, masked.nnz, self.slack, free, generator)
         mask = choice.mask.to(values.device)
