@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from types import CellType, FunctionType
 from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
@@ -52,6 +53,7 @@ def apply_surgery(model: M, surgery: Surgery) -> M:
             if isinstance(t, Tensor) and not t.is_leaf:
                 memo.setdefault(id(t), t.detach().clone())
     new = copy.deepcopy(model, memo)
+    _rebind_functions(new, {id(m): memo[id(m)] for m in model.modules()})
     fresh: dict[int, Tensor] = {}  # id of an old parameter or buffer -> the tensor that replaces it
     try:
         for resize in surgery.resizes:
@@ -70,6 +72,37 @@ def apply_surgery(model: M, surgery: Surgery) -> M:
         if isinstance(module, nn.RNNBase):  # it has a second list of its weights
             module._init_flat_weights()
     return new
+
+
+def _rebind_functions(new: nn.Module, copies: dict[int, nn.Module]) -> None:
+    """Let functions among the attributes of modules read the copy: `self.head = lambda x: x @ self.embed.weight.T`.
+
+    deepcopy copies no functions, so they would go on with the modules that they hold, those of the dense model.
+
+    Args:
+        copies: id of a dense module -> its copy.
+    """
+    for module in new.modules():
+        for name, value in module.__dict__.items():
+            cells = value.__closure__ if isinstance(value, FunctionType) else None
+            held = [_content(cell) for cell in cells or ()]
+            if isinstance(value, FunctionType) and any(id(content) in copies for content in held):
+                closure = tuple(
+                    CellType(copies[id(content)]) if id(content) in copies else cell
+                    for cell, content in zip(cells or (), held, strict=True)
+                )
+                rebound = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, closure)
+                rebound.__kwdefaults__ = value.__kwdefaults__
+                rebound.__dict__.update(value.__dict__)
+                module.__dict__[name] = rebound
+
+
+def _content(cell: CellType) -> Any:
+    """What a function holds in a variable of the function around it; None where it was never set."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
 
 
 def _resize(new: nn.Module, edit: Resize, fresh: dict[int, Tensor]) -> None:

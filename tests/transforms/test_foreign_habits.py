@@ -258,3 +258,26 @@ def test_plan_only_has_nothing_to_export() -> None:
         [sys.executable, "-m", "sparseift_cli", *arguments], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2 and "no weights to export" in done.stderr
+
+
+class TiedByFunction(nn.Module):
+    """The head is a function that holds the model, as in x-transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mid = nn.Embedding(20, 16), nn.Linear(16, 16)
+        self.head = lambda x: x @ self.embed.weight.t()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.relu(self.mid(self.embed(ids))))
+
+
+@pytest.mark.parametrize("member", ["wide", "parallel"])
+def test_a_function_that_holds_the_model_holds_the_new_one(member: str) -> None:
+    model, ids = TiedByFunction().eval(), torch.zeros(2, 3, dtype=torch.long)
+    kept = model.head
+    new, _ = sparseift.transform(model, ids, member=member, sparsity=0.75)
+    assert new(ids).shape == (2, 3, 20)
+    new.embed.weight.data.zero_()
+    assert not new(ids).any() and model(ids).any()
+    assert model.head is kept
