@@ -282,7 +282,7 @@ def _with_deviation(
     if found is None or found <= 10 * SAME:
         return replace(done, deviation=found, notes=(*([why] if why else []), *done.notes))
     notes, exact = [], found
-    if done.options.preserve_slack and done.plan.member.name == "wide":
+    if done.options.preserve_slack and done.plan.widening and done.plan.widening.widened:  # slack goes to new channels
         new = apply_surgery(dense, surgery)
         started = _start(new, dense, done.plan, surgery, structure, replace(done.options, preserve_slack=0.0))
         exact = measure_deviation(new, dense, inputs, kwargs)[0] or 0.0
