@@ -97,22 +97,35 @@ def _sizes(sizes: Iterable[Any]) -> tuple[int, ...]:
 def _part_of(weight: Tensor, parameter: Tensor) -> tuple[tuple[int, ...] | None, Poly | None]:
     """Which part of `parameter` [out, in, ...] a view of it is: (`at`, `start`) of a `CountedOp`.
 
-    `start` is known where the view is consecutive rows of it, or their transpose.
+    `start` is known where the view is consecutive rows of it, or their transpose; copies for a batch make no difference.
     """
     if _num_distinct(weight) == numel(parameter.shape):
         return None, None
     sizes, whole = _sizes(weight.shape), _sizes(parameter.shape)
-    if math.prod(sizes) == math.prod(whole):
+    own = [i for i in range(weight.dim()) if concrete(weight.stride(i)) or weight.dim() == parameter.dim()]
+    if math.prod(sizes[i] for i in own) == math.prod(whole):
         return None, None
     offset, strides = weight.storage_offset(), _sizes(parameter.stride())
     at = concrete(offset), *sizes
-    for dims in (range(weight.dim()), reversed(range(weight.dim()))):
-        order = tuple(dims)
+    for order in (own, own[::-1]):
         rows = tuple(concrete(weight.stride(i)) for i in order) == strides
         if rows and tuple(sizes[i] for i in order)[1:] == whole[1:]:
             start = poly_of(offset).divided_by(poly_of(parameter.stride(0)))
             return ((at[0] // strides[0], sizes[order[0]]), start) if start is not None else (at, None)
     return at, None
+
+
+def _sum_with_products(input: Tensor, batch1: Tensor, batch2: Tensor) -> Tensor:
+    """baddbmm in fake mode: batch1 [b, n, m] @ batch2 [b, m, p] + input, which broadcasts -> [b, n, p].
+
+    PyTorch's shape function reads the sizes as plain numbers. It is met where a function that is answered as a whole calls it:
+    the mask in F.multi_head_attention_forward.
+    """
+    out = aten.bmm.default(batch1, batch2)
+    for have, want in zip(reversed(input.shape), reversed(out.shape), strict=False):
+        if concrete(have) != 1 and have != want:
+            raise RuntimeError(f"sizes do not match: {have} and {want}")
+    return out
 
 
 @dataclass(slots=True)
@@ -527,8 +540,8 @@ class Recorder(TorchDispatchMode):
         for tensor in tensors:
             flags |= flags_of(tensor)
             producers |= producers_of(tensor)
-        out = func(*args, **kwargs)
         packet = func.overloadpacket
+        out = func(*args, **kwargs) if packet is not aten.baddbmm else _sum_with_products(*args[:3])
         count = _counting(packet, args)
         if count is not None:
             flags |= FROM_LAYER

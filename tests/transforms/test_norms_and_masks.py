@@ -106,6 +106,39 @@ def test_masks_of_a_stock_encoder_stop_no_width(name: str) -> None:
     assert sparseift.flops(model, x).dense.forward_macs == tokens * weights + 2 * scores
 
 
+class Translator(nn.Module):
+    """A whole nn.Transformer with a causal target."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.i, self.o = nn.Linear(8, 32), nn.Linear(32, 3)
+        self.t = nn.Transformer(32, 4, 1, 1, 64, batch_first=True, dropout=0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        source, target = self.i(x), self.i(x[:, :4])
+        return self.o(self.t(source, target, tgt_mask=causal(target), src_key_padding_mask=x.sum(-1) == 0))
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensor", "ignore:Support for mismatched")
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_a_stock_transformer_grows_in_full_at_any_batch(batch: int) -> None:
+    x = torch.randn(batch, 6, 8)
+    cross = "t.decoder.layers.0.multihead_attn"
+    names = {f"{cross}.in_proj.q": (64, 64), f"{cross}.in_proj.kv": (64, 128), f"{cross}.out_proj": (64, 64)}
+    require_doubled(Translator().eval(), x, {**names, "t.encoder.layers.0.self_attn.in_proj": (64, 192)})
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (8, 6, 6)])
+def test_a_mask_whose_attention_weights_are_returned_stops_no_width(shape: tuple[int, ...]) -> None:
+    model = Net(
+        lambda n, x: n.o(n.a(y := n.i(x), y, y, attn_mask=torch.zeros(shape))[0] + y),
+        i=nn.Linear(8, 32),
+        a=nn.MultiheadAttention(32, 4, batch_first=True),
+        o=nn.Linear(32, 3),
+    )
+    require_doubled(model.eval(), torch.randn(TOKENS), {"a.in_proj": (64, 192), "a.out_proj": (64, 64)})
+
+
 class Moved(nn.Module):
     """Converts a layer in forward to the dtype of its input, and assigns it again."""
 
