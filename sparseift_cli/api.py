@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from .base.registry import imports_nothing_for
 from .base.text import shape_text, some_of
 from .checkpoint import Checkpoint
 from .errors import CheckFailed, UsageError
@@ -206,7 +207,8 @@ def save(model: nn.Module, path: str | Path, *, force: bool = False, state_dict:
 
     Raises:
         UsageError: `model` was not made by `transform` or read by `load`.
-        CheckFailed: a mask is gone or has lost its pattern, or a weight that its mask leaves out is not zero.
+        CheckFailed: a mask is gone, has lost its pattern or its planned number of non-zeros (GMP and GraNet before their
+            last update), or a weight that its mask leaves out is not zero.
         ArtifactError: `path` exists (use `force` to replace a transformed model), or cannot be written.
     """
     model, done = _transformed(model, "torch.save writes any module's state_dict")
@@ -221,20 +223,23 @@ def save(model: nn.Module, path: str | Path, *, force: bool = False, state_dict:
     return write(path, _documents(done), tensors, state_dict=plain, force=force)
 
 
-def load(path: str | Path, *, into: nn.Module | None = None) -> nn.Module:
+def load(path: str | Path, *, into: nn.Module | None = None, trust: bool = False) -> nn.Module:
     """The module that `save` wrote, with its weights and masks, in eval mode on the CPU.
 
-    `into` is the dense model it was made from (any weights, or on meta): needed where no source names it.
+    Args:
+        into: the dense model it was made from (any weights, or on meta): needed where no source names it.
+        trust: let the folder name code of yours to run: a source, member or pattern written as `package.module:Name`. Without it
+            only modules that are imported already count.
 
     Raises:
         ArtifactError: the folder is damaged or incomplete.
-        UsageError: nothing says how to build the dense model, or `into` is another one.
+        UsageError: nothing says how to build the dense model, `into` is another one, or the folder names code to run.
     """
     from torch import inference_mode
 
     from .transforms.restore import restore
 
-    with inference_mode(False):  # as `transform`
+    with inference_mode(False), imports_nothing_for(None if trust else str(path)):  # inference mode: as `transform`
         return restore(open_artifact(path), into)
 
 

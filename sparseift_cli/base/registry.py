@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache, cached_property
 from importlib import import_module
 from pathlib import Path
@@ -138,6 +140,30 @@ def _squeezed(name: str) -> str:
     return "".join(filter(str.isalnum, name.lower()))
 
 
+_naming: ContextVar[str | None] = ContextVar("naming", default=None)
+
+
+@contextmanager
+def imports_nothing_for(data: str | None) -> Iterator[None]:
+    """Inside, `package.module:Name` is read from `data`, which must not import anything new. None: it may."""
+    token = _naming.set(data)
+    try:
+        yield
+    finally:
+        _naming.reset(token)
+
+
+def _require_imported(target: str, module: str) -> None:
+    """Raise UsageError where data names what the user did not import: its code would run. Python's own modules never count."""
+    data, top = _naming.get(), module.partition(".")[0]
+    known = module in sys.modules and top not in sys.stdlib_module_names
+    if data is not None and not known and top != __package__.partition(".")[0]:
+        raise UsageError(
+            f"{data} names {target}, whose code would run",
+            hint=f"where you trust the folder: load(..., trust=True), or import {module} first",
+        )
+
+
 def import_object(target: str, kind: str) -> object:
     """What `package.module:Name` names; modules beside the working directory are found too, as `python -m` finds them.
 
@@ -145,6 +171,7 @@ def import_object(target: str, kind: str) -> object:
         UsageError: the module cannot be imported, or has no such name.
     """
     module_name, _, attribute = target.partition(":")
+    _require_imported(target, module_name)
     if module_name.partition(".")[0] not in sys.modules and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:

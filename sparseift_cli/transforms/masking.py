@@ -127,8 +127,8 @@ def require_masked(model: nn.Module, masks: Mapping[str, Tensor], masked: Sequen
         masks: by weight key: bool, same shape as the weight.
 
     Raises:
-        CheckFailed: a mask is missing (its module was replaced) or has lost its pattern, or a weight outside
-            one is not zero.
+        CheckFailed: a mask is missing (its module was replaced), has lost its pattern or has other than the planned
+            non-zeros (GMP still prunes), or a weight outside one is not zero.
     """
     keys = list(dict.fromkeys(m.key for m in masked))
     missing = [key for key in keys if key not in masks]
@@ -142,6 +142,17 @@ def require_masked(model: nn.Module, masks: Mapping[str, Tensor], masked: Sequen
         raise CheckFailed(
             f"masks are no longer {pattern}: {', '.join(changed[:5])}",
             hint="a Sparsifier moves whole blocks, and N:M needs the algorithm static",
+        )
+    found = {m.name: (int(m.of(masks[m.key]).count_nonzero()), m.nnz) for m in masked}
+    other = [f"{name}: {have:,}, planned {want:,}" for name, (have, want) in found.items() if have != want]
+    if other:
+        denser = all(have >= want for have, want in found.values())
+        raise CheckFailed(
+            f"masks do not have the planned numbers of non-zeros: {'; '.join(other[:3])}"
+            + (f" (and {len(other) - 3} more)" if len(other) > 3 else ""),
+            hint="GMP and GraNet have them after their last update; until then torch.save keeps the state_dict"
+            if denser
+            else "masks were changed by hand; a Sparsifier keeps their numbers",
         )
     counts = ((key, int(model.get_parameter(key).detach().masked_fill(masks[key], 0).count_nonzero())) for key in keys)
     nonzero = [f"{key}: {n:,}" for key, n in counts if n]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import sparseift_cli as sparseift
-from sparseift_cli.errors import ArtifactError, UsageError
+from sparseift_cli.errors import ArtifactError, CheckFailed, UsageError
 from sparseift_cli.mask.attached import masks_of
 from sparseift_cli.models.zoo import registry
 
@@ -138,5 +139,50 @@ def test_a_model_changed_behind_its_plan_is_noticed() -> None:
     new, _ = sparseift.transform(net(), X, sparsity=0.75)
     mask = sparseift.masks(new)["3.weight"]
     mask.view(-1)[(~mask).view(-1).nonzero()[0]] = True
-    with pytest.raises(CheckFailed, match=r"3: planned .* measured"):
+    with pytest.raises(CheckFailed, match=r"3\.weight: 865, planned 864"):
         sparseift.audit(new, X)
+
+
+def test_a_folder_runs_no_code_that_nobody_imported(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "unheard_of.py").write_text(
+        "import pathlib\nimport torch\nfrom torch import nn\n\n\ndef net():\n    pathlib.Path('ran').touch()\n"
+        "    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), torch.zeros(1, 4)\n"
+    )
+    command = request.getfixturevalue("sparseift")
+    assert command("transform", "unheard_of:net", "-s", "0.75", "-o", "out")[0] == 0
+    (tmp_path / "ran").unlink()
+    monkeypatch.delitem(sys.modules, "unheard_of")
+    with pytest.raises(UsageError, match="names unheard_of:net, whose code would run") as refused:
+        sparseift.load("out")
+    assert "trust=True" in (refused.value.hint or "") and not (tmp_path / "ran").exists()
+    assert sparseift.load("out", trust=True)(torch.zeros(1, 4)).shape == (1, 2)  # imported from now on
+    assert sparseift.load("out")(torch.zeros(1, 4)).shape == (1, 2)
+    provenance = tmp_path / "out" / "provenance.json"
+    provenance.write_text(provenance.read_text().replace("unheard_of:net", "os:abort"))
+    with pytest.raises(UsageError, match="names os:abort"):
+        sparseift.load("out")
+
+
+@pytest.mark.parametrize("algorithm", ["gmp", "granet"])
+def test_masks_that_are_pruned_still_are_not_saved_as_the_plan(tmp_path: Path, algorithm: str) -> None:
+    torch.manual_seed(0)
+    model, _ = sparseift.transform(net(), X, sparsity=0.75)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    sparsifier = sparseift.Sparsifier(model, optimizer, algorithm=algorithm, total_steps=40, delta_t=4)
+    for step in range(40):
+        model(X).square().mean().backward()
+        sparsifier.step()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 5:
+            for refuse in (lambda: sparseift.save(model, tmp_path / "out"), lambda: sparseift.audit(model, X)):
+                with pytest.raises(CheckFailed, match=r"planned numbers of non-zeros: .*, planned ") as refused:
+                    refuse()
+                assert "GMP and GraNet" in (refused.value.hint or "")
+            assert not (tmp_path / "out").exists()
+    assert sparseift.load(sparseift.save(model, tmp_path / "out"), into=net()) is not None
+    sparseift.audit(model, X)
