@@ -83,18 +83,27 @@ class Kinds:
         """The heads and head_dims that the products q k^T show."""
         summed = {v for score in self.run.recorder.scales.scores for v in _linear_variables(score.dim)}
         head_dims = self.variables.roots(summed)
+        while parts := self._added_to(head_dims):
+            head_dims |= parts
         heads = {v for product in self.products if product & head_dims for v in product} - head_dims
         head_dims |= {v for product in self.products if product & heads and not product <= heads for v in product}
         return heads, head_dims - heads
 
+    def _added_to(self, head_dims: set[int]) -> set[int]:
+        """What is joined with head_dims to one dim and is no dim of a parameter: split([key_dim, key_dim, value_dim])."""
+        linear = (e for e in self.variables.equations if all(len(m) == 1 for m, _ in e.terms))
+        joined = {v for e in linear if e.variables & head_dims for v in e.variables}
+        return {v for v in joined - head_dims if not _in_parameter(self.origins.get(v, []))}
+
     def _multiples_of_widths(self) -> set[int]:
         """Int attributes that are a sum or a multiple of widths: split(self.channels // 2), cat of self.a and self.b."""
         factors = {v for product in self.products if len(product) > 1 for v in product}
-        linear = [e for e in self.variables.equations if all(len(m) == 1 for m, _ in e.terms)]
+        sums = [e for e in self.variables.equations if all(m for m, _ in e.terms)]
         widths = {root for root, origins in self.origins.items() if _in_parameter(origins)} - self.heads
         widths |= self.head_dims
         while True:
-            tied = {v for e in linear if e.variables & widths for v in e.variables} - widths - factors - self.heads
+            alone = {m[0] for e in sums if e.variables & widths for m, _ in e.terms if len(m) == 1}
+            tied = alone - widths - factors - self.heads
             if not tied:
                 return widths
             widths |= tied

@@ -42,14 +42,15 @@ from .symint import Facts, poly_of
 # Attributes that stay plain numbers at first, because a run with fewer symbolic sizes is faster and fails less often. Names
 # decide nothing: where a dim of a parameter has to be equal to one of these, it is symbolic in a second run (`plain_widths`).
 _NAMES = """
-    in_features out_features in_channels out_channels embedding_dim nx
     kernel_size stride padding dilation output_padding _reversed_padding_repeated_twice output_size upscale_factor
     downscale_factor scale_factor shift_size window_size image_size patch_size grid_size partition_size n_partitions
     vocab_size num_embeddings padding_idx max_positions max_seq_len num_classes
     num_layers num_hidden_layers layer_idx p top_k num_experts num_local_experts n_routed_experts num_experts_per_tok
     _version
-"""  # a layer's copies of its weight's shape; space; tokens and other values; how often something is done
+"""  # space; tokens and other values; how often something is done
 NOT_WIDTHS = frozenset(_NAMES.split())
+# What torch's own layers keep beside their weight, whose shape it repeats: their forward passes do not read it.
+_REPEATED = frozenset(("in_features", "out_features", "in_channels", "out_channels", "embedding_dim"))
 
 
 _ACTIVATIONS = ("relu", "gelu", "silu", "swish", "mish", "elu", "activation")
@@ -323,6 +324,8 @@ class _Substitutes:
         for key, indices in _int_attributes(store):
             value = store[key]
             where = prefix.removesuffix("."), key
+            if of_layer and key in _REPEATED:
+                continue
             if key in NOT_WIDTHS and where not in self.way.also:
                 if type(value) is int and not of_layer:
                     self.run.plain[where] = value
