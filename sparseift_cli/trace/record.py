@@ -591,7 +591,7 @@ class Recorder(TorchDispatchMode):
         for tensor in (q, k, v):
             flags |= flags_of(tensor)
         self._annotate_result(out[0], flags, frozenset(), node, tensors)
-        self.count_attention(q, k, v, out[0], False, by_size=args[5] is None)
+        self.count_attention(q, k, v, out[0], False, scale=None if args[5] is None else scale_of(args[5]))
         self.flow.note_read(tensors)
         return out
 

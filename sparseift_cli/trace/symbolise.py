@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import _lru_cache_wrapper as _CachedFunction
 from functools import wraps
 from typing import Any, Literal, cast
 
@@ -240,7 +241,9 @@ def _restoring_module_state(model: nn.Module) -> Iterator[None]:
 def _forgetting_cached_results(model: nn.Module) -> Iterator[None]:
     """Empty the caches of `lru_cache` that the run wrote: a later forward pass would be given fake tensors."""
     homes = {id(home): home for cls in {type(m) for m in model.modules()} if (home := sys.modules.get(cls.__module__))}
-    functions = [value for home in homes.values() for value in vars(home).values() if hasattr(value, "cache_clear")]
+    functions = [
+        value for home in homes.values() for value in vars(home).values() if isinstance(value, _CachedFunction)
+    ]
     before = [f.cache_info().misses for f in functions]
     try:
         yield
