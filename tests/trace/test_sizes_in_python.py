@@ -173,3 +173,55 @@ def test_a_width_that_python_reads_as_a_number_stays_and_says_why(case: str) -> 
     why = reasons[[w.name for w in plan.table.widths].index("b.weight[0]")]
     assert why in ("must equal a constant", "forward reads it as a plain number", "part of a sum of fixed size")
     assert new(X).isfinite().all()
+
+
+class Paths(nn.Module):
+    """SKNet: each of two paths reads its part of the channels, and their outputs are weighed by an attention over paths."""
+
+    def __init__(self, channels: int, paths: int) -> None:
+        super().__init__()
+        self.in_channels, self.num_paths = channels, paths
+        self.paths = nn.ModuleList(nn.Linear(channels // paths, channels) for _ in range(paths))
+        self.weigh = nn.Linear(channels, channels * paths)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = torch.split(x, self.in_channels // self.num_paths, 1)
+        y = torch.stack([path(part) for path, part in zip(self.paths, parts, strict=True)], 1)
+        weights = self.weigh(y.sum(1)).view(len(x), self.num_paths, -1).softmax(1)
+        return (y * weights).sum(1)
+
+
+class TwoHeadDims(nn.Module):
+    """LeViT: 4 heads, keys of 8 and values of 16, in one projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_slots, self.key_dim, self.value_dim, self.tau = 4, 8, 16, 8**-0.5
+        self.qkv, self.out = nn.Linear(64, 4 * (8 + 8 + 16)), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.qkv(x).view(1, len(x), self.num_slots, -1)
+        q, k, v = (t.transpose(1, 2) for t in heads.split([self.key_dim, self.key_dim, self.value_dim], dim=3))
+        mixed = (q @ k.mT * self.tau).softmax(-1) @ v
+        return self.out(mixed.transpose(1, 2).reshape(len(x), self.num_slots * self.value_dim))
+
+
+def test_a_part_of_an_attribute_is_a_width_beside_a_count() -> None:
+    model = Net(lambda n, h: n.inner(h))
+    model.inner = Paths(64, 2)
+    new, _ = sparseift.transform(model, X, sparsity=0.75)
+    inner = new.inner
+    assert (inner.in_channels, inner.num_paths, new.b.weight.shape) == (128, 2, (128, 48))
+    assert [tuple(path.weight.shape) for path in inner.paths] == [(128, 64)] * 2
+    assert inner.weigh.weight.shape == (256, 128)
+    assert new(X).isfinite().all()
+
+
+def test_values_have_a_head_dim_of_their_own() -> None:
+    model = Net(lambda n, h: n.inner(h))
+    model.inner = TwoHeadDims()
+    new, _ = sparseift.transform(model, X, sparsity=0.75)
+    inner = new.inner
+    assert (inner.num_slots, inner.key_dim, inner.value_dim, inner.tau) == (4, 16, 32, 0.25)
+    assert (inner.qkv.weight.shape, inner.out.weight.shape) == ((256, 128), (128, 128))
+    assert new(X).isfinite().all()
