@@ -229,7 +229,7 @@ def following_functions(backward: Backward) -> Iterator[None]:
         setattr(owner, name, value)
 
     for function in _subclasses(Function):
-        if "forward" in vars(function):
+        if "forward" in vars(function) and not function.__module__.startswith(_PLAIN_MODULES):
             replace(function, "forward", staticmethod(_followed(function.forward, backward)))
     checkpoints = sys.modules.get("torch.utils.checkpoint")
     if checkpoints is not None and hasattr(checkpoints, _CHECKPOINT):
@@ -240,6 +240,9 @@ def following_functions(backward: Backward) -> Iterator[None]:
         for owner, name, value in reversed(undo):
             setattr(owner, name, value)
 
+
+# PyTorch has over a hundred Functions of its own. None but that of torch.utils.checkpoint is given a function to run.
+_PLAIN_MODULES = ("torch.distributed", "torch.nn", "torch._", "torch.autograd", "torch.ao", "torch.fx", "torch.testing")
 
 # What `checkpoint(..., use_reentrant=False)` runs to its first yield before the function, and to its end after it. With
 # use_reentrant=True it is a Function that is given a function.

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import _lru_cache_wrapper as _CachedFunction
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, Literal, cast
 
 import torch
@@ -377,7 +377,12 @@ def _is_layer_of_torch(module: nn.Module) -> bool:
 
 def is_config(value: Any) -> bool:
     """Whether `value` is a configuration object that modules read sizes from in forward, as Hugging Face's."""
-    return any(base.__name__ in ("PretrainedConfig", "PreTrainedConfig") for base in type(value).__mro__)
+    return _is_config_class(type(value))
+
+
+@cache
+def _is_config_class(cls: type) -> bool:
+    return any(base.__name__ in ("PretrainedConfig", "PreTrainedConfig") for base in cls.__mro__)
 
 
 def configs_of(model: nn.Module) -> list[Any]:
