@@ -8,6 +8,7 @@ model = load("out")
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -203,7 +204,8 @@ def inspect(source: nn.Module | str | Path, example_input: Any = None) -> LayerT
 def save(model: nn.Module, path: str | Path, *, force: bool = False, state_dict: bool = False) -> Path:
     """Write a transformed model as a folder of safetensors and JSON, in one step; see `artifact` for what is in it.
 
-    With `state_dict` also a `state_dict.pt` as torch.save writes it, zeros stored, that any PyTorch code loads.
+    With `state_dict` also a `state_dict.pt` as torch.save writes it, zeros stored, that any PyTorch code loads, and the
+    `config.json` that a Hugging Face model of these sizes, rotary frequencies and eps is built from.
 
     Raises:
         UsageError: `model` was not made by `transform` or read by `load`.
@@ -211,6 +213,8 @@ def save(model: nn.Module, path: str | Path, *, force: bool = False, state_dict:
             last update), or a weight that its mask leaves out is not zero.
         ArtifactError: `path` exists (use `force` to replace a transformed model), or cannot be written.
     """
+    from .trace.symbolise import is_config
+
     model, done = _transformed(model, "torch.save writes any module's state_dict")
     tensors: dict[str, Mapping[str, Any]] = {}
     masks = _checked_masks(model, done)
@@ -220,7 +224,10 @@ def save(model: nn.Module, path: str | Path, *, force: bool = False, state_dict:
         if passing:
             tensors[BUFFERS] = passing
     plain = dict(model.state_dict()) if state_dict and tensors else None
-    return write(path, _documents(done), tensors, state_dict=plain, force=force)
+    documents = _documents(done)
+    if plain and is_config(config := model.__dict__.get("config")):
+        documents["config"] = json.loads(config.to_json_string())
+    return write(path, documents, tensors, state_dict=plain, force=force)
 
 
 def load(path: str | Path, *, into: nn.Module | None = None, trust: bool = False) -> nn.Module:

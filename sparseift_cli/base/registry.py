@@ -157,7 +157,7 @@ def _require_imported(target: str, module: str) -> None:
     """Raise UsageError where data names what the user did not import: its code would run. Python's own modules never count."""
     data, top = _naming.get(), module.partition(".")[0]
     known = module in sys.modules and top not in sys.stdlib_module_names
-    if data is not None and not known and top != __package__.partition(".")[0]:
+    if data is not None and not known and top != __name__.partition(".")[0]:
         raise UsageError(
             f"{data} names {target}, whose code would run",
             hint=f"where you trust the folder: load(..., trust=True), or import {module} first",

@@ -110,6 +110,11 @@ def _hugging_face(request: Request, device: str) -> Made:
     config = _explained(request.source, lambda: library.AutoConfig.from_pretrained(str(file)))
     weights = [f for f in ("model.safetensors", "model.safetensors.index.json") if (file.parent / f).is_file()]
     cls = _class_of(library, config, request.source)
+    if device != "meta" and not weights and (pickled := sorted(file.parent.glob("pytorch_model*.bin"))):
+        raise UsageError(
+            f"{request.source} has its weights in {pickled[0].name}, and safetensors are read",
+            hint="save it again by save_pretrained; --plan-only and flops need no weights",
+        )
     trained = bool(weights) and device != "meta"
     if trained:
         model = _explained(request.source, lambda: cls.from_pretrained(str(file.parent), local_files_only=True))

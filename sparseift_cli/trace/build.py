@@ -412,6 +412,7 @@ class _Builder:
             norm_inputs=dict(flow.norm_inputs),
             weight_inputs=dict(flow.weight_inputs),
             read_by_others=frozenset(flow.read_by_others),
+            channel_norms=dict(flow.channel_norms),
             float_attributes=frozenset(
                 (origin.owner, origin.name)
                 for expr in self.run.facts.floats

@@ -78,7 +78,13 @@ class Flow:
         self.merged: set[str] = (
             set()
         )  # keys of weights whose output is added to, multiplied with or joined with another
+        self.channel_norms: dict[str, str] = {}  # key of a weight -> path of the BatchNorm that reads its output
         self.norm_depth = 0  # norm modules on the call stack
+
+    def note_channel_norm(self, path: str, x: Tensor) -> None:
+        """The BatchNorm at `path` reads `x` [N, C, ..]."""
+        if key := layer_of(x):
+            self.channel_norms[key] = path
 
     def enter_norm(self, path: str, args: Any) -> None:
         """A norm module is called; the primitive ops inside it count as the norm, not as other readers."""

@@ -215,6 +215,7 @@ def _per_channel(rules: ShapeRules, input: Tensor, parameters: Sequence[Tensor |
     for parameter in parameters:
         if parameter is not None:
             rules.require_equal(parameter.shape[0], input.shape[1])
+    rules.recorder.flow.note_channel_norm(rules.recorder.stack[-1], input)
     return pass_through_norm(input, rules.new_output(input, input.shape, *parameters))
 
 

@@ -69,6 +69,8 @@ class Structure:
     """Path of a norm over channels -> the summands of what it reads (see `flow`)."""
     weight_inputs: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """Key of a weight -> the summands of what it multiplies."""
+    channel_norms: Mapping[str, str] = field(default_factory=dict)
+    """Key of a weight -> path of the BatchNorm that reads its output."""
     read_by_others: frozenset[str] = frozenset()
     """Summands that something other than a norm reads."""
     float_attributes: frozenset[tuple[str, str]] = frozenset()

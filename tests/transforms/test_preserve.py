@@ -361,6 +361,31 @@ def test_whatever_is_not_exact_is_named(slack: float) -> None:
     )
 
 
+class NormedQueries(nn.Module):
+    """Attention over pixels whose queries pass a BatchNorm, as in EfficientFormer and LeViT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head, self.scale = nn.Conv2d(3, 16, 1), nn.Linear(16, 5), 4**-0.5
+        self.q, self.k, self.v = (nn.Sequential(nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16)) for _ in range(3))
+        self.out = nn.Conv2d(16, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        q, k, v = (p(x).flatten(2).unflatten(1, (4, -1)).transpose(2, 3) for p in (self.q, self.k, self.v))
+        y = (q @ k.transpose(2, 3) * self.scale).softmax(-1) @ v
+        return self.head(self.out(y.transpose(2, 3).flatten(1, 2).unflatten(2, x.shape[2:])).mean((2, 3)))
+
+
+@pytest.mark.parametrize("sparsity", ["0.5", "0.75"])
+def test_queries_behind_a_batch_norm(sparsity: str) -> None:
+    """Its gain and bias take the factor of the scores; the norm divides the weight's own by it."""
+    torch.manual_seed(0)
+    x = images(4)
+    case = widened(trained(NormedQueries(), x), x, sparsity=sparsity)
+    assert case.deviation(x) <= EXACT and not any("not exact" in note for note in case.preserved.notes)
+
+
 def test_hugging_face_gpt2() -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

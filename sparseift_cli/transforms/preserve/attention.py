@@ -43,7 +43,7 @@ def scale_queries(
 ) -> tuple[list[str], set[SetAttribute]]:
     """Multiply the query projections of `new` by what its scores are divided by more than before, in place: sqrt(d' / d).
 
-    Where a norm follows the query projection (QK-norm), its gain and bias are multiplied instead.
+    Where a norm follows the query projection (QK-norm, a BatchNorm), its gain and bias are multiplied instead.
 
     Returns:
         A sentence for every attention where that is not possible, and the edits of `surgery` that set a number which
@@ -67,28 +67,44 @@ def scale_queries(
                 factor *= (number_at(dense, *source) / edits[source].value) ** power
         if factor == 1:
             continue
-        weight = weights.get(key)
-        rows = None if weight is None else query_rows(weight, structure, coordinates)
-        query_norms = [n for n in norms if key in structure.norm_inputs.get(n.path, ())]
-        if query_norms:
-            for norm in query_norms:
-                if norm.gain_key:
-                    gain = new.get_parameter(norm.gain_key)
-                    gain.copy_(norm.scale_gain(gain, factor))
-                if norm.bias_key:
-                    new.get_parameter(norm.bias_key).mul_(factor)
-        elif weight is None or rows is None or not len(rows) or weight.computed:
-            why = (
-                "is computed in forward"
-                if weight and weight.computed
-                else "does not show which outputs are its queries"
-            )
-            notes.append(f"not exact at {score.module}: {key} {why}")
-        else:
-            by_output = new.get_parameter(key).movedim(weight.axis, 0)  # a view: [out, in]
-            by_output[rows] = by_output[rows] * factor
-            path, _, name = weight.bias_key.rpartition(".")
-            bias = new.get_submodule(path)._parameters.get(name)
-            if bias is not None:
-                bias[rows] = bias[rows] * factor
+        read_by = [n for n in norms if key in structure.norm_inputs.get(n.path, ())]
+        for norm in read_by:
+            if norm.gain_key:
+                gain = new.get_parameter(norm.gain_key)
+                gain.copy_(norm.scale_gain(gain, factor))
+            if norm.bias_key:
+                new.get_parameter(norm.bias_key).mul_(factor)
+        if not read_by:
+            weight = weights.get(key)
+            rows = None if weight is None else query_rows(weight, structure, coordinates)
+            why = _scale_rows(new, key, weight, rows, structure.channel_norms.get(key), factor)
+            notes += [f"not exact at {score.module}: {why}"] if why else []
     return notes, compensated
+
+
+def _scale_rows(
+    new: nn.Module, key: str, weight: LayerWeight | None, rows: Tensor | None, channel_norm: str | None, factor: float
+) -> str | None:
+    """Multiply the outputs `rows`, int64 [queries], of a query projection: by its weight, or by the BatchNorm that reads it.
+
+    Returns:
+        Why that is not possible, where it is not.
+    """
+    if weight is not None and weight.computed:
+        return f"{key} is computed in forward"
+    if weight is None or rows is None or not len(rows):
+        return f"{key} does not show which outputs are its queries"
+    if channel_norm is not None:  # it would divide what the weight is multiplied with out again
+        norm = new.get_submodule(channel_norm)
+        if norm._parameters.get("weight") is None:
+            return f"a norm without a gain reads {key}"
+        for parameter in norm.parameters(recurse=False):
+            parameter[rows] = parameter[rows] * factor
+        return None
+    by_output = new.get_parameter(key).movedim(weight.axis, 0)  # a view: [out, in]
+    by_output[rows] = by_output[rows] * factor
+    path, _, name = weight.bias_key.rpartition(".")
+    bias = new.get_submodule(path)._parameters.get(name)
+    if bias is not None:
+        bias[rows] = bias[rows] * factor
+    return None
