@@ -232,6 +232,8 @@ def test_tables_that_no_rule_makes_larger_keep_their_width_by_name() -> None:
 class Constants(nn.Module):
     """A blur of every channel, a bias of zeros that is not trained, and factors that differ from part to part."""
 
+    kernel: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.c, self.d, self.e = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(32, 5, 1)
