@@ -108,7 +108,7 @@ class TracedFloat(float):
     def __ceil__(self) -> Any:
         return self._as_size() or self._plain_int(math.ceil)
 
-    def __round__(self, digits: int | None = None) -> Any:
+    def __round__(self, digits: Any = None) -> Any:
         if digits is not None:
             return round(float(self), digits)
         return self._as_size() or self._plain_int(round)

@@ -30,7 +30,8 @@ This is the only file that uses PyTorch's private API for symbolic ints; checked
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -320,6 +321,24 @@ class WidthNode(SymNode):
 
     def float_pow(self, other: Any) -> WidthNode:
         return self.wrap_float(self._as_float() ** other.value)
+
+    def _bits(self, op: Callable[[int, int], int], other: Any) -> WidthNode:
+        return self.wrap_int(op(self.guard_int(), other.guard_int()))  # `size & (size - 1)`: no width follows from bits
+
+    def bitwise_and(self, other: Any) -> WidthNode:
+        return self._bits(operator.and_, other)
+
+    def bitwise_or(self, other: Any) -> WidthNode:
+        return self._bits(operator.or_, other)
+
+    def bitwise_xor(self, other: Any) -> WidthNode:
+        return self._bits(operator.xor, other)
+
+    def lshift(self, other: Any) -> WidthNode:
+        return self._bits(operator.lshift, other)
+
+    def rshift(self, other: Any) -> WidthNode:
+        return self._bits(operator.rshift, other)
 
     def pow_by_natural(self, other: Any) -> WidthNode:
         power = self.wrap_int(1)

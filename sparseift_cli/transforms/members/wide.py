@@ -184,9 +184,9 @@ def _words(score: AttentionScore, plan: Plan, model: nn.Module) -> str:
     names = [source for source, _ in score.scale if isinstance(source, tuple)]
     if names:
         return ", ".join(f"{name} = {number_at(model, owner, name):.4g}" for owner, name in names)
-    sizes = {source: source.evaluate(plan.table.sizes) for source, _ in score.scale if isinstance(source, Poly)}
-    numbers = [(sizes.get(source, source), power) for source, power in score.scale]
-    return f"{math.prod(number**power for number, power in numbers):.4g}"
+    sizes = plan.table.sizes
+    numbers = [(s.evaluate(sizes) if isinstance(s, Poly) else s, power) for s, power in score.scale]
+    return f"{math.prod(number**power for number, power in numbers if not isinstance(number, tuple)):.4g}"
 
 
 def _scales(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[SetAttribute]:
