@@ -225,7 +225,8 @@ def save(model: nn.Module, path: str | Path, *, force: bool = False, state_dict:
             tensors[BUFFERS] = passing
     plain = dict(model.state_dict()) if state_dict and tensors else None
     documents = _documents(done)
-    if plain and is_config(config := model.__dict__.get("config")):
+    config: Any = model.__dict__.get("config")
+    if plain and is_config(config):
         documents["config"] = json.loads(config.to_json_string())
     return write(path, documents, tensors, state_dict=plain, force=force)
 
