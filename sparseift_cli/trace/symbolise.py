@@ -239,18 +239,25 @@ def _restoring_module_state(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _forgetting_cached_results(model: nn.Module) -> Iterator[None]:
-    """Empty the caches of `lru_cache` that the run wrote: a later forward pass would be given fake tensors."""
-    homes = {id(home): home for cls in {type(m) for m in model.modules()} if (home := sys.modules.get(cls.__module__))}
-    functions = [
-        value for home in homes.values() for value in vars(home).values() if isinstance(value, _CachedFunction)
-    ]
-    before = [f.cache_info().misses for f in functions]
+    """Empty the caches of `lru_cache` that a forward pass reads: no real tensor gets into the run, and no fake one out of it."""
+    functions = list(_cached_functions(model))
     try:
+        for function in functions:
+            function.cache_clear()
         yield
     finally:
-        for function, misses in zip(functions, before, strict=True):
-            if function.cache_info().misses != misses:
-                function.cache_clear()
+        for function in functions:
+            function.cache_clear()
+
+
+def _cached_functions(model: nn.Module) -> Iterator[_CachedFunction[Any]]:
+    """Functions under `lru_cache` in modules, in their classes, and in the files where these are written."""
+    classes = {cls for m in model.modules() for cls in type(m).__mro__[:-1]}
+    homes = {
+        id(home): home for cls in classes if (home := sys.modules.get(cls.__module__)) and home.__name__ != "builtins"
+    }
+    for holder in (*model.modules(), *classes, *homes.values()):
+        yield from (value for value in vars(holder).values() if isinstance(value, _CachedFunction))
 
 
 class _Substitutes:

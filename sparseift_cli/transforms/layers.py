@@ -173,7 +173,7 @@ def set_attribute(root: nn.Module, edit: SetAttribute) -> None:
         buffer = owner._buffers[edit.name]
         assert buffer is not None
         owner._buffers[edit.name] = torch.full_like(buffer, edit.value)
-    elif isinstance(values[edit.name], Tensor):
+    elif isinstance(values.get(edit.name), Tensor):
         values[edit.name] = torch.full_like(values[edit.name], edit.value)
     elif edit.index is None:
         values[edit.name] = edit.value

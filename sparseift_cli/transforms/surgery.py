@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from types import CellType, FunctionType
+from functools import _lru_cache_wrapper as CachedFunction
+from functools import lru_cache
+from types import CellType, FunctionType, MethodType
 from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
@@ -84,17 +86,29 @@ def _rebind_functions(new: nn.Module, copies: dict[int, nn.Module]) -> None:
     """
     for module in new.modules():
         for name, value in module.__dict__.items():
-            cells = value.__closure__ if isinstance(value, FunctionType) else None
-            held = [_content(cell) for cell in cells or ()]
-            if isinstance(value, FunctionType) and any(id(content) in copies for content in held):
-                closure = tuple(
-                    CellType(copies[id(content)]) if id(content) in copies else cell
-                    for cell, content in zip(cells or (), held, strict=True)
-                )
-                rebound = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, closure)
-                rebound.__kwdefaults__ = value.__kwdefaults__
-                rebound.__dict__.update(value.__dict__)
-                module.__dict__[name] = rebound
+            if isinstance(value, FunctionType):
+                module.__dict__[name] = _rebound(value, copies)
+            elif isinstance(value, CachedFunction) and isinstance(value.__wrapped__, MethodType):
+                holder = copies.get(id(value.__wrapped__.__self__))
+                if holder is not None:  # without the results of the dense module
+                    method = MethodType(value.__wrapped__.__func__, holder)
+                    module.__dict__[name] = lru_cache(**value.cache_parameters())(method)
+
+
+def _rebound(function: FunctionType, copies: dict[int, nn.Module]) -> FunctionType:
+    """The function with copies in place of the dense modules that it closes over; itself where there are none."""
+    cells = function.__closure__ or ()
+    held = [_content(cell) for cell in cells]
+    if not any(id(content) in copies for content in held):
+        return function
+    closure = tuple(
+        CellType(copies[id(content)]) if id(content) in copies else cell
+        for cell, content in zip(cells, held, strict=True)
+    )
+    rebound = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, closure)
+    rebound.__kwdefaults__ = function.__kwdefaults__
+    rebound.__dict__.update(function.__dict__)
+    return rebound
 
 
 def _content(cell: CellType) -> Any:

@@ -146,6 +146,38 @@ def test_a_size_can_be_a_key(case: str) -> None:
     torch.testing.assert_close(model(X), before)  # no cache holds what the trace put there
 
 
+class Positions(nn.Module):
+    """Remembers its table, as a method of the class and as one of the instance; both read the module's own width."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 8)
+        self.table = lru_cache(maxsize=4)(self.ramp) if own else self.ramp_of_the_class
+
+    def ramp(self, rows: int) -> Tensor:
+        return torch.arange(rows)[:, None] + torch.zeros(self.b.weight.shape[0])
+
+    @lru_cache  # noqa: B019
+    def ramp_of_the_class(self, rows: int) -> Tensor:
+        return self.ramp(rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = self.table(len(x)) if "table" in self.__dict__ else self.ramp_of_the_class(len(x))
+        return self.c(self.b(self.a(x) + table))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_cached_method_gives_each_module_its_own_table(own: bool) -> None:
+    model = Positions(own)
+    if not own:
+        del model.table  # a bound method among the attributes would be the dense model's
+    before = model(X)  # fills the cache with real tensors
+    new, _ = sparseift.transform(model, X, sparsity=0.75)
+    assert new.b.weight.shape == (64, 64)
+    assert new(X).isfinite().all()
+    torch.testing.assert_close(model(X), before)
+
+
 def test_a_cache_that_a_trace_filled_is_emptied() -> None:
     ramp.cache_clear()
     model = Net(lambda n, h: h * ramp(len(h))[:, None])  # a plain int: the key of a later call

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import sparseift_cli as sparseift
 from sparseift_cli import Options
+from sparseift_cli.transforms.edits import SetAttribute
+from sparseift_cli.transforms.layers import set_attribute
 from sparseift_cli.transforms.transformation import transformation_of
 
 
@@ -181,3 +183,11 @@ def test_a_saved_llama(tmp_path: Any, sparsity: str) -> None:
     again = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         assert torch.allclose(again(IDS).logits, dense(IDS).logits, atol=1e-5)
+
+
+def test_a_size_that_a_configuration_lacks_can_be_set() -> None:
+    """A head_dim of its own, where hidden_size / heads is no longer the size of a head."""
+    model = nn.Module()
+    model.config = PretrainedConfig(hidden_size=8, num_attention_heads=2)
+    set_attribute(model, SetAttribute("config", "head_dim", 4))
+    assert model.config.head_dim == 4

@@ -445,3 +445,20 @@ def test_member_attention_computes_what_the_original_does() -> None:
                 torch.testing.assert_close(ours, weights)
     with pytest.raises(UsageError, match="self-attention"):
         attention(x, x.flip(0), x)
+
+
+def test_a_grouped_projection_has_one_head_a_group() -> None:
+    """SqueezeBERT's attention: queries, keys and values by convolutions with four groups, each a head."""
+
+    def attend(n: Net, x: Tensor) -> Tensor:
+        h = n.inp(x)
+        q, k, v = (layer(h).unflatten(1, (4, -1)) for layer in (n.q, n.k, n.v))  # [batch, heads, head_dim, tokens]
+        mixed = (q.transpose(-2, -1) @ k * q.shape[2] ** -0.5).softmax(-1) @ v.transpose(-2, -1)
+        return n.out(n.proj(mixed.transpose(-2, -1).flatten(1, 2)))
+
+    grouped = {name: nn.Conv1d(16, 16, 1, groups=4) for name in "qkv"}
+    model = Net(attend, inp=nn.Conv1d(3, 16, 1), proj=nn.Conv1d(16, 16, 1), out=nn.Conv1d(16, 5, 1), **grouped)
+    new, _ = sparseift.transform(model, torch.randn(2, 3, 6), sparsity=0.75)
+    masks = masks_of(new)
+    for name in "qkv":  # 16 x 4 weights -> 32 x 8, as many of them non-zero
+        assert (masks[f"{name}.weight"].shape, int(masks[f"{name}.weight"].sum())) == ((32, 8, 1), 64)

@@ -107,7 +107,7 @@ def _masked(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[Mask
         if transposed:
             rows, columns = columns, rows
         heads, on_inputs = 1, False
-        if row.layer.projection:
+        if row.layer.projection and row.parts[0].shape.groups == 1:  # of groups, each is a head
             heads = blocks.along(rows)
             if heads == 1:
                 heads = blocks.along(columns)
