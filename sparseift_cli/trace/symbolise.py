@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import _lru_cache_wrapper as _CachedFunction
 from functools import cache, wraps
+from types import CellType, FunctionType
 from typing import Any, Literal, cast
 
 import torch
@@ -251,13 +252,20 @@ def _forgetting_cached_results(model: nn.Module) -> Iterator[None]:
 
 
 def _cached_functions(model: nn.Module) -> Iterator[_CachedFunction[Any]]:
-    """Functions under `lru_cache` in modules, in their classes, and in the files where these are written."""
+    """Functions under `lru_cache` in modules, in their classes, and in the files where these are written.
+
+    Also static ones, and those inside another decorator, as transformers has it.
+    """
     classes = {cls for m in model.modules() for cls in type(m).__mro__[:-1]}
     homes = {
         id(home): home for cls in classes if (home := sys.modules.get(cls.__module__)) and home.__name__ != "builtins"
     }
     for holder in (*model.modules(), *classes, *homes.values()):
-        yield from (value for value in vars(holder).values() if isinstance(value, _CachedFunction))
+        for value in vars(holder).values():
+            value = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+            cells = value.__closure__ if isinstance(value, FunctionType) else None
+            contents = (cell.cell_contents for cell in cells or () if cell != CellType())
+            yield from (each for each in (value, *contents) if isinstance(each, _CachedFunction))
 
 
 class _Substitutes:

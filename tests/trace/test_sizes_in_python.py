@@ -178,12 +178,41 @@ def test_a_cached_method_gives_each_module_its_own_table(own: bool) -> None:
     torch.testing.assert_close(model(X), before)
 
 
-def test_a_cache_that_a_trace_filled_is_emptied() -> None:
-    ramp.cache_clear()
-    model = Net(lambda n, h: h * ramp(len(h))[:, None])  # a plain int: the key of a later call
-    sparseift.inspect(model, X)
-    assert ramp.cache_info().currsize == 0
-    assert type(model(X)) is Tensor
+def remembering(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """As transformers decorates its tables of positions: the cache is inside the wrapper."""
+    cached = lru_cache(function)
+    return lambda owner, size: cached(owner, size)
+
+
+class WithTables(Net):
+    @lru_cache  # noqa: B019
+    def method(self, size: int) -> Tensor:
+        return torch.arange(size)
+
+    @remembering
+    def wrapped(self, size: int) -> Tensor:
+        return torch.arange(size)
+
+    @staticmethod
+    @remembering
+    def static(_: Any, size: int) -> Tensor:
+        return torch.arange(size)
+
+
+CACHED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "function": lambda n, h: h * ramp(len(h))[:, None],
+    "method": lambda n, h: h * n.method(len(h))[:, None],
+    "wrapped": lambda n, h: h * n.wrapped(len(h))[:, None],
+    "static": lambda n, h: h * n.static(None, len(h))[:, None],
+}
+
+
+@pytest.mark.parametrize("case", CACHED)
+def test_a_cache_that_a_trace_filled_is_emptied(case: str) -> None:
+    """The key is a plain int, that of a later call with real tensors."""
+    model = WithTables(CACHED[case])
+    new, _ = sparseift.transform(model, X, sparsity=0.75)
+    assert [type(y(X)) for y in (model, new)] == [Tensor, Tensor]
 
 
 CONSTANTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
@@ -243,7 +272,7 @@ def test_a_part_of_an_attribute_is_a_width_beside_a_count() -> None:
     model = Net(lambda n, h: n.inner(h))
     model.inner = Paths(64, 2)
     new, _ = sparseift.transform(model, X, sparsity=0.75)
-    inner = new.inner
+    inner: Any = new.inner
     assert (inner.in_channels, inner.num_paths, new.b.weight.shape) == (128, 2, (128, 48))
     assert [tuple(path.weight.shape) for path in inner.paths] == [(128, 64)] * 2
     assert inner.weigh.weight.shape == (256, 128)
