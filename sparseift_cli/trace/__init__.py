@@ -20,8 +20,10 @@ of it. To widen a model is to give widths new sizes. The pipeline, in the order 
         gradients  which products a backward pass computes, and which forward ones again
         flow       what each tensor is the sum of, for `--init preserve`
         constants  which buffers and plain tensors may grow, by what is done with them; `sinusoids` computes tables of positions
+        scales     which numbers multiply which tensors, for attention scales that follow the head dim
         layouts    how a dim is made of others (3 * heads * head_dim), from views, slices and concatenations
     union_find   merges variables that were found equal; what is left over are equations between widths
+    kinds        what each width counts: channels, heads, entries of a head, or anything else
     outputs      what the model returns: results, which keep their shapes, and by-products; which layers make the results
     rows         recorded ops -> rows of the LayerTable: names, roles, parameters
     structure    the second result: each symbolic size of the module as a polynomial over widths
