@@ -3,8 +3,10 @@
 Sparse Wide keeps numbers of heads and counts, and grows the rest, so a wrong kind is a wrong network. What the trace saw
 decides:
 
-- A dim that an attention sums over in q k^T is a head_dim; what it is multiplied with to a larger dim are heads, and
-  what heads are multiplied with elsewhere (the values' own head_dim) is a head_dim too.
+- A dim that an attention sums over in q k^T is a head_dim, and so is what it is joined with to one dim (fused q, k, v);
+  what these are multiplied with to a larger dim are heads, and what heads are multiplied with elsewhere (the values' own
+  head_dim) is a head_dim too.
+- How many outputs a layer has for each of its input channels (a depthwise convolution with a multiplier) is a count.
 - A dim of a parameter is a width, and so is an int attribute that is a sum or a multiple of widths.
 - Any other int attribute is a count: nothing shows that it is a width.
 
@@ -48,6 +50,7 @@ class Kinds:
         for v, origins in run.origins.items():
             self.origins.setdefault(variables.find(v), []).extend(origins)
         self.products = set(self._products())
+        self.channels = self._channels()
         self.heads, self.head_dims = self._of_attention()
         self.widths = self._multiples_of_widths()
 
@@ -63,10 +66,22 @@ class Kinds:
         if named:
             return named
         if not origins:  # the quotient of a division
-            divisors = {other for rest in factors for other in rest}
-            return "heads" if any(_by_name(self.origins.get(d, [])) == "head_dim" for d in divisors) else "head_dim"
+            return self._of_quotient({other for rest in factors for other in rest})
         table = all(p.kind in ("buffer", "tensor") for p in origins)
         return "width" if root in self.widths or table or _in_parameter(origins) else "count"
+
+    def _of_quotient(self, divisors: set[int]) -> WidthKind:
+        """Of two factors one may grow: the quotient, unless what it was divided by does."""
+        names = {_by_name(self.origins.get(d, [])) for d in divisors}
+        if "head_dim" in names:
+            return "heads"
+        return "count" if "heads" not in names and divisors & self.channels else "head_dim"
+
+    def _channels(self) -> set[int]:
+        """The groups that are all inputs or all outputs of a layer, and no constant."""
+        sides = (side.as_variable for layer in self.run.recorder.layers() for side in (layer.inputs, layer.outputs))
+        constants = {v for e in self.variables.equations if len(e.variables) == 1 for v in e.variables}
+        return self.variables.roots(v for v in sides if v is not None) - constants
 
     def _products(self) -> Iterator[frozenset[int]]:
         """The groups that are factors of one dim, in views, in equations, and in weights of more dims than a matrix has."""

@@ -1,0 +1,67 @@
+"""What a size counts: of two factors of one dim, which one grows and which one stays."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import sparseift_cli as sparseift
+from tests.helpers.parts import Net
+
+
+def weights(new: nn.Module, *names: str) -> list[tuple[int, ...]]:
+    return [tuple(new.get_submodule(name).weight.shape) for name in names]
+
+
+def test_a_depthwise_layer_keeps_its_outputs_per_input() -> None:
+    """8 channels become 16 in a depthwise layer, as where PiT pools: both double at density 1/4, and 2 a channel stay 2."""
+    net = Net(
+        lambda n, x: n.head(n.b(n.pool(n.a(n.stem(x)))).mean((2, 3))),
+        stem=nn.Conv2d(3, 8, 1),
+        a=nn.Conv2d(8, 8, 1),
+        pool=nn.Conv2d(8, 16, 3, groups=8),
+        b=nn.Conv2d(16, 16, 1),
+        head=nn.Linear(16, 5),
+    )
+    x = torch.randn(1, 3, 6, 6)
+    new, _ = sparseift.transform(net, x, sparsity=0.75)
+    assert weights(new, "a", "pool", "b", "head") == [(16, 16, 1, 1), (32, 1, 3, 3), (32, 32, 1, 1), (5, 32)]
+    assert (new.pool.groups, new(x).shape) == (16, (1, 5))
+
+
+def test_a_depthwise_layer_of_the_input_may_grow_by_more_outputs_per_input() -> None:
+    """The three channels of an image cannot grow, so 4 outputs of each become 8."""
+    net = Net(
+        lambda n, x: n.head(n.b(n.stem(x)).mean((2, 3))),
+        stem=nn.Conv2d(3, 12, 3, groups=3),
+        b=nn.Conv2d(12, 12, 1),
+        head=nn.Linear(12, 5),
+    )
+    new, _ = sparseift.transform(net, torch.randn(1, 3, 6, 6), sparsity=0.75)
+    assert weights(new, "stem", "b", "head") == [(24, 1, 3, 3), (24, 24, 1, 1), (5, 24)]
+
+
+class Fused(nn.Module):
+    """Attention with keys of 4 and values of 8 entries a head, from one projection that is split within a head (LeViT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.key_dim, self.val_dim = 2, 4, 8
+        self.qkv, self.out = nn.Linear(16, 2 * (4 + 4 + 8)), nn.Linear(2 * 8, 16)
+        self.stem, self.head = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        batch, tokens, _ = x.shape
+        heads = self.qkv(x).view(batch, tokens, self.num_heads, -1)
+        q, k, v = heads.split([self.key_dim, self.key_dim, self.val_dim], dim=3)
+        q, k, v = q.permute(0, 2, 1, 3), k.permute(0, 2, 3, 1), v.permute(0, 2, 1, 3)
+        mixed = (q @ k * self.key_dim**-0.5).softmax(-1) @ v
+        mixed = mixed.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.val_dim)
+        return self.head(x + self.out(mixed))
+
+
+def test_the_parts_of_a_fused_head_grow_and_the_heads_stay() -> None:
+    new, _ = sparseift.transform(Fused(), torch.randn(1, 5, 6), sparsity=0.75)
+    assert (new.num_heads, new.key_dim, new.val_dim) == (2, 8, 16)
+    assert weights(new, "qkv", "out") == [(2 * (8 + 8 + 16), 32), (32, 2 * 16)]
