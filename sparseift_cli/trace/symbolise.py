@@ -29,7 +29,7 @@ from torch.nn.modules import module as hooks
 from torch.nn.modules import transformer
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
 from .constants import is_statistic, plain_tensors
 from .fake_mode import fake_mode
@@ -351,11 +351,12 @@ class _Substitutes:
             if not indices:
                 self._replace(store, key, _variable(self.run, Origin("attribute", prefix + key, None, value)))
             else:
-                items = [
+                leaves, form = flattened(value)
+                leaves = [
                     _variable(self.run, Origin("attribute", prefix + key, i, v)) if i in indices else v
-                    for i, v in enumerate(cast(Any, value))
+                    for i, v in enumerate(leaves)
                 ]
-                self._replace(store, key, items if isinstance(value, list) else tuple(items))
+                self._replace(store, key, tree_unflatten(leaves, form))
         for key, value in list(store.items()):
             if type(value) is float and value > 0 and value != 1 and math.isfinite(value):
                 self._replace(store, key, TracedFloat(value, {(prefix.removesuffix("."), key): 1}, self.run.facts))
@@ -407,18 +408,37 @@ def configs_of(model: nn.Module) -> list[Any]:
 
 
 def _int_attributes(attributes: Mapping[str, Any]) -> Iterator[tuple[str, set[int]]]:
-    """(name, empty set) of each attribute that is an int above 1; (name, positions above 1) of each tuple of ints.
+    """(name, empty set) of each attribute that is an int above 1; (name, positions) of each that holds such ints.
 
-    A 1 is no width: it means "not split" or "no groups", and stays 1 when the model is widened.
+    That is a tuple or list of ints, or one of names and ints (`{"h": 4, "d": 16}`, as layers of einops keep the lengths of
+    axes); positions count its leaves. A 1 is no width: it means "not split" or "no groups", and stays 1 when the model is
+    widened.
     """
     for key, value in list(attributes.items()):
         if type(value) is int:
             if value > 1:
                 yield key, set()
-        elif type(value) in (tuple, list, torch.Size) and value and all(type(v) is int for v in value):
-            positions = {i for i, v in enumerate(cast(Any, value)) if v > 1}
+        elif type(value) in (tuple, list, dict, torch.Size) and value and _of_ints_and_names(value):
+            positions = {i for i, v in enumerate(flattened(value)[0]) if type(v) is int and v > 1}
             if positions:
                 yield key, positions
+
+
+def flattened(value: Any) -> tuple[list[Any], TreeSpec]:
+    """The leaves of a tuple, list or dict of any depth, and its form (for `tree_unflatten`)."""
+    return tree_flatten(tuple(value) if isinstance(value, torch.Size) else value)
+
+
+_MANY = 16
+
+
+def _of_ints_and_names(value: Any) -> bool:
+    """Whether a container holds ints, and beside them names of these at most; a table of many is a vocabulary."""
+    if isinstance(value, dict):
+        return len(value) <= _MANY and all(type(k) is str and type(v) is int for k, v in value.items())
+    if all(type(v) is int for v in value):
+        return True
+    return len(value) <= _MANY and all(type(v) is tuple and tuple(map(type, v)) == (str, int) for v in value)
 
 
 def is_activation(module: nn.Module) -> bool:

@@ -32,7 +32,10 @@ class Resize:
 
 @dataclass(frozen=True, slots=True)
 class SetAttribute:
-    """Set an attribute of the module, or of the configuration object, at the path `owner`; with `index` one item of a tuple."""
+    """Set an attribute of the module, or of the configuration object, at the path `owner`.
+
+    `index`: one leaf of a tuple, list or dict.
+    """
 
     owner: str
     name: str

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import skip_init
+from torch.utils._pytree import tree_unflatten
 
 from ..mask.attached import is_transposed
+from ..trace.symbolise import flattened
 from .edits import SetAttribute, owner_at
 
 _CONVS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
@@ -178,6 +180,6 @@ def set_attribute(root: nn.Module, edit: SetAttribute) -> None:
     elif edit.index is None:
         values[edit.name] = edit.value
     else:
-        items = list(values[edit.name])
-        items[edit.index] = edit.value
-        values[edit.name] = items if isinstance(values[edit.name], list) else tuple(items)
+        leaves, form = flattened(values[edit.name])
+        leaves[edit.index] = edit.value
+        values[edit.name] = tree_unflatten(leaves, form)

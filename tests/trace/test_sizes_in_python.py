@@ -287,3 +287,62 @@ def test_values_have_a_head_dim_of_their_own() -> None:
     assert (inner.num_slots, inner.key_dim, inner.value_dim, inner.tau) == (4, 16, 32, 0.25)
     assert (inner.qkv.weight.shape, inner.out.weight.shape) == ((256, 128), (128, 128))
     assert new(X).isfinite().all()
+
+
+class Split(nn.Module):
+    """A layer that keeps the lengths of axes as einops does: names and ints."""
+
+    def __init__(self, lengths: Any) -> None:
+        super().__init__()
+        self.lengths = lengths
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, dict(self.lengths)["d"]))
+
+
+@pytest.mark.parametrize("lengths", [{"h": 4, "d": 8}, (("h", 4), ("d", 8))])
+def test_a_size_beside_its_name_grows(lengths: Any) -> None:
+    """Heads of 8 in a stream of 32: at 75 % heads of 16 in one of 64."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.i, self.q, self.k, self.v, self.o = (nn.Linear(a, b) for a, b in [(16, 32), *[(32, 32)] * 3, (32, 10)])
+            self.split = Split(lengths)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.i(x)
+            q, k, v = (self.split(layer(h)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+            return self.o(h + nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    new, _ = sparseift.transform(Attention(), torch.randn(2, 5, 16), sparsity=0.75)
+    assert (new.q.weight.shape, dict(new.split.lengths)) == ((64, 64), {"h": 4, "d": 16})
+    assert type(new.split.lengths) is type(lengths)
+
+
+@pytest.mark.parametrize("tokens", [5, 8, 4])
+def test_a_size_that_equals_the_number_of_tokens_grows_too(tokens: int) -> None:
+    """Heads of 8 beside 8 tokens, or 4 heads beside 4 tokens: what is equal by chance is no fact."""
+
+    def attend(n: Any, h: Tensor) -> Tensor:
+        q, k, v = h.unflatten(-1, (4, 3, -1)).unbind(-2)
+        scores = torch.einsum("bihd,bjhd->bhij", q, k)
+        mixed = torch.einsum("bhij,bjhd->bihd", scores, v).flatten(2)
+        return mixed @ n.mix.weight.t()
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.i, self.qkv, self.mix, self.o = (
+                nn.Linear(16, 32),
+                nn.Linear(32, 96),
+                nn.Linear(32, 32),
+                nn.Linear(32, 10),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.i(x)
+            return self.o(h + attend(self, self.qkv(h)))
+
+    new, _ = sparseift.transform(Attention(), torch.randn(2, tokens, 16), sparsity=0.75)
+    assert (new.i.weight.shape, new.qkv.weight.shape) == ((64, 16), (192, 64))
