@@ -168,12 +168,30 @@ class Poly:
     def from_json(data: int | list[list[int]]) -> Poly:
         return Poly.const(data) if isinstance(data, int) else Poly((tuple(t[1:]), t[0]) for t in data)
 
+    def text(self, names: Mapping[int, str]) -> str:
+        """The polynomial as people write it, what is taken away last.
+
+        >>> (Poly.var(1) - Poly.const(2) * Poly.var(0)).text({0: "conv.weight[0]", 1: "width / 4"})
+        'width / 4 - 2 * conv.weight[0]'
+        """
+        text = ""
+        for monomial, c in sorted(self.terms, key=lambda term: term[1] < 0):
+            factors = [str(abs(c))] * (abs(c) != 1 or not monomial) + [names[v] for v in monomial]
+            term = factors[0] if len(factors) == 1 else " * ".join(map(in_parentheses, factors))
+            text = f"{text} {'-' if c < 0 else '+'} {term}" if text else f"{'-' * (c < 0)}{term}"
+        return text or "0"
+
     def __repr__(self) -> str:
         def term(monomial: Monomial, c: int) -> str:
             names = [f"w{v}" for v in monomial]
             return "*".join([str(c), *names] if c != 1 or not names else names)
 
         return " + ".join(term(m, c) for m, c in self.terms) or "0"
+
+
+def in_parentheses(formula: str) -> str:
+    """A formula as an operand of another one: a name stays as it is."""
+    return f"({formula})" if " " in formula else formula
 
 
 _ONE = (((), 1),)

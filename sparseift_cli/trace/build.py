@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import UsageError
 from ..plan.widths import solve
-from ..table.poly import Poly
+from ..table.poly import Poly, in_parentheses
 from ..table.table import OUTPUT, LayerTable, Width
 from . import symbolise
 from .constants import depends_on_values, is_statistic, named_constants, plain_tensors, why_fixed
@@ -274,7 +274,7 @@ class _Builder:
             yield from (size - dim for dim in list(same)[:1] if dim != size)
 
     def _widths(self) -> tuple[Width, ...]:
-        """One width for each group of equal variables that is used, named after its first parameter dim."""
+        """One width for each group of equal variables that is used."""
         members = self.variables.groups()
         used = self._used(members)
         widths: list[Width] = []
@@ -286,12 +286,10 @@ class _Builder:
                 continue
             for v in variables:
                 self.width_ids[v] = len(widths)
-            origins = [p for v in variables for p in self.run.origins.get(v, ())]
-            first = next((p for p in origins if p.kind == "parameter"), origins[0] if origins else None)
             reasons = list(dict.fromkeys(fixed[v] for v in variables if v in fixed))
             outputs = tuple(dict.fromkeys(name for v in variables for name in names.get(v, ())))
             width = Width(
-                name=f"quotient {root}" if first is None else first.label,
+                name=self._label(root, members),
                 size=self.run.facts.sizes[root],
                 kind=kinds.of(root),
                 fixed=reasons[0] if reasons else None,
@@ -301,6 +299,17 @@ class _Builder:
             )
             widths.append(width)
         return tuple(widths)
+
+    def _label(self, root: int, members: Mapping[int, list[int]]) -> str:
+        """The first parameter dim of a group, else its first attribute, else what was divided: "qkv.weight[0] / heads"."""
+        origins = [p for v in members[root] for p in self.run.origins.get(v, ())]
+        first = next((p for p in origins if p.kind == "parameter"), origins[0] if origins else None)
+        if first is not None:
+            return first.label
+        divided = next(self.run.facts.divided[v] for v in members[root] if v in self.run.facts.divided)
+        sides = [side.rename(LazyRenaming(self.variables.find)) for side in divided]
+        names = {other: self._label(other, members) for side in sides for other in side.variables}
+        return " / ".join(in_parentheses(side.text(names)) for side in sides)
 
     def _used(self, members: dict[int, list[int]]) -> set[int]:
         """Variables of parameters, buffers, equations and counts.

@@ -60,7 +60,7 @@ class Facts:
         self.equations: dict[Poly, None] = {}  # each polynomial is 0; a dict as an ordered set
         self.frozen: dict[int, str] = {}  # variable -> why its value must stay
         self.quotients: dict[tuple[Poly, Poly], Poly] = {}  # (a, b) -> a / b
-        self.divisors: dict[int, Poly] = {}  # variable of a quotient -> its divisor
+        self.divided: dict[int, tuple[Poly, Poly]] = {}  # the variable that is a / b -> (a, b)
         self.layouts: dict[Poly, _Layout] = {}  # dim -> the most telling way in which it was seen to be made of others
         self.all_layouts: dict[Poly, dict[_Layout, None]] = {}  # dim -> all ways that were seen
         self.floats: dict[Poly, None] = {}  # sizes that a float was computed from, as head_dim ** -0.5
@@ -93,18 +93,18 @@ class Facts:
 
     def exact_quotient(self, a: Poly, b: Poly) -> Poly:
         """a / b, which divides in this run: by algebra if possible, else a new variable q with the fact a == b * q."""
-        if a.evaluate(self.sizes) == b.evaluate(
-            self.sizes
-        ):  # channels per group of a depthwise conv: 1, and it stays 1
-            self.equal(a, b)
+        if a.evaluate(self.sizes) == b.evaluate(self.sizes):
+            self.equal(a, b)  # channels per group of a depthwise conv: 1, and it stays 1
             return Poly.const(1)
         quotient = a.divided_by(b)
         if quotient is None:
+            common = Poly.const(math.gcd(*(c for side in (a, b) for _, c in side.terms)))
+            a, b = (side.divided_by(common) or side for side in (a, b))
             quotient = self.quotients.get((a, b))
         if quotient is None:
             quotient = self.new_variable(a.evaluate(self.sizes) // b.evaluate(self.sizes))
             self.quotients[a, b] = quotient
-            self.divisors[next(iter(quotient.variables))] = b
+            self.divided[len(self.sizes) - 1] = a, b
             self.equal(a, b * quotient)
         return quotient
 

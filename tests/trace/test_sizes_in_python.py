@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import sparseift_cli as sparseift
+from sparseift_cli.trace.build import layer_table
 
 X = torch.randn(2, 16)
 
@@ -346,3 +347,18 @@ def test_a_size_that_equals_the_number_of_tokens_grows_too(tokens: int) -> None:
 
     new, _ = sparseift.transform(Attention(), torch.randn(2, tokens, 16), sparsity=0.75)
     assert (new.i.weight.shape, new.qkv.weight.shape) == ((64, 16), (192, 64))
+
+
+DIVISIONS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "b.weight[0] / groups": lambda n, h: h.view(2, n.groups, -1).softmax(-1).flatten(1),
+    "(b.weight[0] - a.weight[0]) / 8": lambda n, h: h + h.new_ones(2, (h.shape[1] - n.a.weight.shape[0]) // 8).mean(),
+    "b.weight[0] / (groups * ways)": lambda n, h: h.view(2, n.groups, n.ways, -1).softmax(-1).flatten(1),
+    "(b.weight[0] / groups) / 8": lambda n, h: h + h.new_ones(h.shape[1] // n.groups // 8).mean(),
+}
+
+
+@pytest.mark.parametrize("name", DIVISIONS)
+@pytest.mark.parametrize("unused", [{}, {"depth": 12, "stages": 3}], ids=["alone", "beside other numbers"])
+def test_a_size_that_only_a_division_makes_is_named_after_it(name: str, unused: dict[str, int]) -> None:
+    net = Net(DIVISIONS[name], **unused, groups=4, ways=2)
+    assert name in [width.name for width in layer_table(net, (X,), name="net", input_shape=(2, 16)).widths]
