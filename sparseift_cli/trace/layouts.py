@@ -149,12 +149,33 @@ def _concatenated(facts: Facts, func: Callable[..., Any], args: tuple[Any, ...],
 
 
 def _split(facts: Facts, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    parts = func(*args, **kwargs)
     dim = _dim(args[0], kwargs, args[1:], 1)
+    parts = _uneven_chunks(func, args, kwargs, dim) or func(*args, **kwargs)
     note_sum(facts, args[0].shape[dim], [p.shape[dim] for p in parts])
     for i, part in enumerate(parts):
         note_part(part, i)
     return parts
+
+
+def _uneven_chunks(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], dim: int
+) -> tuple[Tensor, ...] | None:
+    """Chunks of which the last one is smaller, so that it stays the rest; PyTorch's own division fixes how many are left over.
+
+    x [..., 88] in 3 chunks is 30, 30 and x.shape[-1] - 2 * 30.
+    """
+    if func not in (Tensor.chunk, torch.chunk) or len(args) + len(kwargs) < 2:
+        return None
+    size, chunks = args[0].shape[dim], kwargs["chunks"] if "chunks" in kwargs else args[1]
+    if (
+        not isinstance(size, torch.SymInt)
+        or concrete(size) % concrete(chunks) == 0
+        or concrete(size) < concrete(chunks)
+    ):
+        return None
+    length = (size + chunks - 1) // chunks
+    whole = (concrete(size) - 1) // concrete(length)
+    return torch.split_with_sizes(args[0], [*[length] * whole, size - length * whole], dim)
 
 
 def _unbound(facts: Facts, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -386,9 +386,13 @@ def _fake(tensor: Tensor, kind: str, path: str, module: nn.Module, run: Symbolic
 
 
 def _is_layer_of_torch(module: nn.Module) -> bool:
-    """Whether a module is, or extends, a layer of torch.nn: its attributes repeat the shape of its weight."""
+    """Whether a module computes as a layer of torch.nn does: its attributes repeat the shape of its weight, and it reads none.
+
+    A class that extends one with a forward of its own may read them, as a convolution that standardises its weight does.
+    """
     own = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    return any(cls.__module__.startswith("torch.nn.modules.") and cls not in own for cls in type(module).__mro__)
+    home = next(cls for cls in type(module).__mro__ if "forward" in cls.__dict__)
+    return home.__module__.startswith("torch.nn.modules.") and home not in own
 
 
 def is_config(value: Any) -> bool:

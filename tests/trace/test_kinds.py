@@ -1,11 +1,16 @@
-"""What a size counts: of two factors of one dim, which one grows and which one stays."""
+"""What a size counts, and which sizes a forward reads: what grows with the rest and what stays."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparseift_cli as sparseift
+from sparseift_cli.errors import UsageError
 from tests.helpers.parts import Net
 
 
@@ -65,3 +70,51 @@ def test_the_parts_of_a_fused_head_grow_and_the_heads_stay() -> None:
     new, _ = sparseift.transform(Fused(), torch.randn(1, 5, 6), sparsity=0.75)
     assert (new.num_heads, new.key_dim, new.val_dim) == (2, 8, 16)
     assert weights(new, "qkv", "out") == [(2 * (8 + 8 + 16), 32), (32, 2 * 16)]
+
+
+class Shifted(nn.Conv2d):
+    """A convolution with a forward of its own, which reads a size that torch's own forward does not."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight.reshape(self.out_channels, -1).view_as(self.weight)
+        assert self.bias is not None
+        return F.conv2d(input, weight) + self.bias.view(1, self.out_channels, 1, 1)
+
+
+def test_a_layer_with_a_forward_of_its_own_may_read_its_sizes() -> None:
+    net = Net(lambda n, x: n.c(n.b(n.a(x)).relu()), a=Shifted(3, 8, 1), b=Shifted(8, 12, 1), c=nn.Conv2d(12, 5, 1))
+    x = torch.randn(1, 3, 4, 4)
+    new, _ = sparseift.transform(net, x, sparsity=0.75)
+    assert weights(new, "a", "b", "c") == [(16, 3, 1, 1), (24, 16, 1, 1), (5, 24, 1, 1)]
+    assert (new.b.in_channels, new.b.out_channels, new(x).shape) == (16, 24, (1, 5, 4, 4))
+
+
+@pytest.mark.parametrize("chunk", [lambda x: x.chunk(3, 1), lambda x: torch.chunk(x, dim=1, chunks=3)])
+def test_the_last_of_uneven_chunks_is_the_rest(chunk: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+    """10 units in chunks of 4, 4 and 2: a chunk doubles to 8, the units are 3 * 8 - 2 = 22, and 6 are left."""
+    net = Net(
+        lambda n, x: n.head(torch.cat([n.mix(chunk(n.a(n.stem(x)))[0]), *chunk(n.a(n.stem(x)))[1:]], 1)),
+        stem=nn.Linear(6, 8),
+        a=nn.Linear(8, 10),
+        mix=nn.Linear(4, 4),
+        head=nn.Linear(10, 3),
+    )
+    new, _ = sparseift.transform(net, torch.randn(2, 6), sparsity=0.75)
+    assert weights(new, "a", "mix", "head") == [(22, 16), (8, 8), (3, 22)]
+    assert new(torch.randn(2, 6)).shape == (2, 3)
+
+
+class Standardised(nn.Conv2d):
+    """A convolution whose weight is standardised in forward, as in BiT: what is zero in it does not stay zero."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, training=True)
+        return F.conv2d(input, rows.reshape_as(self.weight), self.bias)
+
+
+def test_a_model_of_standardised_weights_is_refused_for_that() -> None:
+    net = Net(lambda n, x: n.b(n.a(n.stem(x))), stem=nn.Conv2d(3, 8, 1), a=Standardised(8, 8, 1), b=nn.Conv2d(8, 5, 1))
+    with pytest.raises(
+        UsageError, match=r"layers that stay dense \(the weight is computed in forward, not a parameter\)"
+    ):
+        sparseift.transform(net, torch.randn(1, 3, 4, 4), sparsity=0.75)

@@ -14,7 +14,7 @@ from math import ceil, floor, gcd, isqrt, lcm
 from typing import TYPE_CHECKING
 
 from ...errors import UsageError
-from ...table.table import LayerTable
+from ...table.table import Layer, LayerTable
 from ..layer_plan import LayerPlan, Part, positions_of
 from ..selection import may_grow, selected
 from ..widening import WidenedWidth, Widening, body_widths, free_widths, kept_in_words
@@ -150,9 +150,7 @@ def _eligible(table: LayerTable, spec: TransformSpec, solution: Solution) -> set
     for layer in table.layers:
         deselected = layer.weighted and layer.role == "body" and not selected(layer, spec)
         boundary = spec.scope == "inner" and layer.weighted and layer.role in ("input", "output")
-        # what stays dense would cost more if it were wider; depthwise layers are left to their option
-        dense = layer.role == "body" and layer.note and layer.macs.terms and layer.kind != "depthwise"
-        if deselected or boundary or dense:
+        if deselected or boundary or _stays_dense(layer):
             for width in layer.inputs.variables | layer.outputs.variables:
                 free -= set(solution.free_widths(width))
     if spec.scope == "inner":
@@ -164,6 +162,11 @@ def _eligible(table: LayerTable, spec: TransformSpec, solution: Solution) -> set
                 for width in layer.params.variables:
                     free -= set(solution.free_widths(width))
     return free & _touching_weights(table, spec, solution)
+
+
+def _stays_dense(layer: Layer) -> bool:
+    """Whether a layer of the body would cost more if it were wider; depthwise layers are left to their option."""
+    return layer.role == "body" and bool(layer.note and layer.macs.terms) and layer.kind != "depthwise"
 
 
 def _touching_weights(table: LayerTable, spec: TransformSpec, solution: Solution) -> set[int]:
@@ -237,4 +240,7 @@ def _why_none(table: LayerTable, spec: TransformSpec, solution: Solution) -> str
     _, kept = body_widths(table, spec, solution, table.sizes)
     if kept:
         return kept_in_words(kept)
+    dense = {layer.note for layer in table.layers if _stays_dense(layer) and layer.note} if solution.free else set()
+    if dense:
+        return f"every width is one of layers that stay dense ({'; '.join(sorted(dense))})"
     return "every width is tied to a fixed size (" + "; ".join(sorted(set(solution.reasons.values()))[:3]) + ")"
