@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import sparseift_cli as sparseift
 from sparseift_cli.errors import UsageError
 from sparseift_cli.models.source import Request, load_table
-from sparseift_cli.plan.members.wide import widen
+from sparseift_cli.plan.members.wide import scaled_width, widen
 from sparseift_cli.plan.plan import Plan, make_plan
 from sparseift_cli.plan.spec import TransformSpec
 from sparseift_cli.plan.widths import Solution, solve
@@ -176,3 +176,45 @@ def test_widths_that_a_layer_connects_grow_by_the_root_of_the_factor() -> None:
     assert sorted((w.dense, w.size, w.sides) for w in plan.widening.widened) == [(12, 24, 2), (20, 40, 2)]
     densities = [row.density for row in plan.layers if row.status == "transformed"]
     assert densities == [Fraction(1, 2), Fraction(1, 4), Fraction(1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("multiple", "offset", "down", "size"),
+    [(1, 0, False, 124), (3, 1, False, 124), (3, 1, True, 124), (8, 4, True, 124)],
+)
+def test_sizes_keep_their_distance_from_whole_steps(multiple: int, offset: int, down: bool, size: int) -> None:
+    """88 * sqrt(2) = 124.45: the nearest of 88 + 3 n is 124."""
+    assert scaled_width(88, Fraction(2), multiple, offset=offset, down=down) == size
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_scaled_width_is_the_nearest_of_its_grid(seed: int) -> None:
+    draw = random.Random(seed)
+    width, square, multiple = draw.randint(2, 90), Fraction(draw.randint(4, 40), 4), draw.randint(1, 9)
+    offset = draw.randrange(multiple)
+    ideal = width * float(square) ** 0.5
+    grid = [n for n in range(offset, 1000, multiple) if n >= width]
+    assert scaled_width(width, square, multiple, offset=offset) == min(grid, key=lambda n: (abs(n - ideal), -n))
+    below = [n for n in grid if n <= ideal] or grid[:1]
+    assert scaled_width(width, square, multiple, offset=offset, down=True) == below[-1]
+
+
+class Chunks(nn.Module):
+    """88 units as 4 heads of 22 and as chunks of 30, 30 and 28: both have to stay whole, as in EdgeNeXt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.head = nn.Linear(5, 88), nn.Linear(88, 88), nn.Linear(88, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        h = (x + self.body(x)).unflatten(-1, (4, -1)).softmax(-1).flatten(1)
+        return self.head(torch.cat(h.chunk(3, 1), 1))
+
+
+def test_a_width_in_steps_from_an_odd_size_grows() -> None:
+    """At density 1/4 a head of 22 would be 44; 3 divides 4 * head + 2 at 22, 25, ..., 43 and 46."""
+    new, _ = sparseift.transform(Chunks(), torch.zeros(1, 5), sparsity=0.75)
+    assert new.body.weight.shape == (4 * 43, 4 * 43)
+    with pytest.raises(UsageError, match=r"moves in steps of 3 from 22, so it meets no multiple of 3"):
+        sparseift.transform(Chunks(), torch.zeros(1, 5), sparsity=0.75, width_multiple=12)

@@ -18,7 +18,7 @@ from ...table.table import Layer, LayerTable
 from ..layer_plan import LayerPlan, Part, positions_of
 from ..selection import may_grow, selected
 from ..widening import WidenedWidth, Widening, body_widths, free_widths, kept_in_words
-from ..widths import Solution, solve
+from ..widths import Free, Solution, solve
 from .base import DenseLayer, Member
 
 if TYPE_CHECKING:
@@ -74,25 +74,26 @@ class Wide(Member):
 MEMBER = Wide()
 
 
-def scaled_width(width: int, square: Fraction, multiple: int = 1, *, down: bool = False) -> int:
-    """The multiple of `multiple` nearest to width * sqrt(square), ties up, never below the dense width.
+def scaled_width(width: int, square: Fraction, multiple: int = 1, *, offset: int = 0, down: bool = False) -> int:
+    """The multiple of `multiple`, plus `offset`, nearest to width * sqrt(square), ties up, never below the dense width.
 
     Args:
         width: the dense width.
         square: the squared scale: 1/d for Sparse Wide (k = sqrt(1/d)).
         multiple: what the result is a multiple of.
+        offset: what is added to that multiple: fewer.
         down: take the largest multiple not above the ideal instead, as patterns of fixed density need to stay within the
             budget.
 
     >>> scaled_width(64, Fraction(2))  # 90.51
     91
     """
-    target = square * width * width / (multiple * multiple)
+    target = square * width * width
     if down:
-        steps = isqrt(floor(target))
-    else:  # largest n with n - 1/2 <= sqrt(target), that is 2n - 1 <= sqrt(4 target)
-        steps = (isqrt(floor(4 * target)) + 1) // 2
-    return max(steps, ceil(Fraction(width, multiple))) * multiple
+        steps = (isqrt(floor(target)) - offset) // multiple
+    else:  # largest n with (n - 1/2) * multiple + offset <= sqrt(target)
+        steps = (isqrt(floor(4 * target)) + multiple - 2 * offset) // (2 * multiple)
+    return max(steps, ceil(Fraction(width - offset, multiple))) * multiple + offset
 
 
 def widen(table: LayerTable, spec: TransformSpec) -> Widening:
@@ -124,8 +125,8 @@ def widen(table: LayerTable, spec: TransformSpec) -> Widening:
         square = (1 / spec.density) ** (2 // sides[free.id])
         if base:
             square = Fraction(spec.base_width or 0, base) ** 2
-        multiple = lcm(free.step, _multiple(table, solution, free.id, spec))
-        size = scaled_width(free.size, square, multiple, down=spec.mask_pattern.density is not None)
+        multiple, offset = _grid(free, _multiple(table, solution, free.id, spec), table)
+        size = scaled_width(free.size, square, multiple, offset=offset, down=spec.mask_pattern.density is not None)
         if size <= free.size and spec.width_multiple > 1:
             ideal = free.size * float(square) ** 0.5
             raise UsageError(
@@ -228,6 +229,21 @@ def _multiple(table: LayerTable, solution: Solution, free: int, spec: TransformS
         if wanted > 1 and set(form) == {free} and table.widths[i].kind == "width":
             step = lcm(step, wanted // gcd(wanted, int(form[free]) or 1))
     return step
+
+
+def _grid(free: Free, wanted: int, table: LayerTable) -> tuple[int, int]:
+    """(multiple, offset) of the sizes of a free width that are whole steps from its dense one and multiples of `wanted`.
+
+    A width of 88 that is split into chunks of (88 + 2) / 3 moves in steps of 3 from 88: 91, 94.
+    """
+    multiple = lcm(free.step, wanted)
+    for offset in range(0, multiple, wanted):
+        if (offset - free.size) % free.step == 0:
+            return multiple, offset
+    raise UsageError(
+        f"width {table.widths[free.id].name} moves in steps of {free.step} from {free.size}, so it meets no multiple of {wanted}",
+        hint="use another --width-multiple or pattern",
+    )
 
 
 def _why_none(table: LayerTable, spec: TransformSpec, solution: Solution) -> str:
