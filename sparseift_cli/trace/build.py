@@ -24,7 +24,7 @@ from ..plan.widths import solve
 from ..table.poly import Poly, in_parentheses
 from ..table.table import OUTPUT, LayerTable, Width
 from . import symbolise
-from .constants import depends_on_values, is_statistic, named_constants, plain_tensors, why_fixed
+from .constants import depends_on_values, is_statistic, named_constants, plain_tensors, why_fixed, why_frequencies_fixed
 from .kinds import ROTARY, Kinds
 from .layouts import equal_parts
 from .outputs import FEEDS_LOSS, mark_output_layers, returned, variables_of
@@ -343,11 +343,21 @@ class _Builder:
                     fixed.setdefault(v, FEEDS_LOSS)
         constants, uses = dict(named_constants(self.model)), self.recorder.uses
         for v, p in self._origins("buffer", "tensor"):
-            if not is_statistic(p.path) and not p.name.endswith(ROTARY):
+            if p.name.endswith(ROTARY):
+                reason = why_frequencies_fixed(p.path, constants[p.path], *self._holder(p))
+            elif not is_statistic(p.path):
                 reason = why_fixed(p.path, constants[p.path], p.index or 0, uses)
-                if reason:
-                    fixed.setdefault(v, reason)
+            else:
+                reason = None
+            if reason:
+                fixed.setdefault(v, reason)
         return fixed
+
+    def _holder(self, origin: Origin) -> tuple[nn.Module, object | None]:
+        """The module that has it, and the configuration that this one holds."""
+        module = self.model.get_submodule(origin.owner)
+        config = module.__dict__.get("config")
+        return module, config if symbolise.is_config(config) else None
 
     def _needs_values(self) -> bool:
         """See `TraceResult.needs_values`: a constant on meta meets a parameter, in one width or in an equation."""
@@ -355,9 +365,11 @@ class _Builder:
         met = self.variables.roots(v for v, _ in self._origins("parameter"))
         met |= {v for e in self.variables.equations if len(e.variables) > 1 for v in self.variables.roots(e.variables)}
         return any(
-            self.variables.find(v) in met and depends_on_values(p.path, constants[p.path], uses)
+            constants[p.path].is_meta and self._holder(p)[1] is None
+            if p.name.endswith(ROTARY)
+            else depends_on_values(p.path, constants[p.path], uses)
             for v, p in self._origins("buffer", "tensor")
-            if not is_statistic(p.path) and not p.name.endswith(ROTARY)
+            if not is_statistic(p.path) and self.variables.find(v) in met
         )
 
     def _origins(self, *kinds: str) -> Iterator[tuple[int, Origin]]:

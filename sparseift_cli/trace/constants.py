@@ -10,12 +10,14 @@ entries are, no gradient will decide. `why_fixed` says whether a constant may gr
 - anything else that is only added or has one entry a channel: its entries again, part by part.
 
 A constant that products sum over (a projection that is not trained), one of whole numbers that differ, and a table that is
-multiplied and follows no formula keep their widths.
+multiplied and follows no formula keep their widths, and so do rotary frequencies of no known form (`why_frequencies_fixed`).
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -117,6 +119,41 @@ def why_fixed(key: str, value: Tensor, dim: int, uses: Uses) -> str | None:
     if table and not value.is_meta and find_sinusoids(value.movedim(dim, -1)) is None:
         return f"tied to buffer {key}, which is multiplied and follows no known formula"
     return None
+
+
+def why_frequencies_fixed(key: str, value: Tensor, module: nn.Module, config: object | None) -> str | None:
+    """Why the rotary frequencies `key`, a tensor [n] of `module`, must stay as many; None where more of them can be computed.
+
+    They can if they are a geometric series, or if the class of `module` computes more from a size in `config`.
+
+    Args:
+        config: what `module` is built from; None where nothing says that.
+    """
+    name = key.rpartition(".")[2]
+    made = None if config is None else computed_buffer(module, config, name)
+    if made is not None and made.shape == value.shape:
+        sizes = [n for n, size in vars(config).items() if type(size) is int and size > 1]
+        if any(_grows_with(module, config, size, name, len(made)) for size in sizes):
+            return None
+        value = made
+    if value.is_meta or value.dim() != 1 or geometric(value, len(value)) is not None:
+        return None
+    return f"tied to buffer {key}, whose frequencies follow no known formula"
+
+
+def computed_buffer(module: nn.Module, config: object, name: str) -> Tensor | None:
+    """The buffer `name`, of any shape, as the class of `module` computes it from `config`; None where it does not."""
+    with torch.device("cpu"), suppress(Exception):  # any class may be meant: it need not take a configuration
+        return type(module)(config)._buffers.get(name)
+    return None
+
+
+def _grows_with(module: nn.Module, config: object, size: str, name: str, n: int) -> bool:
+    """Whether twice the size that `config` holds under `size` makes 2 n frequencies of n."""
+    larger = copy.deepcopy(config)
+    larger.__dict__[size] *= 2
+    made = computed_buffer(module, larger, name)
+    return made is not None and len(made) == 2 * n
 
 
 def depends_on_values(key: str, value: Tensor, uses: Uses) -> bool:

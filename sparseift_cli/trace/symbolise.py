@@ -290,8 +290,9 @@ class _Substitutes:
             for key, tensor in list(store.items()):
                 if tensor is None:
                     continue
-                if key == "original_inv_freq" and "inv_freq" in store:  # a copy of inv_freq: resized with it
-                    self.fakes[id(tensor)] = cast(Tensor, store["inv_freq"])
+                copied = key.replace("original_inv_freq", "inv_freq")
+                if copied != key and copied in store:  # resized with it
+                    self.fakes[id(tensor)] = cast(Tensor, store[copied])
                 if id(tensor) not in self.fakes:
                     self.fakes[id(tensor)] = _fake(tensor, kind, prefix + key, module, self.run, self.symbolic)
                 fake = self.fakes[id(tensor)]

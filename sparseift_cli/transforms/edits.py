@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -114,10 +115,12 @@ def owner_at(root: Any, path: str) -> Any:
 
 
 def number_at(root: Any, path: str, name: str) -> float | int:
-    """The number that the owner at `path` below `root` keeps as an attribute, or as a buffer of one element."""
+    """The number that the owner at `path` below `root` keeps as an attribute, or as a buffer of one element: nan on meta."""
     owner = owner_at(root, path)
     value = owner[name] if isinstance(owner, dict) else getattr(owner, name)
-    return value if isinstance(value, (int, float)) else float(value)
+    if isinstance(value, (int, float)):
+        return value
+    return math.nan if value.is_meta else float(value)
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckFailed
+from ..errors import UsageError
 from ..table.poly import Poly
-from ..trace.constants import geometric
+from ..trace.constants import computed_buffer, geometric
 from ..trace.structure import Structure
 from ..trace.symbolise import is_config
 from .edits import Resize, SetAttribute, Surgery
@@ -51,8 +51,7 @@ def _from_class(new: nn.Module, edit: Resize) -> Tensor | None:
     config = module.__dict__.get("config")
     if config is None or not is_config(config):
         return None
-    with torch.device("cpu"):
-        made = type(module)(config)._buffers.get(name)
+    made = computed_buffer(module, config, name)
     return made if made is not None and tuple(made.shape) == edit.shape else None
 
 
@@ -60,11 +59,11 @@ def _geometric(old: Tensor, edit: Resize) -> Tensor:
     """The series [edit.shape[0]] with the base of `old` [n].
 
     Raises:
-        CheckFailed: the old frequencies are not of this form.
+        UsageError: the old frequencies are not of this form, which a plan from the values of `old` knows.
     """
     made = geometric(old, edit.shape[0])
     if made is None:
-        raise CheckFailed(
+        raise UsageError(
             f"{edit.key} holds scaled rotary frequencies, which cannot be computed for another head_dim",
             hint="--heads scale_count keeps the head_dim",
         )

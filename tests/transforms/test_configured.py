@@ -11,8 +11,12 @@ from torch import Tensor, nn
 
 import sparseift_cli as sparseift
 from sparseift_cli import Options
+from sparseift_cli.plan.plan import make_plan
+from sparseift_cli.plan.spec import TransformSpec
+from sparseift_cli.trace.build import trace
 from sparseift_cli.transforms.edits import SetAttribute
 from sparseift_cli.transforms.layers import set_attribute
+from sparseift_cli.transforms.surgery import apply_surgery, surgery_for
 from sparseift_cli.transforms.transformation import transformation_of
 
 
@@ -143,6 +147,35 @@ def test_a_wide_model_is_one_that_its_class_builds() -> None:
     assert (derived.config.hidden_size, derived.attention.head_dim, derived.up.out_features) == (72, 12, 288)
     for new in (own, derived):
         assert torch.equal(rebuilt(new)(IDS), new(IDS))
+
+
+class Slowed(Rotary):
+    """Its second half is slower, as Llama 3 has it; how many there are, a number in a dict may say."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        nested = config.rope_parameters.get("size")
+        n = nested or config.head_dim // 2
+        frequencies = 100.0 ** -(torch.arange(n).float() / n)
+        frequencies[n // 2 :] /= 8
+        self.register_buffer("inv_freq", frequencies, persistent=False)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_frequencies_of_no_formula_grow_where_the_configuration_says_how_many(device: str) -> None:
+    """A head_dim of its own makes twice as many of the same class; a number inside a dict does not, so that width stays."""
+    rope: dict[str, Any] = SIZES["rope_parameters"]
+    for nested, head_dim in ((None, 16), (4, 8)):
+        with torch.device(device):
+            config = PretrainedConfig(**(SIZES | {"head_dim": 8, "rope_parameters": rope | {"size": nested}}))
+            dense = Decoder(config)
+            dense.rotary = Slowed(config)
+        found = trace(dense, (IDS,), name="decoder", input_shape=(40,))
+        plan = make_plan(found.table, TransformSpec(member="wide", sparsity="0.75"))
+        new = apply_surgery(dense, surgery_for(plan, found.structure, dense))
+        assert (new.config.hidden_size, new.config.head_dim, len(new.rotary.inv_freq)) == (96, head_dim, head_dim // 2)
+        if device == "cpu":
+            assert torch.equal(new.rotary.inv_freq, Slowed(new.config).inv_freq)
 
 
 class ScaledEmbedding(nn.Embedding):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 import sparseift_cli as sparseift
-from sparseift_cli.errors import CheckFailed
+from sparseift_cli.plan.plan import make_plan
+from sparseift_cli.plan.spec import TransformSpec
+from sparseift_cli.trace.build import trace
+from sparseift_cli.transforms.surgery import apply_surgery, surgery_for
 
 
 class PretrainedConfig:
@@ -103,13 +105,26 @@ def test_everything_follows_the_new_sizes() -> None:
     sparseift.audit(new, IDS)
 
 
-def test_scaled_frequencies_are_refused_by_name() -> None:
-    with pytest.raises(CheckFailed, match=r"rotary.inv_freq holds scaled rotary frequencies") as refused:
-        sparseift.transform(Decoder(scaled=True), IDS, sparsity=0.75)
-    assert "scale_count" in (refused.value.hint or "")
-    new, _ = sparseift.transform(Decoder(scaled=True), IDS, sparsity=0.75, heads="scale_count")
-    assert new(IDS).isfinite().all()
+def test_frequencies_that_follow_no_formula_keep_the_head_dim() -> None:
+    """And all else grows: the stream and the MLP by 2, to [q, k, v, o, up, down] of the dense MACs."""
+    new, plan = sparseift.transform(Decoder(scaled=True), IDS, sparsity=0.75)
+    assert new.q.weight.shape == (32, 64) and new.k.weight.shape == (16, 64) and new.up.weight.shape == (160, 64)
     assert len(new.rotary.inv_freq) == 4
+    reason = "tied to buffer rotary.inv_freq, whose frequencies follow no known formula"
+    assert [w.fixed for w in plan.table.widths if w.name == "rotary.inv_freq[0]"] == [reason]
+    assert new(IDS).isfinite().all()
+    sparseift.audit(new, IDS)
+
+
+def test_numbers_without_values_are_planned() -> None:
+    """`embed_scale` is a buffer, whose value a model on meta does not have: no shape depends on it."""
+    with torch.device("meta"):
+        model = Decoder()
+    found = trace(model, (IDS,), name="decoder", input_shape=(6,))
+    plan = make_plan(found.table, TransformSpec(member="wide", sparsity="0.75"))
+    surgery = surgery_for(plan, found.structure, model)
+    assert apply_surgery(model, surgery).up.weight.shape == (160, 64)
+    assert found.needs_values  # of the frequencies: a class without a configuration computes them
 
 
 class Copying(Decoder):
