@@ -415,6 +415,7 @@ class _Builder:
                 for v, origin in self._attributes(self.run.origins)
                 if self._known(Poly.var(v))
             },
+            equal_attributes=tuple(self._equal_attributes()),
             layouts=self._layouts(),
             all_layouts=self._all_layouts(),
             activations=self._activations(rows, names),
@@ -463,6 +464,12 @@ class _Builder:
             for origin in self.run.origins.get(v, ()):
                 if origin.kind == "attribute":
                     yield v, origin
+
+    def _equal_attributes(self) -> Iterator[frozenset[tuple[str, str]]]:
+        """See `Structure.equal_attributes`: the groups that have no width."""
+        for root, variables in self.variables.groups().items():
+            if root not in self.width_ids and len(variables) > 1:
+                yield frozenset((p.owner, p.name) for _, p in self._attributes(variables) if p.index is None)
 
     def _layout(self, whole: Poly, kind: LayoutKind, parts: tuple[Poly, ...]) -> DimLayout | None:
         """A layout over widths; None where one of its sizes is no width of the table."""

@@ -48,6 +48,8 @@ class Structure:
     attributes: Mapping[tuple[str, str, int | None], Poly]
     """(path of the owner, name, index into a tuple or None) -> the int attribute. The owner is a module, or a
     configuration object that a module holds."""
+    equal_attributes: tuple[frozenset[tuple[str, str]], ...] = ()
+    """(owner, name) of int attributes that the forward pass found equal and that are no size of a tensor."""
     layouts: Mapping[Poly, DimLayout] = field(default_factory=dict)
     """Dim -> how views, concatenations and slices take it apart: the most telling one that was seen."""
     all_layouts: Mapping[Poly, tuple[DimLayout, ...]] = field(default_factory=dict)

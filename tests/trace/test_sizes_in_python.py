@@ -362,3 +362,16 @@ DIVISIONS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 def test_a_size_that_only_a_division_makes_is_named_after_it(name: str, unused: dict[str, int]) -> None:
     net = Net(DIVISIONS[name], **unused, groups=4, ways=2)
     assert name in [width.name for width in layer_table(net, (X,), name="net", input_shape=(2, 16)).widths]
+
+
+def joined_if_equal(n: Any, h: Tensor) -> Tensor:
+    """A block that needs no projection where its two sizes are equal, as Hiera's; neither is a size of a tensor."""
+    return h + (n.mid(h) if n.hidden_size == n.size_of_output else n.projection(n.mid(h)))
+
+
+def test_sizes_that_are_compared_stay_equal() -> None:
+    """The name of one says that it is the stream's width; with the other it is 2 * 64, or the model has no `projection`."""
+    net = Net(joined_if_equal, mid=nn.Linear(64, 64), hidden_size=64, size_of_output=64)
+    new, _ = sparseift.transform(net, X, sparsity=0.75)
+    assert (new.hidden_size, new.size_of_output, new.mid.weight.shape) == (128, 128, (128, 128))
+    assert new(X).shape == (2, 10)

@@ -225,9 +225,19 @@ def _untied(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[SetA
 
     They are recognised by name and value. A name of the residual stream gets the width of the token embedding, a name
     of the head dim that of attention. In configurations any other size is changed if all widths of that dense size have
-    the same new size.
+    the same new size. Sizes that the forward found equal stay equal.
     """
-    sizes = _NewSizes(plan, structure)
+    found = {(edit.owner, edit.name): edit for edit in _by_name(_NewSizes(plan, structure), model)}
+    for equal in structure.equal_attributes:
+        values = {found[key].value for key in equal if key in found}
+        for key in equal if values else ():
+            found.pop(key, None)
+            if len(values) == 1:
+                found[key] = SetAttribute(*key, *values)
+    yield from found.values()
+
+
+def _by_name(sizes: _NewSizes, model: nn.Module) -> Iterator[SetAttribute]:
     seen: set[int] = set()
     for path, module in model.named_modules():
         yield from sizes.of(path, module.__dict__, by_value=False)
