@@ -508,7 +508,7 @@ class Recorder(TorchDispatchMode):
         scores = numel(q.shape[:-2] if batch is None else batch) * poly_of(q.shape[-2]) * keys
         lengths = (int(q.shape[-2]), int(k.shape[-2])) if causal else None
         dim = poly_of(q.shape[-1])
-        factor = {dim: -0.5} if scale is None else scale
+        factor: Scale = {dim: -0.5} if scale is None else scale
         self.count_product("qk", q, k, out, scores * dim, lengths, stored=False, scale=factor)
         self.count_product("av", q, v, out, numel(out.shape) * keys, lengths)
 

@@ -334,7 +334,7 @@ def _grouped_mm(rules: ShapeRules, mat_a: Tensor, mat_b: Tensor, *_: Any, **__: 
         return NotImplemented
     rules.require_equal(mat_a.shape[1], mat_b.shape[1])
     out = rules.new_output(mat_a, (mat_a.shape[0], mat_b.shape[2]), mat_b, counted=True)
-    _, inputs, outputs = map(poly_of, mat_b.shape)
+    inputs, outputs = map(poly_of, mat_b.shape[1:])
     kind = "matmul" if rules.recorder.parameter_of(mat_b) is None else "experts"
     rules.recorder.count_weighted(kind, mat_a, mat_b, out, numel(out.shape) * inputs, inputs, outputs)
     return out

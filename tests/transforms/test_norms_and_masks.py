@@ -120,7 +120,7 @@ class Translator(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:.*nested tensor", "ignore:Support for mismatched")
-@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 3])
 def test_a_stock_transformer_grows_in_full_at_any_batch(batch: int) -> None:
     x = torch.randn(batch, 6, 8)
     cross = "t.decoder.layers.0.multihead_attn"
