@@ -7,7 +7,7 @@ function into primitive ops. The functions in `_RULES` are answered here and nev
   masks. They show no equality, and a widened model would run with a norm of the old width.
 - F.scaled_dot_product_attention runs as one of several kernels, depending on device, mask and dtype. One rule counts all
   alike, and records the broadcast of the mask and of heads that share keys (grouped-query attention).
-- F.pad, F.interpolate and torch.baddbmm read sizes as plain numbers, which freezes them; LSTM and GRU take no symbolic
+- F.pad, F.interpolate, F.unfold and torch.baddbmm read sizes as plain numbers, which freezes them; LSTM and GRU take no symbolic
   sizes at all.
 - One rule costs a small part of the time of the ten primitive ops that a LayerNorm or linear layer is split into.
 
@@ -502,6 +502,29 @@ def _interpolate(
     return rules.new_output(input, (*input.shape[:2], *size), linear=True)
 
 
+def _pair(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (tuple, list)) else [value, value]
+
+
+def _unfold(
+    rules: ShapeRules, input: Tensor, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1
+) -> Any:
+    """input [..., C, H, W] -> [..., C * taps, windows]; PyTorch's shape function reads C as a plain number."""
+    kernel, spread, pads, steps = map(_pair, (kernel_size, dilation, padding, stride))
+    windows = [(input.shape[i - 2] + 2 * pads[i] - spread[i] * (kernel[i] - 1) - 1) // steps[i] + 1 for i in range(2)]
+    channels, taps = input.shape[-3], kernel[0] * kernel[1]
+    note_layout(rules.facts, "product", channels * taps, [channels, taps])
+    return rules.new_output(input, (*input.shape[:-3], channels * taps, windows[0] * windows[1]), linear=True)
+
+
+def _fold(rules: ShapeRules, input: Tensor, output_size: Any, kernel_size: Any, *_: Any, **__: Any) -> Any:
+    """input [..., C * taps, windows] -> [..., C, *output_size], the sums of overlapping windows."""
+    kernel, taps_of_all = _pair(kernel_size), input.shape[-2]
+    channels = taps_of_all // (kernel[0] * kernel[1])
+    note_layout(rules.facts, "product", taps_of_all, [channels, kernel[0] * kernel[1]])
+    return rules.new_output(input, (*input.shape[:-2], channels, *_pair(output_size)))
+
+
 def _getitem(rules: ShapeRules, input: Tensor, index: Any) -> Any:
     """`input[index]`; a dim indexed by a tensor is frozen by the `IndexTracker`."""
     out = input[index]
@@ -697,6 +720,8 @@ _RULES: dict[Any, Rule] = {
     torch.logspace: _spaced,
     F.pad: _pad,
     F.interpolate: _interpolate,
+    F.unfold: _unfold,
+    F.fold: _fold,
     Tensor.__getitem__: _getitem,
     Tensor.detach: _detach,
     torch.detach: _detach,

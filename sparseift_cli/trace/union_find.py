@@ -3,13 +3,13 @@
 A trace has one variable for each parameter dim and int attribute, and facts such as `v3 - v7 == 0` or `v8 - v1 - v2 ==
 0`. A fact that says that two variables are equal merges them. *Congruence closure* merges more: where two variables
 equal the same expression (v8 == v1 + v2 and v9 == v1 + v2), they are equal too. DenseNet needs it: its concatenated
-widths are never compared directly.
+widths are never compared directly. So are two quotients of one dim by the same number (v8 == v1 * v2 and v8 == v1 * v3).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from ..table.poly import Poly
 
@@ -21,6 +21,8 @@ class UnionFind:
     >>> variables = UnionFind(4, [v2 - v0 - v1, v3 - v0 - v1])
     >>> variables.groups(), variables.equations
     ({0: [0], 1: [1], 2: [2, 3]}, [-1*w0 + -1*w1 + w2])
+    >>> UnionFind(4, [v3 - v0 * v1, v3 - v0 * v2]).groups()
+    {0: [0], 1: [1, 2], 3: [3]}
 
     Args:
         variables: how many there are.
@@ -68,7 +70,7 @@ class UnionFind:
             constants = {self.find(v): size for v, size in self.constants.items()}
             names = LazyRenaming(self.find)
             renamed = dict.fromkeys(_with_constants(e.rename(names), constants).primitive() for e in left)
-            left, merged, first_equal = [], False, {}
+            left, merged, first_equal, quotients = [], False, {}, {}
             for equation in renamed:
                 pair = _equal_pair(equation)
                 if pair:
@@ -81,6 +83,10 @@ class UnionFind:
                             self._merge(first_equal[rest], variable)
                             merged = True
                         first_equal.setdefault(rest, variable)
+                        for divided, factor in _quotients(variable, rest):
+                            if self.find(quotients.setdefault(divided, factor)) != self.find(factor):
+                                self._merge(quotients[divided], factor)
+                                merged = True
             if not merged:
                 return left
 
@@ -120,6 +126,14 @@ def _equal_pair(equation: Poly) -> tuple[int, int] | None:
         if len(m) == len(n) == 1 and x == -y and abs(x) == 1:
             return m[0], n[0]
     return None
+
+
+def _quotients(variable: int, rest: Poly) -> Iterator[tuple[tuple[int, int, int], int]]:
+    """(variable == c * a * b, divided by c * a) -> b, and by c * b -> a: no size is 0, so there is one quotient."""
+    ((monomial, c),) = rest.terms if len(rest.terms) == 1 else [((), 0)]
+    if len(monomial) == 2:
+        for divisor, factor in (monomial, monomial[::-1]):
+            yield (variable, c, divisor), factor
 
 
 def _solved_for(equation: Poly) -> list[tuple[int, Poly]]:

@@ -118,3 +118,25 @@ def test_a_model_of_standardised_weights_is_refused_for_that() -> None:
         UsageError, match=r"layers that stay dense \(the weight is computed in forward, not a parameter\)"
     ):
         sparseift.transform(net, torch.randn(1, 3, 4, 4), sparsity=0.75)
+
+
+class Windows(nn.Module):
+    """An image of 6 channels as windows of 3 x 3, a layer on each, and the sum of the windows (T2T, VOLO)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mix, self.head = nn.Conv2d(3, 6, 1), nn.Linear(54, 54), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        columns = F.unfold(self.stem(x), 3, padding=1, stride=2).mT
+        return self.head(F.fold(self.mix(columns).mT, (8, 8), (3, 3), padding=1, stride=2))
+
+
+@pytest.mark.parametrize("batch", [(1,), ()])
+def test_windows_of_an_image_grow_with_its_channels(batch: tuple[int, ...]) -> None:
+    """At density 1/4 a window of 6 * 9 numbers becomes one of 12 * 9."""
+    x = torch.randn(*batch, 3, 8, 8)
+    new, plan = sparseift.transform(Windows(), x, sparsity=0.75)
+    assert weights(new, "stem", "mix", "head") == [(12, 3, 1, 1), (108, 108), (2, 12, 1, 1)]
+    assert new(x).shape == (*batch, 2, 8, 8)
+    assert next(row.dense_macs for row in plan.layers if row.layer.name == "mix") == 16 * 54 * 54
