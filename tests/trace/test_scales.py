@@ -222,7 +222,7 @@ def test_factors_of_the_stream_follow_its_width() -> None:
         return q @ k.mT * q.shape[-1] ** -0.5
 
     class Scaled(Attention):
-        residual: float
+        down: float
 
         def forward(self, x: Tensor) -> Tensor:
             x = nn.functional.normalize(self.embed(x) * self.up, dim=-1) * self.down
