@@ -233,7 +233,7 @@ def _untied(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[SetA
         for key in equal if values else ():
             found.pop(key, None)
             if len(values) == 1:
-                found[key] = SetAttribute(*key, *values)
+                found[key] = SetAttribute(*key, value=max(values))
     yield from found.values()
 
 
