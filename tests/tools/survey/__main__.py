@@ -4,7 +4,7 @@
     python -m tests.tools.survey timm others --jobs 16 --json survey.jsonl
     python -m tests.tools.survey transformers --only gpt2 t5
 
-For each model, member and sparsity: traced, planned, transformed and counted again on the meta device; models of up to 40
+For each model, member and sparsity: traced, planned, transformed and counted again on the meta device; models of up to 20
 million parameters also run forward and backward on CPU tensors. A model is *wrong* when a transform breaks, costs other than
 planned, is a non-zero or more off the budget in any row, changes the shape of an output, or is not finite. It is *full* when
 both sides of every body layer grow under Sparse Wide, *half* when some do not, *refused* when Wide says no, always with the

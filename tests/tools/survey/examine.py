@@ -36,7 +36,7 @@ from .subject import Subject
 
 aten = torch.ops.aten
 SPARSITIES = ("0.5", "0.9")
-LARGEST_REAL = 40_000_000  # parameters of a model that also runs on CPU tensors
+LARGEST_REAL = 20_000_000  # parameters of a model that also runs on CPU tensors
 # Reasons that no tool can help: what a model returns, counts with the values of tensors, or writes as a literal.
 JUSTIFIED = (
     "output of the model",
@@ -132,13 +132,33 @@ def _size(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _run_dense(subject: Subject) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], list[torch.Size]]:
-    """The dense model on CPU tensors: itself, its arguments, and the shapes of its outputs."""
+@dataclass
+class _Dense:
+    """A dense model on CPU tensors: its arguments, the shapes of its outputs, and whether it can be trained."""
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    shapes: list[torch.Size]
+    trains: bool = True
+
+
+def _run_dense(subject: Subject) -> _Dense:
     torch.manual_seed(0)
     model = subject.build("cpu").eval()
     args, kwargs = _random(subject.args("cpu")), _random(subject.kwargs("cpu"))
-    with torch.no_grad():
-        return model, args, kwargs, [t.shape for t in _tensors(model(*args, **kwargs))]
+    outputs = _tensors(model(*args, **kwargs))
+    dense = _Dense(model, args, kwargs, [t.shape for t in outputs])
+    try:
+        _backward(outputs)
+    except Exception:  # in place in its own forward, or nothing that has a gradient
+        dense.trains = False
+    model.zero_grad()
+    return dense
+
+
+def _backward(outputs: list[Tensor]) -> None:
+    torch.stack([t.float().square().mean() for t in outputs if t.requires_grad and t.numel()]).sum().backward()
 
 
 def _counted_by_torch(model: nn.Module, args: Any, kwargs: Any) -> int | None:
@@ -239,14 +259,16 @@ def _behind(side: Poly, solution: Solution) -> list[int]:
 
 def _check_real(outcome: Outcome, subject: Subject, member: str) -> None:
     """A forward and a backward on CPU tensors: outputs of the dense shapes, all finite, a gradient for every used weight."""
-    model, args, kwargs, want = _run_dense(subject)
+    dense = _run_dense(subject)
+    args, kwargs, want = dense.args, dense.kwargs, dense.shapes
     try:
         spec = TransformSpec(member=member, sparsity=SPARSITIES[0])
         new, _ = transform_module(
-            model, args, kwargs, spec, name=subject.name, input_shape=(), options=Options(start="fresh")
+            dense.model, args, kwargs, spec, name=subject.name, input_shape=(), options=Options(start="fresh")
         )
         outputs = _tensors(new(*args, **kwargs))
-        sum(t.float().square().mean() for t in outputs if t.requires_grad and t.numel()).backward()
+        if dense.trains:
+            _backward(outputs)
     except Exception as error:
         outcome.wrong.append(f"{member} for real: {type(error).__name__}: {_first_line(error)}")
         return
@@ -263,13 +285,16 @@ def _check_real(outcome: Outcome, subject: Subject, member: str) -> None:
 
 def _check_preserve(outcome: Outcome, subject: Subject) -> None:
     """Start preserve, exact: the transformed model is the dense function, or says why it is not."""
-    model, args, kwargs, _ = _run_dense(subject)
+    dense = _run_dense(subject)
+    args, kwargs = dense.args, dense.kwargs
     options = Options(start="preserve", preserve_slack=0.0)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             spec = TransformSpec(member="wide", sparsity=SPARSITIES[0])
-            _, done = transform_module(model, args, kwargs, spec, name=subject.name, input_shape=(), options=options)
+            _, done = transform_module(
+                dense.model, args, kwargs, spec, name=subject.name, input_shape=(), options=options
+            )
     except SparseiftError as error:
         outcome.preserve_notes = [f"refused: {error.message}"]
     except Exception as error:
