@@ -11,7 +11,8 @@ of the file is `IndexTracker`, for widths that must not change because an entry 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate, combinations
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def _note_view(facts: Facts, kind: Any, whole: Dim, parts: Sequence[Dim]) -> Non
 
 
 def equal_parts(facts: Facts, variables: UnionFind) -> list[Poly]:
-    """Equations (each is 0) between the parts of a concatenation that a view takes apart again into as many equal ones.
+    """Equations (each is 0) between the parts of a concatenation that a view or a split takes apart again.
 
     A bias `cat((q, k, v))` of a projection viewed as [3, heads, head_dim]: their sum alone would let q grow instead of k.
 
@@ -104,12 +105,7 @@ def equal_parts(facts: Facts, variables: UnionFind) -> list[Poly]:
         for kind, parts in seen:
             if kind == "product" and parts[0].is_constant:
                 views.setdefault(whole, set()).add(parts[0].constant)
-    known = {equation.primitive() for equation in variables.equations}
-
-    def same(a: Poly, b: Poly) -> bool:
-        difference = (a - b).rename(LazyRenaming(variables.find)).primitive()
-        return not difference.terms or difference in known
-
+    same = _same_in(variables)
     found: dict[Poly, None] = {}
     for whole, seen in facts.all_layouts.items():
         for kind, parts in seen:
@@ -120,7 +116,41 @@ def equal_parts(facts: Facts, variables: UnionFind) -> list[Poly]:
                 and any(len(parts) in counts and same(view, whole) for view, counts in views.items())
             ):
                 found |= dict.fromkeys(parts[0] - part for part in parts[1:] if part != parts[0])
-    return list(found)
+    return [*found, *_parts_taken_apart_again(facts, same)]
+
+
+def _parts_taken_apart_again(facts: Facts, same: Callable[[Poly, Poly], bool]) -> Iterator[Poly]:
+    """Equations between two sums of one dim that have a border at the same place: the parts in front of it are alike.
+
+    A bias `cat((q, k, v))` of a projection that is split by [q_dim, k_dim, v_dim].
+    """
+    sums: dict[int, list[tuple[Poly, tuple[Poly, ...]]]] = {}  # size of a dim -> (the dim, its parts)
+    for whole, seen in facts.all_layouts.items():
+        parts_of_whole = [(whole, parts) for kind, parts in seen if kind == "sum"]
+        sums.setdefault(whole.evaluate(facts.sizes), []).extend(parts_of_whole)
+    for alike in sums.values():
+        for (whole, parts), (other, others) in combinations(alike, 2):
+            if parts != others and same(whole, other):
+                borders, other_borders = _borders(facts, parts), _borders(facts, others)
+                common = [at for at in borders if at in other_borders]
+                yield from (borders[at] - other_borders[at] for at in common if borders[at] != other_borders[at])
+
+
+def _borders(facts: Facts, parts: Sequence[Poly]) -> dict[int, Poly]:
+    """Where each part but the last one ends: its place in this run -> the sum of the parts in front."""
+    ends = list(accumulate(parts))[:-1]
+    return {end.evaluate(facts.sizes): end for end in ends}
+
+
+def _same_in(variables: UnionFind) -> Callable[[Poly, Poly], bool]:
+    """Whether two sizes are equal by the equations between `variables`."""
+    known = {equation.primitive() for equation in variables.equations}
+
+    def same(a: Poly, b: Poly) -> bool:
+        difference = (a - b).rename(LazyRenaming(variables.find)).primitive()
+        return not difference.terms or difference in known
+
+    return same
 
 
 def _dim(tensor: Tensor, kwargs: dict[str, Any], rest: tuple[Any, ...], at: int) -> int:

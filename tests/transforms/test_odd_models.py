@@ -332,6 +332,37 @@ def test_the_parts_of_a_bias_grow_alike(key: str, sparsity: str, width: int) -> 
     assert new(x).shape == (1, 5, 3)
 
 
+class BiasOfGroups(nn.Module):
+    """Grouped queries: 4 query heads, `kv` heads of keys and values, whose rows forward takes apart by `split`."""
+
+    def __init__(self, kv: int, biases: int) -> None:
+        super().__init__()
+        self.kv, self.hd = kv, 12
+        self.stem, self.proj, self.head = nn.Linear(8, 48), nn.Linear(48, 48), nn.Linear(48, 3)
+        self.qkv = nn.Linear(48, (4 + 2 * kv) * 12, bias=False)
+        sizes = (48, 12 * kv, 12 * kv) if biases == 3 else (48, 24 * kv)
+        self.parts = nn.ParameterList(torch.zeros(size) for size in sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        b, t, _ = x.shape
+        fused = F.linear(x, self.qkv.weight, torch.cat(tuple(self.parts)))
+        split = fused.split([4 * self.hd, self.kv * self.hd, self.kv * self.hd], -1)
+        q, k, v = (part.view(b, t, -1, self.hd).transpose(1, 2) for part in split)
+        k, v = (part.repeat_interleave(4 // self.kv, 1) for part in (k, v))
+        return self.head(x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, -1)))
+
+
+@pytest.mark.parametrize("biases", [2, 3])
+@pytest.mark.parametrize("kv", [1, 2, 4])
+def test_the_parts_of_a_bias_are_those_that_a_split_takes(kv: int, biases: int) -> None:
+    """12 entries a head become 12 / sqrt(.4) = 18.97, so 19; a sum alone let q's part hold rows of k: 132, 48 and 48 of 228."""
+    new, _ = sparseift.transform(BiasOfGroups(kv, biases).eval(), x := torch.zeros(1, 5, 8), sparsity="0.6")
+    rows = (76, 19 * kv, 19 * kv) if biases == 3 else (76, 38 * kv)
+    assert tuple(len(part) for part in new.parts) == rows
+    assert new.qkv.weight.shape == (sum(rows), 76) and new(x).shape == (1, 5, 3)
+
+
 @pytest.mark.parametrize("member", ["parallel", "factorized", "doped"])
 def test_shared_layers_are_replaced_once(member: str) -> None:
     shared = nn.Linear(16, 16)
