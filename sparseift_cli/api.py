@@ -334,8 +334,8 @@ def _warn_of_excess(model: nn.Module, done: Transformation) -> None:
     if more:
         found, planned = (sum(counts) for counts in zip(*more.values(), strict=True))
         warnings.warn(
-            f"this audit is that of the plan, and the module costs more: {some_of(more, 3)} has "
-            f"{found:,} non-zeros where {planned:,} were planned. A Sparsifier keeps masks in training; "
+            f"this audit is that of the plan, and the module costs more: {found:,} non-zeros in {some_of(more, 3)} "
+            f"where {planned:,} were planned. A Sparsifier keeps masks in training; "
             "sparseift.copy_masks(model, model) zeroes what they leave out",
             stacklevel=3,
         )

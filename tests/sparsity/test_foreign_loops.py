@@ -549,7 +549,7 @@ def test_an_audit_of_a_module_that_was_filled_says_so() -> None:
     planned = sparseift.flops(net).forward_ratio
     with torch.no_grad():
         net.get_parameter("2.weight").fill_(1.0)
-    message = rf"the module costs more: 2\.weight has 4,096 non-zeros where {nnz:,} were planned"
+    message = rf"the module costs more: 4,096 non-zeros in 2\.weight where {nnz:,} were planned"
     with pytest.warns(UserWarning, match=message):
         assert sparseift.flops(net).forward_ratio == planned
 
