@@ -13,8 +13,8 @@ Conventions, where shapes cannot tell:
 - The backward of a `torch.autograd.Function` costs what autograd's own would cost for the same forward: gradients of all
   products inside, although PyTorch switches gradients off there.
 - Activation checkpointing, in the model's own forward, computes everything inside a second time. (PyTorch may stop behind
-  the last tensor that it needs.) A Function that is given a function or a module is checkpointing too: no other way leads
-  to the gradients inside.
+  the last tensor that it needs.) A Function that is given anything to call is checkpointing too: no other way leads to the
+  gradients inside.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class Backward:
 
     def run_function(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """The forward of a Function: its floating-point results depend on all its tensors, whatever happens in between."""
-        if any(isinstance(value, (nn.Module, *_PLAIN_FUNCTIONS)) for value in (*args, *kwargs.values())):
+        if any(callable(value) and not isinstance(value, type) for value in (*args, *kwargs.values())):
             with self.recomputing(), self._inside_function(self.function_depth + 1):
                 results = forward(*map(self._differentiated, args), **kwargs)
         else:

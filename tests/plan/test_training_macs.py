@@ -227,6 +227,16 @@ def teacher(n: Net, x: Tensor) -> Tensor:
     return n.d(y) - target.mean()
 
 
+class CalledObject:
+    """No function and no module, but called like one."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.relu(self.layer(x))
+
+
 def teacher_in_a_checkpoint(n: Net, x: Tensor) -> Tensor:
     def inside(y: Tensor) -> Tensor:
         with torch.no_grad():
@@ -271,6 +281,7 @@ REACHED: dict[str, Callable[[Net, Tensor], Any]] = {
     "checkpoint": lambda n, x: recomputed(n, x, reentrant=False),
     "own checkpoint": lambda n, x: n.d(OwnCheckpoint.apply(lambda y: torch.relu(n.b(y)), n.a(x))),
     "reentrant checkpoint of the input alone": lambda n, x: n.d(checkpoint(n.a, x, use_reentrant=True)),
+    "reentrant checkpoint of an object": lambda n, x: n.d(checkpoint(CalledObject(n.b), n.a(x), use_reentrant=True)),
     "nested checkpoints": nested,
     "checkpoint without a reader": lambda n, x: (checkpoint(n.b, n.a(x), use_reentrant=True), n.d(n.a(x)))[1],
     "no_grad in a reentrant checkpoint": teacher_in_a_checkpoint,
