@@ -642,11 +642,11 @@ def matmul(rec: Recorder, a: Tensor, b: Tensor, out: Tensor) -> None:
     if gathered_from(weight):
         rec.count_weighted("experts", x, weight, out, macs, inner, columns(weight, -1 if weight is b else -2))
     elif owned:
-        key, parameter = owned
+        _, parameter = owned
         outputs = _num_distinct(weight).divided_by(inner) or columns(weight, -1 if weight is b else -2)
         # with a vector it is no layer: the matrix of a spectral norm
         matrices = min(a.dim(), b.dim()) > 1
-        kind = _kind_of_product(key.rpartition(".")[2], parameter, weight) if matrices else "matmul"
+        kind = _kind_of_product(parameter, weight, x.shape[-1 if x is a else -2]) if matrices else "matmul"
         rec.count_weighted(kind, x, weight, out, macs, inner, outputs)
     elif a.dim() == 3:
         part = "av" if rec.stack[-1] in rec.softmaxed else "qk"
@@ -660,19 +660,28 @@ def gathered_from(tensor: Tensor) -> str | None:
     return getattr(tensor, "_sparseift_gathered_from", None)
 
 
-def _kind_of_product(name: str, parameter: Tensor, weight: Tensor) -> str:
-    """What a product with `weight`, a view of the parameter `name`, is: linear, experts, or matmul, which is no layer.
+def _kind_of_product(parameter: Tensor, weight: Tensor, inner: Any) -> str:
+    """What a product with `weight`, a view of `parameter`, is: linear, experts, or matmul, which is no layer.
 
-    A parameter of two dims is a layer where it is called weight; others are tables, of relative positions say. One of
-    more dims (XLNet's [d_model, heads, head_dim]) is a layer where it is used as one matrix, and holds experts where it is
-    used as a batch of matrices along its first dim, each for its own rows of the other operand.
+    A parameter of two dims is a layer where the dim `inner` that it sums over is a whole one; where that is a part of a dim
+    that a view takes apart (the entries of a head, or the heads), it is a table, of relative positions say. One of more dims
+    (XLNet's [d_model, heads, head_dim]) is a layer where it is used as one matrix, and holds experts where it is used as a
+    batch of matrices along its first dim, each for its own rows of the other operand.
     """
     one, dims = Poly.const(1), [poly_of(size) for size in parameter.shape]
     if len(dims) == 2:
-        return "linear" if "weight" in name else "matmul"
+        return "matmul" if _is_factor(inner) else "linear"
     if weight.dim() == 2 or poly_of(weight.shape[0]) == one:
         return "linear" if sum(dim != one for dim in dims) > 2 else "matmul"
     return "experts" if len(dims) == weight.dim() == 3 and poly_of(weight.shape[0]) == dims[0] else "matmul"
+
+
+def _is_factor(dim: Any) -> bool:
+    """Whether a view showed that `dim` is one of several that make up a larger one."""
+    if not isinstance(dim, torch.SymInt):
+        return False
+    layouts = dim.node.facts.all_layouts.values()
+    return any(kind == "product" and poly_of(dim) in parts for seen in layouts for kind, parts in seen)
 
 
 def _convolution(rec: Recorder, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> None:

@@ -194,6 +194,56 @@ def test_wide_keeps_every_row_iso_flop(name: str, sparsity: str) -> None:
     assert all(r.dense_macs - r.positions < r.macs <= r.dense_macs for r in rows)
 
 
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "x @ w": lambda x, w: x @ w,
+    "x @ w.T": lambda x, w: x @ w.t(),
+    "einsum": lambda x, w: torch.einsum("bti,ij->btj", x, w),
+}
+
+
+@pytest.mark.parametrize("name", ["w", "weight", "proj", "matrix"])
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_a_matrix_is_a_layer_whatever_it_is_called(product: str, name: str) -> None:
+    """10 tokens by [32, 32]: 10,240 MACs, before and after."""
+    model = Net(
+        lambda n, x: n.c(F.relu(n.b(F.relu(PRODUCTS[product](F.relu(n.a(x)), n._parameters[name]))))),
+        a=nn.Linear(16, 32),
+        b=nn.Linear(32, 32),
+        c=nn.Linear(32, 3),
+    )
+    model.register_parameter(name, nn.Parameter(torch.randn(32, 32)))
+    plan = make_plan(traced(model, TOKENS), TransformSpec(sparsity="0.75"))
+    row = next(p for p in plan.layers if p.layer.weight == name)
+    assert (row.layer.role, row.status, row.dense_macs, row.macs) == ("body", "transformed", 10240, 10240)
+    assert (row.weights, row.nnz) == (64 * 64, 32 * 32)
+
+
+class RelativeTable(nn.Module):
+    """4 heads of 8 entries: each query with 5 positions, 2 * 4 * 5 * 5 * 8 MACs."""
+
+    def __init__(self, name: str, by: str) -> None:
+        super().__init__()
+        self.stem, self.q, self.k, self.head = (nn.Linear(16 if i == 0 else 32, 32 if i < 3 else 3) for i in range(4))
+        self.table_name, self.by = name, by
+        self.register_parameter(name, nn.Parameter(torch.randn(5, 8)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        q, k = (f(x).view(2, 5, 4, 8).transpose(1, 2) for f in (self.q, self.k))
+        table = self._parameters[self.table_name]
+        near = q @ table.t() if self.by == "@" else torch.einsum("bhid,jd->bhij", q, table)
+        weights = (q @ k.transpose(-2, -1) + near).softmax(-1)
+        return self.head((weights @ x.view(2, 5, 4, 8).transpose(1, 2)).transpose(1, 2).reshape(2, 5, 32))
+
+
+@pytest.mark.parametrize("by", ["@", "einsum"])
+@pytest.mark.parametrize("name", ["rel", "rel_weight"])
+def test_a_table_that_each_head_reads_is_no_layer(name: str, by: str) -> None:
+    table = traced(RelativeTable(name, by), TOKENS)
+    row = next(row for row in table.layers if row.weight == name)
+    assert (row.kind, row.role, row.macs.evaluate(table.sizes)) == ("matmul", "attention", 2 * 4 * 5 * 5 * 8)
+
+
 def test_experts_that_each_see_every_token_cost_what_they_cost() -> None:
     """As in Llama 4: [4, 10, 16] by [4, 16, 32], 4 * 10 * 16 * 32 MACs."""
     model = Net(
