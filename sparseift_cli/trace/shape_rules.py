@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from ..table.poly import Poly
 from .flow import pass_through_norm, set_summands, summands_of
@@ -44,7 +45,7 @@ from .record import (
     set_zeros_of,
 )
 from .scales import mark_number, scale_of
-from .symint import Facts, poly_of
+from .symint import Facts, concrete, poly_of
 
 Rule = Callable[..., Any]  # (rules, *arguments of the function) -> its result, or NotImplemented
 
@@ -468,11 +469,16 @@ def _spaced(rules: ShapeRules, start: Any, end: Any, steps: Any, *_: Any, **opti
 
 
 def _number(op: Callable[..., Any], at: int) -> Rule:
-    """A tensor made of one number, which is argument `at`: what the number is made of stays known."""
+    """A tensor made of one number, which is argument `at`: what the number is made of stays known.
+
+    A size may be that number, or one of several: no shape follows from the values of a tensor, so it is not fixed.
+    """
 
     def rule(rules: ShapeRules, *args: Any, **options: Any) -> Any:
         value = args[at] if len(args) > at else options.get("fill_value", options.get("data"))
-        return mark_number(op(*args, **options), value)
+        args = (*args[:at], *tree_map_only(torch.SymInt, concrete, args[at:]))
+        named = {k: tree_map_only(torch.SymInt, concrete, v) for k, v in options.items() if k in ("data", "fill_value")}
+        return mark_number(op(*args, **{**options, **named}), value)
 
     return rule
 
