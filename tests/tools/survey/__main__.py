@@ -35,6 +35,7 @@ from .families import SETS
 from .subject import Subject
 
 SECONDS = 400  # for one model
+WIDEST = 200  # characters of a remark
 
 
 def run(subjects: list[Subject], jobs: int, real: bool) -> Iterator[dict[str, Any]]:
@@ -107,7 +108,8 @@ def report(outcomes: list[dict[str, Any]], what: str) -> str:
 
 def _row(o: dict[str, Any]) -> str:
     held = [f"{n} layers held by: {reason}" for reason, n in o["held"].items()]
-    remarks = "; ".join(dict.fromkeys([*filter(None, [o["error"]]), *o["wrong"], *o["refused"], *held]))
+    said = dict.fromkeys([*filter(None, [o["error"]]), *o["wrong"], *o["refused"], *held])
+    remarks = "; ".join(text if len(text) <= WIDEST else f"{text[:WIDEST]}..." for text in said)
     passed = [f"{o['passed'].get(m, 0)}/{len(SPARSITIES)}" for m in MEMBERS]
     against = "" if not o["torch_macs"] else f"{o['macs'] / o['torch_macs']:.4f}"
     step = "" if not o["torch_training_macs"] else f"{o['training_macs'] / o['torch_training_macs']:.4f}"
@@ -134,24 +136,13 @@ def summary(outcomes: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def main() -> None:
-    """Run sets and write their table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sets", nargs="+", choices=SETS)
-    parser.add_argument("--only", nargs="*", metavar="NAME")
-    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
-    parser.add_argument("--no-real", action="store_true", help="nothing on CPU tensors")
-    parser.add_argument("--out", type=Path, help="the table, as Markdown")
-    parser.add_argument("--json", type=Path, help="one line a model")
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    subjects = [s for name in options.sets for s in SETS[name]() if not options.only or s.name in options.only]
+def examine_all(subjects: list[Subject], jobs: int, *, real: bool, log: Path | None) -> list[dict[str, Any]]:
+    """Every outcome, told on stderr and appended to `log` as it comes."""
     outcomes, start = [], time.perf_counter()
-    for outcome in run(subjects, options.jobs, not options.no_real):
+    for outcome in run(subjects, jobs, real):
         outcomes.append(outcome)
-        if options.json:
-            with options.json.open("a", encoding="utf-8") as file:
+        if log:
+            with log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(outcome) + "\n")
         problem = outcome["error"] or outcome["wrong"] or outcome["refused"] or outcome["held"] or ""
         print(
@@ -159,6 +150,31 @@ def main() -> None:
             f"{outcome['verdict']} {str(problem)[:300]}",
             file=sys.stderr,
         )
+    return outcomes
+
+
+def main() -> None:
+    """Run sets and write their table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sets", nargs="+", choices=SETS)
+    parser.add_argument("--only", nargs="*", metavar="NAME")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument("--no-real", action="store_true", help="nothing on CPU tensors")
+    parser.add_argument(
+        "--from", dest="done", type=Path, metavar="JSON", help="outcomes of an earlier run; nothing is run"
+    )
+    parser.add_argument("--out", type=Path, help="the table, as Markdown")
+    parser.add_argument("--json", type=Path, help="one line a model")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    subjects = [s for name in options.sets for s in SETS[name]() if not options.only or s.name in options.only]
+    if options.done:
+        names = {subject.name for subject in subjects}
+        lines = map(json.loads, options.done.read_text("utf-8").splitlines())
+        outcomes = [outcome for outcome in lines if outcome["name"] in names]
+    else:
+        outcomes = examine_all(subjects, options.jobs, real=not options.no_real, log=options.json)
     text = report(outcomes, " ".join(options.sets))
     if options.out:
         options.out.write_text(text, encoding="utf-8")
