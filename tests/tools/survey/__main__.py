@@ -93,7 +93,7 @@ def report(outcomes: list[dict[str, Any]], what: str) -> str:
     lines = [
         f"# {what}: {len(outcomes)} models, four members, s = {' and '.join(SPARSITIES)}",
         "",
-        f"Written by `python -m tests.tools.survey {what}` (torch {torch.__version__.split('+')[0]}). "
+        f"Written by `python -m tests.tools.survey {what}` (torch {', '.join({o['torch'] for o in outcomes})}). "
         + " ".join((__doc__ or "").split("\n\n")[2].split()),
         "",
         f"| {' | '.join(columns)} |",

@@ -88,8 +88,9 @@ class Outcome:
         return all(any(known in reason for known in JUSTIFIED) for reason in reasons)
 
     def to_json(self) -> dict[str, Any]:
-        """Its fields, and the verdict."""
-        return asdict(self) | {"verdict": self.verdict, "justified": self.justified}
+        """Its fields, the verdict, and the version of PyTorch."""
+        version = torch.__version__.partition("+")[0]
+        return asdict(self) | {"verdict": self.verdict, "justified": self.justified, "torch": version}
 
 
 def examine(subject: Subject, real: bool) -> Outcome:
