@@ -309,7 +309,8 @@ class _Builder:
         divided = next(self.run.facts.divided[v] for v in members[root] if v in self.run.facts.divided)
         sides = [side.rename(LazyRenaming(self.variables.find)) for side in divided]
         names = {other: self._label(other, members) for side in sides for other in side.variables}
-        return " / ".join(in_parentheses(side.text(names)) for side in sides)
+        texts = [side.text(names) for side in sides]
+        return " / ".join(in_parentheses(text) for text in texts) if len(texts) > 1 else texts[0]
 
     def _used(self, members: dict[int, list[int]]) -> set[int]:
         """Variables of parameters, buffers, equations and counts.

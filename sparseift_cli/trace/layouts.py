@@ -68,6 +68,20 @@ def note_sum(facts: Facts, whole: Dim, parts: Sequence[Dim]) -> None:
     _note_view(facts, "sum", whole, parts)
 
 
+def note_cut(facts: Facts, whole: Dim, parts: Sequence[Dim]) -> None:
+    """Record that the dim `whole` is cut into its parts, one after another, of which none may shrink.
+
+    >>> facts = Facts()
+    >>> whole, part = (facts.symint(facts.new_variable(size)) for size in (16, 4))
+    >>> note_cut(facts, whole, [whole - part, part])
+    >>> list(facts.equations)
+    [-1*w0 + w1 + w2]
+    """
+    for part in parts:
+        facts.not_negative(poly_of(part))
+    note_sum(facts, whole, parts)
+
+
 def note_layout(facts: Facts, kind: Any, whole: Dim, parts: Sequence[Dim]) -> None:
     """Record how `whole` is made of `parts` where no view shows it: groups of a convolution, heads in a fused function.
 
@@ -180,8 +194,10 @@ def _concatenated(facts: Facts, func: Callable[..., Any], args: tuple[Any, ...],
 
 def _split(facts: Facts, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     dim = _dim(args[0], kwargs, args[1:], 1)
-    parts = _uneven_chunks(func, args, kwargs, dim) or func(*args, **kwargs)
-    note_sum(facts, args[0].shape[dim], [p.shape[dim] for p in parts])
+    uneven = _uneven_chunks(func, args, kwargs, dim)
+    parts = uneven or func(*args, **kwargs)
+    note = note_sum if uneven else note_cut  # what is left of uneven chunks follows them
+    note(facts, args[0].shape[dim], [p.shape[dim] for p in parts])
     for i, part in enumerate(parts):
         note_part(part, i)
     return parts
@@ -246,7 +262,7 @@ def note_index(facts: Facts, source: Tensor, index: Any, out: Tensor) -> None:
             continue
         start = 0 if item.start is None else item.start
         before = start if concrete(start) >= 0 else whole + start
-        note_sum(facts, whole, [p for p in (before, part, whole - part - before) if concrete(p) > 0])
+        note_cut(facts, whole, [p for p in (before, part, whole - part - before) if concrete(p) > 0])
 
 
 def _shuffled(facts: Facts, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -60,7 +60,8 @@ class Facts:
         self.equations: dict[Poly, None] = {}  # each polynomial is 0; a dict as an ordered set
         self.frozen: dict[int, str] = {}  # variable -> why its value must stay
         self.quotients: dict[tuple[Poly, Poly], Poly] = {}  # (a, b) -> a / b
-        self.divided: dict[int, tuple[Poly, Poly]] = {}  # the variable that is a / b -> (a, b)
+        self.divided: dict[int, tuple[Poly, ...]] = {}  # the variable that is a / b -> (a, b); a - b -> (a - b,)
+        self.differences: dict[Poly, Poly] = {}  # a size that is a difference -> the variable that it equals
         self.layouts: dict[Poly, _Layout] = {}  # dim -> the most telling way in which it was seen to be made of others
         self.all_layouts: dict[Poly, dict[_Layout, None]] = {}  # dim -> all ways that were seen
         self.floats: dict[Poly, None] = {}  # sizes that a float was computed from, as head_dim ** -0.5
@@ -107,6 +108,16 @@ class Facts:
             self.divided[len(self.sizes) - 1] = a, b
             self.equal(a, b * quotient)
         return quotient
+
+    def not_negative(self, size: Poly) -> None:
+        """Record that `size` is that of a tensor: a difference is a new variable, which no solution makes smaller.
+
+        So a part of a width that stays (x[..., :n], of x[..., n:] the rest) does not outgrow it.
+        """
+        if any(monomial and c < 0 for monomial, c in size.terms) and size not in self.differences:
+            self.differences[size] = self.new_variable(size.evaluate(self.sizes))
+            self.divided[len(self.sizes) - 1] = (size,)
+            self.equal(size, self.differences[size])
 
     @contextmanager
     def discarding(self) -> Iterator[None]:

@@ -138,3 +138,31 @@ def test_a_fixed_concatenation_starts_as_the_dense_network() -> None:
         x = torch.randn(shape)
         case = widened(trained(make(), x), x, sparsity="0.6")
         assert case.deviation(x) <= EXACT and not any("not exact" in note for note in case.preserved.notes)
+
+
+def rotated_head(n: Net, x: Tensor) -> Tensor:
+    """Part of a vector of 16 is turned, as by a rotary embedding of fewer dims than a head has; the rest passes."""
+    h = n.stem(x).view(-1, 16)
+    part = n.part(x)
+    size = part.shape[1]
+    turned = h[:, :size] * part
+    return n.out(n.mid(torch.cat([turned, h[:, size:]], 1)).relu())
+
+
+def split_head(n: Net, x: Tensor) -> Tensor:
+    """The same with the sizes of a split, one of them a difference."""
+    h, part = n.stem(x).view(-1, 16), n.part(x)
+    passed, turned = h.split([h.shape[1] - part.shape[1], part.shape[1]], 1)
+    return n.out(n.mid(torch.cat([passed, turned * part], 1)).relu())
+
+
+@pytest.mark.parametrize("forward", [rotated_head, split_head])
+@pytest.mark.parametrize("sparsity", ["0.5", "0.96"])
+def test_a_part_of_a_fixed_width_does_not_outgrow_it(forward: Callable[..., Tensor], sparsity: str) -> None:
+    """16 is a number of the code: 5 times the part of 6 is more, and so is any more of it, since the rest cannot shrink."""
+    parts = {"stem": nn.Linear(8, 16), "part": nn.Linear(8, 6), "mid": nn.Linear(16, 32), "out": nn.Linear(32, 3)}
+    net = Net(forward, **parts)
+    new, plan = sparseift.transform(net, torch.randn(4, 8), sparsity=sparsity)
+    assert (new.part.weight.shape, new.stem.weight.shape) == ((6, 8), (16, 8))
+    assert new.mid.weight.shape == (round(32 * (1 - float(sparsity)) ** -0.5), 16)
+    assert new(torch.randn(4, 8)).shape == (4, 3)
