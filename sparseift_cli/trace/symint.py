@@ -109,6 +109,14 @@ class Facts:
             self.equal(a, b * quotient)
         return quotient
 
+    def multiple_of(self, size: Poly, step: int) -> None:
+        """Record that `size` is whole steps, as it is in this run."""
+        key = size, Poly.const(step)
+        if size.divided_by(key[1]) is None and key not in self.quotients:
+            self.quotients[key] = self.new_variable(size.evaluate(self.sizes) // step)
+            self.divided[len(self.sizes) - 1] = key
+            self.equal(size, key[1] * self.quotients[key])
+
     def not_negative(self, size: Poly) -> None:
         """Record that `size` is that of a tensor: a difference is a new variable, which no solution makes smaller.
 

@@ -85,6 +85,16 @@ def test_every_expert_has_the_non_zeros_of_its_dense_self(how: str) -> None:
     assert module(EXAMPLE).isfinite().all()
 
 
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch without grouped_mm")
+def test_rows_of_grouped_products_stay_aligned() -> None:
+    """`grouped_mm` wants rows of whole 16 bytes: 8 * 1.58 is 12.6, 16 in whole 8s; 12 * 1.58 is 19.0, 20 in whole 4s."""
+    module, plan = sparseift.transform(mixture(), EXAMPLE, sparsity=0.6)
+    assert module.experts.up.shape == (EXPERTS, 20, 16)
+    assert module(EXAMPLE).isfinite().all()
+    module(EXAMPLE).sum().backward()
+    assert all(row.macs == ROUTED * 96 for row in plan.layers if row.layer.kind == "experts")
+
+
 def test_active_parameters_are_those_that_a_token_uses() -> None:
     """Two of five experts: 2 * (96 + 96) of 5 * (96 + 96), dense; four times as many in the wide model, as many non-zeros."""
     module, _ = sparseift.transform(mixture("gathered"), EXAMPLE, sparsity=0.75)

@@ -162,7 +162,7 @@ def test_a_part_of_a_fixed_width_does_not_outgrow_it(forward: Callable[..., Tens
     """16 is a number of the code: 5 times the part of 6 is more, and so is any more of it, since the rest cannot shrink."""
     parts = {"stem": nn.Linear(8, 16), "part": nn.Linear(8, 6), "mid": nn.Linear(16, 32), "out": nn.Linear(32, 3)}
     net = Net(forward, **parts)
-    new, plan = sparseift.transform(net, torch.randn(4, 8), sparsity=sparsity)
+    new, _ = sparseift.transform(net, torch.randn(4, 8), sparsity=sparsity)
     assert (new.part.weight.shape, new.stem.weight.shape) == ((6, 8), (16, 8))
     assert new.mid.weight.shape == (round(32 * (1 - float(sparsity)) ** -0.5), 16)
     assert new(torch.randn(4, 8)).shape == (4, 3)
