@@ -438,6 +438,16 @@ def _baddbmm(rules: ShapeRules, input: Tensor, batch1: Tensor, batch2: Tensor, *
     return annotate(out, flags_of(out) | flags_of(input), producers_of(out))
 
 
+def _with_products(add: Callable[..., Tensor], power: int) -> Rule:
+    """input + value * tensor1 * tensor2 ** power, which broadcast: on symbolic sizes PyTorch has no rule for it in one op."""
+
+    def rule(_: ShapeRules, input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
+        product = tensor1 * tensor2 if power > 0 else tensor1 / tensor2
+        return add(input, product, alpha=value)
+
+    return rule
+
+
 def _addbmm(rules: ShapeRules, input: Tensor, batch1: Tensor, batch2: Tensor, **scales: Any) -> Tensor:
     """input, which broadcasts, + the sum over b of batch1 [b, n, m] @ batch2 [b, m, p] -> [n, p]"""
     return input + torch.bmm(batch1, batch2).sum(0)
@@ -718,6 +728,10 @@ _RULES: dict[Any, Rule] = {
     F.dropout: _dropout,
     torch.baddbmm: _baddbmm,
     Tensor.baddbmm: _baddbmm,
+    **dict.fromkeys((torch.addcmul, Tensor.addcmul), _with_products(torch.add, 1)),
+    **dict.fromkeys((torch.addcdiv, Tensor.addcdiv), _with_products(torch.add, -1)),
+    Tensor.addcmul_: _with_products(Tensor.add_, 1),
+    Tensor.addcdiv_: _with_products(Tensor.add_, -1),
     torch.addbmm: _addbmm,
     Tensor.addbmm: _addbmm,
     F.bilinear: _bilinear,

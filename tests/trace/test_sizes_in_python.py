@@ -378,3 +378,16 @@ def test_sizes_that_are_compared_stay_equal() -> None:
     new, _ = sparseift.transform(net, X, sparsity=0.75)
     assert (new.hidden_size, new.size_of_output, new.mid.weight.shape) == (128, 128, (128, 128))
     assert new(X).shape == (2, 10)
+
+
+ADDED = [torch.addcmul, Tensor.addcmul, Tensor.addcmul_, torch.addcdiv, Tensor.addcdiv, Tensor.addcdiv_]
+
+
+@pytest.mark.parametrize("add", ADDED, ids=["addcmul", ".addcmul", "addcmul_", "addcdiv", ".addcdiv", "addcdiv_"])
+def test_a_product_that_is_added_in_one_op_grows(add: Any) -> None:
+    """64 channels of a gated sum are 128; the two gates broadcast over the samples."""
+    gate, scale = nn.Parameter(torch.ones(64)), nn.Parameter(torch.ones(1, 64))
+    net = Net(lambda n, h: add(h * 1, n.gate * h, n.scale, value=0.5), gate=gate, scale=scale)
+    new, _ = sparseift.transform(net, X, sparsity=0.75)
+    assert (new.b.weight.shape, new.gate.shape, new.scale.shape) == ((128, 48), (128,), (1, 128))
+    assert new(X).shape == (2, 10)
