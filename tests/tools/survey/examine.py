@@ -37,12 +37,14 @@ from .subject import Subject
 aten = torch.ops.aten
 SPARSITIES = ("0.5", "0.9")
 LARGEST_REAL = 20_000_000  # parameters of a model that also runs on CPU tensors
-# Reasons that no tool can help: what a model returns, counts with the values of tensors, or writes as a literal.
+# Reasons that no tool can help: what a model returns, counts with the values of tensors, writes as a literal, or multiplies
+# as data (coordinates of positions).
 JUSTIFIED = (
     "output of the model",
     "computes with the values of tensors",
     "constant of the code",
     "no layer to transform",
+    "which a product reads",
 )
 EXACT = 1e-4  # a deviation that float32 explains
 # What a plan says of numbers that count something else than channels.
