@@ -230,7 +230,7 @@ class RelativeTable(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.stem(x))
         q, k = (f(x).view(2, 5, 4, 8).transpose(1, 2) for f in (self.q, self.k))
-        table = self._parameters[self.table_name]
+        table = self.get_parameter(self.table_name)
         near = q @ table.t() if self.by == "@" else torch.einsum("bhid,jd->bhij", q, table)
         weights = (q @ k.transpose(-2, -1) + near).softmax(-1)
         return self.head((weights @ x.view(2, 5, 4, 8).transpose(1, 2)).transpose(1, 2).reshape(2, 5, 32))
