@@ -641,6 +641,10 @@ def matmul(rec: Recorder, a: Tensor, b: Tensor, out: Tensor) -> None:
     owned = rec.parameter_of(weight)
     if gathered_from(weight):
         rec.count_weighted("experts", x, weight, out, macs, inner, columns(weight, -1 if weight is b else -2))
+    elif owned and owned[1].dim() == 2 and weight.dim() == 3 and poly_of(weight.shape[0]) != Poly.const(1):
+        groups = poly_of(weight.shape[0])  # a view [groups, out, in] of a matrix [groups * out, in]
+        outputs = groups * columns(weight, -1 if weight is b else -2)
+        rec.count_weighted("grouped linear", x, weight, out, macs, groups * inner, outputs, groups=groups)
     elif owned:
         _, parameter = owned
         outputs = _num_distinct(weight).divided_by(inner) or columns(weight, -1 if weight is b else -2)
