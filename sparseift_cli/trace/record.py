@@ -641,17 +641,18 @@ def matmul(rec: Recorder, a: Tensor, b: Tensor, out: Tensor) -> None:
     owned = rec.parameter_of(weight)
     if gathered_from(weight):
         rec.count_weighted("experts", x, weight, out, macs, inner, columns(weight, -1 if weight is b else -2))
-    elif owned and owned[1].dim() == 2 and weight.dim() == 3 and poly_of(weight.shape[0]) != Poly.const(1):
-        groups = poly_of(weight.shape[0])  # a view [groups, out, in] of a matrix [groups * out, in]
-        outputs = groups * columns(weight, -1 if weight is b else -2)
-        rec.count_weighted("grouped linear", x, weight, out, macs, groups * inner, outputs, groups=groups)
     elif owned:
         _, parameter = owned
-        outputs = _num_distinct(weight).divided_by(inner) or columns(weight, -1 if weight is b else -2)
+        across = columns(weight, -1 if weight is b else -2)
         # with a vector it is no layer: the matrix of a spectral norm
         matrices = min(a.dim(), b.dim()) > 1
         kind = _kind_of_product(parameter, weight, x.shape[-1 if x is a else -2]) if matrices else "matmul"
-        rec.count_weighted(kind, x, weight, out, macs, inner, outputs)
+        batch = poly_of(weight.shape[0]) if weight.dim() == 3 and parameter.dim() == 2 else Poly.const(1)
+        if kind == "linear" and batch != Poly.const(1):  # a view [groups, out, in] of a matrix [groups * out, in]
+            rec.count_weighted("grouped linear", x, weight, out, macs, batch * inner, batch * across, groups=batch)
+        else:
+            outputs = _num_distinct(weight).divided_by(inner) or across
+            rec.count_weighted(kind, x, weight, out, macs, inner, outputs)
     elif a.dim() == 3:
         part = "av" if rec.stack[-1] in rec.softmaxed else "qk"
         rec.count_product(part, a, b, out, macs)
