@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import gcd
-from typing import Any
+from typing import Any, ClassVar
 
 Monomial = tuple[int, ...]  # sorted variable ids, repeated for powers; () is the constant term
 
@@ -30,6 +30,7 @@ class Poly:
 
     __slots__ = ("_hash", "terms")
     terms: tuple[tuple[Monomial, int], ...]
+    free_symbols: ClassVar[frozenset[int]] = frozenset()  # PyTorch 2.11 asks sizes for those without a value: none
 
     def __init__(self, terms: Iterable[tuple[Monomial, int]] = ()) -> None:
         self.terms = tuple(sorted((m, c) for m, c in terms if c))

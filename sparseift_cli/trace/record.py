@@ -647,7 +647,8 @@ def matmul(rec: Recorder, a: Tensor, b: Tensor, out: Tensor) -> None:
         # with a vector it is no layer: the matrix of a spectral norm
         matrices = min(a.dim(), b.dim()) > 1
         kind = _kind_of_product(parameter, weight, x.shape[-1 if x is a else -2]) if matrices else "matmul"
-        batch = poly_of(weight.shape[0]) if weight.dim() == 3 and parameter.dim() == 2 else Poly.const(1)
+        distinct = numel(weight.shape) == _num_distinct(weight)  # or matmul expanded one matrix over a batch
+        batch = poly_of(weight.shape[0]) if distinct and (weight.dim(), parameter.dim()) == (3, 2) else Poly.const(1)
         if kind == "linear" and batch != Poly.const(1):  # a view [groups, out, in] of a matrix [groups * out, in]
             rec.count_weighted("grouped linear", x, weight, out, macs, batch * inner, batch * across, groups=batch)
         else:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import sparseift_cli as sparseift
+from sparseift_cli.trace.symint import Facts, poly_of
 from sparseift_cli.trace.build import layer_table
 
 X = torch.randn(2, 16)
@@ -391,3 +392,10 @@ def test_a_product_that_is_added_in_one_op_grows(add: Any) -> None:
     new, _ = sparseift.transform(net, X, sparsity=0.75)
     assert (new.b.weight.shape, new.gate.shape, new.scale.shape) == ((128, 48), (128,), (1, 128))
     assert new(X).shape == (2, 10)
+
+
+def test_a_size_has_no_symbol_without_a_value() -> None:
+    """PyTorch 2.11 asks for them in some operations, whose models could not be traced there."""
+    facts = Facts()
+    size = facts.symint(facts.new_variable(8))
+    assert poly_of(size).free_symbols == frozenset()
