@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import sparseift_cli as sparseift
-from sparseift_cli.trace.symint import Facts, poly_of
 from sparseift_cli.trace.build import layer_table
+from sparseift_cli.trace.symint import Facts, poly_of
 
 X = torch.randn(2, 16)
 

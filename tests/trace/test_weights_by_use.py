@@ -148,9 +148,9 @@ def test_a_copy_that_is_changed_is_no_weight() -> None:
 class GroupedLinear(nn.Linear):
     """A matrix for each of four groups, kept as one below the other: [..., 4, in] -> [..., 4, out]."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        matrices = self.weight.view(4, -1, x.shape[-1]).transpose(1, 2)
-        return torch.bmm(x.flatten(0, 1).transpose(0, 1), matrices).transpose(0, 1).unflatten(0, x.shape[:2])
+    def forward(self, input: Tensor) -> Tensor:
+        matrices = self.weight.view(4, -1, input.shape[-1]).transpose(1, 2)
+        return torch.bmm(input.flatten(0, 1).transpose(0, 1), matrices).transpose(0, 1).unflatten(0, input.shape[:2])
 
 
 def test_a_matrix_that_is_viewed_as_a_batch_is_a_grouped_layer() -> None:
