@@ -299,7 +299,7 @@ class _Substitutes:
                 if kind == "buffer":
                     self._constant(prefix + key, fake, store, key)
                     continue
-                fake._is_param = True  # type: ignore[attr-defined]  # for isinstance(p, nn.Parameter), as in get_parameter
+                fake._is_param = True  # for isinstance(p, nn.Parameter), as in get_parameter
                 self.run.recorder.register_parameter(prefix + key, fake, tensor.requires_grad)
                 self.run.shapes[prefix + key] = tuple(fake.shape)
                 self._replace(store, key, fake)

@@ -98,13 +98,15 @@ def test_python_examples_run(
     assert re.fullmatch(r"\d+(/\d+)?\n", capsys.readouterr().out)  # of the training loop: the ratio
 
 
-def test_the_surveys_say_what_the_page_quotes(root: Path) -> None:
+@pytest.mark.parametrize("name", ["torchvision", "zoo", "transformers", "transformers_more", "timm", "others"])
+def test_the_surveys_say_what_the_page_quotes(root: Path, name: str) -> None:
     page = (root / "sparseift_cli" / "cli" / "README.md").read_text("utf-8")
-    for name in ("torchvision", "transformers"):
-        (totals,) = re.findall(
-            r"^M(odels that pass .*)$", (root / "tests" / "tools" / "survey" / f"{name}.md").read_text("utf-8"), re.M
-        )
-        assert f"m{totals}" in page
+    survey = (root / "tests" / "tools" / "survey" / f"{name}.md").read_text("utf-8")
+    verdicts = re.findall(r"^\| \S+ \| (full|half|refused|wrong|broken)\b", survey, re.M)
+    counts = " | ".join(str(verdicts.count(verdict)) for verdict in ("full", "half", "refused", "wrong"))
+    (of_those,) = re.findall(r"without a justified reason: (\d+)/(\d+)", survey)
+    assert f"survey/{name}.md" in page
+    assert f"| {counts} | {of_those[0]} of {of_those[1]} |" in page
 
 
 def test_step_times_are_the_measured_ones(root: Path) -> None:

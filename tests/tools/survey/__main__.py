@@ -23,6 +23,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +45,16 @@ def run(subjects: list[Subject], jobs: int, real: bool) -> Iterator[dict[str, An
     while waiting or running:
         while waiting and len(running) < jobs:
             subject = waiting.pop()
-            running[_start(subject, real)] = (subject.name, bytearray())
+            running[_start(subject, real)] = (subject, bytearray())
         for pipe in select.select(list(running), [], [])[0]:
-            name, data = running[pipe]
+            subject, data = running[pipe]
             if chunk := os.read(pipe, 1 << 16):
                 data += chunk
                 continue
             os.close(pipe)
             os.wait()
             del running[pipe]
-            yield json.loads(data) if data else _killed(name)
+            yield json.loads(data) if data else _killed(subject)
 
 
 def _start(subject: Subject, real: bool) -> int:
@@ -70,8 +71,8 @@ def _start(subject: Subject, real: bool) -> int:
     return receive
 
 
-def _killed(name: str) -> dict[str, Any]:
-    outcome = Outcome(name)
+def _killed(subject: Subject) -> dict[str, Any]:
+    outcome = Outcome(subject.name, subject.set)
     outcome.wrong.append(f"killed, or not done in {SECONDS} s")
     return outcome.to_json()
 
@@ -168,11 +169,15 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    subjects = [s for name in options.sets for s in SETS[name]() if not options.only or s.name in options.only]
+    subjects = [
+        replace(s, set=name)
+        for name in options.sets
+        for s in SETS[name]()
+        if not options.only or s.name in options.only
+    ]
     if options.done:
-        names = {subject.name for subject in subjects}
         lines = map(json.loads, options.done.read_text("utf-8").splitlines())
-        outcomes = [outcome for outcome in lines if outcome["name"] in names]
+        outcomes = [outcome for outcome in lines if outcome["set"] in options.sets]
     else:
         outcomes = examine_all(subjects, options.jobs, real=not options.no_real, log=options.json)
     text = report(outcomes, " ".join(options.sets))

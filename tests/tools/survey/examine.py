@@ -56,6 +56,7 @@ class Outcome:
     """What became of one model."""
 
     name: str
+    set: str = ""
     seconds: float = 0.0
     error: str = ""  # it cannot be built, or does not run as it is: no fault of ours
     macs: int = 0  # dense, forward
@@ -97,7 +98,7 @@ class Outcome:
 
 def examine(subject: Subject, real: bool) -> Outcome:
     """Every member at every sparsity on meta; with `real`, the first sparsity on CPU tensors too."""
-    outcome = Outcome(subject.name)
+    outcome = Outcome(subject.name, subject.set)
     start = time.perf_counter()
     try:
         with no_init("meta"):

@@ -17,3 +17,4 @@ class Subject:
     build: Callable[[str], nn.Module]
     args: Callable[[str], tuple[Any, ...]] = lambda device: ()
     kwargs: Callable[[str], dict[str, Any]] = field(default=lambda device: {})
+    set: str = ""  # the set that it is examined in: two libraries may have a resnet18
