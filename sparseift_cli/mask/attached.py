@@ -206,15 +206,6 @@ def copy_masks(source: nn.Module, target: nn.Module) -> None:
         attach(target, {key: mask.clone()}, pattern_of(module, name), {key: parts_of(module, name)})
 
 
-def outside_masks(model: nn.Module) -> dict[str, int]:
-    """How many weights outside its mask are not zero, for every weight that has such ones."""
-    counts = {
-        key: int(model.get_parameter(key).detach().masked_fill(mask, 0).count_nonzero())
-        for key, mask in masks_of(model).items()
-    }
-    return {key: n for key, n in counts.items() if n}
-
-
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel, DataParallel and torch.compile wrappers, whose names masks go by."""
     while True:

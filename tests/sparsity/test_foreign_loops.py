@@ -20,9 +20,19 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import sparseift_cli as sparseift
 from sparseift_cli.base.randomness import generator_for
 from sparseift_cli.errors import CheckFailed, UsageError
-from sparseift_cli.mask.attached import attach, outside_masks
+from sparseift_cli.mask.attached import attach, masks_of
 from sparseift_cli.mask.mask import make_mask
 from tests.helpers.sparse_net import Net, assert_zeros, loss_of, sparse_net, train
+
+
+def outside_masks(model: nn.Module) -> dict[str, int]:
+    """How many weights outside its mask are not zero, for every weight that has such ones."""
+    counts = {
+        key: int(model.get_parameter(key).detach().masked_fill(mask, 0).count_nonzero())
+        for key, mask in masks_of(model).items()
+    }
+    return {key: n for key, n in counts.items() if n}
+
 
 SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
 ALGORITHMS = ("static", "set", "snfs", "rigl", "gmp", "granet")

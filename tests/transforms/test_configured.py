@@ -18,6 +18,7 @@ from sparseift_cli.transforms.edits import SetAttribute
 from sparseift_cli.transforms.layers import set_attribute
 from sparseift_cli.transforms.surgery import apply_surgery, surgery_for
 from sparseift_cli.transforms.transformation import transformation_of
+from tests.helpers.rotary import Angles, rotate
 
 
 class PretrainedConfig:
@@ -48,25 +49,13 @@ class Norm(nn.Module):
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
 
 
-class Rotary(nn.Module):
+class Rotary(Angles):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         frequencies = config.rope_parameters["rope_theta"] ** -(torch.arange(0, size, 2).float() / size)
         self.register_buffer("inv_freq", frequencies, persistent=False)
-
-    inv_freq: Tensor
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        angles = torch.arange(x.shape[1]).float()[:, None] * self.inv_freq
-        both = torch.cat((angles, angles), dim=-1)
-        return both.cos(), both.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
 
 
 class Attention(nn.Module):

@@ -13,6 +13,7 @@ from sparseift_cli.plan.plan import make_plan
 from sparseift_cli.plan.spec import TransformSpec
 from sparseift_cli.trace.build import trace
 from sparseift_cli.transforms.surgery import apply_surgery, surgery_for
+from tests.helpers.rotary import Angles, rotate
 
 
 class PretrainedConfig:
@@ -31,7 +32,7 @@ class StrictConfig(PretrainedConfig):
         super().__setattr__(name, value)
 
 
-class Rotary(nn.Module):
+class Rotary(Angles):
     def __init__(self, config: PretrainedConfig, base: float, scaled: bool) -> None:
         super().__init__()
         self.base = base
@@ -40,18 +41,6 @@ class Rotary(nn.Module):
         self.register_buffer(
             "inv_freq", frequencies * torch.linspace(1, 0.2, len(steps)) if scaled else frequencies, persistent=False
         )
-
-    inv_freq: Tensor
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        angles = torch.arange(x.shape[1]).float()[:, None] * self.inv_freq
-        both = torch.cat((angles, angles), dim=-1)
-        return both.cos(), both.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
 
 
 class Decoder(nn.Module):

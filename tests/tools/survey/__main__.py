@@ -138,7 +138,7 @@ def summary(outcomes: list[dict[str, Any]]) -> list[str]:
 
 
 def examine_all(subjects: list[Subject], jobs: int, *, real: bool, log: Path | None) -> list[dict[str, Any]]:
-    """Every outcome, told on stderr and appended to `log` as it comes."""
+    """Every outcome, printed on stderr and appended to `log` as it comes."""
     outcomes, start = [], time.perf_counter()
     for outcome in run(subjects, jobs, real):
         outcomes.append(outcome)
