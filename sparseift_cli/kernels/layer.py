@@ -1,0 +1,143 @@
+"""What all layers of stored blocks share: the parameters, the index buffers, and the way from and to a dense weight."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from .index import BlockIndex
+
+
+class BlockLayer(nn.Module):
+    """A layer whose parameter `values` is the stored blocks of its weight, ordered by row of blocks, then by column.
+
+    The weight is [out, in, *kernel]; `values` is [n, B, B], or [n, taps, B, B] where there is a kernel of kh * kw taps: every
+    tap of a block is then a matrix [B outputs, B inputs] in one piece, which is what kernels load.
+
+    Args:
+        mask: bool [out / B, in / B], True where a block is stored.
+        block: B, the side of a block.
+        kernel: () for a linear layer, (kh, kw) for a convolution.
+        bias: whether to add a bias [out].
+        backend: a name in `KERNELS`, or auto.
+    """
+
+    values: Tensor
+    bias: Tensor | None
+    row_offsets: Tensor
+    columns: Tensor
+    rows: Tensor
+    column_offsets: Tensor
+    column_rows: Tensor
+    column_order: Tensor
+    groups: Tensor
+
+    def __init__(
+        self,
+        mask: Tensor,
+        block: int,
+        kernel: tuple[int, ...] = (),
+        *,
+        bias: bool = True,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.block, self.backend = block, backend
+        index = BlockIndex.from_mask(mask.to(device), block)
+        for name, tensor in index._asdict().items():
+            self.register_buffer(name, tensor, persistent=name in ("row_offsets", "columns"))
+        rows, columns = index.grid
+        self.weight_shape = (rows * block, columns * block, *kernel)
+        taps = (math.prod(kernel),) if kernel else ()
+        self.values = nn.Parameter(torch.empty(index.num_blocks, *taps, block, block, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(rows * block, device=device, dtype=dtype)) if bias else None
+        self.register_load_state_dict_post_hook(_rebuild_index)
+        self.reset_parameters()
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, mask: Tensor, bias: Tensor | None = None, **options: Any) -> Self:
+        """A layer with the values of a dense `weight` [out, in, *kernel] at the blocks of `mask` [R, C].
+
+        Raises:
+            UsageError: the weight does not consist of R x C square blocks, or has non-zeros outside the mask.
+        """
+        block = weight.shape[0] // mask.shape[0]
+        if weight.shape[:2] != (mask.shape[0] * block, mask.shape[1] * block):
+            raise UsageError(f"a weight {list(weight.shape)} does not consist of {list(mask.shape)} square blocks")
+        layer = cls(mask, block, bias=bias is not None, device=weight.device, dtype=weight.dtype, **options)
+        with torch.no_grad():
+            layer.values.copy_(layer.blocks_of(weight))
+            if layer.bias is not None and bias is not None:
+                layer.bias.copy_(bias)
+        if layer.values.count_nonzero() != weight.count_nonzero():
+            raise UsageError("the dense weight has non-zeros outside the blocks of the mask")
+        return layer
+
+    def reset_parameters(self) -> None:
+        """Draw the values uniformly, with the variance that torch would give a dense layer of the mean number of inputs."""
+        bound = 1 / math.sqrt(self.values.numel() / self.weight_shape[0])
+        with torch.no_grad():
+            self.values.uniform_(-bound, bound)
+            if self.bias is not None:
+                self.bias.uniform_(-bound, bound)
+
+    @property
+    def index(self) -> BlockIndex:
+        """Where the blocks are: the buffers of this module, so that `index.move_(mask)` moves its blocks."""
+        return BlockIndex(
+            self.row_offsets,
+            self.columns,
+            self.rows,
+            self.column_offsets,
+            self.column_rows,
+            self.column_order,
+            self.groups,
+        )
+
+    @property
+    def block_mask(self) -> Tensor:
+        """Bool [R, C], True where a block is stored."""
+        return self.index.mask()
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight [out, in, *kernel], computed from `values`; gradients flow back to them."""
+        return self.scattered(self.values)
+
+    def dense(self) -> Tensor:
+        """The weight [out, in, *kernel] with its zeros, without a gradient."""
+        return self.scattered(self.values.detach())
+
+    def scattered(self, values: Tensor) -> Tensor:
+        """[out, in, *kernel] of any dtype: `values`, of the shape of the parameter, at the stored blocks, and zero elsewhere."""
+        grid = values.new_zeros(*self.index.grid, *values.shape[1:])
+        grid = grid.index_put((self.rows.long(), self.columns.long()), values)
+        if grid.dim() == 4:
+            return grid.transpose(1, 2).reshape(self.weight_shape)
+        return grid.permute(0, 3, 1, 4, 2).reshape(self.weight_shape)
+
+    def blocks_of(self, weight: Tensor) -> Tensor:
+        """The stored blocks of a dense tensor [out, in, *kernel], in the shape of `values`: the inverse of `scattered`."""
+        grid = weight.unflatten(0, (-1, self.block)).unflatten(2, (-1, self.block)).transpose(1, 2)  # [R, C, B, B, ..]
+        if grid.dim() > 4:
+            grid = grid.flatten(4).permute(0, 1, 4, 2, 3)
+        return grid[self.rows.long(), self.columns.long()]
+
+    def _describe_blocks(self) -> str:
+        rows, columns = self.index.grid
+        return f"blocks={len(self.values)} of {rows * columns}, {self.block} x {self.block}"
+
+
+def _rebuild_index(layer: BlockLayer, _: object) -> None:
+    """Derive the buffers that a state dict does not hold from `row_offsets` and `columns`."""
+    counts = layer.row_offsets.diff().long()
+    rows = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    loaded = BlockIndex.from_pairs(rows, layer.columns, layer.index.grid, layer.block)
+    for old, new in zip(layer.index, loaded, strict=True):
+        old.copy_(new)
