@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, Self
 
 import torch
@@ -24,6 +25,7 @@ class BlockLayer(nn.Module):
         kernel: () for a linear layer, (kh, kw) for a convolution.
         bias: whether to add a bias [out].
         backend: a name in `KERNELS`, or auto.
+        transposed: the dense weight is [in, out], as Hugging Face's Conv1D has it; not with a kernel.
     """
 
     values: Tensor
@@ -44,16 +46,18 @@ class BlockLayer(nn.Module):
         *,
         bias: bool = True,
         backend: str = "auto",
+        transposed: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.block, self.backend = block, backend
+        self.block, self.backend, self.transposed = block, backend, transposed
         index = BlockIndex.from_mask(mask.to(device), block)
         for name, tensor in index._asdict().items():
             self.register_buffer(name, tensor, persistent=name in ("row_offsets", "columns"))
         rows, columns = index.grid
-        self.weight_shape = (rows * block, columns * block, *kernel)
+        shape = (rows * block, columns * block)
+        self.weight_shape = (*(shape[::-1] if transposed else shape), *kernel)
         taps = (math.prod(kernel),) if kernel else ()
         self.values = nn.Parameter(torch.empty(index.num_blocks, *taps, block, block, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(rows * block, device=device, dtype=dtype)) if bias else None
@@ -64,13 +68,21 @@ class BlockLayer(nn.Module):
     def from_dense(cls, weight: Tensor, mask: Tensor, bias: Tensor | None = None, **options: Any) -> Self:
         """A layer with the values of a dense `weight` [out, in, *kernel] at the blocks of `mask` [R, C].
 
+        Args:
+            weight: [in, out] where `transposed`.
+            mask: bool [R, C].
+            bias: [out] or None.
+            options: those of the class.
+
         Raises:
             UsageError: the weight does not consist of R x C square blocks, or has non-zeros outside the mask.
         """
-        block = weight.shape[0] // mask.shape[0]
-        if weight.shape[:2] != (mask.shape[0] * block, mask.shape[1] * block):
+        out, inputs = weight.shape[1::-1] if options.get("transposed") else weight.shape[:2]
+        block = out // mask.shape[0]
+        if (out, inputs) != (mask.shape[0] * block, mask.shape[1] * block):
             raise UsageError(f"a weight {list(weight.shape)} does not consist of {list(mask.shape)} square blocks")
-        layer = cls(mask, block, bias=bias is not None, device=weight.device, dtype=weight.dtype, **options)
+        options = {"device": weight.device, "dtype": weight.dtype, **options}
+        layer = cls(mask, block, bias=bias is not None, **options)
         with torch.no_grad():
             layer.values.copy_(layer.blocks_of(weight))
             if layer.bias is not None and bias is not None:
@@ -81,7 +93,7 @@ class BlockLayer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the values uniformly, with the variance that torch would give a dense layer of the mean number of inputs."""
-        bound = 1 / math.sqrt(self.values.numel() / self.weight_shape[0])
+        bound = math.sqrt(self.index.grid[0] * self.block / self.values.numel())
         with torch.no_grad():
             self.values.uniform_(-bound, bound)
             if self.bias is not None:
@@ -107,27 +119,56 @@ class BlockLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight [out, in, *kernel], computed from `values`; gradients flow back to them."""
+        """The dense weight [out, in, *kernel], computed from `values` at every access, so that code which reads it stays right.
+
+        Gradients flow back to `values`; what is written into it does not.
+        """
         return self.scattered(self.values)
 
     def dense(self) -> Tensor:
         """The weight [out, in, *kernel] with its zeros, without a gradient."""
         return self.scattered(self.values.detach())
 
+    @property
+    def weight_mask(self) -> Tensor:
+        """Bool [out, in, *kernel], True where a block is stored; computed at every access."""
+        return self.scattered(torch.ones_like(self.values, dtype=torch.uint8)).bool()
+
     def scattered(self, values: Tensor) -> Tensor:
         """[out, in, *kernel] of any dtype: `values`, of the shape of the parameter, at the stored blocks, and zero elsewhere."""
         grid = values.new_zeros(*self.index.grid, *values.shape[1:])
         grid = grid.index_put((self.rows.long(), self.columns.long()), values)
         if grid.dim() == 4:
-            return grid.transpose(1, 2).reshape(self.weight_shape)
+            matrix = grid.transpose(1, 2).flatten(0, 1).flatten(1)
+            return matrix.t() if self.transposed else matrix
         return grid.permute(0, 3, 1, 4, 2).reshape(self.weight_shape)
 
     def blocks_of(self, weight: Tensor) -> Tensor:
         """The stored blocks of a dense tensor [out, in, *kernel], in the shape of `values`: the inverse of `scattered`."""
+        weight = weight.t() if self.transposed else weight
         grid = weight.unflatten(0, (-1, self.block)).unflatten(2, (-1, self.block)).transpose(1, 2)  # [R, C, B, B, ..]
         if grid.dim() > 4:
             grid = grid.flatten(4).permute(0, 1, 4, 2, 3)
         return grid[self.rows.long(), self.columns.long()]
+
+    @torch.no_grad()
+    def move_(self, mask: Tensor, state: Iterable[Tensor] = ()) -> None:
+        """Move the blocks in place to the True cells of `mask` [R, C], as many as before; a block that was not stored is zero.
+
+        Args:
+            mask: bool [R, C].
+            state: tensors of an optimiser, of the shape of `values`, whose blocks move along.
+
+        Raises:
+            UsageError: the mask has another grid or another number of blocks.
+        """
+        before = self.index.mask().flatten()
+        place = (before.cumsum(0) - 1).masked_fill_(~before, -1)
+        self.index.move_(mask)
+        source = place[self.rows.long() * self.index.grid[1] + self.columns.long()]
+        new = (source < 0).view(-1, *(1 for _ in self.values.shape[1:]))
+        for tensor in (self.values, *state):
+            tensor.copy_(tensor[source.clamp(min=0)].masked_fill_(new, 0))
 
     def _describe_blocks(self) -> str:
         rows, columns = self.index.grid

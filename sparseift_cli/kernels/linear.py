@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
 from .layer import BlockLayer
@@ -19,7 +20,7 @@ class BlockLinear(BlockLayer):
         block: B, the side of a block.
         bias: whether to add a bias [out_features].
         activation: none, relu, gelu, gelu_tanh or silu.
-        backend: a name in `KERNELS`, or auto.
+        options: backend, transposed, device and dtype, as `BlockLayer` has them.
     """
 
     def __init__(
@@ -29,13 +30,11 @@ class BlockLinear(BlockLayer):
         *,
         bias: bool = True,
         activation: str = "none",
-        backend: str = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(mask, block, bias=bias, backend=backend, device=device, dtype=dtype)
+        super().__init__(mask, block, bias=bias, **options)
         self.activation = activation
-        self.out_features, self.in_features = self.weight_shape
+        self.out_features, self.in_features = mask.shape[0] * block, mask.shape[1] * block
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""

@@ -192,3 +192,41 @@ def test_import_needs_neither_torch_nor_triton(root: Path) -> None:
     code = "import sparseift_cli.kernels, sys; print(sorted({'torch', 'triton', 'numpy'} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_a_transposed_weight_is_that_of_conv1d() -> None:
+    weight = torch.randn(20, 16) * CORNERS.repeat_interleave(4, 0).repeat_interleave(4, 1)
+    plain = BlockLinear.from_dense(weight, CORNERS, torch.randn(20))
+    layer = BlockLinear.from_dense(weight.t(), CORNERS, plain.bias, transposed=True)
+    assert layer.weight.shape == layer.weight_mask.shape == (16, 20)
+    assert torch.equal(layer.values, plain.values) and torch.equal(layer.dense(), weight.t())
+    assert torch.equal(layer.weight_mask, plain.weight_mask.t()) and torch.equal(plain.weight_mask, weight != 0)
+    assert torch.equal(layer.blocks_of(weight.t()), plain.values)
+    x = torch.randn(3, 16)
+    assert torch.equal(layer(x), plain(x))
+    with pytest.raises(UsageError, match="square blocks"):
+        BlockLinear.from_dense(weight, CORNERS, transposed=True)
+
+
+def test_the_weight_that_others_read_has_the_gradient() -> None:
+    layer = BlockLinear(CORNERS, 4, dtype=torch.float64)
+    x, grad = torch.randn(3, 16, dtype=torch.float64), torch.randn(3, 20, dtype=torch.float64)
+    layer(x).backward(grad)
+    wanted, layer.values.grad = layer.values.grad, None
+    F.linear(x, layer.weight, layer.bias).backward(grad)
+    torch.testing.assert_close(layer.values.grad, wanted)
+
+
+def test_blocks_move_with_the_state_of_the_optimiser() -> None:
+    layer = BlockLinear(CORNERS, 4)
+    before, moments = layer.dense(), torch.randn_like(layer.values)
+    dense_moments = layer.scattered(moments)
+    moved = CORNERS.flip(0, 1)
+    addresses = [t.data_ptr() for t in (layer.values, moments, *layer.index)]
+    layer.move_(moved, [moments])
+    assert addresses == [t.data_ptr() for t in (layer.values, moments, *layer.index)]
+    kept = (CORNERS & moved).repeat_interleave(4, 0).repeat_interleave(4, 1)
+    assert kept.any() and not kept.all() and torch.equal(layer.block_mask, moved)
+    assert torch.equal(layer.dense(), before * kept) and torch.equal(layer.scattered(moments), dense_moments * kept)
+    with pytest.raises(UsageError, match="this index has 8 blocks"):
+        layer.move_(torch.ones_like(moved))
