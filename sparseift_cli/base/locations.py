@@ -1,4 +1,4 @@
-"""Where the files shipped beside the code lie: in an installed wheel and in a source checkout. Imports errors only."""
+"""Where the files shipped beside the code are, in a wheel and in a source checkout, and where caches are. Imports errors only."""
 
 from __future__ import annotations
 
@@ -21,3 +21,8 @@ def recipes_dir() -> Path:
         if folder.is_dir():
             return folder
     raise UsageError(f"no recipes beside {_PACKAGE}", hint="the installation is incomplete: install sparseift again")
+
+
+def cache_dir() -> Path:
+    """The folder of what can be fetched or measured again: ~/.cache/sparseift. It need not exist."""
+    return Path.home() / ".cache" / "sparseift"

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
+from ..base.locations import cache_dir
 from ..errors import UsageError
 
 # Files out of folders and .tar.gz archives, read into memory under a size limit: nothing is ever extracted to disk.
@@ -91,7 +92,7 @@ class Remote:
 def data_home() -> Path:
     """The folder of data sets: $SPARSEIFT_DATA, else ~/.cache/sparseift. It need not exist."""
     named = os.environ.get("SPARSEIFT_DATA")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "sparseift"
+    return Path(named).expanduser() if named else cache_dir()
 
 
 def search(

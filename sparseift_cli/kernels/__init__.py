@@ -5,6 +5,6 @@ the backends that compute it. Kernels see tensors and indices, never plans or re
 nor triton.
 """
 
-from .registry import KERNELS, Backend, LayerRequest, choose
+from .registry import KERNELS, Backend, LayerChoice, LayerRequest, LayerSize, choose, select
 
-__all__ = ["KERNELS", "Backend", "LayerRequest", "choose"]
+__all__ = ["KERNELS", "Backend", "LayerChoice", "LayerRequest", "LayerSize", "choose", "select"]

@@ -1,17 +1,21 @@
-"""The backends that compute block-sparse layers, and which of them takes a given layer.
+"""The backends that compute block-sparse layers, and which of them, or none, computes a given layer.
 
 A backend answers for one layer on one device: `why_not` returns the reason for which it does not take the layer, or None.
 Its functions live in a module that is imported on first use, so that this one costs nothing where there is no triton.
+`select` chooses between the backends and the masked dense layer, which multiplies by zeros; with "auto" by what `measure` finds.
 """
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from os import environ
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..base.registry import Registry
 from ..errors import UsageError
@@ -41,6 +45,59 @@ class LayerRequest:
     kind: str = "linear"
 
 
+@dataclass(frozen=True)
+class LayerSize:
+    """The sizes of one layer, as far as its speed depends on them.
+
+    Args:
+        rows: R, rows of blocks: output features over the side of a block.
+        columns: C, columns of blocks.
+        blocks: n, how many of the R x C blocks are stored.
+        tokens: rows of the input in one forward pass.
+        bias: whether a bias is added.
+        activation: what is computed in the epilogue of the product, as in `reference.ACTIVATIONS`.
+    """
+
+    rows: int
+    columns: int
+    blocks: int
+    tokens: int
+    bias: bool = True
+    activation: str = "none"
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """Which way computes one weight.
+
+    Args:
+        name: of the weight: "h.0.mlp.c_fc.weight".
+        backend: `MASKED`, or a name in `KERNELS`.
+        block: side of its square blocks, None where its mask does not consist of them.
+        reason: why nothing faster computes it; empty where a backend does.
+        how: what the backend runs on this device: "Triton, tensor descriptors".
+    """
+
+    name: str
+    backend: str
+    block: int | None
+    reason: str = ""
+    how: str = ""
+
+
+@dataclass(frozen=True)
+class Selected:
+    """What `select` answers: the fields of a `LayerChoice` that do not depend on the weight's name."""
+
+    backend: str
+    reason: str = ""
+    how: str = ""
+
+    def for_weight(self, name: str, block: int | None) -> LayerChoice:
+        """The choice for the weight called `name`."""
+        return LayerChoice(name, self.backend, block, self.reason, self.how)
+
+
 class Functions(Protocol):
     """What the module of a backend provides. T tokens, n stored blocks of B x B, R x C the grid of blocks."""
 
@@ -66,7 +123,11 @@ class Functions(Protocol):
 
 
 class Backend(Protocol):
-    """One way to compute block-sparse layers."""
+    """One way to compute block-sparse layers.
+
+    Two attributes are optional: `fast` (default True) is False where "auto" must not consider it; the method `how(layer)` says
+    in a few words what it runs for a layer that it takes.
+    """
 
     summary: str
 
@@ -84,16 +145,26 @@ class TritonBlocks:
 
     summary = "Triton kernels, tensor descriptors (TMA) on Hopper and newer, pointers elsewhere"
 
+    @property
+    def fast(self) -> bool:
+        """Not where Triton's interpreter runs the kernels."""
+        return not _interpreted()
+
+    def how(self, layer: LayerRequest) -> str:
+        """Tensor descriptors on Hopper and newer, pointers elsewhere."""
+        if _interpreted():
+            return "Triton's interpreter"
+        return "Triton, tensor descriptors" if (layer.capability or (0, 0)) >= (9, 0) else "Triton, pointers"
+
     def why_not(self, layer: LayerRequest) -> str | None:
         """The first requirement that `layer` does not meet, or None."""
-        interpreted = environ.get("TRITON_INTERPRET") == "1"
         if layer.kind != "linear":
             return f"it computes linear layers, not {layer.kind}"
         if layer.block not in (128, 64, 32):
             return f"its blocks are 128, 64 or 32 wide, not {layer.block}"
         if layer.dtype not in ("bfloat16", "float16", "float32"):
             return f"it computes in bfloat16, float16 or float32 (as tf32), not {layer.dtype}"
-        if layer.device != "cuda" and not interpreted:
+        if layer.device != "cuda" and not _interpreted():
             return f"it needs a CUDA device, not {layer.device}"
         if layer.capability is not None and layer.capability < (8, 0):
             return f"it needs compute capability 8.0 or newer, not {'.'.join(map(str, layer.capability))}"
@@ -110,6 +181,11 @@ class Reference:
     """Plain PyTorch, a matrix product for every block: slow, and right on every device."""
 
     summary = "plain PyTorch, one product a block: slow, for checks and for devices without kernels"
+    fast = False
+
+    def how(self, layer: LayerRequest) -> str:
+        """The same on every device."""
+        return "plain PyTorch"
 
     def why_not(self, layer: LayerRequest) -> str | None:
         """Every linear layer is taken."""
@@ -120,6 +196,10 @@ class Reference:
         return import_module(".reference", __package__)  # pyright: ignore[reportReturnType]
 
 
+def _interpreted() -> bool:
+    return environ.get("TRITON_INTERPRET") == "1"
+
+
 def _not_a_backend(entry: object) -> str | None:
     missing = [name for name in ("why_not", "functions") if not callable(getattr(entry, name, None))]
     return f"it has no {' and no '.join(missing)}" if missing else None
@@ -128,6 +208,125 @@ def _not_a_backend(entry: object) -> str | None:
 KERNELS = Registry[Backend](
     "kernel backend", "kernels", {"blocks": TritonBlocks(), "reference": Reference()}, check=_not_a_backend
 )
+
+
+MASKED = "masked"
+"""The way without kernels: the dense layer, whose weight has zeros."""
+AUTO = "auto"
+"""The fastest right way on this device."""
+
+
+def select(kernels: str, layer: LayerRequest, size: LayerSize | None = None) -> Selected:
+    """The way that computes `layer`: a backend, or the masked dense layer and the reason why no backend does.
+
+    Args:
+        kernels: "auto", "masked", or a name in `KERNELS`.
+        layer: the layer and its device. The device is the current one of its type.
+        size: its sizes. With them "auto" measures, once per shape and device; the results are cached on disk. Where training is
+            distributed, every process must make the same calls: process 0 measures for all of them.
+
+    Raises:
+        UsageError: `kernels` is no name of a backend.
+    """
+    if kernels == MASKED:
+        return Selected(MASKED, "masked layers were asked for")
+    if kernels != AUTO:
+        name, backend = KERNELS.canonical(kernels), KERNELS.get(kernels)
+        wrong = backend.why_not(layer) or _measure().check(name, layer)
+        return Selected(MASKED, wrong) if wrong else Selected(name, how=_how(backend, layer))
+    if size is None:
+        return _fastest(layer, None)
+    return _measure().from_first_process(lambda: _fastest(layer, size))
+
+
+def _fastest(layer: LayerRequest, size: LayerSize | None) -> Selected:
+    """The fastest of the masked dense layer and the backends that are meant for speed; without a size, the first of these."""
+    fast = [name for name in KERNELS if getattr(KERNELS.get(name), "fast", True)]
+    reasons = {name: KERNELS.get(name).why_not(layer) or _measure().check(name, layer) for name in fast}
+    able = [name for name, reason in reasons.items() if reason is None]
+    if not able:
+        return Selected(MASKED, _listed(reasons))
+    best, reason = (able[0], "") if size is None else _measured(able, layer, size)
+    return Selected(best, reason, "" if best == MASKED else _how(KERNELS.get(best), layer))
+
+
+def _measure() -> Any:
+    """The module `measure`, which imports torch."""
+    return import_module(".measure", __package__)
+
+
+def _measured(names: list[str], layer: LayerRequest, size: LayerSize) -> tuple[str, str]:
+    """The fastest of `names` and the masked dense layer, and the reason where that is the latter."""
+    times: dict[str, float] = _measure().milliseconds(names, layer, size)
+    best = min(times, key=times.__getitem__, default=names[0])
+    if best != MASKED:
+        return best, ""
+    others = [times[name] for name in names if name in times]
+    against = f"{times[MASKED]:.3g} ms against {min(others):.3g}" if others else "its kernels did not run at this size"
+    return MASKED, f"masked-dense is faster here: {against}"
+
+
+def _how(backend: Backend, layer: LayerRequest) -> str:
+    described = getattr(backend, "how", None)
+    return described(layer) if described else ""
+
+
+def _listed(reasons: dict[str, str | None]) -> str:
+    """The reason of the one backend that there is, or of each by its name."""
+    if len(reasons) == 1:
+        return next(iter(reasons.values())) or ""
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "no backend is meant for speed"
+
+
+def square_block(pattern: str, outputs: int, inputs: int, taps: int = 1, groups: int = 1) -> tuple[int | None, str]:
+    """The side B of the square blocks that masks of a pattern consist of; None and the reason where a layer has none.
+
+    A convolution of k x k taps has blocks of B outputs x B inputs with one mask for all taps: the pattern B x (B * taps).
+
+    >>> square_block("64x64", outputs=256, inputs=128)
+    (64, '')
+    >>> square_block("64x576", outputs=256, inputs=128, taps=9)
+    (64, '')
+    >>> square_block("4x1", outputs=256, inputs=128)
+    (None, 'blocks of 4x1 are not square')
+
+    Args:
+        pattern: as `TransformSpec.pattern` is written.
+        outputs, inputs: features or channels over all groups.
+        taps: weights of one output and one input: 9 of a 3 x 3 convolution.
+        groups: of a grouped convolution, or matrices in a stack.
+    """
+    if groups > 1:
+        return None, "grouped layers have no kernel"
+    found = re.fullmatch(r"(\d+)x(\d+)", pattern)
+    if not found or pattern == "1x1":
+        return None, f"{pattern} masks have no kernel"
+    block, columns = int(found[1]), int(found[2])
+    if columns != block * taps:
+        square = "not square" if taps == 1 else f"not square over {taps} taps ({block}x{block * taps})"
+        return None, f"blocks of {pattern} are {square}"
+    if outputs % block or inputs % block:
+        return None, f"{outputs} outputs x {inputs} inputs do not consist of blocks of {block}"
+    return block, ""
+
+
+def in_words(choices: Iterable[LayerChoice]) -> str:
+    """Which ways compute how many layers, in one line; empty for no layers.
+
+    >>> in_words([LayerChoice("a", "blocks", 128, how="Triton"), LayerChoice("b", "masked", None, "2:4 masks have no kernel")])
+    '1 layer in blocks of 128 (Triton); 1 masked-dense: 2:4 masks have no kernel'
+    """
+    counts = Counter((choice.backend, choice.block, choice.reason, choice.how) for choice in choices)
+    said: list[str] = []
+    for (backend, block, reason, how), count in sorted(
+        counts.items(), key=lambda item: (item[0][0] == MASKED, -item[1])
+    ):
+        layers = f"{count} layer{'s' if count != 1 else ''}" if not said else str(count)
+        if backend == MASKED:
+            said.append(f"{layers} masked-dense: {reason}" if reason else f"{layers} masked-dense")
+        else:
+            said.append(f"{layers} in blocks of {block} ({how or backend})")
+    return "; ".join(said)
 
 
 @lru_cache(maxsize=256)

@@ -17,6 +17,7 @@ from ..base.durations import in_steps
 from ..base.metrics import METRICS, Metric
 from ..data import DATASETS, Batches, DataSet, open_data
 from ..errors import UsageError
+from ..kernels import LayerChoice
 from ..mask.saliency import force_masks, scores
 from ..models.request import Request, parse_input
 from ..models.source import build
@@ -67,6 +68,8 @@ class Prepared:
     transformation: Transformation | None
     notes: tuple[str, ...] = ()
     """What the Sparsifier warned of: masks that never move, an optimiser whose steps depend on zeros."""
+    kernels: tuple[LayerChoice, ...] = ()
+    """Which way computes each transformed weight. Empty: all are masked dense layers."""
 
     def every(self, duration: float | str) -> int:
         """A duration of the recipe in steps, at least one."""
