@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from .index import BlockIndex
+from .layout import COLUMNS, LAYOUT, OFFSETS, PARTS, VALUES, BlockLayout
+from .storage import CompactWeight, fitting_mask, layout_tensor
 
 
 class BlockLayer(nn.Module):
@@ -18,6 +20,8 @@ class BlockLayer(nn.Module):
 
     The weight is [out, in, *kernel]; `values` is [n, B, B], or [n, taps, B, B] where there is a kernel of kh * kw taps: every
     tap of a block is then a matrix [B outputs, B inputs] in one piece, which is what kernels load.
+
+    Its state dict says by itself where the blocks are (`layout`), and `load_state_dict` takes the dense `weight` too.
 
     Args:
         mask: bool [out / B, in / B], True where a block is stored.
@@ -30,6 +34,7 @@ class BlockLayer(nn.Module):
 
     values: Tensor
     bias: Tensor | None
+    layout: Tensor
     row_offsets: Tensor
     columns: Tensor
     rows: Tensor
@@ -52,16 +57,17 @@ class BlockLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.block, self.backend, self.transposed = block, backend, transposed
-        index = BlockIndex.from_mask(mask.to(device), block)
+        on_meta = device is not None and torch.device(device).type == "meta"
+        index = BlockIndex.from_mask(mask if on_meta else mask.to(device), block)
         for name, tensor in index._asdict().items():
-            self.register_buffer(name, tensor, persistent=name in ("row_offsets", "columns"))
+            self.register_buffer(name, tensor.to(device), persistent=name in PARTS)
         rows, columns = index.grid
         shape = (rows * block, columns * block)
         self.weight_shape = (*(shape[::-1] if transposed else shape), *kernel)
         taps = (math.prod(kernel),) if kernel else ()
         self.values = nn.Parameter(torch.empty(index.num_blocks, *taps, block, block, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(rows * block, device=device, dtype=dtype)) if bias else None
-        self.register_load_state_dict_post_hook(_rebuild_index)
+        self.register_buffer(LAYOUT, layout_tensor(self._layout).to(self.columns.device))
         self.reset_parameters()
 
     @classmethod
@@ -170,15 +176,62 @@ class BlockLayer(nn.Module):
         for tensor in (self.values, *state):
             tensor.copy_(tensor[source.clamp(min=0)].masked_fill_(new, 0))
 
+    @property
+    def _layout(self) -> BlockLayout:
+        return BlockLayout(self.weight_shape, self.transposed, self.block, len(self.values))
+
     def _describe_blocks(self) -> str:
         rows, columns = self.index.grid
         return f"blocks={len(self.values)} of {rows * columns}, {self.block} x {self.block}"
 
+    # --- loading and moving to other types, as nn.Module calls them ---
 
-def _rebuild_index(layer: BlockLayer, _: object) -> None:
-    """Derive the buffers that a state dict does not hold from `row_offsets` and `columns`."""
-    counts = layer.row_offsets.diff().long()
-    rows = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-    loaded = BlockIndex.from_pairs(rows, layer.columns, layer.index.grid, layer.block)
-    for old, new in zip(layer.index, loaded, strict=True):
-        old.copy_(new)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """As nn.Module loads, after the weight was brought into blocks; then the buffers that follow from two are derived."""
+        loads_index = self._in_blocks(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if not loads_index or self.columns.is_meta:
+            return
+        rows = torch.repeat_interleave(torch.arange(len(self.row_offsets) - 1), self.row_offsets.diff().long().cpu())
+        loaded = BlockIndex.from_pairs(rows.to(self.columns.device), self.columns, self.index.grid, self.block)
+        for name, new in loaded._asdict().items():
+            old = self._buffers[name]
+            if old is not None and old.device == new.device:
+                old.copy_(new)
+            else:  # load_state_dict(assign=True), as from meta
+                self._buffers[name] = new
+
+    def _in_blocks(self, state: dict[str, Any], prefix: str) -> bool:
+        """Bring the weight of a state dict into the blocks of this layer, checked; False where it has none.
+
+        Raises:
+            UsageError: it is another weight, has more blocks, or its tensors do not agree.
+        """
+        own, layout = self._layout, layout_tensor(self._layout)
+        path = prefix.removesuffix(".")
+        if prefix + "weight" in state and prefix + VALUES not in state:
+            weight = state.pop(prefix + "weight")
+            now = None if self.columns.is_meta else self.block_mask
+            loaded = CompactWeight.take(weight, own, fitting_mask(prefix + "weight", weight, own, now))
+        elif {prefix + OFFSETS, prefix + COLUMNS} & state.keys() and prefix + VALUES in state:
+            loaded = CompactWeight.of({prefix + LAYOUT: layout, **state}, path)
+            if (loaded.layout.grid, loaded.layout.taps) != (own.grid, own.taps) or len(loaded.values) != len(
+                self.values
+            ):
+                raise UsageError(f"{path} of the state dict is {loaded.layout}, and the layer {own}")
+        else:
+            return False
+        state.update(loaded.entries(path))
+        state[prefix + VALUES] = loaded.values.view(self.values.shape)
+        state[prefix + LAYOUT] = layout.to(loaded.columns.device)
+        return True
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As nn.Module; but `module.type(...)` makes no floating-point numbers of an index."""
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self

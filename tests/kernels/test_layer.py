@@ -140,7 +140,7 @@ def test_from_dense_and_back() -> None:
 def test_state_dict_holds_the_index_and_rebuilds_it() -> None:
     layer = BlockLinear(CORNERS, 4)
     other = BlockLinear(CORNERS.flip(0, 1), 4)
-    assert set(layer.state_dict()) == {"values", "bias", "row_offsets", "columns"}
+    assert set(layer.state_dict()) == {"values", "bias", "row_offsets", "columns", "layout"}
     other.load_state_dict(layer.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(layer.index, other.index, strict=True))
     x = torch.randn(3, 16)
