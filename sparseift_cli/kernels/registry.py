@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .index import BlockIndex
+    from .reference import ConvWindow
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class LayerRequest:
         dtype: of input and weight in the product, as torch spells it without the prefix: "bfloat16".
         device: type of the device: "cuda", "cpu".
         capability: (major, minor) compute capability of a CUDA device, otherwise None.
-        kind: the operation: "linear".
+        kind: the operation: "linear" or "conv2d".
     """
 
     block: int
@@ -122,6 +123,29 @@ class Functions(Protocol):
         ...
 
 
+class ConvFunctions(Protocol):
+    """What the module of a backend provides for convolutions.
+
+    Tensors are contiguous: x [N, H, W, C * B], output and its gradient [N, OH, OW, R * B], `values` [n, taps, B, B].
+    """
+
+    def conv2d(
+        self, x: Tensor, values: Tensor, index: BlockIndex, window: ConvWindow, bias: Tensor | None = None
+    ) -> Tensor:
+        """The output [N, OH, OW, R * B] for x [N, H, W, C * B] and bias [R * B]."""
+        ...
+
+    def conv2d_input_gradient(
+        self, grad: Tensor, values: Tensor, index: BlockIndex, window: ConvWindow, size: tuple[int, int]
+    ) -> Tensor:
+        """The gradient [N, H, W, C * B] at an input of `size` (H, W), for grad [N, OH, OW, R * B]."""
+        ...
+
+    def conv2d_weight_gradient(self, grad: Tensor, x: Tensor, index: BlockIndex, window: ConvWindow) -> Tensor:
+        """The stored blocks [n, taps, B, B] of the gradient at the weight, for grad [N, OH, OW, R * B], x [N, H, W, C * B]."""
+        ...
+
+
 class Backend(Protocol):
     """One way to compute block-sparse layers.
 
@@ -136,7 +160,11 @@ class Backend(Protocol):
         ...
 
     def functions(self) -> Functions:
-        """The module, or any object, that has the two functions."""
+        """The module, or any object, that has the two functions of linear layers."""
+        ...
+
+    def conv_functions(self) -> ConvFunctions:
+        """The same for convolutions; only called where `why_not` takes layers of kind conv2d."""
         ...
 
 
@@ -176,6 +204,10 @@ class TritonBlocks:
         """The module with the kernels; imports triton."""
         return import_module(".blocks", __package__)  # pyright: ignore[reportReturnType]
 
+    def conv_functions(self) -> ConvFunctions:
+        """The module with the kernels of convolutions; imports triton."""
+        return import_module(".conv_blocks", __package__)  # pyright: ignore[reportReturnType]
+
 
 class Reference:
     """Plain PyTorch, a matrix product for every block: slow, and right on every device."""
@@ -188,11 +220,15 @@ class Reference:
         return "plain PyTorch"
 
     def why_not(self, layer: LayerRequest) -> str | None:
-        """Every linear layer is taken."""
-        return None if layer.kind == "linear" else f"it computes linear layers, not {layer.kind}"
+        """Linear layers and convolutions are taken, whatever their blocks, dtype and device."""
+        return None if layer.kind in ("linear", "conv2d") else f"it computes linear and conv2d layers, not {layer.kind}"
 
     def functions(self) -> Functions:
         """The module with the functions; imports torch."""
+        return import_module(".reference", __package__)  # pyright: ignore[reportReturnType]
+
+    def conv_functions(self) -> ConvFunctions:
+        """The same module."""
         return import_module(".reference", __package__)  # pyright: ignore[reportReturnType]
 
 

@@ -180,8 +180,8 @@ def test_backends_say_why_not() -> None:
     assert choose("auto", on_cpu) is KERNELS.get("reference")
     with pytest.raises(UsageError, match="does not take this linear layer"):
         choose("blocks", LayerRequest(48, "float32", "cpu"))
-    with pytest.raises(UsageError, match="no kernel backend takes a conv2d layer"):
-        choose("auto", LayerRequest(64, "float32", "cpu", kind="conv2d"))
+    with pytest.raises(UsageError, match="no kernel backend takes a conv3d layer"):
+        choose("auto", LayerRequest(64, "float32", "cpu", kind="conv3d"))
     with pytest.raises(UsageError, match="unknown kernel backend"):
         choose("cutlass", on_cpu)
     with pytest.raises(UsageError, match="no why_not and no functions"):
