@@ -18,7 +18,7 @@ from os import environ
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..base.registry import Registry
-from ..errors import UsageError
+from ..errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -149,8 +149,9 @@ class ConvFunctions(Protocol):
 class Backend(Protocol):
     """One way to compute block-sparse layers.
 
-    Two attributes are optional: `fast` (default True) is False where "auto" must not consider it; the method `how(layer)` says
-    in a few words what it runs for a layer that it takes.
+    Optional: `fast` (default True) is False where "auto" must not consider it; the method `how(layer)` says in a few words
+    what it runs for a layer that it takes; `why_nowhere(layer)` is `why_not` without what depends on the device and on what is
+    installed, for plans that are made elsewhere.
     """
 
     summary: str
@@ -184,14 +185,20 @@ class TritonBlocks:
             return "Triton's interpreter"
         return "Triton, tensor descriptors" if (layer.capability or (0, 0)) >= (9, 0) else "Triton, pointers"
 
-    def why_not(self, layer: LayerRequest) -> str | None:
-        """The first requirement that `layer` does not meet, or None."""
+    def why_nowhere(self, layer: LayerRequest) -> str | None:
+        """The first requirement of any device that `layer` does not meet, or None."""
         if layer.kind != "linear":
             return f"it computes linear layers, not {layer.kind}"
         if layer.block not in (128, 64, 32):
             return f"its blocks are 128, 64 or 32 wide, not {layer.block}"
         if layer.dtype not in ("bfloat16", "float16", "float32"):
             return f"it computes in bfloat16, float16 or float32 (as tf32), not {layer.dtype}"
+        return None
+
+    def why_not(self, layer: LayerRequest) -> str | None:
+        """The first requirement that `layer` does not meet, or None."""
+        if reason := self.why_nowhere(layer):
+            return reason
         if layer.device != "cuda" and not _interpreted():
             return f"it needs a CUDA device, not {layer.device}"
         if layer.capability is not None and layer.capability < (8, 0):
@@ -252,6 +259,22 @@ AUTO = "auto"
 """The fastest right way on this device."""
 
 
+def canonical(kernels: str) -> str:
+    """What `select` is asked for, as it is listed: "auto", "masked", a name in `KERNELS`, or `package.module:Name`.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    if kernels in (AUTO, MASKED):
+        return kernels
+    if ":" not in kernels and kernels not in KERNELS:
+        names = (AUTO, MASKED, *KERNELS)
+        listed = f"known: {', '.join(names)}; or package.module:Name"
+        raise UsageError(f"unknown kernels {kernels!r}", hint=did_you_mean(kernels, names) or listed)
+    KERNELS.get(kernels)
+    return KERNELS.canonical(kernels)
+
+
 def select(kernels: str, layer: LayerRequest, size: LayerSize | None = None) -> Selected:
     """The way that computes `layer`: a backend, or the masked dense layer and the reason why no backend does.
 
@@ -262,14 +285,15 @@ def select(kernels: str, layer: LayerRequest, size: LayerSize | None = None) -> 
             distributed, every process must make the same calls: process 0 measures for all of them.
 
     Raises:
-        UsageError: `kernels` is no name of a backend.
+        UsageError: `kernels` is none of these.
     """
+    kernels = canonical(kernels)
     if kernels == MASKED:
         return Selected(MASKED, "masked layers were asked for")
     if kernels != AUTO:
-        name, backend = KERNELS.canonical(kernels), KERNELS.get(kernels)
-        wrong = backend.why_not(layer) or _measure().check(name, layer)
-        return Selected(MASKED, wrong) if wrong else Selected(name, how=_how(backend, layer))
+        backend = KERNELS.get(kernels)
+        wrong = backend.why_not(layer) or _measure().check(kernels, layer)
+        return Selected(MASKED, wrong) if wrong else Selected(kernels, how=_how(backend, layer))
     if size is None:
         return _fastest(layer, None)
     return _measure().from_first_process(lambda: _fastest(layer, size))
@@ -284,6 +308,18 @@ def _fastest(layer: LayerRequest, size: LayerSize | None) -> Selected:
         return Selected(MASKED, _listed(reasons))
     best, reason = (able[0], "") if size is None else _measured(able, layer, size)
     return Selected(best, reason, "" if best == MASKED else _how(KERNELS.get(best), layer))
+
+
+def why_nowhere(kind: str, block: int, dtype: str = "bfloat16") -> str | None:
+    """Why "auto" takes no kernel for layers of such blocks on any device; None where there is a device on which one runs.
+
+    >>> why_nowhere("linear", 48)
+    'its blocks are 128, 64 or 32 wide, not 48'
+    """
+    layer = LayerRequest(block, dtype, "cuda", (9, 0), kind)
+    backends = {name: KERNELS.get(name) for name in KERNELS if getattr(KERNELS.get(name), "fast", True)}
+    reasons = {name: getattr(one, "why_nowhere", one.why_not)(layer) for name, one in backends.items()}
+    return None if None in reasons.values() else _listed(reasons)
 
 
 def _measure() -> Any:

@@ -25,6 +25,7 @@ from ..base.options import DeclaredOption, options_of
 from ..base.registry import Registry
 from ..data import DATASETS
 from ..errors import UsageError
+from ..kernels.registry import AUTO, KERNELS, MASKED, canonical
 from ..models.request import proper_source
 from ..optim import optimizers, schedules
 from ..optim.optimizers import OPTIMIZERS
@@ -116,6 +117,17 @@ class _NameOrByLayer(_NameIn):
         except UsageError as error:
             raise ValueError(error.message) from None
         return value
+
+
+@dataclass(frozen=True, slots=True)
+class _Kernels(_NameIn):
+    """A field's type: a kernel backend as `_NameIn` has it, or one of the words that `select` knows beside them."""
+
+    def __get_pydantic_json_schema__(self, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return names_or_object((AUTO, MASKED, *self.registry))
+
+    def _checked(self, value: Any) -> Any:
+        return canonical(_read_by(canonical)(value))
 
 
 def names_or_object(names: Iterable[str]) -> dict[str, Any]:
@@ -370,6 +382,11 @@ class Training(Section):
         True, description="On a GPU, replay the whole step as a CUDA graph, where that can be (not fp16, one process)."
     )
     recompute: bool = option(TrainingSpec, "recompute")
+    kernels: Annotated[str, _Kernels(KERNELS)] = Field(
+        AUTO,
+        description="Which kernels compute layers with masks of square blocks: auto takes for each layer the fastest on the "
+        "device; masked multiplies by the zeros; or a backend. FLOPs that are counted stay the same.",
+    )
     deterministic: bool = Field(
         False, description="Deterministic kernels: on a GPU, resuming is exact to the bit only with these; slower."
     )

@@ -12,14 +12,14 @@ from pathlib import PurePath
 from typing import Any
 
 from ..base.metrics import MetricFacts, is_shipped, metrics_in
+from ..runs.provenance import HOW_IT_RUNS
 from .read import Run
 
 IRRELEVANT_SETTINGS = frozenset(
     {
         "training.seed",
         "training.seeds",
-        "training.device",
-        "training.threads",
+        *(f"training.{name}" for name in HOW_IT_RUNS),
         "data.root",
         "data.download",
         "data.workers",

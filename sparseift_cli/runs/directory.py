@@ -54,6 +54,18 @@ def seed_of(recipe: str) -> str | None:
     return found[1] if found else None
 
 
+def _what_is_computed(recipe: str) -> list[str]:
+    """The lines of a whole recipe's text without those of HOW_IT_RUNS."""
+    lines = recipe.splitlines()
+    begins = lines.index("training:") if "training:" in lines else len(lines)
+    ends = next((i for i in range(begins + 1, len(lines)) if not lines[i].startswith(" ")), len(lines))
+    return [
+        line
+        for i, line in enumerate(lines)
+        if not (begins < i < ends and line.strip().partition(":")[0] in provenance.HOW_IT_RUNS)
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
     """One run on disk."""
@@ -118,8 +130,8 @@ class RunDirectory:
     ) -> RunDirectory | None:
         """The newest run of `name`; None where there is none.
 
-        With `recipe`: the newest of this very recipe, else the newest of the same seed (`require_recipe` then tells the
-        difference). Another seed's run is no run of this one. `read` as for `require_recipe`.
+        With `recipe`: the newest of this very recipe, else of one that `require_recipe` accepts, else the newest of the same
+        seed (`require_recipe` then tells the difference). Another seed's run is no run of this one. `read` as there.
         """
         every = RunDirectory.all(root, name, keep=keep, better=better)
         if recipe is None:
@@ -129,7 +141,8 @@ class RunDirectory:
         if same is not None:
             return same
         candidates = [run for run in reversed(every) if seed_of(run.recipe) == seed]
-        older = (run for run in candidates if read is not None and read(run.path / RECIPE) == recipe)
+        wanted = _what_is_computed(recipe)
+        older = (run for run in candidates if read and _what_is_computed(read(run.path / RECIPE)) == wanted)
         return next(older, next(iter(candidates), None))
 
     @staticmethod
@@ -166,7 +179,7 @@ class RunDirectory:
         return atomic.read_json(self.path / SUMMARY) if (self.path / SUMMARY).exists() else None
 
     def require_recipe(self, recipe: str, read: ReadRecipe | None = None) -> None:
-        """Refuse to continue with another recipe than the run began with.
+        """Refuse to continue with another recipe than the run began with; on what it is computed may differ.
 
         `read` gives the text of a recipe file as it is written today: a recipe of an older version lacks the keys that have
         come since, and means their defaults.
@@ -177,9 +190,9 @@ class RunDirectory:
         if self.recipe == recipe:
             return
         began = self.recipe if read is None else read(self.path / RECIPE)
-        if began == recipe:
+        began_lines, now_lines = _what_is_computed(began), _what_is_computed(recipe)
+        if began_lines == now_lines:
             return
-        began_lines, now_lines = began.splitlines(), recipe.splitlines()
         lines = list(difflib.unified_diff(began_lines, now_lines, "the run's recipe", "this recipe", n=1, lineterm=""))
         more = [f"... and {len(lines) - _SHOWN} lines more"] if len(lines) > _SHOWN else []
         raise ArtifactError(

@@ -31,6 +31,8 @@ BITS = {
     "git.commit": "commit of sparseift",
 }
 """What the bits of a result depend on, by dotted key, and what people call it. Another commit may transform otherwise."""
+HOW_IT_RUNS = ("device", "threads", "kernels")
+"""Settings of `training` that say on what a run is computed, not what: it may go on with others, which `differences` tells."""
 
 
 def session(

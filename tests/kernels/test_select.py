@@ -185,8 +185,9 @@ def test_reasons_of_all_backends_and_of_names() -> None:
     assert select("auto", conv, SIZE).reason == "one: linear layers only; two: linear layers only"
     assert select("two", conv).reason == "linear layers only"
     assert select("masked", LAYER, SIZE).reason == "masked layers were asked for"
-    with pytest.raises(UsageError, match="unknown kernel backend 'three'"):
+    with pytest.raises(UsageError, match="unknown kernels 'three'") as error:
         select("three", LAYER)
+    assert error.value.hint == "known: auto, masked, one, two; or package.module:Name"
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"key": 3}', b'{"key": {"masked": "x"}}', b"\xff\xfe"])

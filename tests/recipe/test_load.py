@@ -242,6 +242,8 @@ def test_defaults_follow_the_data_and_the_model(tmp_path: Path, text: str, want:
         ("training.seeds=", "training.seeds", ()),
         ("training.compile=true", "training.compile", True),
         ("training.clip=null", "training.clip", None),
+        ("training.kernels=masked", "training.kernels", "masked"),
+        ("training.kernels=Blocks", "training.kernels", "blocks"),
         ("training.steps=50", "training.epochs", None),
         ("sparsity=0.5", "transform.sparsity", 0.5),
         ("transform.sparsity=.5", "transform.sparsity", 0.5),
@@ -276,6 +278,7 @@ def test_set_is_typed_by_the_schema(tmp_path: Path, option: str, key: str, value
         ("training.batch_size=1.5", "training.batch_size: expected a whole number, not 1.5"),
         ("training.seeds=a", 'training.seeds.0: expected a whole number, not "a"'),
         ("optimizer.betas=.9,.95", "optimizer.betas: no option of sgd, known: name, lr, momentum"),
+        ("training.kernels=x", "unknown kernels 'x' (known: auto, masked, blocks, reference; or package.module:Name)"),
         ("training.precision=[", "'[' is not one of fp32, bf16, fp16"),
     ],
 )

@@ -59,6 +59,21 @@ def test_another_recipe_is_refused_with_the_difference(tmp_path: Path) -> None:
         run.require_recipe("\n".join(map(str, range(100))))
 
 
+def test_how_a_run_is_computed_may_change(tmp_path: Path) -> None:
+    text = (
+        "data:\n  device: x\ntraining:\n  steps: 5\n  device: cpu\n  threads: 1\n  kernels: auto\ninit:\n  kernels: 1\n"
+    )
+    other = text.replace("device: cpu", "device: cuda").replace("threads: 1", "threads: null").replace("auto", "masked")
+    run = created(tmp_path, text)
+    run.require_recipe(other)
+    for changed in ("device: y", "kernels: 2", "steps: 6"):
+        was = {"device: y": "device: x", "kernels: 2": "kernels: 1", "steps: 6": "steps: 5"}[changed]
+        with pytest.raises(ArtifactError, match="was begun with another recipe"):
+            run.require_recipe(other.replace(was, changed))
+    created(tmp_path, text.replace("steps: 5", "steps: 6"), NOON + timedelta(seconds=1))
+    assert RunDirectory.latest(tmp_path, "mine", recipe=other, read=Path.read_text) == run
+
+
 def test_open_refuses_what_is_no_run(tmp_path: Path) -> None:
     run = created(tmp_path)
     assert RunDirectory.open(run.path) == run

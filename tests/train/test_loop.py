@@ -256,6 +256,15 @@ def test_resuming_another_recipe_is_refused_with_the_difference(write_recipe: Wr
     assert "-  lr: 0.05" in error.value.message and "+  lr: 0.01" in error.value.message
 
 
+def test_a_run_goes_on_with_other_kernels_and_threads(write_recipe: Write, tmp_path: Path) -> None:
+    path, seen = write_recipe("rigl"), list[int]()
+    with pytest.raises(InterruptedRun):
+        run_jobs([(load(path, ["training.threads=1"]), 0)], tmp_path / "runs", None, quiet, quiet, tick=sigterm_in(7))
+    other = load(path, ["training.threads=2", "training.kernels=masked"])
+    run_jobs([(other, 0)], tmp_path / "runs", "latest", quiet, quiet, tick=seen.append)
+    assert seen == [*range(8, 13)]
+
+
 def test_a_run_that_began_in_another_order_is_refused(
     write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
