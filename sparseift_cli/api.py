@@ -349,8 +349,8 @@ def _checked_masks(model: nn.Module, done: Transformation) -> dict[str, Any] | N
     if any(p.is_meta for p in model.parameters()):
         return None
     masks = masks_of(model)
-    follow_weights(model, masks, done.surgery.masked, done.plan.spec.pattern)
-    require_masked(model, masks, done.surgery.masked, done.plan.spec.pattern)
+    follow_weights(model, masks, done.surgery.masked)
+    require_masked(model, masks, done.surgery.masked)
     return masks
 
 

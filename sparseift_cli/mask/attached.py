@@ -28,14 +28,14 @@ _LAST_LOOK = 1024  # backward passes after which a `_Watch` has seen enough
 def attach(
     model: nn.Module,
     masks: Mapping[str, Tensor],
-    pattern: str = "unstructured",
+    patterns: Mapping[str, str] | None = None,
     parts: Mapping[str, Rows] | None = None,
 ) -> None:
-    """Put each mask [*shape of its weight], of that pattern, beside its weight, on the same device; masked weights are zeroed.
+    """Put each mask [*shape of its weight], beside its weight, on the same device; masked weights are zeroed.
 
     Args:
         masks: bool, by the name of the parameter.
-        pattern: of all of these masks; not checked here.
+        patterns: of masks that are not unstructured, by the name of the parameter; not checked here.
         parts: of weights that consist of several, each with a number of non-zeros of its own: their rows.
 
     Raises:
@@ -52,7 +52,7 @@ def attach(
             )
         mask = mask.to(weight.device, torch.bool)
         module.register_buffer(name + SUFFIX, mask, persistent=False)
-        setattr(module, name + _PATTERN, pattern)
+        setattr(module, name + _PATTERN, (patterns or {}).get(key, "unstructured"))
         if parts and parts.get(key):
             setattr(module, name + _PARTS, _with_gaps(parts[key], weight.shape[0]))
         with torch.no_grad():  # inverted and back in place: a copy of a large mask would need as much memory again
@@ -203,7 +203,7 @@ def copy_masks(source: nn.Module, target: nn.Module) -> None:
     for key, mask in masks.items():
         path, _, name = key.rpartition(".")
         module = source.get_submodule(path)
-        attach(target, {key: mask.clone()}, pattern_of(module, name), {key: parts_of(module, name)})
+        attach(target, {key: mask.clone()}, {key: pattern_of(module, name)}, {key: parts_of(module, name)})
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

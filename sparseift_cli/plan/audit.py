@@ -131,8 +131,7 @@ class Audit(ShownAsSheets):
         if self.plan is None or self.transformed is None:
             return self.dense.nonzero_params
         rows = [row for row in self.plan.layers if row.status == "transformed"]
-        pattern = self.plan.spec.mask_pattern
-        more = sum(final_nonzeros(row, p, self.training, pattern) - p.nnz for row in rows for p in row.parts)
+        more = sum(final_nonzeros(row, p, self.training) - p.nnz for row in rows for p in row.parts)
         return self.transformed.nonzero_params + more
 
     def owners(self) -> dict[str, int]:
@@ -223,7 +222,7 @@ def audit(counted: Plan | LayerTable, training: TrainingSpec | None = None, *, c
     stored = sum(row.params for row in plan.layers)
     transformed = Totals(
         forward_macs=sum(row.macs for row in plan.layers),
-        training_macs=run_macs(plan.layers, training, plan.spec.mask_pattern),
+        training_macs=run_macs(plan.layers, training),
         params=stored,
         activations=sum(row.activations for row in plan.layers),
         scores=sum(row.activations for row in plan.layers if row.layer.kind == "qk"),
@@ -337,6 +336,7 @@ def row_fields(row: LayerPlan) -> dict[str, Any]:
         "density": float(row.density) if row.parts else None,
         "nnz": row.nnz if row.parts else None,
         "weights": row.weights if row.parts else None,
+        "pattern": row.pattern if row.status == "transformed" else None,
         "params": row.params,
         "activations": row.activations,
         "parts": [p.to_json() for p in row.parts],

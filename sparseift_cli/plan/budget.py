@@ -12,7 +12,6 @@ from fractions import Fraction
 from math import floor
 
 from ..errors import CheckFailed, UsageError
-from ..mask.patterns import MaskPattern
 from .distributions import BudgetedLayer
 from .layer_plan import LayerPlan
 from .selection import require_transformed
@@ -56,13 +55,12 @@ def allocate_nonzeros(
                 f"pattern {spec.pattern} fixes every density, so {what}",
                 hint="use --match layer, or a block or unstructured pattern",
             )
-        return [_fixed_density(p, pattern) if p.status == "transformed" else p for p in layers], None
+        return [_fixed_density(p) if p.status == "transformed" else p for p in layers], None
     for i in which:
         if i in given or (spec.match == "off" and not shared):
-            layers[i] = _with_nonzeros(layers[i], _at_density(layers[i], given.get(i, spec.density), spec), spec)
+            layers[i] = _with_nonzeros(layers[i], _at_density(layers[i], given.get(i, spec.density)))
         elif spec.match == "layer":
-            nnz = clamp_to_room(layers[i], layers[i].dense_macs // layers[i].positions, spec)
-            layers[i] = _with_nonzeros(layers[i], nnz, spec)
+            layers[i] = _with_nonzeros(layers[i], clamp_to_room(layers[i], layers[i].dense_macs // layers[i].positions))
     if shared:
         return _share_nonzeros(layers, [i for i in which if i not in given], spec), None
     if spec.match not in ("model", "train"):
@@ -73,31 +71,26 @@ def allocate_nonzeros(
 # --- one layer ---
 
 
-def _room(plan: LayerPlan, pattern: MaskPattern) -> int:
-    """The most non-zeros a layer can hold: what the pattern lets its masked parts have, beside the dense parts."""
-    return sum(part.shape.weights if part.dense else pattern.room(part.shape) for part in plan.parts)
-
-
-def clamp_to_room(plan: LayerPlan, nnz: int, spec: TransformSpec) -> int:
+def clamp_to_room(plan: LayerPlan, nnz: int) -> int:
     """The number of non-zeros nearest to `nnz` from below that the layer can hold: in whole blocks, at least one.
 
     Raises:
         UsageError: it has no room for one block.
     """
-    unit, dense = spec.mask_pattern.unit * plan.copies, plan.dense_nnz
-    room = _room(plan, spec.mask_pattern) - dense
+    unit, dense = plan.unit, plan.dense_nnz
+    room = plan.room - dense
     if room < unit:
         raise UsageError(
-            f"layer {plan.layer.name} has no room for one {spec.pattern} block",
+            f"layer {plan.layer.name} has no room for one {plan.pattern} block",
             hint="--exclude it, or use smaller blocks",
         )
     return dense + max(unit, min(room, nnz - dense) // unit * unit)
 
 
-def _at_density(plan: LayerPlan, density: Fraction, spec: TransformSpec) -> int:
+def _at_density(plan: LayerPlan, density: Fraction) -> int:
     """Non-zeros of a layer whose masked parts have a density of their own, whatever that costs."""
     dense = plan.dense_nnz
-    return clamp_to_room(plan, dense + floor(density * (plan.weights - dense)), spec)
+    return clamp_to_room(plan, dense + floor(density * (plan.weights - dense)))
 
 
 def _share_nonzeros(layers: list[LayerPlan], shared: Sequence[int], spec: TransformSpec) -> list[LayerPlan]:
@@ -114,11 +107,11 @@ def _share_nonzeros(layers: list[LayerPlan], shared: Sequence[int], spec: Transf
     ]
     densities = checked_densities(spec, weighed, spec.density * sum(masked))
     budgets = [d * n for d, n in zip(densities, masked, strict=True)]
-    units = [spec.mask_pattern.unit * p.copies for p in chosen]
-    caps = [(_room(p, spec.mask_pattern) - n) // u for p, n, u in zip(chosen, dense, units, strict=True)]
+    units = [p.unit for p in chosen]
+    caps = [(p.room - n) // u for p, n, u in zip(chosen, dense, units, strict=True)]
     counts = round_to_budget(budgets, units, caps)
     for i, n, count, unit in zip(shared, dense, counts, units, strict=True):
-        layers[i] = _with_nonzeros(layers[i], clamp_to_room(layers[i], n + count * unit, spec), spec)
+        layers[i] = _with_nonzeros(layers[i], clamp_to_room(layers[i], n + count * unit))
     return layers
 
 
@@ -134,25 +127,27 @@ def checked_densities(spec: TransformSpec, layers: Sequence[BudgetedLayer], budg
     return [Fraction(d) for d in found]
 
 
-def _with_nonzeros(plan: LayerPlan, nnz: int, spec: TransformSpec) -> LayerPlan:
+def _with_nonzeros(plan: LayerPlan, nnz: int) -> LayerPlan:
     """The layer with `nnz` non-zeros over its parts.
 
     Raises:
         UsageError: one of them has no room for its blocks.
     """
-    plan = plan.with_nonzeros(nnz, spec.mask_pattern.unit * plan.copies)
-    _require_room(plan, spec.mask_pattern)
+    plan = plan.with_nonzeros(nnz)
+    _require_room(plan)
     return plan
 
 
-def _fixed_density(plan: LayerPlan, pattern: MaskPattern) -> LayerPlan:
+def _fixed_density(plan: LayerPlan) -> LayerPlan:
     """The layer with the only number of non-zeros that the pattern lets each masked part have."""
+    pattern = plan.mask_pattern
     parts = (part if part.dense else replace(part, nnz=pattern.room(part.shape)) for part in plan.parts)
     return replace(plan, parts=tuple(parts))
 
 
-def _require_room(plan: LayerPlan, pattern: MaskPattern) -> None:
+def _require_room(plan: LayerPlan) -> None:
     """A layer's room can be all in one of its parts: V of a depthwise layer has one output a group."""
+    pattern = plan.mask_pattern
     for part in plan.parts:
         room = part.shape.weights if part.dense else pattern.room(part.shape)
         if part.nnz > room:
@@ -208,7 +203,7 @@ class _ModelBudget:
         """What `others` cost of the budget."""
         if self.spec.match == "model":
             return sum(p.macs for p in self.others)
-        return run_macs(self.others, self.training, self.spec.mask_pattern)
+        return run_macs(self.others, self.training)
 
     def forward_budgets(self, scale: Fraction) -> list[Fraction]:
         """Forward MACs of each layer in `chosen`, in all scale * dense cost, as the distribution has it."""
@@ -225,7 +220,7 @@ class _ModelBudget:
         budgets = zip(self.chosen, self.forward_budgets(scale), strict=True)
         if self.spec.match == "model":
             return sum((max(b, Fraction(p.dense_nnz * p.positions)) for p, b in budgets), others)
-        return sum((unrounded_macs(p, b, self.training, self.spec.mask_pattern) for p, b in budgets), others)
+        return sum((unrounded_macs(p, b, self.training) for p, b in budgets), others)
 
 
 def _match_model(budget: _ModelBudget) -> tuple[list[LayerPlan], Fraction | None]:
@@ -239,7 +234,7 @@ def _match_model(budget: _ModelBudget) -> tuple[list[LayerPlan], Fraction | None
         return budget.layers, None
     scale, layers = _scale(budget), list(budget.layers)
     for i, nnz in zip(budget.solved, _matched(budget, scale), strict=True):
-        layers[i] = _with_nonzeros(layers[i], nnz, budget.spec)
+        layers[i] = _with_nonzeros(layers[i], nnz)
     cost, total = matched_cost(layers, budget.spec, budget.training) or (0, 0)
     if cost > total:  # one non-zero a layer is already too much
         _refuse(budget)
@@ -309,9 +304,9 @@ def _solve(cost: Callable[[Fraction], Fraction], budget: Fraction | int, most: F
 def _matched(budget: _ModelBudget, scale: Fraction) -> list[int]:
     """Counts within the budget that `scale` was solved for: the forward pass's, or the run's as it is counted afterwards."""
     spec, training, chosen = budget.spec, budget.training, budget.chosen
-    units = [spec.mask_pattern.unit * p.copies for p in chosen]
+    units = [p.unit for p in chosen]
     dense = [p.dense_nnz for p in chosen]
-    caps = [(_room(p, spec.mask_pattern) - n) // u for p, n, u in zip(chosen, dense, units, strict=True)]
+    caps = [(p.room - n) // u for p, n, u in zip(chosen, dense, units, strict=True)]
     budgets = [b - n * p.positions for b, n, p in zip(budget.forward_budgets(scale), dense, chosen, strict=True)]
     costs = [int(p.positions * u) for p, u in zip(chosen, units, strict=True)]
     if spec.match == "model":
@@ -319,8 +314,7 @@ def _matched(budget: _ModelBudget, scale: Fraction) -> list[int]:
     else:
 
         def of_run(i: int, n: int) -> Fraction:
-            nnz = dense[i] + n * units[i]
-            return run_macs([chosen[i].with_nonzeros(nnz, units[i])], training, spec.mask_pattern)
+            return run_macs([chosen[i].with_nonzeros(dense[i] + n * units[i])], training)
 
         counts = round_to_budget(budgets, costs, caps, budget.total - budget.cost_of_others(), of_run)
     return [n + c * u for n, c, u in zip(dense, counts, units, strict=True)]
@@ -374,7 +368,7 @@ def matched_cost(
     if spec.match == "model":
         return sum(p.macs for p in layers), sum(p.dense_macs for p in layers)
     if spec.match == "train":
-        return run_macs(layers, training, spec.mask_pattern), dense_training_macs(layers, training)
+        return run_macs(layers, training), dense_training_macs(layers, training)
     return None
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
 
+from ..mask.patterns import MaskPattern, parse_pattern
 from ..table.shape import Shape
 from ..table.table import Layer
 
@@ -72,6 +73,7 @@ class LayerPlan:
         params: parameters, biases and norms too.
         activations: output elements.
         parts: its weights.
+        pattern: where the non-zeros of its masked parts may be, as `parse_pattern` reads it.
         detail: how it was transformed, for tables: "10 branches, realised sparsity 0.9", "rank 320".
         new_shape: its new shape in words, where it is made of several parts: "10 branches", "rank 320 + sparse".
         rank: per group, of a low-rank pair.
@@ -89,6 +91,7 @@ class LayerPlan:
     params: int
     activations: int
     parts: tuple[Part, ...] = ()
+    pattern: str = "unstructured"
     detail: str = ""
     new_shape: str = ""
     rank: int | None = None
@@ -100,6 +103,22 @@ class LayerPlan:
     def copies(self) -> int:
         """How many stacked matrices have equal numbers of non-zeros, so that MACs are the same for any routing: the experts."""
         return self.parts[0].shape.groups if self.layer.kind == EXPERTS and self.parts else 1
+
+    @property
+    def mask_pattern(self) -> MaskPattern:
+        """The pattern itself, which `pattern` names."""
+        return parse_pattern(self.pattern)
+
+    @property
+    def unit(self) -> int:
+        """Non-zeros of its masks come in multiples of it: the weights of a block, in each of the copies."""
+        return self.mask_pattern.unit * self.copies
+
+    @property
+    def room(self) -> int:
+        """The most non-zeros that it can hold: what the pattern lets its masked parts have, beside the dense parts."""
+        pattern = self.mask_pattern
+        return sum(part.shape.weights if part.dense else pattern.room(part.shape) for part in self.parts)
 
     @property
     def macs(self) -> int:
@@ -137,9 +156,9 @@ class LayerPlan:
         """The number that its replacement is built with: branches, else the rank per group, else the number of parts."""
         return next((n for n in (self.branches, self.rank) if n is not None), len(self.parts))
 
-    def with_nonzeros(self, nnz: int, unit: int = 1) -> LayerPlan:
-        """The same layer with `nnz` non-zeros in all, split over its parts in whole units (a block's weights)."""
-        return replace(self, parts=split_over_parts(self.parts, nnz, unit))
+    def with_nonzeros(self, nnz: int) -> LayerPlan:
+        """The same layer with `nnz` non-zeros in all, split over its parts in whole units (`unit`)."""
+        return replace(self, parts=split_over_parts(self.parts, nnz, self.unit))
 
     def to_json(self) -> dict[str, Any]:
         data: dict[str, Any] = {
@@ -149,7 +168,7 @@ class LayerPlan:
             "macs": self.macs,
         }
         if self.status == "transformed":
-            data |= {"detail": self.detail, "parts": [p.to_json() for p in self.parts]}
+            data |= {"detail": self.detail, "pattern": self.pattern, "parts": [p.to_json() for p in self.parts]}
         return data
 
 

@@ -119,6 +119,7 @@ def make_plan(
             "it has no body layers"
         ]
         raise UsageError(f"{member.title} leaves every layer of {table.model} as it is: {'; '.join(reasons[:4])}")
+    layers = [replace(p, pattern=spec.pattern) if p.status == "transformed" else p for p in layers]
     layers, scale = allocate_nonzeros(layers, spec, training, widening)
     return Plan(table, spec, training, sizes, tuple(layers), scale, widening, causal)
 

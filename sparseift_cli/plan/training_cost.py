@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
-from ..mask.patterns import UNSTRUCTURED, MaskPattern
 from ..sparsity.algorithms import MaskAlgorithm
 from ..sparsity.schedule import StepCost
 from ..table.table import Layer
@@ -77,7 +76,7 @@ def _training_macs(
     return total
 
 
-def run_macs(layers: Sequence[LayerPlan], training: TrainingSpec, pattern: MaskPattern = UNSTRUCTURED) -> Fraction:
+def run_macs(layers: Sequence[LayerPlan], training: TrainingSpec) -> Fraction:
     """Mean MACs of a training step over a run, to the non-zero: those of the whole run over its steps.
 
     Gradual pruning has a whole number of non-zeros (of blocks, where masks consist of them) at every step, so with known
@@ -86,15 +85,13 @@ def run_macs(layers: Sequence[LayerPlan], training: TrainingSpec, pattern: MaskP
     method, schedule = training.method, training.method.schedule(training.steps)
 
     def mean(plan: LayerPlan, part: Part, cost: StepCost) -> Fraction:
-        start = initial_nonzeros(plan, part, method, pattern)
-        return method.mean_step(cost, start, part.nnz, part.shape.weights, schedule, pattern.unit * plan.copies)
+        start = initial_nonzeros(plan, part, method)
+        return method.mean_step(cost, start, part.nnz, part.shape.weights, schedule, plan.unit)
 
     return _training_macs(layers, training, mean)
 
 
-def unrounded_macs(
-    plan: LayerPlan, macs: Fraction | int, training: TrainingSpec, pattern: MaskPattern = UNSTRUCTURED
-) -> Fraction:
+def unrounded_macs(plan: LayerPlan, macs: Fraction | int, training: TrainingSpec) -> Fraction:
     """`run_macs` of a transformed layer whose forward costs `macs`, before rounding to whole non-zeros.
 
     Dense parts keep all their weights, whatever `macs` says; the others share what is left by size.
@@ -106,7 +103,7 @@ def unrounded_macs(
 
     def mean(plan: LayerPlan, part: Part, cost: StepCost) -> Fraction:
         nnz = density * part.shape.weights
-        start = max(nnz, _start(plan, part, method, pattern))
+        start = max(nnz, _start(plan, part, method))
         return method.mean_step(cost, start, nnz, part.shape.weights, schedule)
 
     return _training_macs([plan], training, mean)
@@ -125,22 +122,22 @@ def executed_macs(layers: Sequence[LayerPlan], training: TrainingSpec) -> Fracti
     return _training_macs(layers, training, lambda _, part, cost: cost.total * part.shape.weights)
 
 
-def initial_nonzeros(plan: LayerPlan, part: Part, method: MaskAlgorithm, pattern: MaskPattern) -> int:
+def initial_nonzeros(plan: LayerPlan, part: Part, method: MaskAlgorithm) -> int:
     """The non-zeros of a part at step 0: the planned ones, or more where the algorithm starts denser."""
-    return max(part.nnz, _start(plan, part, method, pattern))
+    return max(part.nnz, _start(plan, part, method))
 
 
-def final_nonzeros(plan: LayerPlan, part: Part, training: TrainingSpec, pattern: MaskPattern) -> int:
+def final_nonzeros(plan: LayerPlan, part: Part, training: TrainingSpec) -> int:
     """The non-zeros of a part when training ends: the planned ones, unless the algorithm uses no masks."""
     schedule = training.method.schedule(training.steps)
-    start = initial_nonzeros(plan, part, training.method, pattern)
+    start = initial_nonzeros(plan, part, training.method)
     return training.method.nonzeros(schedule.end, start, part.nnz, schedule)
 
 
-def _start(plan: LayerPlan, part: Part, method: MaskAlgorithm, pattern: MaskPattern) -> int:
+def _start(plan: LayerPlan, part: Part, method: MaskAlgorithm) -> int:
     """The non-zeros of the algorithm's start density, in whole blocks; 0 for parts that keep theirs: dense or frozen ones."""
     if method.start_density is None or part.dense or not plan.layer.grad_weight:
         return 0
-    unit = pattern.unit * plan.copies
+    unit = plan.unit
     count = int(method.start_density * part.shape.weights / unit)
-    return min(pattern.places(part.shape) // unit, count) * unit
+    return min(plan.mask_pattern.places(part.shape) // unit, count) * unit

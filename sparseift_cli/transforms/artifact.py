@@ -62,13 +62,18 @@ class Artifact:
             UsageError: these training options do not fit the plan.
         """
         plan = make_plan(self.table, self.spec, self.training, causal=self.causal)
-        if plan.to_json()["layers"] != self.plan["layers"]:
+        if plan.to_json()["layers"] != [_with_pattern(row, self.spec.pattern) for row in self.plan["layers"]]:
             raise ArtifactError(
                 f"{self.path} was planned by sparseift {self.provenance.get('sparseift')}, which counts "
                 "otherwise than this version",
                 hint="transform the model again",
             )
         return audit(plan, training, causal=causal)
+
+
+def _with_pattern(row: Mapping[str, Any], pattern: str) -> Mapping[str, Any]:
+    """A row of a stored plan with its pattern, which older versions kept in the spec alone."""
+    return {"pattern": pattern, **row} if row["status"] == "transformed" else row
 
 
 def is_artifact(path: str | Path) -> bool:

@@ -76,6 +76,7 @@ class Masked:
         transposed: it is [in, out] instead of [out, in].
         rows: it is only rows [start, stop) of the parameter, which uses its parts at different numbers of positions.
         expert: the rows are one matrix of a stack [experts, out, in].
+        pattern: where its non-zeros may be; `surgery_for` sets it to that of its layer in the plan.
         heads: number of equal blocks of rows (with `heads_on_inputs`: of columns) with equal shares of the non-zeros,
             one for each head of an attention projection.
     """
@@ -90,6 +91,7 @@ class Masked:
     heads_on_inputs: bool = False
     rows: tuple[int, int] | None = None
     expert: bool = False
+    pattern: str = "unstructured"
 
     @property
     def name(self) -> str:
@@ -140,6 +142,11 @@ class Surgery:
             found[m.key] = found.get(m.key, 0) + m.nnz
         return found
 
+    @property
+    def patterns(self) -> dict[str, str]:
+        """The pattern of every sparse parameter, by its key."""
+        return {m.key: m.pattern for m in self.masked}
+
     def parts(self, key: str) -> list[Masked]:
         """What a parameter consists of: one entry for all of it, or several in the order of their rows."""
         return sorted((m for m in self.masked if m.key == key), key=lambda m: m.rows or (0, 0))
@@ -148,18 +155,24 @@ class Surgery:
         return {"schema": SCHEMA} | {f.name: [_changed_fields(e) for e in getattr(self, f.name)] for f in fields(self)}
 
     @staticmethod
-    def from_json(data: Mapping[str, Any]) -> Surgery:
+    def from_json(data: Mapping[str, Any], pattern: str = "unstructured") -> Surgery:
+        """The inverse of `to_json`; `pattern` is that of masks that were written without one, by older versions."""
         return Surgery(
             tuple(_resize_from(e) for e in data["resizes"]),
             tuple(SetAttribute(**e) for e in data["attributes"]),
             tuple(Replace(**e) for e in data["members"]),
-            tuple(Masked(**(e | {"rows": tuple(e["rows"]) if e.get("rows") else None})) for e in data["masked"]),
+            tuple(_masked_from({"pattern": pattern, **e}) for e in data["masked"]),
         )
 
 
 def _resize_from(data: Mapping[str, Any]) -> Resize:
     runs = tuple(tuple((old, new) for old, new in parts) for parts in data.get("runs", ()))
     return Resize(data["key"], tuple(data["shape"]), data.get("rotary", False), runs)
+
+
+def _masked_from(data: Mapping[str, Any]) -> Masked:
+    rows: Any = tuple(data["rows"]) if data.get("rows") else None
+    return Masked(**{**data, "rows": rows})
 
 
 def _changed_fields(edit: Any) -> dict[str, Any]:

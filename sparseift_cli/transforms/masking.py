@@ -37,7 +37,6 @@ def draw_masks(
     Raises:
         UsageError: the pattern cannot hold the planned counts.
     """
-    pattern = plan.spec.pattern
     masks: dict[str, Tensor] = {}
     by_layer: dict[str, list[Masked]] = {}
     for m in surgery.masked:
@@ -50,7 +49,7 @@ def draw_masks(
                 tuple(model.get_parameter(first.key).shape),
                 [m.nnz for m in parts],
                 generator=generator_for(seed, "mask", layer),
-                pattern=pattern,
+                pattern=first.pattern,
                 connect=connect,
                 groups=first.groups,
                 transposed=first.transposed,
@@ -62,7 +61,7 @@ def draw_masks(
                 tuple(m.of(model.get_parameter(m.key)).shape),
                 m.nnz,
                 generator=generator_for(seed, "mask", m.layer, m.part, *((m.rows or ())[: m.expert])),
-                pattern=pattern,
+                pattern=m.pattern,
                 scores=None if scores is None else m.of(scores[m.key]),
                 connect=connect,
                 groups=m.groups,
@@ -98,7 +97,7 @@ def parts_of_masks(surgery: Surgery) -> dict[str, Rows]:
     return found
 
 
-def follow_weights(model: nn.Module, masks: Mapping[str, Tensor], masked: Iterable[Masked], pattern: str) -> None:
+def follow_weights(model: nn.Module, masks: Mapping[str, Tensor], masked: Iterable[Masked]) -> None:
     """Read the masks of loaded weights from their zeros, in place, where non-zeros and pattern are those that were planned.
 
     Args:
@@ -110,7 +109,11 @@ def follow_weights(model: nn.Module, masks: Mapping[str, Tensor], masked: Iterab
         mask, weight = m.of(masks[m.key]), m.of(model.get_parameter(m.key).detach())
         nonzero = weight != 0
         spoiled = bool(weight.masked_fill(mask, 0).any())
-        if spoiled and int(nonzero.count_nonzero()) == m.nnz and has_pattern(nonzero, pattern, m.groups, m.transposed):
+        if (
+            spoiled
+            and int(nonzero.count_nonzero()) == m.nnz
+            and has_pattern(nonzero, m.pattern, m.groups, m.transposed)
+        ):
             mask.copy_(nonzero)
 
 
@@ -120,7 +123,7 @@ def excess_nonzeros(model: nn.Module, masked: Iterable[Masked]) -> dict[str, tup
     return {name: (found, planned) for name, (found, planned) in counts.items() if found > planned}
 
 
-def require_masked(model: nn.Module, masks: Mapping[str, Tensor], masked: Sequence[Masked], pattern: str) -> None:
+def require_masked(model: nn.Module, masks: Mapping[str, Tensor], masked: Sequence[Masked]) -> None:
     """Check that every planned mask exists and has its pattern, and that every weight outside a mask is zero.
 
     Args:
@@ -137,10 +140,10 @@ def require_masked(model: nn.Module, masks: Mapping[str, Tensor], masked: Sequen
             f"masks are missing: {', '.join(missing[:5])}",
             hint="masks are buffers beside the weights: a module that was replaced has none",
         )
-    changed = [m.name for m in masked if not has_pattern(m.of(masks[m.key]), pattern, m.groups, m.transposed)]
+    changed = [m for m in masked if not has_pattern(m.of(masks[m.key]), m.pattern, m.groups, m.transposed)]
     if changed:
         raise CheckFailed(
-            f"masks are no longer {pattern}: {', '.join(changed[:5])}",
+            f"masks are no longer {changed[0].pattern}: {', '.join(m.name for m in changed[:5])}",
             hint="a Sparsifier moves whole blocks, and N:M needs the algorithm static",
         )
     found = {m.name: (int(m.of(masks[m.key]).count_nonzero()), m.nnz) for m in masked}

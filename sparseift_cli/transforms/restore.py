@@ -34,7 +34,7 @@ def restore(stored: Artifact, into: nn.Module | None) -> nn.Module:
         UsageError: no source is stored and `into` is None, or `into` is another model.
     """
     dense = unwrapped(into) if into is not None else _build_dense(stored)
-    surgery = Surgery.from_json(stored.surgery)
+    surgery = Surgery.from_json(stored.surgery, stored.spec.pattern)
     new = apply_surgery(dense, surgery)
     if stored.weights.is_file():
         _load_weights(new, stored, surgery)
@@ -102,12 +102,12 @@ def _load_weights(model: nn.Module, stored: Artifact, surgery: Surgery) -> None:
                 hint="transform the model again",
             )
     try:
-        require_masked(model, masks, surgery.masked, stored.spec.pattern)
+        require_masked(model, masks, surgery.masked)
     except CheckFailed as error:
         raise ArtifactError(
             f"{stored.path}: {error.message}", hint="it was changed; transform the model again"
         ) from None
-    attach(model, {m.key: masks[m.key] for m in surgery.masked}, stored.spec.pattern, parts_of_masks(surgery))
+    attach(model, {m.key: masks[m.key] for m in surgery.masked}, surgery.patterns, parts_of_masks(surgery))
     assert masks_of(model).keys() == surgery.nonzeros.keys()
 
 

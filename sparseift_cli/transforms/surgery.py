@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import _lru_cache_wrapper as CachedFunction
 from functools import lru_cache
 from types import CellType, FunctionType, MethodType
@@ -38,7 +39,9 @@ def surgery_for(plan: Plan, structure: Structure, model: nn.Module) -> Surgery:
     Args:
         structure: of the trace of `model`.
     """
-    return torch_half(plan.member).surgery(plan, structure, model)
+    surgery = torch_half(plan.member).surgery(plan, structure, model)
+    patterns = {row.layer.name: row.pattern for row in plan.layers}
+    return replace(surgery, masked=tuple(replace(m, pattern=patterns[m.layer]) for m in surgery.masked))
 
 
 def apply_surgery(model: M, surgery: Surgery) -> M:

@@ -143,10 +143,11 @@ class Transformation:
     def from_values(values: Mapping[str, Any]) -> Transformation:
         """The inverse of `to_values`; the plan is made again."""
         table, training = LayerTable.from_json(values["table"]), TrainingSpec.from_json(values["training"])
+        spec = TransformSpec.from_json(values["spec"])
         measured = Measured(**values["measured"])
         return Transformation(
-            make_plan(table, TransformSpec.from_json(values["spec"]), training),
-            Surgery.from_json(values["surgery"]),
+            make_plan(table, spec, training),
+            Surgery.from_json(values["surgery"], spec.pattern),
             replace(measured, macs={name: Fraction(n) for name, n in measured.macs.items()}),
             Options.from_json(values["options"]),
             unconnected=tuple(values["unconnected"]),
@@ -203,7 +204,7 @@ def transform_module(
     started = Preserved({}, ()) if on_meta else _start(new, model, plan, surgery, before.structure, options)
     edits, surgery = surgery, replace(surgery, attributes=(*surgery.attributes, *started.attributes))
     masks = None if on_meta else started.masks
-    attach(new, started.masks, plan.spec.pattern, parts_of_masks(surgery))
+    attach(new, started.masks, surgery.patterns, parts_of_masks(surgery))
     measured = _check_cost(new, inputs, kwargs, plan, surgery, masks, before)
     done = Transformation(
         plan,

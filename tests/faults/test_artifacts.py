@@ -13,7 +13,7 @@ from torch import nn
 
 import sparseift_cli as sparseift
 from sparseift_cli.errors import ArtifactError, CheckFailed, UsageError
-from sparseift_cli.mask.attached import masks_of
+from sparseift_cli.mask.attached import masks_of, pattern_of
 from sparseift_cli.models.zoo import registry
 
 X = torch.randn(2, 3, 8, 8)
@@ -104,6 +104,21 @@ def test_a_changed_mask_or_plan_is_noticed(written) -> None:
     (path / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(ArtifactError, match="counts otherwise"):
         sparseift.flops(str(path))
+
+
+def test_a_folder_of_before_patterns_were_kept_by_layer_loads(tmp_path: Path) -> None:
+    """Older versions kept the pattern in the spec alone."""
+    new, _ = sparseift.transform(net(), X, sparsity=0.75, pattern="4x4")
+    path = sparseift.save(new, tmp_path / "out")
+    for name, rows in (("plan", "layers"), ("surgery", "masked")):
+        document = json.loads((path / f"{name}.json").read_text())
+        dropped = [row.pop("pattern", None) for row in document[rows]]
+        assert "4x4" in dropped
+        (path / f"{name}.json").write_text(json.dumps(document))
+    assert [row.pattern for row in sparseift.flops(str(path)).plan.layers if row.status == "transformed"] == ["4x4"]
+    back = sparseift.load(path, into=net())
+    assert pattern_of(back.get_submodule("3"), "weight") == "4x4"
+    assert torch.equal(back(X), new.eval()(X))
 
 
 def test_nothing_is_overwritten_and_nothing_is_left_half(

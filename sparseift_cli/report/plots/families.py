@@ -166,8 +166,7 @@ def as_trained(audit: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     if not without_masks(audit):
         return audit
-    pattern = Block.parse(str(audit["transform"].get("pattern"))) or UNSTRUCTURED  # never imports what a file names
-    layers = [_with_all_weights(row, pattern) for row in audit.get("layers", ())]
+    layers = [_with_all_weights(row, _pattern(row, audit)) for row in audit.get("layers", ())]
     totals = dict(audit.get("totals") or {})
     if after := totals.get("transformed"):
         macs, nnz = (
@@ -177,6 +176,11 @@ def as_trained(audit: Mapping[str, Any]) -> Mapping[str, Any]:
         more = {"forward_macs": macs, "forward_flops": macs * audit.get("flops_per_mac", 2), "nonzero_params": nnz}
         totals["transformed"] = {**after, **{key: after[key] + by for key, by in more.items() if key in after}}
     return {**audit, "layers": layers, "totals": totals}
+
+
+def _pattern(row: Mapping[str, Any], audit: Mapping[str, Any]) -> MaskPattern:
+    """That of a row, which older audits have for all rows together. Never imports what a file names."""
+    return Block.parse(str(row.get("pattern") or audit["transform"].get("pattern"))) or UNSTRUCTURED
 
 
 def _with_all_weights(row: Mapping[str, Any], pattern: MaskPattern) -> Mapping[str, Any]:

@@ -71,7 +71,6 @@ class DenseWeight:
         groups: of the convolution; 1 for a linear layer.
         size: branches, or the rank per group.
         masked: one entry a part, in the order of `part_paths`; None for a part without a mask.
-        pattern: where non-zeros may be.
         generator: for random choices.
     """
 
@@ -79,8 +78,12 @@ class DenseWeight:
     groups: int
     size: int
     masked: Sequence[Masked | None]
-    pattern: str
     generator: torch.Generator
+
+    @property
+    def pattern(self) -> str:
+        """Where the non-zeros of its masked parts may be."""
+        return next((m.pattern for m in self.masked if m is not None), "unstructured")
 
     def largest(self, part: int, scores: Tensor, shape: Sequence[int]) -> Tensor:
         """The mask of a part, in `shape`, with its planned count at the highest `scores` (as many elements, any shape)."""
@@ -90,7 +93,7 @@ class DenseWeight:
             shape,
             masked.nnz,
             generator=self.generator,
-            pattern=self.pattern,
+            pattern=masked.pattern,
             scores=scores.reshape(tuple(shape)),
             connect=False,
             groups=masked.groups,

@@ -70,7 +70,6 @@ class Layerwise(TorchHalf):
                     groups,
                     edit.size,
                     [by_key.get(key) for key in keys],
-                    start.plan.spec.pattern,
                     generator_for(start.seed, "preserve", edit.path),
                 )
             )

@@ -114,9 +114,9 @@ def _masked(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[Mask
                 on_inputs = heads > 1
         (part,) = row.parts
         stacked = row.layer.kind == EXPERTS or ("linear" in row.layer.kind and len(structure.shapes[key]) > 2)
-        if not plan.spec.mask_pattern.unrestricted and stacked:
+        if not row.mask_pattern.unrestricted and stacked:
             raise UsageError(
-                f"pattern {plan.spec.pattern} does not fit {row.layer.name}: which of the {len(structure.shapes[key])} dims of "
+                f"pattern {row.pattern} does not fit {row.layer.name}: which of the {len(structure.shapes[key])} dims of "
                 f"its weight are outputs, {type(module).__name__} decides",
                 hint=f"--exclude '{row.layer.name}', or pattern unstructured",
             )

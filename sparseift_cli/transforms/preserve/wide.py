@@ -41,8 +41,8 @@ def fill_wide(start: DenseStart) -> Preserved:
     Raises:
         UsageError: a pattern other than unstructured, or a width whose channels have no single order.
     """
-    pattern = start.plan.spec.pattern
-    if not start.plan.spec.mask_pattern.unrestricted:
+    pattern = next((row.pattern for row in start.plan.layers if not row.mask_pattern.unrestricted), None)
+    if pattern is not None:
         raise UsageError(f"the positions of the dense weights do not form a {pattern} pattern", hint=HINT)
     return _WideFill(start).run()
 
