@@ -7,6 +7,7 @@ torch_file        files of torch.save: the zip format and the legacy format
   inert_pickle    the pickle inside them, read as data: nothing is imported, called or built
   torch_rules     what the names in such a pickle mean: storages, tensors, dicts
   state_dict      finds the state dict in what a training script saved
+blocks            weights of stored blocks (`kernels`): read as the dense weights that they store
 reading           reads tensors in pieces
 values            counts zeros, NaN and inf, and finds the pattern of the zeros
 recognise         which model of the zoo the names and shapes fit

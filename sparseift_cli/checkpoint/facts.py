@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from math import prod
 from pathlib import Path
 
 from ..errors import CheckpointError, did_you_mean
+from ..kernels.layout import BlockLayout
 from .untrusted import printable
 
 LARGEST = 2**63 - 1  # no size in any format goes beyond a signed 64-bit integer
@@ -58,11 +60,36 @@ class Storage:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredBlocks:
+    """What is stored of a weight in blocks: `parts` are its values, row offsets, columns and layout as the file has them."""
+
+    layout: BlockLayout
+    parts: tuple[TensorInfo, ...]
+    offsets: array[int]
+    columns: array[int]
+
+    @property
+    def values(self) -> TensorInfo:
+        """The tensor [n, B, B], or [n, taps, B, B], with the stored blocks."""
+        return self.parts[0]
+
+    @property
+    def density(self) -> float:
+        """Share of the weight's elements that are stored."""
+        return self.layout.nnz / self.layout.numel
+
+    def __str__(self) -> str:
+        rows, columns = self.layout.grid
+        return f"{self.layout.num_blocks:,} of {rows * columns:,} blocks {self.layout.pattern}"
+
+
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """A tensor as the file describes it.
 
     `stride` and `first` (the storage offset) count elements, as in PyTorch. `tied_to` names an earlier tensor with the
-    same memory. `buffer`: not a parameter, by its name and element type (a state dict does not tell them apart).
+    same memory. `buffer`: not a parameter, by its name and element type (a state dict does not tell them apart). `blocks`: what
+    is stored of a weight in blocks, of which shape and stride are those of the dense weight.
 
     >>> from pathlib import Path
     >>> weight = TensorInfo("fc.weight", (4, 3), "float16", Storage(Path("a.pt"), 64, 24), stride=(3, 1))
@@ -78,13 +105,28 @@ class TensorInfo:
     first: int = 0
     tied_to: str | None = None
     buffer: bool = False
+    blocks: StoredBlocks | None = field(default=None, compare=False)
 
     @property
     def numel(self) -> int:
         return prod(self.shape)
 
     @property
+    def stored(self) -> tuple[TensorInfo, ...]:
+        """The tensors of the file: itself, or the parts of a weight of stored blocks."""
+        return self.blocks.parts if self.blocks else (self,)
+
+    @property
+    def parameters(self) -> int:
+        """Trained elements that are stored: 0 of a buffer, and of a tied tensor, which is counted under its first name."""
+        if self.buffer or self.tied_to is not None:
+            return 0
+        return self.blocks.layout.nnz if self.blocks else self.numel
+
+    @property
     def nbytes(self) -> int:
+        if self.blocks:
+            return sum(part.nbytes for part in self.blocks.parts)
         return (self.numel * BITS[self.dtype] + 7) // 8
 
     @property
@@ -142,13 +184,15 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """Elements of the parameters: buffers left out, tied tensors counted once."""
-        return sum(t.numel for t in self.tensors if not t.buffer and t.tied_to is None)
+        """Stored elements of the parameters: buffers left out, tied tensors counted once."""
+        return sum(t.parameters for t in self.tensors)
 
     @property
     def tensor_bytes(self) -> int:
         """Bytes that the tensors occupy, each byte counted once however many tensors share it."""
-        return sum(end - begin for begin, end in _merged((t.storage, *t.extent) for t in self.tensors))
+        return sum(
+            end - begin for begin, end in _merged((p.storage, *p.extent) for t in self.tensors for p in t.stored)
+        )
 
     @property
     def dtypes(self) -> dict[str, int]:

@@ -12,7 +12,8 @@ from typing import BinaryIO, Literal
 
 from ..base.text import some_of
 from ..errors import CheckpointError, did_you_mean
-from .facts import Checkpoint, OtherEntry, Storage, TensorInfo, looks_like_buffer
+from .blocks import with_dense_weights
+from .facts import Checkpoint, OtherEntry, TensorInfo, looks_like_buffer
 from .safetensors_file import read_header
 from .state_dict import find_state_dict, strip_prefix
 from .torch_file import read_legacy, read_zip
@@ -161,19 +162,22 @@ def _unnamed(files: Mapping[str, str], held: Mapping[str, Mapping[str, TensorInf
 
 
 def _finished(checkpoint: Checkpoint, tensors: Sequence[TensorInfo]) -> Checkpoint:
-    """`checkpoint` with its tensors: without the common prefix, tied tensors and buffers marked."""
+    """`checkpoint` with its tensors: without the common prefix, stored blocks as one weight, tied tensors and buffers marked."""
     if not tensors:
         raise CheckpointError(f"{printable(str(checkpoint.path))}: holds no tensors")
     prefix = strip_prefix([t.name for t in tensors])
-    seen: dict[tuple[Storage, int, tuple[int, ...], tuple[int, ...]], str] = {}
+    try:
+        tensors = with_dense_weights([replace(t, name=t.name[len(prefix) :]) for t in tensors])
+    except Malformed as error:
+        raise CheckpointError(f"{printable(str(checkpoint.path))}: {error.what}", hint=error.hint) from None
+    seen: dict[tuple[object, ...], str] = {}
     finished: list[TensorInfo] = []
     for tensor in tensors:
-        name = tensor.name[len(prefix) :]
-        memory = (tensor.storage, tensor.first, tensor.shape, tensor.stride)
-        first = seen.setdefault(memory, name) if tensor.nbytes else name
-        tied = None if first == name else first
-        buffer = looks_like_buffer(name, tensor.dtype, tensor.shape)
-        finished.append(replace(tensor, name=name, tied_to=tied, buffer=buffer))
+        memory = tuple((part.storage, part.first, part.shape, part.stride) for part in tensor.stored)
+        first = seen.setdefault(memory, tensor.name) if tensor.nbytes else tensor.name
+        tied = None if first == tensor.name else first
+        buffer = looks_like_buffer(tensor.name, tensor.dtype, tensor.shape)
+        finished.append(replace(tensor, tied_to=tied, buffer=buffer))
     return replace(checkpoint, prefix=prefix, tensors=tuple(finished))
 
 

@@ -7,6 +7,7 @@ that returns too little can be reported.
 from __future__ import annotations
 
 import sys
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import CheckpointError
-from .facts import BITS, Checkpoint, TensorInfo, is_readable
+from .facts import BITS, Checkpoint, StoredBlocks, TensorInfo, is_readable
 from .untrusted import printable
 
 if TYPE_CHECKING:
@@ -92,10 +93,16 @@ class TensorReader:
         self._close()
 
     def read(self, info: TensorInfo) -> torch.Tensor:
-        """All of `info` as a tensor [*info.shape] with its stride, from one read of the bytes between its ends."""
+        """All of `info` as a tensor [*info.shape] with its stride, from one read of the bytes between its ends.
+
+        Of a weight of stored blocks, the dense weight.
+        """
         import torch
 
         _check(info)
+        if info.blocks:
+            matrix = as_matrix(info)
+            return self._from_blocks(info.blocks, 0, matrix.rows, 0, matrix.columns).view(info.shape)
         begin, end = info.extent
         flat = self._elements(info, begin, end - begin)
         return flat.reshape(info.shape) if info.contiguous else torch.as_strided(flat, info.shape, info.stride)
@@ -126,6 +133,8 @@ class TensorReader:
 
     def _row_block(self, matrix: Matrix, row: int, n: int) -> torch.Tensor:
         info = matrix.info
+        if info.blocks:
+            return self._from_blocks(info.blocks, row, n, 0, matrix.columns)
         part = replace(info, shape=(n, *info.shape[1:]), first=info.first + row * info.stride[0])
         begin, end = part.extent
         if end - begin > max(GATHER, part.nbytes):
@@ -138,12 +147,42 @@ class TensorReader:
 
         info = matrix.info
         _check(info)
+        if info.blocks:
+            return Tile(row, column, self._from_blocks(info.blocks, row, n, column, width))
         size = BITS[info.dtype] // 8
         values = torch.empty(n, width, dtype=getattr(torch, info.dtype))
         for i in range(n):
             start = info.extent[0] + ((row + i) * matrix.columns + column) * size
             values[i] = self._elements(info, start, width * size)
         return Tile(row, column, values)
+
+    def _from_blocks(self, blocks: StoredBlocks, row: int, n: int, column: int, width: int) -> torch.Tensor:
+        """Rows [row, row + n) and columns [column, column + width) of a weight of stored blocks, read block by block."""
+        import torch
+
+        layout, info = blocks.layout, blocks.values
+        side, across = layout.block, layout.block * layout.taps
+        tile = torch.zeros(n, width, dtype=getattr(torch, info.dtype))
+        rows = range(row // side, -(-(row + n) // side))  # of blocks, which the tile touches
+        columns = range(column // across, -(-(column + width) // across))
+        lists, inside = (columns, rows) if layout.transposed else (rows, columns)
+        unit = info.numel // layout.num_blocks
+        for i in lists:
+            begin, end = blocks.offsets[i], blocks.offsets[i + 1]
+            for k in range(
+                bisect_left(blocks.columns, inside.start, begin, end),
+                bisect_left(blocks.columns, inside.stop, begin, end),
+            ):
+                block = self.read(
+                    replace(info, shape=info.shape[1:], stride=info.stride[1:], first=info.first + k * unit)
+                )
+                j = blocks.columns[k]
+                if layout.transposed:
+                    _place(tile, block.t(), j * side - row, i * side - column)
+                else:
+                    matrix = block.reshape(-1, side, side).permute(1, 2, 0).reshape(side, across)
+                    _place(tile, matrix, i * side - row, j * across - column)
+        return tile
 
     def _elements(self, info: TensorInfo, begin: int, nbytes: int) -> torch.Tensor:
         """`nbytes` of the storage from byte `begin` on, as a tensor [elements] of the dtype of `info`."""
@@ -179,6 +218,13 @@ class TensorReader:
         if self._file:
             self._file.close()
         self._path = self._file = None
+
+
+def _place(tile: torch.Tensor, block: torch.Tensor, row: int, column: int) -> None:
+    """Copy a block [r, c] to (row, column) of a tile [n, width], both of which may be negative; what is outside is left out."""
+    top, left = max(-row, 0), max(-column, 0)
+    cut = block[top : tile.shape[0] - row, left : tile.shape[1] - column]
+    tile[row + top : row + top + cut.shape[0], column + left : column + left + cut.shape[1]] = cut
 
 
 def _check(info: TensorInfo) -> None:

@@ -93,7 +93,12 @@ def scan_tensor(reader: TensorReader, info: TensorInfo) -> TensorValues:
                 finder.add(replace(tile, values=values), found)
     except Unreadable as reason:
         return TensorValues(info.name, info.numel, unread=str(reason))
-    return TensorValues(info.name, info.numel, zeros, nans, infs, finder.pattern() if finder else None)
+    pattern = finder.pattern() if finder else None
+    if pattern and info.blocks and zeros:  # known, and of any size
+        layout = info.blocks.layout
+        block = ValueBlock(layout.block, layout.block * layout.taps, layout.taps)
+        pattern = replace(pattern, lines=None, nm=None, block=block)
+    return TensorValues(info.name, info.numel, zeros, nans, infs, pattern)
 
 
 def all_finite(values: torch.Tensor) -> bool:

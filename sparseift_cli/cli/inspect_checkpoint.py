@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..base.sheets import Column, Sheet, integer, ratio
 from ..base.text import shape_text, some_of
-from ..checkpoint.facts import Checkpoint, OtherEntry, TensorInfo
+from ..checkpoint.facts import Checkpoint, OtherEntry, StoredBlocks, TensorInfo
 from ..checkpoint.opening import open_checkpoint
 from ..checkpoint.recognise import Match, Shapes, closest, load_catalogue, recognise
 from ..checkpoint.untrusted import printable
@@ -122,7 +122,7 @@ def _rows(checkpoint: Checkpoint, scanned: Sequence[TensorValues] | None) -> lis
             "shape": shape_text(tensor.shape),
             "dtype": tensor.dtype,
             "elements": tensor.numel,
-            "parameters": _parameters(tensor),
+            "parameters": tensor.parameters,
             "bytes": tensor.nbytes,
             "note": _remark(tensor),
             "tied": tensor.tied_to is not None,
@@ -143,13 +143,11 @@ def _rows(checkpoint: Checkpoint, scanned: Sequence[TensorValues] | None) -> lis
     return rows
 
 
-def _parameters(tensor: TensorInfo) -> int:
-    return 0 if tensor.buffer or tensor.tied_to is not None else tensor.numel
-
-
 def _remark(tensor: TensorInfo) -> str:
     if tensor.tied_to is not None:
         return f"tied to {printable(tensor.tied_to)}"
+    if tensor.blocks:
+        return f"{tensor.blocks}, density {ratio(tensor.blocks.density)}"
     return "buffer" if tensor.buffer else ""
 
 
@@ -268,6 +266,12 @@ def _notes(checkpoint: Checkpoint, totals: Mapping[str, Any]) -> Iterable[str]:
     if tied:
         pairs = [f"{printable(t.name)} = {printable(t.tied_to or '')}" for t in tied]
         yield f"tied, counted once: {_some(pairs)}"
+    if blocks := [t.blocks for t in checkpoint.tensors if t.blocks and t.tied_to is None]:
+        stored, elements = sum(b.layout.nnz for b in blocks), sum(b.layout.numel for b in blocks)
+        yield (
+            f"stored in blocks: {_count(len(blocks), 'weight')}, {stored:,} of {elements:,} elements, "
+            f"density {stored / elements:.5f}; the others are zero and counted as no parameters"
+        )
     if checkpoint.other:
         yield f"also in the file: {_some([_entry(e) for e in checkpoint.other])}"
     if checkpoint.metadata:
@@ -365,10 +369,11 @@ def _tensor(tensor: TensorInfo, values: TensorValues | None) -> dict[str, Any]:
         "shape": list(tensor.shape),
         "dtype": tensor.dtype,
         "elements": tensor.numel,
-        "parameters": _parameters(tensor),
+        "parameters": tensor.parameters,
         "bytes": tensor.nbytes,
         "buffer": tensor.buffer,
         "tied_to": tensor.tied_to,
+        "blocks": _blocks(tensor.blocks) if tensor.blocks else None,
     }
     if values:
         facts |= {
@@ -381,6 +386,18 @@ def _tensor(tensor: TensorInfo, values: TensorValues | None) -> dict[str, Any]:
             "pattern": _pattern(values.pattern),
         }
     return facts
+
+
+def _blocks(blocks: StoredBlocks) -> dict[str, Any]:
+    layout = blocks.layout
+    return {
+        "pattern": layout.pattern,
+        "grid": list(layout.grid),
+        "stored": layout.num_blocks,
+        "nnz": layout.nnz,
+        "density": blocks.density,
+        "transposed": layout.transposed,
+    }
 
 
 def _pattern(pattern: Pattern | None) -> dict[str, Any] | None:

@@ -125,7 +125,7 @@ def _foreign(source: str, key: str | None) -> tuple[str, str, _Layers, list[str]
 def _foreign_layers(checkpoint: Checkpoint, notes: list[str]) -> Iterator[MaskedLayer]:
     """The masks of torch.nn.utils.prune if there are any, else the zeros of every weight that has LEAST_ZEROS of them."""
     from ..checkpoint.reading import read_tensor
-    from ..report.spectral.history import MaskedLayer
+    from ..report.spectral.history import MaskedLayer, mask_of_blocks
 
     by_name = {t.name: t for t in checkpoint.tensors}
     left_out = 0
@@ -135,8 +135,11 @@ def _foreign_layers(checkpoint: Checkpoint, notes: list[str]) -> Iterator[Masked
         weight = read_tensor(checkpoint, info.name).float().numpy()
         mask_name = info.name.removesuffix("_orig") + "_mask"
         masked = info.name.endswith("_orig") and mask_name in by_name and by_name[mask_name].shape == info.shape
-        mask = read_tensor(checkpoint, mask_name).numpy(force=True) != 0 if masked else weight != 0
-        if masked or 1 - mask.mean() >= LEAST_ZEROS:
+        if info.blocks:
+            mask = mask_of_blocks(info.blocks)
+        else:
+            mask = read_tensor(checkpoint, mask_name).numpy(force=True) != 0 if masked else weight != 0
+        if masked or info.blocks or 1 - mask.mean() >= LEAST_ZEROS:
             yield MaskedLayer(info.name.removesuffix("_orig") if masked else info.name, mask, weight)
         else:
             left_out += 1

@@ -227,11 +227,13 @@ class BlockLayer(nn.Module):
         return True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """As nn.Module; but `module.type(...)` makes no floating-point numbers of an index."""
+        """As nn.Module; but `module.type(...)` leaves an index of integers, and channels_last the order of the values."""
         before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = self._buffers[name]
             if new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
+        if not self.values.is_contiguous():
+            self.values.data = self.values.data.contiguous()
         return self

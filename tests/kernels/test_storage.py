@@ -146,7 +146,7 @@ HOSTILE: dict[str, tuple[Callable[[State], object], str]] = {
     "a width in no blocks": (lambda s: s["layout"].__setitem__(2, 18), r"do not divide a weight \[20, 18\]"),
     "a strange layout": (lambda s: s["layout"].__setitem__(0, 2), "its layout is not"),
     "an overflow": (lambda s: s.update(layout=torch.tensor([0, 20, 16, 2**31 - 1, 2**31 - 1])), "values are"),
-    "blocks that are not square": (lambda s: s.update(values=s["values"][:, :2]), "blocks of 2x4"),
+    "blocks that are not square": (lambda s: s.update(values=s["values"][:, :2].clone()), "blocks of 2x4"),
     "flat values": (lambda s: s.update(values=s["values"].flatten(1)), "values are"),
     "no blocks": (lambda s: s.update(values=s["values"][:0], columns=s["columns"][:0]), "0 blocks"),
     "too many blocks": (lambda s: s.update(values=s["values"].repeat(4, 1, 1)), "32 blocks of 4x4 are not a part"),
@@ -183,3 +183,10 @@ def test_an_index_stays_integer(to: torch.dtype) -> None:
         cast(nn.Sequential(blocks))
         assert blocks.values.dtype == to
         assert all(a.dtype == torch.int32 and torch.equal(a, b) for a, b in zip(blocks.index, before, strict=True))
+
+
+def test_values_of_a_convolution_are_no_images() -> None:
+    conv = layer(kernel=(3, 3))
+    before = conv.values.detach().clone()
+    nn.Sequential(nn.Conv2d(8, 8, 3), conv).to(memory_format=torch.channels_last)
+    assert conv.values.is_contiguous() and torch.equal(conv.values, before)

@@ -11,14 +11,15 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...checkpoint.facts import TensorInfo
+from ...checkpoint.blocks import with_dense_weights
+from ...checkpoint.facts import StoredBlocks, TensorInfo
 from ...checkpoint.safetensors_file import read_header
 from ...checkpoint.untrusted import Malformed, printable
 from ...errors import ArtifactError
@@ -140,7 +141,8 @@ def checkpoint_layers(folder: str | Path) -> Iterator[MaskedLayer]:
         raise ArtifactError(
             f"{path / TENSORS} has {size:,} bytes instead of {wanted:,}", hint="use another checkpoint of the run"
         )
-    yield from _layers(_under("masks/", tensors := tensors_in(path / TENSORS)), _under("model/", tensors))
+    tensors = tensors_in(path / TENSORS)
+    yield from _layers(_under("masks/", tensors), _dense(_under("model/", tensors), path / TENSORS))
 
 
 def artifact_layers(folder: str | Path) -> Iterator[MaskedLayer]:
@@ -149,7 +151,8 @@ def artifact_layers(folder: str | Path) -> Iterator[MaskedLayer]:
     Raises:
         ArtifactError: a file is missing or not of its format.
     """
-    yield from _layers(tensors_in(Path(folder) / MASKS), tensors_in(Path(folder) / WEIGHTS))
+    weights = Path(folder) / WEIGHTS
+    yield from _layers(tensors_in(Path(folder) / MASKS), _dense(tensors_in(weights), weights))
 
 
 def spectra_of_runs(
@@ -230,14 +233,52 @@ def _under(prefix: str, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorIn
     return {name.removeprefix(prefix): info for name, info in tensors.items() if name.startswith(prefix)}
 
 
+def _dense(tensors: Mapping[str, TensorInfo], path: Path) -> dict[str, TensorInfo]:
+    """The same with one weight for the tensors of each weight of stored blocks."""
+    named = [replace(info, name=name) for name, info in tensors.items()]
+    try:
+        return {info.name: info for info in with_dense_weights(named)}
+    except Malformed as error:
+        raise ArtifactError(f"{path}: {error.what}", hint=error.hint) from None
+
+
 def _layers(masks: Mapping[str, TensorInfo], weights: Mapping[str, TensorInfo]) -> Iterator[MaskedLayer]:
-    for name, info in masks.items():
+    """The masks, and of weights of stored blocks where the blocks are."""
+    for name in dict.fromkeys((*masks, *(name for name, info in weights.items() if info.blocks))):
+        if name in weights and (blocks := weights[name].blocks):
+            yield MaskedLayer(name, mask_of_blocks(blocks), _floats_of_blocks(blocks))
+            continue
+        info = masks[name]
         if info.dtype != "bool" or name not in weights or weights[name].shape != info.shape:
             raise ArtifactError(
                 f"{info.storage.path}: the mask of {printable(name)} fits no weight",
                 hint="masks and weights are of different models",
             )
         yield MaskedLayer(name, _raw(info, np.dtype(np.uint8)) != 0, _floats(weights[name]))
+
+
+def mask_of_blocks(blocks: StoredBlocks) -> NDArray[np.bool_]:
+    """The mask [*shape of the weight] of a weight of stored blocks."""
+    layout = blocks.layout
+    stored = np.ones((layout.num_blocks, layout.taps, layout.block, layout.block), dtype=np.bool_)
+    return _spread(blocks, stored)
+
+
+def _floats_of_blocks(blocks: StoredBlocks) -> NDArray[Any] | None:
+    values = _floats(blocks.values)
+    return None if values is None else _spread(blocks, values)
+
+
+def _spread(blocks: StoredBlocks, values: NDArray[Any]) -> NDArray[Any]:
+    """A dense array [*shape of the weight] from `values` of the stored blocks [n, B, B] or [n, taps, B, B]."""
+    layout = blocks.layout
+    rows, columns = layout.grid
+    dense = np.zeros((rows, columns, layout.taps, layout.block, layout.block), dtype=values.dtype)
+    row = np.repeat(np.arange(rows), np.diff(np.asarray(blocks.offsets)))
+    dense[row, np.asarray(blocks.columns)] = values.reshape(-1, *dense.shape[2:])
+    if layout.transposed:
+        return dense.transpose(1, 4, 0, 3, 2).reshape(layout.shape)
+    return dense.transpose(0, 3, 1, 4, 2).reshape(layout.shape)
 
 
 def _floats(info: TensorInfo) -> NDArray[Any] | None:
