@@ -176,6 +176,15 @@ class BlockLayer(nn.Module):
         for tensor in (self.values, *state):
             tensor.copy_(tensor[source.clamp(min=0)].masked_fill_(new, 0))
 
+    def _mask_if_set(self) -> Tensor | None:
+        """Bool [R, C]; None on meta, or where `to_empty` left anything in the index."""
+        if self.columns.is_meta:
+            return None
+        rows, columns = self.index.grid
+        cells = self.rows.long() * columns + self.columns.long()
+        inside = (self.rows >= 0) & (self.rows < rows) & (self.columns >= 0) & (self.columns < columns)
+        return self.block_mask if inside.all() and len(cells.unique()) == len(cells) else None
+
     @property
     def _layout(self) -> BlockLayout:
         return BlockLayout(self.weight_shape, self.transposed, self.block, len(self.values))
@@ -211,8 +220,7 @@ class BlockLayer(nn.Module):
         path = prefix.removesuffix(".")
         if prefix + "weight" in state and prefix + VALUES not in state:
             weight = state.pop(prefix + "weight")
-            now = None if self.columns.is_meta else self.block_mask
-            loaded = CompactWeight.take(weight, own, fitting_mask(prefix + "weight", weight, own, now))
+            loaded = CompactWeight.take(weight, own, fitting_mask(prefix + "weight", weight, own, self._mask_if_set()))
         elif {prefix + OFFSETS, prefix + COLUMNS} & state.keys() and prefix + VALUES in state:
             loaded = CompactWeight.of({prefix + LAYOUT: layout, **state}, path)
             if (loaded.layout.grid, loaded.layout.taps) != (own.grid, own.taps) or len(loaded.values) != len(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import InterruptedRun, UsageError
+from ..kernels.layer import BlockLayer
 from ..mask.attached import SUFFIX, masks_of
 
 # SIGTERM and SIGINT ask a run to stop after the step it is in; a second one means now.
@@ -112,8 +113,8 @@ class Processes:
     def wrap(self, model: nn.Module) -> nn.Module:
         """The module whose backward averages gradients over all processes.
 
-        Batch statistics are rank 0's on all of them. Masks are left alone: to send them with every forward would cost as
-        much as the weights, and would hide masks that differ.
+        Batch statistics are rank 0's on all of them. Masks and the indices of blocks are left alone: to send them with every
+        forward would cost as much as the weights, and would hide masks that differ.
         """
         if self.world == 1:
             return model
@@ -135,8 +136,10 @@ class Processes:
 
 
 def _masks(model: nn.Module) -> list[str]:
-    """Names of the masks, which no process sends to another: each computes the same ones."""
-    return [name + SUFFIX for name in masks_of(model)]
+    """Buffers with masks and the indices of blocks, which no process sends to another: each computes the same ones."""
+    layers = [(path, module) for path, module in model.named_modules() if isinstance(module, BlockLayer)]
+    index = [f"{path}.{name}".removeprefix(".") for path, layer in layers for name in layer._buffers]
+    return [*(name + SUFFIX for name in masks_of(model)), *index]
 
 
 @contextmanager
