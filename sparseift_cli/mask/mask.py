@@ -46,6 +46,7 @@ def make_mask(
         scores: compared in float32; ties are broken at random.
         connect: no output without a weight where nnz allows, else as few as possible. The best place of a row that would be
             empty replaces the worst of a row that has more than one. With blocks the same for rows of blocks.
+            Random blocks are balanced in any case: rows of blocks, and columns of them, differ by at most one in their number.
         row_balance: number of equal contiguous blocks of rows (attention heads; 3 * heads of a fused QKV), each of which
             gets nnz / row_balance, the first ones one more (one block more) where that is no integer.
         column_balance: the same for columns, as an output projection needs. N:M patterns are balanced without either.

@@ -149,6 +149,8 @@ class MaskPattern:
     ) -> Tensor:
         """A mask [rows, columns] with `nnz` True: at random, or the cells with the largest sum of `scores` [rows, columns].
 
+        Random cells of more than one weight are balanced, as `balanced_masks` has it.
+
         Args:
             connect: no row of cells without one, where there are enough.
             balance: equal blocks of rows, and of columns, that get equal shares.
@@ -158,6 +160,9 @@ class MaskPattern:
         from .select import at_random, disjoint, without_nan
 
         grid, count = self.grid(layout), nnz // self.unit
+        if scores is None and self.unit > 1:
+            (mask,) = self.draw_disjoint(layout, [nnz], generator, balance=balance)
+            return mask
         keys = None if scores is None else without_nan(self.to_cells(layout, scores))
         if keys is None and balance == (1, 1):
             cells = at_random(grid, count, generator)
@@ -176,10 +181,14 @@ class MaskPattern:
         balance: tuple[int, int] = (1, 1),
     ) -> list[Tensor]:
         """Random masks [rows, columns] with `nnzs` True, no place in two of them. Arguments as in `draw`."""
+        from .balanced import balanced_masks
         from .select import disjoint
 
-        counts = [nnz // self.unit for nnz in nnzs]
-        chosen = disjoint(self.grid(layout), counts, generator, connect=connect, balance=balance)
+        grid, counts = self.grid(layout), [nnz // self.unit for nnz in nnzs]
+        if self.unit > 1:
+            chosen = balanced_masks(grid, counts, generator, balance=balance, groups=layout.groups)
+        else:
+            chosen = disjoint(grid, counts, generator, connect=connect, balance=balance)
         return [self.from_cells(layout, cells) for cells in chosen]
 
     def has(self, layout: Layout, mask: Tensor) -> bool:

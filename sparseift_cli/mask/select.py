@@ -172,7 +172,7 @@ def disjoint(
     """
     keys = torch.rand(grid, generator=generator) if keys is None else keys
     down, across = balance
-    shares = _equal_shares(counts, down * across)
+    shares = equal_shares(counts, down * across)
     if down == 1:
         return _branches(keys, shares, generator, connect)
     heads = [
@@ -182,7 +182,7 @@ def disjoint(
     return [torch.cat(masks) for masks in zip(*heads, strict=True)]
 
 
-def _equal_shares(counts: Sequence[int], blocks: int) -> list[list[int]]:
+def equal_shares(counts: Sequence[int], blocks: int) -> list[list[int]]:
     """Each count split over equal blocks, as evenly as integers allow: [len(counts)][blocks].
 
     A remainder goes to the blocks that follow those which got the last one. Always starting from the first block would give it

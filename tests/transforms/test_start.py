@@ -151,6 +151,21 @@ def test_heads_get_equal_shares() -> None:
     assert per_head.max() - per_head.min() <= 1
 
 
+def test_blocks_larger_than_a_head_are_balanced_over_groups_of_heads() -> None:
+    """Heads of 16 in blocks of 32: two heads of each of q, k and v share their rows of blocks, so nine parts get equal shares."""
+    config = ViTConfig(hidden=48, num_heads=6, mlp=192, depth=1, num_classes=10, image=(3, 32, 32))
+    new, _ = sparseift.transform(
+        VisionTransformer(config), torch.zeros(1, 3, 32, 32), sparsity=0.75, pattern="32x32", heads="scale_dim"
+    )
+    attention = "encoder.layers.encoder_layer_0.self_attention"
+    qkv = masks_of(new)[f"{attention}.in_proj_weight"]
+    assert qkv.shape == (288, 96)
+    for sums in (qkv[::32, ::32].sum(0), qkv[::32, ::32].sum(1), qkv.unflatten(0, (9, -1)).sum((1, 2)) // 1024):
+        assert sums.max() - sums.min() <= 1
+    out = masks_of(new)[f"{attention}.out_proj.weight"][::32, ::32]
+    assert out.sum() == 2 and out.sum(0).max() == out.sum(1).max() == 1
+
+
 @pytest.mark.parametrize(
     ("options", "inside"),
     [
