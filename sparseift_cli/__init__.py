@@ -9,6 +9,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .api import audit, copy_masks, flops, inspect, load, masks, save, transform
     from .errors import ArtifactError, CheckFailed, SparseiftError, UsageError
+    from .kernels.convert import to_masked, use_kernels
     from .plan.spec import TrainingSpec, TransformSpec
     from .sparsity.sparsifier import Sparsifier
     from .transforms.transformation import Options
@@ -30,7 +31,9 @@ __all__ = [
     "load",
     "masks",
     "save",
+    "to_masked",
     "transform",
+    "use_kernels",
 ]
 
 _HOMES = {
@@ -42,6 +45,8 @@ _HOMES = {
     "TrainingSpec": "plan.spec",
     "TransformSpec": "plan.spec",
     "UsageError": "errors",
+    "to_masked": "kernels.convert",
+    "use_kernels": "kernels.convert",
 }
 
 

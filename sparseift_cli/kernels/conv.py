@@ -80,11 +80,16 @@ class BlockConv2d(BlockLayer):
             return str(error)
         return None
 
+    @staticmethod
+    def is_linear(conv: nn.Module) -> bool:
+        """Whether a convolution of torch, or of this class, is a linear layer on the positions that its stride leaves."""
+        return conv.kernel_size == (1, 1) and conv.padding in ((0, 0), "valid", "same")
+
     def forward(self, x: Tensor) -> Tensor:
         """[N, in, H, W] -> [N, out, OH, OW] channels_last, or both without N."""
         if x.dim() == 3:
             return self(x[None])[0]
-        if self.window.taps == 1 and self.padding == (0, 0):
+        if self.is_linear(self):
             rows = x[:, :, :: self.stride[0], :: self.stride[1]].permute(0, 2, 3, 1)
             y = block_linear(rows, self.values.flatten(0, 1), self.index, self.bias, "none", self.backend)
             return y.permute(0, 3, 1, 2)

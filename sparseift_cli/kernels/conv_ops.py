@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 from torch.utils.flop_counter import register_flop_formula
 
 from ..errors import UsageError
 from .index import BlockIndex
 from .reference import ConvWindow
 from .registry import ConvFunctions, LayerRequest, choose
+from .watch import notify
 
 
 def block_conv2d(
@@ -102,8 +104,17 @@ def _input_gradient(
 def _weight_gradient(grad: Tensor, x: Tensor, index: Sequence[Tensor], window: Sequence[int], backend: str) -> Tensor:
     """The stored blocks [n, taps, B, B] of the gradient at the weight."""
     where, kernel = BlockIndex(*index), ConvWindow(*window)
+    notify(where.columns, lambda: _dense_weight_gradient(grad, x, kernel))
     functions = _functions(backend, grad, grad.shape[3] // where.grid[0])
     return functions.conv2d_weight_gradient(grad.contiguous(), x.contiguous(), where, kernel)
+
+
+def _dense_weight_gradient(grad: Tensor, x: Tensor, window: ConvWindow) -> Tensor:
+    """The gradient at every weight [out, in, kh, kw], for grad [N, OH, OW, out] and x [N, H, W, in]."""
+    shape = (grad.shape[3], x.shape[3], window.kernel_y, window.kernel_x)
+    stride: Any = (window.stride_y, window.stride_x)
+    padding: Any = (window.padding_y, window.padding_x)
+    return conv2d_weight(x.permute(0, 3, 1, 2), shape, grad.permute(0, 3, 1, 2), stride, padding)
 
 
 @_conv2d.register_fake

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..mask.attached import keep_form
 from .index import BlockIndex
 from .layout import COLUMNS, LAYOUT, OFFSETS, PARTS, VALUES, BlockLayout
 from .storage import CompactWeight, fitting_mask, layout_tensor
@@ -42,6 +43,8 @@ class BlockLayer(nn.Module):
     column_rows: Tensor
     column_order: Tensor
     groups: Tensor
+    dense_form: tuple[nn.Module, ...] = ()
+    """The layer that this one replaced, without its tensors; in a tuple, so that it is no submodule."""
 
     def __init__(
         self,
@@ -57,6 +60,7 @@ class BlockLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.block, self.backend, self.transposed = block, backend, transposed
+        keep_form(self, "weight", f"{block}x{block * math.prod(kernel)}")
         on_meta = device is not None and torch.device(device).type == "meta"
         index = BlockIndex.from_mask(mask if on_meta else mask.to(device), block)
         for name, tensor in index._asdict().items():
@@ -188,6 +192,10 @@ class BlockLayer(nn.Module):
     @property
     def _layout(self) -> BlockLayout:
         return BlockLayout(self.weight_shape, self.transposed, self.block, len(self.values))
+
+    def empty_dense_form(self) -> nn.Module:
+        """The ordinary layer of the same sizes, on meta; the caller sets its tensors."""
+        raise NotImplementedError
 
     def _describe_blocks(self) -> str:
         rows, columns = self.index.grid

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..errors import UsageError
 from .layer import BlockLayer
 from .ops import block_linear
 
@@ -39,6 +40,14 @@ class BlockLinear(BlockLayer):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
         return block_linear(x, self.values, self.index, self.bias, self.activation, self.backend)
+
+    def empty_dense_form(self) -> nn.Module:
+        """A linear layer on meta."""
+        if self.transposed:
+            raise UsageError(
+                "a transposed layer that replaced none has no ordinary form", hint="make it not transposed"
+            )
+        return nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
 
     def extra_repr(self) -> str:
         """What print(model) shows in the brackets."""

@@ -17,6 +17,7 @@ from ..errors import UsageError
 from .index import BlockIndex
 from .reference import ACTIVATIONS
 from .registry import Functions, LayerRequest, choose
+from .watch import notify
 
 _aten = torch.ops.aten
 
@@ -95,6 +96,7 @@ def _weight_gradient(grad: Tensor, x: Tensor, index: Sequence[Tensor], backend: 
     """The stored blocks [n, B, B] of grad^T x."""
     where = BlockIndex(*index)
     side = grad.shape[1] // where.grid[0]
+    notify(where.columns, lambda: grad.t() @ x)
     return _functions(backend, x, side).weight_gradient(grad.contiguous(), x.contiguous(), where)
 
 

@@ -8,7 +8,7 @@ Zeros are stored in the weight itself, so a forward pass costs nothing more for 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from weakref import ref
 
@@ -52,9 +52,12 @@ def attach(
             )
         mask = mask.to(weight.device, torch.bool)
         module.register_buffer(name + SUFFIX, mask, persistent=False)
-        setattr(module, name + _PATTERN, (patterns or {}).get(key, "unstructured"))
-        if parts and parts.get(key):
-            setattr(module, name + _PARTS, _with_gaps(parts[key], weight.shape[0]))
+        keep_form(
+            module,
+            name,
+            (patterns or {}).get(key, "unstructured"),
+            _with_gaps(parts[key], weight.shape[0]) if parts and parts.get(key) else (),
+        )
         with torch.no_grad():  # inverted and back in place: a copy of a large mask would need as much memory again
             weight.masked_fill_(mask.logical_not_(), 0)
             mask.logical_not_()
@@ -62,6 +65,13 @@ def attach(
     for key in masks:
         path, _, name = key.rpartition(".")
         _watch(model.get_submodule(path), name, key, found)
+
+
+def keep_form(module: nn.Module, name: str, pattern: str, parts: Rows = ()) -> None:
+    """Note the pattern of the mask of the parameter `name` beside it, and the rows of its parts, which together are all rows."""
+    setattr(module, name + _PATTERN, pattern)
+    if parts:
+        setattr(module, name + _PARTS, parts)
 
 
 @dataclass(slots=True)
@@ -151,16 +161,39 @@ def _with_gaps(parts: Rows, rows: int) -> Rows:
     return tuple(sorted({*parts, *((start, stop) for start, stop in between if start < stop)}))
 
 
+def mask_names(model: nn.Module) -> list[str]:
+    """The name of every weight that has a mask, in the order of the modules; of layers that store blocks alone too."""
+    return [f"{path}.{name}".removeprefix(".") for path, module in model.named_modules() for name in _masked(module)]
+
+
 def masks_of(model: nn.Module) -> dict[str, Tensor]:
-    """The boolean mask [*shape] of every weight that has one, by the weight's name; in the order of the modules."""
+    """The boolean mask [*shape] of every weight that has one, by the weight's name; in the order of the modules.
+
+    Of a layer that stores blocks alone (`kernels.layer.BlockLayer`) it is made for this call.
+    """
     found = {}
     for path, module in model.named_modules():
-        for name in tuple(module._buffers):
-            weight = module._parameters.get(name.removesuffix(SUFFIX)) if name.endswith(SUFFIX) else None
-            mask = None if weight is None else mask_beside(module, name.removesuffix(SUFFIX))
-            if mask is not None and weight is not None and mask.shape == weight.shape and mask.dtype == torch.bool:
-                found[f"{path}.{name}".removeprefix(".").removesuffix(SUFFIX)] = mask
+        for name in _masked(module):
+            mask = module.weight_mask if stores_blocks(module) else mask_beside(module, name)
+            found[f"{path}.{name}".removeprefix(".")] = mask
     return found
+
+
+def stores_blocks(module: nn.Module) -> bool:
+    """Whether the module stores the blocks of its weight alone, and makes weight and mask when they are asked for."""
+    return isinstance(getattr(type(module), "weight" + SUFFIX, None), property)
+
+
+def _masked(module: nn.Module) -> Iterator[str]:
+    """The weights of one module that have a mask."""
+    if stores_blocks(module):
+        yield "weight"
+        return
+    for name in tuple(module._buffers):
+        weight = module._parameters.get(name.removesuffix(SUFFIX)) if name.endswith(SUFFIX) else None
+        mask = None if weight is None else mask_beside(module, name.removesuffix(SUFFIX))
+        if mask is not None and weight is not None and mask.shape == weight.shape and mask.dtype == torch.bool:
+            yield name.removesuffix(SUFFIX)
 
 
 def mask_beside(module: nn.Module, name: str) -> Tensor | None:
@@ -190,20 +223,35 @@ def copy_masks(source: nn.Module, target: nn.Module) -> None:
         UsageError: `target` is no copy of `source`: a weight is missing or has another shape.
     """
     source, target = unwrapped(source), unwrapped(target)
-    masks, theirs = masks_of(source), dict(target.named_parameters(remove_duplicate=False))
+    keys, theirs = mask_names(source), _shapes(target)
     inner = getattr(target, "module", None)
-    if isinstance(inner, nn.Module) and not masks.keys() & theirs.keys():  # an average: its copy of the model
-        target, theirs = inner, dict(inner.named_parameters(remove_duplicate=False))
-    for key, mask in masks.items():  # all of them before one is laid
-        if key not in theirs or theirs[key].shape != mask.shape:
+    if isinstance(inner, nn.Module) and not set(keys) & theirs.keys():  # an average: its copy of the model
+        target, theirs = inner, _shapes(inner)
+    ours = _shapes(source)
+    for key in keys:  # all of them before one is laid
+        if theirs.get(key) != ours[key]:
             raise UsageError(
-                f"{type(target).__name__} has no {key} of shape {shape_text(mask.shape)}",
+                f"{type(target).__name__} has no {key} of shape {shape_text(ours[key][1])}",
                 hint="give a copy of the model that has the masks, as AveragedModel(model).module",
             )
-    for key, mask in masks.items():
+    for key in keys:
         path, _, name = key.rpartition(".")
         module = source.get_submodule(path)
+        if stores_blocks(module):
+            target.get_submodule(path).move_(module.block_mask)  # pyright: ignore[reportCallIssue]
+            continue
+        mask = mask_beside(module, name)
+        assert mask is not None
         attach(target, {key: mask.clone()}, {key: pattern_of(module, name)}, {key: parts_of(module, name)})
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[bool, tuple[int, ...]]]:
+    """Of every weight by its name: is it stored in blocks, and its shape."""
+    found = {name: (False, tuple(p.shape)) for name, p in model.named_parameters(remove_duplicate=False)}
+    for path, module in model.named_modules():
+        if stores_blocks(module):
+            found[f"{path}.weight".removeprefix(".")] = True, tuple(module.weight_shape)  # pyright: ignore[reportArgumentType]
+    return found
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

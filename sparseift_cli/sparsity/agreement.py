@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..base.randomness import generator_for
@@ -78,18 +77,9 @@ def _misfit(w: SparseWeight, outside: int) -> str:
     return f"{w.name} has {int(w.parameter.count_nonzero()):,} non-zeros, {outside:,} of them outside its mask of {w.nnz:,}"
 
 
-@torch.no_grad()
 def clear_states(weights: Iterable[SparseWeight], state_of: Callable[[SparseWeight], list[Tensor]]) -> list[str]:
     """Zero optimiser state [*shape of its weight] outside the masks; the names of the weights that had such state."""
-    cleared = []
-    for w in weights:
-        inactive = ~w.mask
-        spoiled = [t for t in state_of(w) if bool(t[inactive].any())]
-        for tensor in spoiled:
-            tensor.masked_fill_(inactive, 0)
-        if spoiled:
-            cleared.append(w.name)
-    return cleared
+    return [w.name for w in weights if w.clear_outside(state_of(w))]
 
 
 def setting_changes(mine: Mapping[str, object], theirs: Mapping[str, object]) -> dict[str, str]:

@@ -113,6 +113,8 @@ class MaskAlgorithm:
     """Whether mask updates replace weights: as many grow as were dropped."""
     dense_gradient: ClassVar[DenseGradient] = "never"
     """Which steps compute the weight gradient at every place, not only where the mask is True. Decides cost, and `gradient`."""
+    grows_by_gradient_alone: ClassVar[bool] = False
+    """Whether `grow_scores` reads nothing but `gradient`: layers of stored blocks then score and free it during backward."""
     start_density: ClassVar[Fraction | None] = None
     """Density at step 0 where that may be above the planned one; None: training starts with the planned masks."""
     state: ClassVar[tuple[str, ...]] = ()
@@ -121,6 +123,8 @@ class MaskAlgorithm:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        if "grow_scores" in vars(cls) and "grows_by_gradient_alone" not in vars(cls):
+            cls.grows_by_gradient_alone = False  # whatever its base says: these are other scores
         if not cls.__module__.startswith(__name__.partition(".")[0] + "."):
             for name in _OWN:
                 if name in vars(cls):
@@ -318,6 +322,7 @@ class RigL(DropAndGrow):
     """
 
     dense_gradient: ClassVar[DenseGradient] = "at updates"
+    grows_by_gradient_alone: ClassVar[bool] = True
 
     def grow_scores(self, at: WeightView) -> Tensor:
         """|dL/dw| [*shape]."""

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,6 +31,12 @@ class Pending:
     """Whether weights are dropped and grown."""
     gradients: dict[str, Tensor]
     """Dense gradients [*shape] by weight name; empty where the algorithm wants none of this step."""
+    scores: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """Scores of blocks to grow [block rows, block columns] that were made of gradients which are not kept, by weight name."""
+
+    def has(self, w: SparseWeight) -> bool:
+        """Whether the step had a gradient of the weight."""
+        return w.name in self.gradients or w.name in self.scores
 
 
 class MaskUpdates:
@@ -60,9 +67,7 @@ class MaskUpdates:
     def _start_with(self, weights: list[SparseWeight]) -> None:
         self.weights = weights
         self._states: dict[str, dict[str, Tensor]] = {
-            w.name: {name: torch.zeros_like(w.parameter, dtype=torch.float32) for name in self.algorithm.state}
-            for w in weights
-            if w.moves
+            w.name: {name: w.new_state() for name in self.algorithm.state} for w in weights if w.moves
         }
         self._final = {n: k for w in weights for n, k in zip(w.part_names, w.active_in_parts, strict=True)}
         self._start = {n: k for w in weights for n, k in zip(w.part_names, self._initial_blocks(w), strict=True)}
@@ -77,7 +82,7 @@ class MaskUpdates:
         if density is None or not w.moves:
             return w.active_in_parts
         places = [part.numel() for part in w.in_parts(w.active_blocks())]
-        sizes = [w.mask_float.numel()] if w.one_part else [n * w.block_size for n in places]
+        sizes = [w.numel] if w.one_part else [n * w.block_size for n in places]
         starts = (min(most, int(density * size / w.block_size)) for most, size in zip(places, sizes, strict=True))
         return [max(active, start) for active, start in zip(w.active_in_parts, starts, strict=True)]
 
@@ -97,10 +102,16 @@ class MaskUpdates:
         """The active blocks that step `t` computes with, in each part of a weight."""
         return [self.algorithm.nonzeros(t, self._start[n], self._final[n], self.schedule) for n in w.part_names]
 
-    def updated(self, w: SparseWeight, t: int, gradient: Tensor | None) -> Tensor:
-        """The active blocks of a weight after the update of step `t`, part by part; `gradient` [*shape] is the dense one."""
+    def updated(self, w: SparseWeight, t: int, gradient: Tensor | None, scores: Tensor | None = None) -> Tensor:
+        """The active blocks of a weight after the update of step `t`, part by part.
+
+        Args:
+            gradient: the dense one [*shape].
+            scores: of growth [block rows, block columns], where they were made before.
+        """
         view, (_, ties) = self.view_of(w, t, gradient), self.keys_of(w, t)
-        drop, grow = self._scores(w, "drop_scores", view), self._scores(w, "grow_scores", view)
+        drop = self._scores(w, "drop_scores", view)
+        grow = self._scores(w, "grow_scores", view) if scores is None else scores
         for which, scores in (("drop_scores", drop), ("grow_scores", grow)) if self._from_outside else ():
             if bool(scores.isnan().any()):
                 raise UsageError(
@@ -114,7 +125,13 @@ class MaskUpdates:
         return w.whole(made)
 
     def fast_update_of(
-        self, w: SparseWeight, gradient: Tensor | None, key: int | Tensor, numbers: Tensor, most: int
+        self,
+        w: SparseWeight,
+        gradient: Tensor | None,
+        key: int | Tensor,
+        numbers: Tensor,
+        most: int,
+        scores: Tensor | None = None,
     ) -> FastUpdate:
         """The same for `fast_drop_and_grow`.
 
@@ -123,6 +140,7 @@ class MaskUpdates:
             key: of random growth; in a CUDA graph an int64 scalar on the device.
             numbers: int64 [NUMBERS], see `update_numbers`.
             most: an upper bound of the blocks that are dropped.
+            scores: of growth [block rows, block columns], where they were made before.
         """
         algorithm, view = self.algorithm, self._view(w, gradient, key)
         by_magnitude = w.single_weights and type(algorithm).drop_scores is MaskAlgorithm.drop_scores
@@ -132,7 +150,7 @@ class MaskUpdates:
             w.active_blocks(),
             w.num_active,
             drop,
-            self._scores(w, "grow_scores", view),
+            self._scores(w, "grow_scores", view) if scores is None else scores,
             numbers,
             most,
             self.regrow,
@@ -157,7 +175,7 @@ class MaskUpdates:
         return self._view(w, gradient, self.keys_of(w, t)[0])
 
     def _view(self, w: SparseWeight, gradient: Tensor | None, key: int | Tensor) -> WeightView:
-        return WeightView(w.parameter.detach(), gradient, self._states.get(w.name, {}), key)
+        return WeightView(w.dense_weight(), gradient, self._states.get(w.name, {}), key)
 
     def drops(self, w: SparseWeight, t: int) -> int:
         """How many blocks of a weight the update of step `t` drops and grows."""
@@ -180,10 +198,8 @@ class MaskUpdates:
         for group in in_groups([w.num_blocks for w in weights]):
             made, flags = fast_drop_and_grow(
                 [
-                    self.fast_update_of(
-                        weights[i], pending.gradients.get(weights[i].name), keys[i][0], numbers[i], drops[i]
-                    )
-                    for i in group
+                    self.fast_update_of(w, pending.gradients.get(w.name), key, row, most, pending.scores.get(w.name))
+                    for w, key, row, most in ((weights[i], keys[i][0], numbers[i], drops[i]) for i in group)
                 ]
             )
             blocks += made

@@ -6,16 +6,16 @@ times a boolean mask takes several times as long. Both change in place, so hooks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from math import prod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from ..base.randomness import generator_for
-from ..base.text import some_of
 from ..errors import UsageError
-from ..mask.attached import is_transposed, mask_beside, masks_of, masks_without_weights, parts_of, pattern_of
+from ..mask.attached import mask_beside, parts_of
 from ..mask.layout import Layout, part_name
 from ..mask.patterns import UNSTRUCTURED, has_pattern, parse_pattern
 from ..mask.saliency import MaskLayout
@@ -27,13 +27,16 @@ Fill = str | Callable[[str, Tensor], Tensor]
 
 
 class SparseWeight:
-    """A parameter [*shape], its mask, and what is counted about it.
+    """A parameter [*shape], its mask, and what is counted about it. `block_weight` has the same without the zeros.
 
     A block, a cell of the mask's pattern, moves as one; often it is a single weight.
 
     Raises:
         UsageError: a pattern that cannot move (N:M) although the mask `moves`, or a mask that is not made of whole blocks.
     """
+
+    stores_zeros: ClassVar[bool] = True
+    """Whether the parameter has places outside the mask, so that gradients must be masked."""
 
     def __init__(self, name: str, module: nn.Module, attribute: str, form: MaskLayout, *, moves: bool) -> None:
         self.name = name
@@ -74,6 +77,34 @@ class SparseWeight:
         assert mask is not None
         return mask
 
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the weight with its zeros."""
+        return tuple(self.parameter.shape)
+
+    @property
+    def numel(self) -> int:
+        """The places of the weight, zeros included."""
+        return prod(self.weight_shape)
+
+    @property
+    def saved_mask(self) -> Tensor:
+        """The mask as a state dict keeps it: bool [*shape], or [block rows, block columns] of a compact weight."""
+        return self.mask
+
+    @property
+    def num_ever_active(self) -> int:
+        """Weights that have ever been active; waits for the device."""
+        return int(self.ever_active.count_nonzero())
+
+    def dense_weight(self) -> Tensor:
+        """The weight [*shape] with its zeros, without its gradient."""
+        return self.parameter.detach()
+
+    def new_state(self) -> Tensor:
+        """A float32 tensor of zeros [*shape], for an algorithm's own numbers."""
+        return torch.zeros_like(self.parameter, dtype=torch.float32, requires_grad=False)
+
     # --- what others do to the weight ---
 
     def note_version(self) -> None:
@@ -98,14 +129,26 @@ class SparseWeight:
             UsageError: the module has another parameter now, which is not the one that this object and the optimiser have.
         """
         w = self.parameter
-        if self._module._parameters.get(self._attribute) is not w:
+        self._require_same(self._module._parameters.get(self._attribute))
+        if w.dtype != self.mask_float.dtype or w.device != self.mask_float.device:
+            self.mask_float = torch.empty_like(w, requires_grad=False).copy_(self.mask)
+            self.ever_active = self.ever_active.to(w.device)
+
+    def _require_same(self, parameter: Tensor | None) -> None:
+        if parameter is not self.parameter:
             raise UsageError(
                 f"{self.name} is not the parameter any more that the Sparsifier was given",
                 hint="make optimiser and Sparsifier after load_state_dict(assign=True), parametrize or a new nn.Parameter",
             )
-        if w.dtype != self.mask_float.dtype or w.device != self.mask_float.device:
-            self.mask_float = torch.empty_like(w, requires_grad=False).copy_(self.mask)
-            self.ever_active = self.ever_active.to(w.device)
+
+    @torch.no_grad()
+    def clear_outside(self, tensors: Iterable[Tensor]) -> bool:
+        """Zero tensors [*shape] outside the mask; whether one was not zero there. Waits for the device."""
+        inactive = ~self.mask
+        spoiled = [t for t in tensors if bool(t[inactive].any())]
+        for tensor in spoiled:
+            tensor.masked_fill_(inactive, 0)
+        return bool(spoiled)
 
     @torch.no_grad()
     def num_outside(self) -> int:
@@ -225,9 +268,14 @@ class SparseWeight:
 
     @torch.no_grad()
     def restore(self, mask: Tensor, ever_active: Tensor, num_grown: int) -> int:
-        """Copy saved masks, bool [*shape], into the tensors in use; weights outside the mask are zeroed, and counted."""
-        self._store(mask.to(self.mask.device))
-        self.ever_active.copy_(ever_active)
+        """Copy saved masks into the tensors in use; weights outside the mask are zeroed, and counted.
+
+        Args:
+            mask, ever_active: bool, as `saved_mask` of this weight, or of the same one stored compactly.
+            num_grown: what the last update before made active.
+        """
+        self._store(self._whole_mask(mask).to(self.mask.device))
+        self.ever_active.copy_(self._whole_mask(ever_active))
         self.num_grown = num_grown
         if self._filled is not None and not self.changed:
             self.parameter.masked_fill_(self._filled, 0)  # what was loaded before has zeros there
@@ -235,6 +283,19 @@ class SparseWeight:
         outside = self.num_outside()
         self.parameter.masked_fill_(~self.mask, 0)
         return outside
+
+    def _whole_mask(self, mask: Tensor) -> Tensor:
+        """A saved mask, [*shape] or [block rows, block columns], as [*shape]."""
+        return mask if mask.shape == self.mask.shape else self.mask_of_blocks(mask)
+
+    def num_nonzeros(self, mask: Tensor) -> int:
+        """Weights that a saved mask, compact or not, has active."""
+        count = int(mask.count_nonzero())
+        return count if tuple(mask.shape) == self.weight_shape else count * self.block_size
+
+    def fits(self, mask: Tensor) -> bool:
+        """Whether a saved mask is one of this weight by its shape, compact or not."""
+        return tuple(mask.shape) in (self.weight_shape, self.pattern.grid(self._layout))
 
     @torch.no_grad()
     def densify(self, blocks: Tensor, fill: Fill, seed: int) -> None:
@@ -265,52 +326,3 @@ class SparseWeight:
         ever |= active
         if nnz is None:
             self._count()
-
-
-def find_weights(
-    model: nn.Module,
-    optimizers: Iterable[Optimizer],
-    pattern: str | None,
-    layouts: Mapping[str, MaskLayout],
-    *,
-    moves: bool,
-) -> list[SparseWeight]:
-    """Every weight with a mask, in the order of the modules.
-
-    Args:
-        pattern: of all masks; None for the one kept beside each mask.
-        layouts: pattern, groups and transposition of single weights, in place of what their modules have.
-        moves: whether any mask will change.
-
-    Raises:
-        UsageError: a weight that is trained but by none of the optimisers; a mask whose weight is no parameter any more; a
-            layout of a name that is no sparse weight; a mask that does not have the pattern, or a pattern that cannot move.
-    """
-    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    lost = masks_without_weights(model)
-    if lost:
-        raise UsageError(
-            f"{some_of(lost)} {'has' if len(lost) == 1 else 'have'} a mask and is no parameter any more",
-            hint="parametrize or prune the dense model, and transform that",
-        )
-    found = list[SparseWeight]()
-    for name in masks_of(model):
-        path, _, attribute = name.rpartition(".")
-        module = model.get_submodule(path)
-        form: MaskLayout = {
-            "pattern": pattern or pattern_of(module, attribute),
-            "groups": getattr(module, "groups", 1),
-            "transposed": is_transposed(module),
-        }
-        form |= layouts.get(name, MaskLayout())
-        weight = SparseWeight(name, module, attribute, form, moves=moves)
-        if weight.parameter.requires_grad and id(weight.parameter) not in held:
-            raise UsageError(
-                f"{name} is trained but not in the optimiser",
-                hint="give all optimisers, Sparsifier(model, [muon, adamw]), or freeze it",
-            )
-        found.append(weight)
-    unknown = set(layouts) - {w.name for w in found}
-    if unknown:
-        raise UsageError(f"layouts of {', '.join(sorted(unknown))}: no sparse weights of these names")
-    return found

@@ -24,7 +24,7 @@ it is (1 - .9) / sqrt(1 - .999) = 3.16 times the learning rate, whatever the gra
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -41,7 +41,9 @@ from ..mask.attached import capturing, copy_masks, unwatch, unwrapped
 from ..mask.saliency import MaskLayout
 from .agreement import Adopted, clear_states, fit_masks, in_words, setting_changes
 from .algorithms import MaskAlgorithm, choose_algorithm
+from .block_weight import BlockGradients, BlockWeight
 from .drop_and_grow import extend, prune
+from .find_weights import find_weights
 from .guard import all_finite, multiply_, require_finite, require_masked_gradients, warn_of_order
 from .mask_updates import MaskUpdates, Pending
 from .optimizers import (
@@ -55,7 +57,7 @@ from .optimizers import (
     warn_of_zeros,
 )
 from .schedule import never_moves
-from .sparse_weight import Fill, SparseWeight, find_weights
+from .sparse_weight import Fill, SparseWeight
 from .statistics import WeightStatistics, check_ranks, statistics_of
 
 SCHEMA = "sparseift.sparsifier/1"
@@ -105,6 +107,10 @@ class _Held:
     """It was not called before its last step, which had gradients outside the masks."""
     evaluations: int | None = None
     """While the optimiser makes a step with a closure: how often `Sparsifier.step` was called in it."""
+
+    def masked(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Its weights that have places outside their masks, each with its mask in floats, [*shape] both."""
+        return ((w.parameter, w.mask_float) for w in self.weights if w.stores_zeros)
 
 
 class Sparsifier(MaskUpdates):
@@ -161,6 +167,7 @@ class Sparsifier(MaskUpdates):
         if not weights and self.algorithm.masked:
             raise UsageError("the model has no sparse weights", hint="transform it first, or use algorithm dense")
         self._start_with(weights)
+        self._compact = self._compact_gradients()
         self.steps = 0
         """Steps counted so far: the index of the next one."""
         self.last: StepRecord | None = None
@@ -172,6 +179,7 @@ class Sparsifier(MaskUpdates):
         self._begin(state, fill)
         self._held = self._hold()
         self._hooks = [hook for held in self._held for hook in self._hooks_on(held)]
+        self._expect_gradients()
         self._warn_of_start()
 
     # --- the loop ---
@@ -200,12 +208,13 @@ class Sparsifier(MaskUpdates):
         self.last = StepRecord(t, self._nnz, dense)
         finite = not found_inf and not (self.check_finite and not all_finite(self._gradients()))
         if finite and (updates or dense or self.algorithm.state):
-            pending = Pending(t, updates, self._dense_gradients() if dense else {})
+            pending = Pending(t, updates, *(self._dense_gradients() if dense else ({}, {})))
         for held in self._held:
             held.pending, held.stepped = pending, True
         self._prune(t + 1, pending.gradients if pending else {})
         if finite:
             self.mask_gradients()
+        self._expect_gradients()
         return finite
 
     # A loop whose step is a CUDA graph calls these two instead of `step`, where no mask moves: one inside the graph, the
@@ -227,7 +236,7 @@ class Sparsifier(MaskUpdates):
         masked = [
             (w.parameter.grad, w.mask_float)
             for w in self.weights
-            if (w.nnz < w.mask_float.numel() or w.moves) and w not in but
+            if w.stores_zeros and (w.nnz < w.numel or w.moves) and w not in but
         ]
         pairs = [(g, mask) for g, mask in masked if g is not None]
         multiply_([g for g, _ in pairs], [mask for _, mask in pairs])
@@ -240,11 +249,22 @@ class Sparsifier(MaskUpdates):
         """Record a step in which every weight kept its number of non-zeros."""
         self.last = StepRecord(self.steps, self._nnz, dense_gradients)
         self.steps += 1
+        self._expect_gradients()
+
+    @property
+    def collects_gradients(self) -> bool:
+        """Whether the backward pass of the next step computes dense gradients of weights that are stored compactly.
+
+        A captured CUDA graph of an ordinary backward pass does not: this one must be made operation by operation.
+        """
+        return self._compact is not None and self._needs_dense_gradient(self.steps)
 
     def close(self) -> None:
         """Remove the hooks from the optimisers; masks stay as they are."""
         for hook in self._hooks:
             hook.remove()
+        if self._compact is not None:
+            self._compact.close()
 
     def keep_sparse(self, copy: nn.Module) -> None:
         """Give a copy of the model, as an average of its weights, the masks of the model now and after every mask update.
@@ -280,7 +300,7 @@ class Sparsifier(MaskUpdates):
 
     def check_ranks(self) -> None:
         """Raise CheckFailed where masks are not equal on every rank of torch.distributed; every rank must call it."""
-        check_ranks(self.masks())
+        check_ranks({w.name: w.saved_mask for w in self.weights})
 
     def state_dict(self) -> dict[str, Any]:
         """What a bit-exact resume needs beside weights and optimiser, between two steps: JSON values and copies of tensors.
@@ -295,7 +315,7 @@ class Sparsifier(MaskUpdates):
             "final": dict(self._final),
             "start": dict(self._start),
             "churned": {w.name: w.read_num_grown() for w in self.weights},
-            "masks": {w.name: w.mask.clone() for w in self.weights},
+            "masks": {w.name: w.saved_mask.clone() for w in self.weights},
             "ever": {w.name: w.ever_active.clone() for w in self.weights},
             "state": {f"{key}/{name}": t.clone() for name, held in self._states.items() for key, t in held.items()},
         }
@@ -331,8 +351,8 @@ class Sparsifier(MaskUpdates):
             self._warn_of_length(length)
 
     def _same_weights(self, state: Mapping[str, Any]) -> bool:
-        shapes = {w.name: tuple(w.mask.shape) for w in self.weights}
-        return shapes == {name: tuple(mask.shape) for name, mask in state["masks"].items()}
+        masks, mine = state["masks"], {w.name: w for w in self.weights}
+        return masks.keys() == mine.keys() and all(mine[name].fits(mask) for name, mask in masks.items())
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.steps, self.last, self._restored = int(state["step"]), None, True
@@ -350,6 +370,7 @@ class Sparsifier(MaskUpdates):
             w.note_version()
         for held in self._held:
             held.pending = None
+        self._expect_gradients()
         self._unchecked, self._adopted = True, None
         self._mask_copies()
         self._count()
@@ -377,7 +398,7 @@ class Sparsifier(MaskUpdates):
         """Take the masks of a run with another algorithm, where they are what this one begins with."""
         if self.algorithm.start_density is not None:
             return  # it begins denser, with whatever weights there are
-        if any(int(state["masks"][w.name].count_nonzero()) != w.nnz for w in self.weights):
+        if any(w.num_nonzeros(state["masks"][w.name]) != w.nnz for w in self.weights):
             return  # of a run that had not come down to the plan yet: its weights will not fit
         self._restore_masks(state)
         if self.algorithm.moves:
@@ -404,13 +425,13 @@ class Sparsifier(MaskUpdates):
             if any(w.changed for w in held.weights):  # loaded, and `step` has not looked at them yet
                 self._follow_weights()
                 self._unchecked = True
-            unmasked = warn_of_order((w.parameter, w.mask_float) for w in held.weights)
+            unmasked = warn_of_order(held.masked())
         elif held.evaluations is None and held.missed:  # step() may have been called late, after the optimiser's step
-            require_masked_gradients((w.parameter, w.mask_float) for w in held.weights)
+            require_masked_gradients(held.masked())
         held.missed = unmasked
         held.first_step, held.stepped = not optimizer.state, False
         if held.pending is not None and held.pending.updates and not skipped_inside(optimizer):
-            require_finite(held.pending.gradients, "the gradient", held.pending.step)
+            require_finite({**held.pending.gradients, **held.pending.scores}, "the gradient", held.pending.step)
             for key in self.algorithm.state:
                 tensors = {name: tensors[key] for name, tensors in self._states.items()}
                 require_finite(tensors, f"the {key}", held.pending.step)
@@ -423,7 +444,7 @@ class Sparsifier(MaskUpdates):
         if held.first_step and optimizer.state and skipped_inside(optimizer):
             clear_unwritten(optimizer)
         if evaluations is not None and not evaluations and held.steps <= 2:  # masked before gradients were made again?
-            require_masked_gradients(((w.parameter, w.mask_float) for w in held.weights), in_closure=True)
+            require_masked_gradients(held.masked(), in_closure=True)
         if held.remask or (held.missed and not evaluations):
             for w in held.weights:
                 w.apply_mask(self.state_of(w))
@@ -454,7 +475,7 @@ class Sparsifier(MaskUpdates):
 
     def _can_change(self, w: SparseWeight, pending: Pending) -> bool:
         """Whether the update can change this mask: something is dropped, places are free, and the layer took part in the step."""
-        without_gradient = self.algorithm.dense_gradient != "never" and w.name not in pending.gradients
+        without_gradient = self.algorithm.dense_gradient != "never" and not pending.has(w)
         return bool(self.drops(w, pending.step)) and w.num_active < w.num_blocks and not without_gradient
 
     def _drop_and_grow(self, weights: list[SparseWeight], pending: Pending) -> None:
@@ -465,7 +486,7 @@ class Sparsifier(MaskUpdates):
                 found |= self._fast_drop_and_grow(fast, pending)
         for w in weights:
             gradient = pending.gradients.pop(w.name, None)
-            blocks = found[w] if w in found else self.updated(w, t, gradient)
+            blocks = found[w] if w in found else self.updated(w, t, gradient, pending.scores.get(w.name))
             w.set_mask(blocks, self.state_of(w), nnz=w.nnz)
 
     def _prune(self, t: int, dense: Mapping[str, Tensor]) -> None:
@@ -483,8 +504,42 @@ class Sparsifier(MaskUpdates):
         self._mask_copies()
         self._count()
 
-    def _dense_gradients(self) -> dict[str, Tensor]:
-        return {w.name: w.parameter.grad.clone() for w in self.weights if w.moves and w.parameter.grad is not None}
+    # --- dense gradients ---
+
+    def _dense_gradients(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """By weight name: dense gradients [*shape], and scores [R, C] of those that are not kept."""
+        gradients = {
+            w.name: w.parameter.grad.clone()
+            for w in self.weights
+            if w.moves and w.stores_zeros and w.parameter.grad is not None
+        }
+        compact, scores = self._compact.take() if self._compact is not None else ({}, {})
+        return gradients | compact, scores
+
+    def _compact_gradients(self) -> BlockGradients | None:
+        """What collects the dense gradients of weights that are stored compactly, where the algorithm needs them.
+
+        Raises:
+            UsageError: the algorithm begins with more weights than there is room for.
+        """
+        compact = [w for w in self.weights if isinstance(w, BlockWeight)]
+        if compact and self.algorithm.start_density is not None:
+            raise UsageError(
+                f"{self.algorithm_name} begins denser than the planned masks, and layers of stored blocks have no room for that",
+                hint="sparseift.to_masked(model) before the optimiser is made, or train without use_kernels",
+            )
+        moving = [w for w in compact if w.moves]
+        if not moving or self.algorithm.dense_gradient == "never":
+            return None
+        return BlockGradients(moving, self._early_scores if self.algorithm.grows_by_gradient_alone else None)
+
+    def _early_scores(self, w: SparseWeight, gradient: Tensor) -> Tensor:
+        return self._scores(w, "grow_scores", self.view_of(w, self.steps, gradient))
+
+    def _expect_gradients(self) -> None:
+        """Let the backward passes of the next step collect what that step needs."""
+        if self._compact is not None:
+            self._compact.expect(self._needs_dense_gradient(self.steps))
 
     def _gradients(self) -> list[Tensor]:
         held = (p.grad for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"])
@@ -617,10 +672,11 @@ class Sparsifier(MaskUpdates):
             mine = [w for w in left if id(w.parameter) in own]
             left = [w for w in left if w not in mine]
             remask = bool(mine) and not keeps_zeros(optimizer)
-            if remask:
-                planned = [sum(self._final[n] for n in w.part_names) * w.block_size / w.mask.numel() for w in mine]
+            with_zeros = [w for w in mine if w.stores_zeros]
+            if remask and with_zeros:
+                planned = [sum(self._final[n] for n in w.part_names) * w.block_size / w.numel for w in with_zeros]
                 density, at = min((share, i) for i, share in enumerate(planned))
-                warn_of_zeros(optimizer, mine[at].parameter, density)
+                warn_of_zeros(optimizer, with_zeros[at].parameter, density)
             held.append(_Held(optimizer, mine, remask))
         held[0].weights += left
         for w in self.weights:

@@ -81,7 +81,7 @@ class WeightStatistics:
 
 def statistics_of(w: SparseWeight) -> WeightStatistics:
     """The counts of one weight; one pass over the record of where it has been active."""
-    return WeightStatistics(w.mask_float.numel(), w.nnz, int(w.ever_active.count_nonzero()), w.read_num_grown())
+    return WeightStatistics(w.numel, w.nnz, w.num_ever_active, w.read_num_grown())
 
 
 def total(parts: Iterable[WeightStatistics]) -> WeightStatistics:

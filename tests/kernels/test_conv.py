@@ -83,7 +83,7 @@ def test_from_dense_and_back() -> None:
 
 def test_state_dict_holds_the_index_and_rebuilds_it() -> None:
     layer, other = (BlockConv2d(mask, 2, 3, padding="same") for mask in (CORNERS, CORNERS.flip(0, 1)))
-    assert set(layer.state_dict()) == {"values", "bias", "row_offsets", "columns"}
+    assert set(layer.state_dict()) == {"values", "bias", "row_offsets", "columns", "layout"}
     other.load_state_dict(layer.state_dict())
     x = torch.randn(1, 8, 4, 4)
     assert torch.equal(layer(x), other(x)) and torch.equal(copy.deepcopy(layer)(x), layer(x))

@@ -1,0 +1,260 @@
+"""A weight of which only the blocks in its mask are stored: the same interface as `SparseWeight`, without zeros anywhere.
+
+The parameter is `values` [n, *unit] of a `kernels.layer.BlockLayer`. Its gradient and the optimiser's state have that shape, so
+nothing has to be masked. Masks here are masks of blocks, bool [R, C]. Scores are still those of the dense weight [*shape],
+which exists during a mask update, one layer at a time: algorithms see no difference, and masks are those of masked training.
+
+`BlockGradients` has the dense gradients that such layers do not compute by themselves, at the steps that need them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..base.text import some_of
+from ..kernels.layer import BlockLayer
+from ..kernels.watch import unwatch_gradient, watch_gradient
+from ..mask.attached import capturing, parts_of
+from ..mask.layout import Layout
+from ..mask.patterns import Block
+from .sparse_weight import SparseWeight
+
+
+class BlockWeight(SparseWeight):
+    """The weight of a `BlockLayer`. `name` is that of the dense weight: random choices and plans go by it."""
+
+    stores_zeros = False
+
+    def __init__(self, name: str, layer: BlockLayer, *, moves: bool) -> None:
+        self.name, self._layer = name, layer
+        self.parameter = layer.values  # pyright: ignore[reportAttributeAccessIssue]
+        self._layout = Layout(layer.weight_shape, transposed=layer.transposed)
+        self.pattern = self._wanted = Block(layer.block, layer.block * self._layout.taps)
+        self.block_size = self.pattern.unit
+        self._parts = parts_of(layer, "weight")
+        self.moves = moves and self.parameter.requires_grad
+        self.ever_active = layer.block_mask
+        """Where a block has ever been active, bool [R, C]."""
+        self._count()
+        self._version = self.parameter._version
+        self.num_grown = 0
+        self.num_blocks = self.ever_active.numel()
+
+    @property
+    def layer(self) -> BlockLayer:
+        """The layer whose weight it is."""
+        return self._layer
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return self._layer.weight_shape
+
+    @property
+    def mask(self) -> Tensor:
+        """Bool [*shape], made anew each time."""
+        return self._layer.weight_mask
+
+    @property
+    def saved_mask(self) -> Tensor:
+        """Bool [R, C]."""
+        return self._layer.block_mask
+
+    @property
+    def num_ever_active(self) -> int:
+        return int(self.ever_active.count_nonzero()) * self.block_size
+
+    def dense_weight(self) -> Tensor:
+        """The weight [*shape], made anew each time."""
+        return self._layer.dense()
+
+    def new_state(self) -> Tensor:
+        """Zeros [*shape]: an algorithm's own numbers are of every place."""
+        return torch.zeros(self.weight_shape, dtype=torch.float32, device=self.parameter.device)
+
+    # --- what others do to the weight ---
+
+    def keep_fill(self) -> None:
+        """Nothing was filled."""
+
+    @property
+    def changed(self) -> bool:
+        w = self.parameter
+        return self._layer.values is not w or w._version != self._version or w.device != self.ever_active.device
+
+    def follow(self) -> None:
+        self._require_same(self._layer.values)
+        self.ever_active = self.ever_active.to(self.parameter.device)
+
+    def num_outside(self) -> int:
+        """0: there is no place outside the mask."""
+        return 0
+
+    def clear_outside(self, tensors: Iterable[Tensor]) -> bool:
+        """False for any tensors [n, *unit]: there is no place outside the mask."""
+        return False
+
+    def apply_mask(self, state: Iterable[Tensor] = ()) -> None:
+        """Nothing, for any state [n, *unit]: there is no place outside the mask."""
+
+    # --- masks of blocks ---
+
+    def _count(self) -> None:
+        self.nnz = self.parameter.numel()
+        self.active_in_parts = [self.num_active]
+        if self._parts:
+            self.active_in_parts = [int(part.count_nonzero()) for part in self.in_parts(self.active_blocks())]
+
+    def active_blocks(self) -> Tensor:
+        """Bool [R, C]."""
+        return self._layer.block_mask
+
+    @torch.no_grad()
+    def set_mask(self, blocks: Tensor, state: Iterable[Tensor] = (), nnz: int | None = None) -> None:
+        """Move the blocks to those of `blocks`, bool [R, C]; a block that grows is zero, in the optimiser's `state` too."""
+        self.num_grown = (blocks & ~self._layer.block_mask).count_nonzero() * self.block_size
+        self._layer.move_(blocks, state)
+        self.ever_active |= blocks
+        if nnz is None:
+            self._count()
+
+    @torch.no_grad()
+    def restore(self, mask: Tensor, ever_active: Tensor, num_grown: int) -> int:
+        """As `SparseWeight.restore`, of masks [*shape] or [R, C]; 0, as no weight is outside the mask."""
+        blocks = self._blocks_of(mask).to(self.parameter.device)
+        self._layer.index.move_(blocks)  # values come with the model's state, in the order of its blocks
+        self.ever_active.copy_(self._blocks_of(ever_active))
+        self.num_grown = num_grown
+        self._count()
+        return 0
+
+    def _blocks_of(self, mask: Tensor) -> Tensor:
+        """A saved mask, [*shape] of a masked-dense run or [R, C], as [R, C]."""
+        if tuple(mask.shape) == self.weight_shape:
+            return self.block_scores(mask.float()) > 0
+        return mask
+
+
+@dataclass(slots=True)
+class _Collected:
+    """The dense gradient of one weight, as far as it was computed in this step."""
+
+    expected: int = 0
+    """How often a step computes it: passes x uses of the layer; 0 is not known yet."""
+    calls: int = 0
+    backward: int = -1
+    dense: Tensor | None = None
+    scores: Tensor | None = None
+    late: bool = False
+    """A gradient came when `scores` had been made already."""
+    half: bool = False
+    """It was computed in float16, where a scaled loss overflows now and then."""
+
+    def usable(self, tensor: Tensor) -> bool:
+        """False where a float16 gradient overflowed: the update is lost, as it is for a step that a GradScaler skips."""
+        return not self.half or bool(tensor.isfinite().all())
+
+
+Reduce = Callable[[BlockWeight, Tensor], Tensor]
+
+
+class BlockGradients:
+    """Collects dL/dw [*shape] at every place of weights that are stored compactly, at the steps for which it is asked.
+
+    The first step of a program counts how often the gradient of each weight is computed in a step (micro-batches, uses of the
+    layer). From then on, where scores need the gradient alone, they are made as soon as it is complete, and it is freed: one
+    dense gradient exists at a time. With several micro-batches a step, the sums of all layers exist until the last of them.
+
+    Args:
+        weights: those whose gradients are wanted.
+        reduce: (weight, gradient [*shape]) to the scores [R, C] by which blocks grow; None where these need more than it.
+    """
+
+    def __init__(self, weights: Sequence[BlockWeight], reduce: Reduce | None) -> None:
+        self._reduce = reduce
+        self._weights = {w.layer: w for w in weights}
+        self._found = {w: _Collected() for w in weights}
+        self._collecting = False
+
+    def expect(self, wanted: bool) -> None:
+        """Say, after a step, whether the backward passes of the next one need dense gradients."""
+        self._collecting = wanted
+        for w, found in self._found.items():
+            expected = 0 if found.late else found.calls or found.expected
+            self._found[w] = _Collected(expected)
+            if wanted or not expected:
+                watch_gradient(w.layer, self)
+            else:
+                unwatch_gradient(w.layer)
+
+    def close(self) -> None:
+        """Watch no layer any more."""
+        for w in self._found:
+            unwatch_gradient(w.layer)
+
+    @torch.no_grad()
+    def take(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """By weight name, what was collected in this step: dense gradients [*shape], and scores [R, C] where these were made."""
+        gradients, scores, late = dict[str, Tensor](), dict[str, Tensor](), list[str]()
+        for w, found in self._found.items():
+            if found.late:
+                late.append(w.name)
+            elif found.scores is not None and found.usable(found.scores):
+                scores[w.name] = found.scores
+            elif found.dense is not None and found.usable(dense := self._finished(w, found.dense)):
+                gradients[w.name] = _unscaled(w, dense)
+        if late:
+            warnings.warn(
+                f"the loop made more backward passes in this step than before: the masks of {some_of(late)} are not updated "
+                "in it",
+                stacklevel=4,
+            )
+        return gradients, scores
+
+    @torch.no_grad()
+    def add(self, layer: BlockLayer, dense_gradient: Callable[[], Tensor]) -> None:
+        """A backward pass is at a weight gradient; the dense one [*shape] is in the dtype of the product."""
+        w = self._weights[layer]
+        if capturing(w.parameter):
+            return
+        found, backward = self._found[w], torch._C._current_graph_task_id()
+        if w.parameter.grad is None and backward != found.backward:  # the passes before were thrown away by zero_grad
+            found = self._found[w] = _Collected(found.expected)
+        found.calls, found.backward = found.calls + 1, backward
+        if not self._collecting:
+            return
+        if found.scores is not None:
+            found.late = True
+            return
+        more = dense_gradient()
+        found.half = more.dtype == torch.float16
+        found.dense = more if found.dense is None else found.dense.to(w.parameter.dtype) + more
+        if self._reduce is not None and found.calls == found.expected:
+            found.scores = self._reduce(w, self._finished(w, found.dense))
+            found.dense = None
+
+    def _finished(self, w: BlockWeight, dense: Tensor) -> Tensor:
+        """The gradient in the weight's dtype, averaged over all processes."""
+        dense = dense.to(w.parameter.dtype)
+        if dist.is_available() and dist.is_initialized() and (world := dist.get_world_size()) > 1:
+            dist.all_reduce(dense)
+            dense /= world
+        return dense
+
+
+def _unscaled(w: BlockWeight, dense: Tensor) -> Tensor:
+    """A dense gradient [*shape], multiplied by what the compact one was multiplied by since the backward pass.
+
+    Loops unscale gradients (fp16), or divide them by a number of micro-batches, before `Sparsifier.step`.
+    """
+    gradient = w.parameter.grad
+    if gradient is None:
+        return dense
+    largest = torch.stack([gradient.abs().max(), w.layer.blocks_of(dense).abs().max()]).double().tolist()
+    ratio = largest[0] / largest[1] if largest[1] else 1.0
+    return dense if abs(ratio - 1) < 0.01 else dense * ratio
