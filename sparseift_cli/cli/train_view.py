@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
+from dataclasses import replace
 from typing import Any
 
 from ..base.metrics import metrics_in
 from ..base.sheets import Column, Sheet, integer, measured, ratio
+from ..kernels.registry import AUTO, MASKED, LayerChoice
 from ..models.request import Request, parse_input
 from ..models.source import build, load_table
 from ..plan.audit import Audit, audit
+from ..plan.execution import Place, choices_on_gpu, execution, has_structure, stored_in_blocks
 from ..plan.layer_plan import LayerPlan
 from ..plan.plan import make_plan
+from ..plan.sheets import executed_note
 from ..plan.spec import TrainingSpec, TransformSpec
-from ..plan.training_cost import executed_macs
 from ..recipe import defaults
 from ..recipe.load import Recipe, run_steps
 from ..sparsity.schedule import never_moves
@@ -26,6 +29,9 @@ from .output import render
 UNKNOWN = "The number of steps depends on the size of the data, which is not known beforehand."
 MASK_BYTES = 1 + 1 + 4
 """Of each weight that has a mask: the mask, which places were ever active, and the float32 factor of its gradient."""
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""In which type layers compute, by training.precision."""
 
 Fact = tuple[str, Any, str]
 
@@ -90,7 +96,8 @@ def show_plans(recipes: Sequence[Recipe], runs: Sequence[int], fmt: Format, *, t
     payloads: list[dict[str, Any]] = []
     for recipe, times in zip(recipes, runs, strict=True):
         steps = run_steps(recipe.spec)
-        facts = plan_facts(recipe, steps, tflops)
+        result = audit_of(recipe)
+        facts = plan_facts(recipe, result, steps, tflops)
         rows = [{"name": name, "value": value, "what": what} for name, value, what in facts]
         columns = [
             Column("name", "name"),
@@ -100,7 +107,13 @@ def show_plans(recipes: Sequence[Recipe], runs: Sequence[int], fmt: Format, *, t
         notes = [UNKNOWN] if steps is None else [f"Each of {times} runs costs this."] if times > 1 else []
         notes += _still_masks(recipe, steps)
         sheets.append(Sheet(f"{recipe.name}: a dry run", columns, rows, notes))
-        payloads.append({"recipe": recipe.name, **{row["name"]: row["value"] for row in rows}})
+        choices = _choices(recipe, result)
+        if result.plan and has_structure(result.plan.layers):
+            sheets.append(_kernels_sheet(result, result.plan.layers, choices))
+        kernels = [
+            {"weight": c.name, "kernel": c.backend, "block": c.block, "why_masked": c.reason} for c in choices.values()
+        ]
+        payloads.append({"recipe": recipe.name, **{row["name"]: row["value"] for row in rows}, "kernels": kernels})
     schema = {"schema": "sparseift.dry-run/1"}
     render(sheets, schema | (payloads[0] if len(payloads) == 1 else {"recipes": payloads}), fmt)
 
@@ -116,10 +129,9 @@ def _still_masks(recipe: Recipe, steps: int | None) -> list[str]:
     return [never_moves(training.algorithm, schedule)] if still else []
 
 
-def plan_facts(recipe: Recipe, steps: int | None, tflops: float | None) -> list[Fact]:
-    """Name, value and meaning; of the whole run only where its steps are known."""
+def plan_facts(recipe: Recipe, result: Audit, steps: int | None, tflops: float | None) -> list[Fact]:
+    """Name, value and meaning, of the audit `result` of a recipe; of the whole run only where its steps are known."""
     spec = recipe.spec
-    result = _audit(recipe)
     if ":" in spec.model.name:
         _require_output(recipe)
     made = result.transformed or result.dense
@@ -133,7 +145,7 @@ def plan_facts(recipe: Recipe, steps: int | None, tflops: float | None) -> list[
     facts.append(("batch_size", batch, "samples a step"))
     if steps is not None:
         of_run = 2 * steps * batch
-        executed = round(of_run * _executed_macs(result))
+        executed = round(of_run * result.executed(kernels=False).training_macs)
         facts += [
             ("training_flops", round(of_run * made.training_macs), "FLOPs of the run, mask updates included"),
             (
@@ -144,6 +156,9 @@ def plan_facts(recipe: Recipe, steps: int | None, tflops: float | None) -> list[
         ]
         if result.plan:
             facts.append(("executed_flops", executed, "FLOPs that a device without sparse kernels makes of it"))
+            if compact := stored_in_blocks(_choices(recipe, result)):
+                executed = round(of_run * execution(result.plan.layers, result.training, compact).training_macs)
+                facts.append(("executed_flops_kernels", executed, "FLOPs that a GPU with block kernels makes of it"))
         if tflops is not None:
             seconds = round(executed / (tflops * 1e12))
             facts.append(
@@ -159,6 +174,9 @@ def plan_facts(recipe: Recipe, steps: int | None, tflops: float | None) -> list[
         ("nonzero_params", result.nonzero_after_training, "of them not zero when training ends"),
         ("weight_bytes", 4 * made.params * (2 + states), "bytes of weights, gradients and optimiser state (float32)"),
     ]
+    if zeros := _zeros_not_stored(recipe, result):
+        kept = 4 * (made.params - zeros) * (2 + states)
+        facts.append(("weight_bytes_kernels", kept, "the same where block kernels compute: zeros are not stored"))
     if masked:
         facts.append(("mask_bytes", MASK_BYTES * masked, "bytes of masks and what is kept beside them"))
     facts.append(
@@ -193,7 +211,8 @@ def _request(recipe: Recipe) -> Request:
     return Request(model.name, model.num_classes, parse_input(model.input), model.seq)
 
 
-def _audit(recipe: Recipe) -> Audit:
+def audit_of(recipe: Recipe) -> Audit:
+    """The audit of a recipe, its dense model read from the zoo's tables where they have it."""
     spec = recipe.spec
     training = {**recipe.training, **({} if spec.transform else {"algorithm": "dense"})}
     wanted = TransformSpec.of(recipe.transform) if recipe.transform else None
@@ -201,11 +220,51 @@ def _audit(recipe: Recipe) -> Audit:
     return audit(make_plan(table, wanted, counting) if wanted else table, counting)
 
 
-def _executed_macs(result: Audit) -> Fraction:
-    """MACs of a step where masked weights are multiplied like any others."""
+def _choices(recipe: Recipe, result: Audit) -> dict[Place, LayerChoice]:
+    """Every masked weight, and whether a GPU would compute it by its blocks, or what keeps the recipe from it."""
     if result.plan is None:
-        return result.dense.training_macs
-    return executed_macs(result.plan.layers, result.training)
+        return {}
+    training = recipe.spec.training
+    found = choices_on_gpu(result.plan.layers, result.training, training.kernels, DTYPES[training.precision])
+    if training.device in ("cpu", "mps") and training.kernels == AUTO:
+        off = f"training.device is {training.device}"
+        return {place: replace(one, backend=MASKED, reason=one.reason or off) for place, one in found.items()}
+    return found
+
+
+def _zeros_not_stored(recipe: Recipe, result: Audit) -> int:
+    """Masked places of the weights that kernels compute, which store their blocks alone."""
+    compact = stored_in_blocks(_choices(recipe, result))
+    parts = ((row.layer.name, part) for row in (result.plan.layers if result.plan else ()) for part in row.parts)
+    return sum(part.shape.weights - part.nnz for layer, part in parts if (layer, part.name) in compact)
+
+
+def _kernels_sheet(result: Audit, layers: Sequence[LayerPlan], choices: Mapping[Place, LayerChoice]) -> Sheet:
+    """Which way computes which weights, one row for all that are computed in one way for one reason."""
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for choice in choices.values():
+        way = "masked-dense" if choice.backend == MASKED else f"blocks of {choice.block}"
+        grouped.setdefault((way, choice.reason), []).append(choice.name)
+    rows = [
+        {"way": way, "weights": len(names), "reason": reason, "names": _in_globs(names)}
+        for (way, reason), names in grouped.items()
+    ]
+    columns = [
+        Column("way", "computed as"),
+        Column("weights", "weights", right=True),
+        Column("reason", "why not better", wraps=16),
+        Column("names", "which", wraps=24, priority=1),
+    ]
+    kernels = execution(layers, result.training, stored_in_blocks(choices))
+    return Sheet("Kernels", columns, rows, [executed_note(result, list(choices.values()), kernels)])
+
+
+def _in_globs(names: Sequence[str]) -> str:
+    """The names, those that differ in numbers alone as one: `h.*.mlp.c_fc.weight (12)`."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    return ", ".join(f"{glob} ({len(same)})" if len(same) > 1 else same[0] for glob, same in alike.items())
 
 
 def _masked(row: LayerPlan) -> int:

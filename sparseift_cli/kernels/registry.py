@@ -149,9 +149,10 @@ class ConvFunctions(Protocol):
 class Backend(Protocol):
     """One way to compute block-sparse layers.
 
-    Optional: `fast` (default True) is False where "auto" must not consider it; the method `how(layer)` says in a few words
-    what it runs for a layer that it takes; `why_nowhere(layer)` is `why_not` without what depends on the device and on what is
-    installed, for plans that are made elsewhere.
+    Optional: `fast` (default True) is False where it is not meant for speed, so that "auto" does not consider it, and
+    `slow_here` is the reason where it is slow in this process alone; the method `how(layer)` says in a few words what it runs
+    for a layer that it takes; `why_nowhere(layer)` is `why_not` without what depends on the device and on what is installed,
+    for plans that are made elsewhere.
     """
 
     summary: str
@@ -175,9 +176,9 @@ class TritonBlocks:
     summary = "Triton kernels, tensor descriptors (TMA) on Hopper and newer, pointers elsewhere"
 
     @property
-    def fast(self) -> bool:
-        """Not where Triton's interpreter runs the kernels."""
-        return not _interpreted()
+    def slow_here(self) -> str:
+        """Triton's interpreter runs kernels for checks."""
+        return "Triton's interpreter runs its kernels" if _interpreted() else ""
 
     def how(self, layer: LayerRequest) -> str:
         """Tensor descriptors on Hopper and newer, pointers elsewhere."""
@@ -291,9 +292,8 @@ def select(kernels: str, layer: LayerRequest, size: LayerSize | None = None) -> 
     if kernels == MASKED:
         return Selected(MASKED, "masked layers were asked for")
     if kernels != AUTO:
-        backend = KERNELS.get(kernels)
-        wrong = backend.why_not(layer) or _measure().check(kernels, layer)
-        return Selected(MASKED, wrong) if wrong else Selected(kernels, how=_how(backend, layer))
+        wrong = KERNELS.get(kernels).why_not(layer) or _measure().check(kernels, layer)
+        return Selected(MASKED, wrong) if wrong else Selected(kernels, how=_how(kernels, layer))
     if size is None:
         return _fastest(layer, None)
     return _measure().from_first_process(lambda: _fastest(layer, size))
@@ -301,25 +301,32 @@ def select(kernels: str, layer: LayerRequest, size: LayerSize | None = None) -> 
 
 def _fastest(layer: LayerRequest, size: LayerSize | None) -> Selected:
     """The fastest of the masked dense layer and the backends that are meant for speed; without a size, the first of these."""
-    fast = [name for name in KERNELS if getattr(KERNELS.get(name), "fast", True)]
-    reasons = {name: KERNELS.get(name).why_not(layer) or _measure().check(name, layer) for name in fast}
+    backends = {name: KERNELS.get(name) for name in _fast()}
+    reasons = {name: one.why_not(layer) or getattr(one, "slow_here", "") or None for name, one in backends.items()}
+    reasons |= {name: _measure().check(name, layer) for name, reason in reasons.items() if reason is None}
     able = [name for name, reason in reasons.items() if reason is None]
     if not able:
         return Selected(MASKED, _listed(reasons))
     best, reason = (able[0], "") if size is None else _measured(able, layer, size)
-    return Selected(best, reason, "" if best == MASKED else _how(KERNELS.get(best), layer))
+    return Selected(best, reason, "" if best == MASKED else _how(best, layer))
 
 
-def why_nowhere(kind: str, block: int, dtype: str = "bfloat16") -> str | None:
-    """Why "auto" takes no kernel for layers of such blocks on any device; None where there is a device on which one runs.
+def why_nowhere(kind: str, block: int, dtype: str = "bfloat16", kernels: str = AUTO) -> str | None:
+    """Why `select` takes no kernel for layers of such blocks on any device; None where there is a device on which one runs.
 
     >>> why_nowhere("linear", 48)
     'its blocks are 128, 64 or 32 wide, not 48'
     """
     layer = LayerRequest(block, dtype, "cuda", (9, 0), kind)
-    backends = {name: KERNELS.get(name) for name in KERNELS if getattr(KERNELS.get(name), "fast", True)}
+    names = _fast() if kernels == AUTO else [kernels]
+    backends = {name: KERNELS.get(name) for name in names}
     reasons = {name: getattr(one, "why_nowhere", one.why_not)(layer) for name, one in backends.items()}
     return None if None in reasons.values() else _listed(reasons)
+
+
+def _fast() -> list[str]:
+    """The backends that are meant for speed."""
+    return [name for name in KERNELS if getattr(KERNELS.get(name), "fast", True)]
 
 
 def _measure() -> Any:
@@ -338,9 +345,9 @@ def _measured(names: list[str], layer: LayerRequest, size: LayerSize) -> tuple[s
     return MASKED, f"masked-dense is faster here: {against}"
 
 
-def _how(backend: Backend, layer: LayerRequest) -> str:
-    described = getattr(backend, "how", None)
-    return described(layer) if described else ""
+def _how(name: str, layer: LayerRequest) -> str:
+    described = getattr(KERNELS.get(name), "how", None)
+    return described(layer) if described else name
 
 
 def _listed(reasons: dict[str, str | None]) -> str:
@@ -375,10 +382,11 @@ def square_block(pattern: str, outputs: int, inputs: int, taps: int = 1, groups:
         return None, f"{pattern} masks have no kernel"
     block, columns = int(found[1]), int(found[2])
     if columns != block * taps:
-        square = "not square" if taps == 1 else f"not square over {taps} taps ({block}x{block * taps})"
-        return None, f"blocks of {pattern} are {square}"
+        if columns == block:
+            return None, f"blocks of {pattern} are not all {taps} taps of whole inputs, as {block}x{block * taps} are"
+        return None, f"blocks of {pattern} are not square"
     if outputs % block or inputs % block:
-        return None, f"{outputs} outputs x {inputs} inputs do not consist of blocks of {block}"
+        return None, f"inputs or outputs are no multiple of {block}"
     return block, ""
 
 
@@ -397,7 +405,7 @@ def in_words(choices: Iterable[LayerChoice]) -> str:
         if backend == MASKED:
             said.append(f"{layers} masked-dense: {reason}" if reason else f"{layers} masked-dense")
         else:
-            said.append(f"{layers} in blocks of {block} ({how or backend})")
+            said.append(f"{layers} in blocks of {block}{f' ({how})' if how else ''}")
     return "; ".join(said)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, ClassVar
 
 from ..base.sheets import ShownAsSheets, ratio
 from ..errors import UsageError
+from ..kernels.registry import MASKED, LayerChoice
 from ..table.table import LayerTable
 from .budget import matched_cost
+from .execution import Execution, Place, choices_on_gpu, execution, stored_in_blocks
 from .layer_plan import LayerPlan
 from .plan import Plan, counted_anew, dense_layers, with_causal
 from .spec import TrainingSpec
@@ -133,6 +136,16 @@ class Audit(ShownAsSheets):
         rows = [row for row in self.plan.layers if row.status == "transformed"]
         more = sum(final_nonzeros(row, p, self.training) - p.nnz for row in rows for p in row.parts)
         return self.transformed.nonzero_params + more
+
+    @cached_property
+    def choices(self) -> dict[Place, LayerChoice]:
+        """Every masked weight, and whether block kernels on a GPU compute it."""
+        return choices_on_gpu(self.plan.layers, self.training) if self.plan else {}
+
+    def executed(self, *, kernels: bool) -> Execution:
+        """What a device executes: with `kernels` a GPU that has them, otherwise any, which multiplies by the zeros."""
+        rows = self.plan.layers if self.plan else dense_layers(self.table)
+        return execution(rows, self.training, stored_in_blocks(self.choices) if kernels else ())
 
     def owners(self) -> dict[str, int]:
         """Forward MACs above (or below) the dense model's, by what causes them; their sum is the whole difference, exactly."""
@@ -294,12 +307,16 @@ def to_json(result: Audit) -> dict[str, Any]:
             if t is None
             else {"forward": _number(result.forward_ratio), "training": _number(result.training_ratio)},
         },
-        "layers": [row_fields(row) for row in rows(result)],
+        "layers": [row_fields(row, result.choices) for row in rows(result)],
         "uncounted": list(result.table.uncounted),
         "warnings": [text for text in [result.growth()] if text],
     }
     if plan is not None:
         data["difference"] = result.owners()
+        data["executed"] = {
+            name: result.executed(kernels=kernels).to_json(result.dense.forward_macs, result.dense.training_macs)
+            for name, kernels in (("masked", False), ("kernels", True))
+        }
         data["matching"] = {
             "scale": _number(plan.scale),
             "s_max": result.s_max,
@@ -320,9 +337,12 @@ def rows(result: Audit) -> list[LayerPlan]:
     return dense_layers(result.table)
 
 
-def row_fields(row: LayerPlan) -> dict[str, Any]:
-    """The fields of one row: of `layers` in the JSON document, and of tables."""
+def row_fields(row: LayerPlan, choices: Mapping[Place, LayerChoice] | None = None) -> dict[str, Any]:
+    """The fields of one row: of `layers` in the JSON document, and of tables; `choices` are those of its audit."""
     layer = row.layer
+    ways = [choices[row.layer.name, part.name] for part in row.parts if not part.dense] if choices else []
+    masked = next((choice for choice in ways if choice.backend == MASKED), None)
+    kernel = "masked" if masked else f"blocks of {ways[0].block}" if ways else None
     return {
         "name": layer.name,
         "kind": layer.kind,
@@ -337,6 +357,8 @@ def row_fields(row: LayerPlan) -> dict[str, Any]:
         "nnz": row.nnz if row.parts else None,
         "weights": row.weights if row.parts else None,
         "pattern": row.pattern if row.status == "transformed" else None,
+        "kernel": kernel,
+        "why_masked": masked.reason if masked else None,
         "params": row.params,
         "activations": row.activations,
         "parts": [p.to_json() for p in row.parts],

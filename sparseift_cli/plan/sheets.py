@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
 from ..base.sheets import Column, Sheet, digits_that_differ, integer, ratio
 from ..base.text import shape_text
+from ..kernels.registry import LayerChoice
 from ..table.shape import Shape
 from .audit import Audit, audit, row_fields, rows
+from .execution import Execution, executed_in_words, has_structure
 from .layer_plan import EXPERTS, LayerPlan
 from .plan import Plan
 
@@ -66,6 +68,7 @@ def layer_sheet(result: Audit, arrange: Callable[[Entries], Entries] = list) -> 
             Column("density", "density", lambda d: f"{d:.5f}", right=True, priority=2),
             Column("nnz", "non-zeros", integer, right=True, priority=2),
             Column("status", "status", style=STYLES.__getitem__),
+            *([Column("computed", "computed", priority=3)] if has_structure(result.plan.layers) else []),
             Column("reason", "why / how", priority=5),
         ]
     else:
@@ -89,8 +92,9 @@ def title_of(result: Audit) -> str:
 
 
 def _entry(row: LayerPlan, result: Audit) -> dict[str, Any]:
-    entry = row_fields(row)
+    entry = row_fields(row, result.choices)
     entry["shape"] = layer_shape_text(row, result)
+    entry["computed"] = f"masked: {entry['why_masked']}" if entry["why_masked"] else entry["kernel"]
     return entry
 
 
@@ -192,6 +196,8 @@ def _notes_on_plan(result: Audit, plan: Plan) -> list[str]:
         notes.append(
             f"s_max {digits_that_differ(limit, 1, 3)}: above it, what is left alone costs more than the whole dense model."
         )
+    if has_structure(plan.layers):
+        notes.append(executed_note(result, list(result.choices.values()), result.executed(kernels=True)))
     if result.activation_factor and result.activation_factor > 1:
         scores = (
             f" ({result.activation_factor_without_scores:.2f}x without stored attention scores)"
@@ -200,6 +206,16 @@ def _notes_on_plan(result: Audit, plan: Plan) -> list[str]:
         )
         notes.append(f"Activations take {result.activation_factor:.2f}x the memory{scores}, which no FLOP count shows.")
     return notes
+
+
+def executed_note(result: Audit, choices: Sequence[LayerChoice], kernels: Execution) -> str:
+    """What is executed with masked dense layers, and with `kernels` where `choices` has some, over the dense model."""
+    forward, training = result.dense.forward_macs, result.dense.training_macs
+    masked, kept = (
+        (done.forward_macs / forward, float(done.training_macs / training))
+        for done in (result.executed(kernels=False), kernels)
+    )
+    return executed_in_words(masked, kept, choices)
 
 
 def _notes_on_outputs(plan: Plan) -> list[str]:

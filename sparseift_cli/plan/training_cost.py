@@ -13,7 +13,7 @@ What the model's own forward checkpoints is computed a second time in any case (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from fractions import Fraction
 
 from ..sparsity.algorithms import MaskAlgorithm
@@ -82,13 +82,14 @@ def run_macs(layers: Sequence[LayerPlan], training: TrainingSpec) -> Fraction:
     Gradual pruning has a whole number of non-zeros (of blocks, where masks consist of them) at every step, so with known
     steps those are added up. Without, it is the limit of long runs, above it by less than a non-zero (a block) a weight.
     """
+    return _training_macs(layers, training, lambda plan, part, cost: _mean_step(plan, part, cost, training))
+
+
+def _mean_step(plan: LayerPlan, part: Part, cost: StepCost, training: TrainingSpec) -> Fraction:
+    """MACs of the mean step of a part with a mask."""
     method, schedule = training.method, training.method.schedule(training.steps)
-
-    def mean(plan: LayerPlan, part: Part, cost: StepCost) -> Fraction:
-        start = initial_nonzeros(plan, part, method)
-        return method.mean_step(cost, start, part.nnz, part.shape.weights, schedule, plan.unit)
-
-    return _training_macs(layers, training, mean)
+    start = initial_nonzeros(plan, part, method)
+    return method.mean_step(cost, start, part.nnz, part.shape.weights, schedule, plan.unit)
 
 
 def unrounded_macs(plan: LayerPlan, macs: Fraction | int, training: TrainingSpec) -> Fraction:
@@ -117,9 +118,20 @@ def training_macs_while_updating(layers: Sequence[LayerPlan], training: Training
     )
 
 
-def executed_macs(layers: Sequence[LayerPlan], training: TrainingSpec) -> Fraction:
-    """MACs of a step where masked weights are multiplied like any others."""
-    return _training_macs(layers, training, lambda _, part, cost: cost.total * part.shape.weights)
+def executed_macs(
+    layers: Sequence[LayerPlan], training: TrainingSpec, compact: Collection[tuple[str, str]] = ()
+) -> Fraction:
+    """MACs of a step where masked weights are multiplied like any others, but for the parts in `compact` (layer, part).
+
+    Those cost what `run_macs` counts.
+    """
+
+    def mean(plan: LayerPlan, part: Part, cost: StepCost) -> Fraction | int:
+        if (plan.layer.name, part.name) in compact:
+            return _mean_step(plan, part, cost, training)
+        return cost.total * part.shape.weights
+
+    return _training_macs(layers, training, mean)
 
 
 def initial_nonzeros(plan: LayerPlan, part: Part, method: MaskAlgorithm) -> int:

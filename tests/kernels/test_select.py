@@ -222,9 +222,9 @@ def test_measuring_leaves_the_random_state_alone() -> None:
     [
         ("128x128", 1, (128, "")),
         ("64x576", 9, (64, "")),
-        ("64x64", 9, (None, "blocks of 64x64 are not square over 9 taps (64x576)")),
+        ("64x64", 9, (None, "blocks of 64x64 are not all 9 taps of whole inputs, as 64x576 are")),
         ("4x1", 1, (None, "blocks of 4x1 are not square")),
-        ("96x96", 1, (None, "256 outputs x 128 inputs do not consist of blocks of 96")),
+        ("96x96", 1, (None, "inputs or outputs are no multiple of 96")),
         ("unstructured", 1, (None, "unstructured masks have no kernel")),
         ("1x1", 1, (None, "1x1 masks have no kernel")),
         ("2:4", 1, (None, "2:4 masks have no kernel")),
@@ -242,7 +242,7 @@ def test_in_words() -> None:
         LayerChoice("stem", MASKED, None, no_kernel),
         *(LayerChoice(str(i), "blocks", 128, how="Triton, tensor descriptors") for i in range(3)),
         LayerChoice("head", "blocks", 64, how="Triton, tensor descriptors"),
-        LayerChoice("q", "mine", 64),
+        LayerChoice("q", "mine", 64, how="mine"),
         LayerChoice("norm", MASKED, None),
     ]
     assert in_words(choices) == (
@@ -257,7 +257,10 @@ def test_what_triton_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     triton = TritonBlocks()
-    assert triton.how(ON_GPU) == "Triton, tensor descriptors" and triton.fast
+    assert triton.how(ON_GPU) == "Triton, tensor descriptors" and not triton.slow_here
     assert triton.how(LayerRequest(64, "float16", "cuda", (8, 6))) == "Triton, pointers"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert triton.how(LAYER) == "Triton's interpreter" and not triton.fast
+    assert triton.how(LAYER) == "Triton's interpreter"
+    KERNELS.register("blocks", triton)
+    monkeypatch.setattr(TritonBlocks, "why_not", lambda *_: None)
+    assert select("auto", LAYER).reason == "Triton's interpreter runs its kernels"

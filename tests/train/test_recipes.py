@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sparseift_cli.cli.train_view import plan_facts
+from sparseift_cli.cli.train_view import audit_of, plan_facts
 from sparseift_cli.recipe.load import Recipe, load, run_steps
 from sparseift_cli.runs.directory import RunDirectory
 from sparseift_cli.train.run import run_seeds
@@ -81,6 +81,6 @@ def test_every_recipe_trains(name: str, root: Path, tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_can_be_planned_at_its_full_size(name: str) -> None:
     recipe = load(FOLDER / f"{name}.yaml")
-    facts = {fact: value for fact, value, _ in plan_facts(recipe, run_steps(recipe.spec), None)}
+    facts = {fact: value for fact, value, _ in plan_facts(recipe, audit_of(recipe), run_steps(recipe.spec), None)}
     assert 0 < facts["nonzero_params"] <= facts["params"]
     assert (facts["nonzero_params"] == facts["params"]) == (recipe.spec.algorithm.name == "dense")
