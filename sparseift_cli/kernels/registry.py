@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from .reference import ConvWindow
 
 
+KINDS = ("linear", "conv2d")
+"""The layers for which there are kernels; a convolution of 1 x 1 without padding is a linear layer."""
+
+
 @dataclass(frozen=True)
 class LayerRequest:
     """One layer on one device, as a backend is asked about it.
@@ -36,7 +40,7 @@ class LayerRequest:
         dtype: of input and weight in the product, as torch spells it without the prefix: "bfloat16".
         device: type of the device: "cuda", "cpu".
         capability: (major, minor) compute capability of a CUDA device, otherwise None.
-        kind: the operation: "linear" or "conv2d".
+        kind: the operation, one of `KINDS`.
     """
 
     block: int
@@ -188,8 +192,8 @@ class TritonBlocks:
 
     def why_nowhere(self, layer: LayerRequest) -> str | None:
         """The first requirement of any device that `layer` does not meet, or None."""
-        if layer.kind != "linear":
-            return f"it computes linear layers, not {layer.kind}"
+        if layer.kind not in KINDS:
+            return f"it computes {' and '.join(KINDS)} layers, not {layer.kind}"
         if layer.block not in (128, 64, 32):
             return f"its blocks are 128, 64 or 32 wide, not {layer.block}"
         if layer.dtype not in ("bfloat16", "float16", "float32"):
@@ -229,7 +233,7 @@ class Reference:
 
     def why_not(self, layer: LayerRequest) -> str | None:
         """Linear layers and convolutions are taken, whatever their blocks, dtype and device."""
-        return None if layer.kind in ("linear", "conv2d") else f"it computes linear and conv2d layers, not {layer.kind}"
+        return None if layer.kind in KINDS else f"it computes {' and '.join(KINDS)} layers, not {layer.kind}"
 
     def functions(self) -> Functions:
         """The module with the functions; imports torch."""

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparseift_cli.kernels.conv import BlockConv2d
 from sparseift_cli.kernels.linear import BlockLinear
-from tests.kernels.cases import Case, relative
+from tests.kernels.cases import Case, ConvCase, relative, window_of
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 pytest.importorskip("triton")
 blocks = importlib.import_module("sparseift_cli.kernels.blocks")
+conv_blocks = importlib.import_module("sparseift_cli.kernels.conv_blocks")
 # torch 2.11 warns of its own code where its compiler is imported first.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 
@@ -142,3 +144,54 @@ def test_trains() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+def convolve(case: ConvCase) -> list[Tensor]:
+    """Forward, dX and dW."""
+    return [
+        conv_blocks.conv2d(case.x, case.values, case.index, case.window, case.bias),
+        conv_blocks.conv2d_input_gradient(case.grad, case.values, case.index, case.window, case.x.shape[1:3]),
+        conv_blocks.conv2d_weight_gradient(case.grad, case.x, case.index, case.window),
+    ]
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("block", [128, 64, 32])
+@pytest.mark.parametrize("seed", range(8))
+def test_random_convolutions(block: int, dtype: torch.dtype, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def number(top: int) -> int:
+        return int(torch.randint(1, top, (), generator=generator))
+
+    mask = random_mask(number(8), number(8), 0.2 + 0.1 * seed, seed)
+    images = (number(40) if seed % 2 else 100 + number(300), 3 + number(10), 3 + number(10))
+    window = window_of((3, 3) if seed < 4 else (number(4), number(4)), 1 + seed % 3, seed % 3)
+    case = ConvCase.draw(mask, block, images, window, dtype, "cuda", seed)
+    wanted = case.y, case.dx, case.dvalues
+    for _ in range(2):  # the second time in memory that the first has used
+        assert all(relative(a, b) < BOUND[dtype] for a, b in zip(convolve(case), wanted, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(convolve(case), convolve(case), strict=True))
+
+
+def test_convolutions_compile_under_autocast_and_keep_channels_last() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        BlockConv2d(random_mask(6, 4, 0.5, 1), 64, 3, padding=1, device="cuda"),
+        nn.BatchNorm2d(384, device="cuda"),
+        nn.ReLU(),
+        BlockConv2d(random_mask(4, 6, 0.5, 2), 64, 3, stride=2, padding=1, device="cuda"),
+        BlockConv2d(random_mask(4, 4, 0.5, 3), 64, 1, stride=2, device="cuda"),
+    )
+    x = torch.randn(128, 256, 9, 9, device="cuda").to(memory_format=torch.channels_last).requires_grad_()
+    found = []
+    for run in (model, torch.compile(model, fullgraph=True)):
+        model.zero_grad()
+        x.grad = None
+        with torch.autocast("cuda", torch.bfloat16):
+            y = run(x)
+        assert y.is_contiguous(memory_format=torch.channels_last) and y.dtype == torch.bfloat16
+        y.float().square().mean().backward()
+        found.append([y.detach(), x.grad, *(p.grad for p in model.parameters())])
+    assert all(relative(a, b) < 2e-2 for a, b in zip(*found, strict=True))

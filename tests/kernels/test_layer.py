@@ -175,7 +175,7 @@ def test_backends_say_why_not() -> None:
     assert "128, 64 or 32" in why(block=48)
     assert "not float64" in why(dtype="float64")
     assert "not 7.5" in why(capability=(7, 5))
-    assert "not conv2d" in why(kind="conv2d")
+    assert "not conv3d" in why(kind="conv3d") and why(kind="conv2d") == why()
     on_cpu = LayerRequest(64, "float32", "cpu")
     assert choose("auto", on_cpu) is KERNELS.get("reference")
     with pytest.raises(UsageError, match="does not take this linear layer"):

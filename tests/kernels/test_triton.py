@@ -14,13 +14,14 @@ import torch
 from sparseift_cli.kernels import KERNELS, LayerRequest
 from sparseift_cli.kernels.linear import BlockLinear
 from sparseift_cli.kernels.reference import ACTIVATIONS
-from tests.kernels.cases import MASKS, Case, mask_of, relative
+from tests.kernels.cases import MASKS, Case, ConvCase, mask_of, relative, window_of
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
 blocks = importlib.import_module("sparseift_cli.kernels.blocks")
+conv_blocks = importlib.import_module("sparseift_cli.kernels.conv_blocks")
 
 # Triton 3.6's interpreter takes scalars from arrays of one element, which numpy deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
@@ -143,3 +144,52 @@ def test_memory_that_is_not_aligned() -> None:
     shifted = torch.empty(case.x.numel() + 1, device=DEVICE)[1:].view_as(case.x).copy_(case.x)
     y, _ = blocks.multiply(shifted, case.values, case.index, bias=case.bias)
     assert relative(y, case.z) < BOUND[torch.float32]
+
+
+WINDOWS = {
+    "3x3": window_of(3, 1, 1),
+    "3x3, stride 2": window_of(3, 2, 1),
+    "1x1, padded": window_of(1, 3, 2),
+    "2x5": window_of((2, 5), (1, 2), (0, 1)),
+}
+
+
+def convolve_everything(case: ConvCase, way: str, parts: int | None = None) -> None:
+    """Forward, dX and dW."""
+    option, bound, window = {"descriptors": descriptors(way)}, BOUND[case.x.dtype], case.window
+    assert relative(conv_blocks.conv2d(case.x, case.values, case.index, window, case.bias, **option), case.y) < bound
+    dx = conv_blocks.conv2d_input_gradient(case.grad, case.values, case.index, window, case.x.shape[1:3], **option)
+    assert relative(dx, case.dx) < bound
+    dvalues = conv_blocks.conv2d_weight_gradient(case.grad, case.x, case.index, window, parts=parts, **option)
+    assert relative(dvalues, case.dvalues) < bound
+
+
+@ways
+@dtypes
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("images", [(100, 3, 4), (3, 5, 6)], ids=["many images", "few images"])
+def test_convolutions(images: tuple[int, int, int], window: str, dtype: torch.dtype, way: str) -> None:
+    case = ConvCase.draw(mask_of("one block"), 32, images, WINDOWS[window], dtype, DEVICE)
+    convolve_everything(case, way, parts=2)
+
+
+@ways
+@sizes
+@dtypes
+def test_convolutions_with_an_empty_row_and_column(block: int, dtype: torch.dtype, way: str) -> None:
+    mask = mask_of("an empty row and an empty column")
+    images = (90, 2, 1) if INTERPRETED else (90, 7, 5)
+    convolve_everything(ConvCase.draw(mask, block, images, WINDOWS["3x3"], dtype, DEVICE), way)
+
+
+def test_convolution_takes_the_kernels() -> None:
+    case = ConvCase.draw(mask_of("all blocks"), 32, (2, 3, 3), WINDOWS["3x3"], torch.float32, DEVICE)
+    layer = case.layer()
+    request = LayerRequest(32, "float32", DEVICE, None if INTERPRETED else torch.cuda.get_device_capability(), "conv2d")
+    assert KERNELS.get("blocks").why_not(request) is None
+    x = case.x.permute(0, 3, 1, 2).requires_grad_()
+    y = layer(x)
+    y.backward(case.grad.permute(0, 3, 1, 2))
+    assert relative(y.permute(0, 2, 3, 1), case.y) < BOUND[torch.float32]
+    assert relative(x.grad.permute(0, 2, 3, 1), case.dx) < BOUND[torch.float32]
+    assert relative(layer.values.grad, case.dvalues) < BOUND[torch.float32]
