@@ -31,6 +31,7 @@ NOT_METRICS = (
     "lr",
     "train_loss",
     "flops",
+    "executed_flops",
     "seconds",
     "peak_bytes",
     "optimizer_bytes",

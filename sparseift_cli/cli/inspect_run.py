@@ -12,6 +12,7 @@ from ..errors import ArtifactError
 from ..report import frame as frames
 from ..report.read import Damaged, Run, RunReader, number
 from ..report.spectral.history import kept_checkpoints
+from ..runs.provenance import kernels_in_words
 from .options import Format
 from .output import render
 from .report_view import clean
@@ -34,6 +35,7 @@ _FACTS = (
     "best",
     "flops",
     "flops_spent",
+    "flops_executed",
     "flops_ratio",
     "params",
     "nonzero_params",
@@ -48,6 +50,7 @@ _NAMES = {
     "best": "best value",
     "flops": "audited FLOPs",
     "flops_spent": "FLOPs used",
+    "flops_executed": "FLOPs executed",
     "flops_ratio": "times the dense FLOPs",
     "params": "parameters",
     "nonzero_params": "non-zero parameters",
@@ -70,7 +73,9 @@ def inspect_run(source: str, fmt: Format, output: Path | None) -> None:
         ) from None
     row = frames.records(frames.runs_frame([run]))[0]
     kept = [checkpoint.step for checkpoint in kept_checkpoints(path)]
-    facts = {name: row[name] for name in _FACTS} | {"checkpoint": kept[-1] if kept else None}
+    sessions = (run.provenance or {}).get("sessions") or [{}]
+    facts = {name: row[name] for name in _FACTS}
+    facts |= {"kernels": kernels_in_words(sessions[-1]) or None, "checkpoint": kept[-1] if kept else None}
     last = {k: v for k, v in run.last.items() if number(v) is not None}
     steps = next_steps(run, kept)
     payload = {

@@ -107,6 +107,7 @@ _HEADS: Mapping[str, tuple[str, Callable[[Any], str], bool, int]] = {
     "flops": ("FLOPs", _flops, True, 3),
     "flops_ratio": ("x dense", _times, True, 2),
     "flops_spent": ("used", _flops, True, 3),
+    "flops_executed": ("executed", _flops, True, 4),
     "dense_flops": ("dense FLOPs", _flops, True, 3),
     "seconds": ("seconds", _seconds, True, 7),
     "peak_bytes": ("peak MiB", mebibytes, True, 9),

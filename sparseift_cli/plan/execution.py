@@ -115,7 +115,7 @@ def _choice(row: LayerPlan, part: Part, training: TrainingSpec, kernels: str, dt
     elif not method.masked:
         reason = "trained without masks"
     elif method.start_density is not None:
-        reason = f"{training.algorithm} starts denser than the planned masks"
+        reason = f"{training.algorithm} begins denser than the planned masks"
     elif block is not None:
         reason = _why_not_this(row) or why_nowhere(_kind(row, part), block, dtype, kernels) or ""
     backend = MASKED if reason else "blocks" if kernels == AUTO else kernels

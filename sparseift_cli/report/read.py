@@ -371,6 +371,8 @@ def _is_session(session: Any) -> bool:
         all(isinstance(text, str | NoneType) for text in texts)
         and isinstance(session.get("threads"), int | NoneType)
         and all(map(_are_metric_facts, (session.get("metrics") or {}).values()))
+        and isinstance(session.get("kernels"), list | NoneType)
+        and all(map(_is_kernel_group, session.get("kernels") or []))
         and (at_once is None or (_is_count(at_once) and at_once > 0))
     )
 
@@ -380,6 +382,16 @@ def _are_metric_facts(facts: Any) -> bool:
         isinstance(facts, dict)
         and all(isinstance(facts.get(k), str) for k in ("key", "label", "unit"))
         and isinstance(facts.get("lower_is_better"), bool)
+    )
+
+
+def _is_kernel_group(group: Any) -> bool:
+    return (
+        isinstance(group, dict)
+        and all(isinstance(group.get(k), str) for k in ("backend", "reason", "how"))
+        and isinstance(group.get("block", ""), int | NoneType)
+        and isinstance(group.get("weights"), list)
+        and all(isinstance(name, str) for name in group["weights"])
     )
 
 

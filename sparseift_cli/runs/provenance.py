@@ -11,12 +11,14 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from ..base.metrics import MetricFacts
+from ..kernels.registry import LayerChoice, in_words
 from ..version import __version__
 
 SCHEMA = "sparseift.provenance/1"
@@ -48,6 +50,7 @@ def session(
     source: Mapping[str, str] | None = None,
     metrics: Mapping[str, MetricFacts] | None = None,
     held_out: Mapping[str, Any] | None = None,
+    kernels: Sequence[LayerChoice] = (),
 ) -> dict[str, Any]:
     """An entry of provenance.json: this process, now, about to run from `step` on.
 
@@ -56,6 +59,7 @@ def session(
     `metrics`: what the run measures, by the name in its recipe: a report knows by it the metrics from outside the package.
     `held_out`: the split that is measured on, and how it was divided from the training split where the files do not say.
     `at_once`: how many runs `train --parallel` keeps going beside each other, which lengthens the wall time of each.
+    `kernels`: which way computes each sparse weight, and why not better.
     """
     import torch
 
@@ -85,7 +89,28 @@ def session(
         "recipe": recipe,
         "source": dict(source or {}),
         "metrics": {name: facts.to_json() for name, facts in (metrics or {}).items()},
+        "kernels": _grouped(kernels),
     }
+
+
+def _grouped(choices: Sequence[LayerChoice]) -> list[dict[str, Any]]:
+    """Choices that differ in the name of the weight alone as one."""
+    groups: dict[LayerChoice, list[str]] = {}
+    for choice in choices:
+        groups.setdefault(replace(choice, name=""), []).append(choice.name)
+    return [
+        {"backend": c.backend, "block": c.block, "how": c.how, "reason": c.reason, "weights": names}
+        for c, names in groups.items()
+    ]
+
+
+def kernels_in_words(session: Mapping[str, Any]) -> str:
+    """Which ways compute how many sparse weights in a session, in one line; empty where it does not say."""
+    return in_words(
+        LayerChoice(name, group["backend"], group["block"], group["reason"], group["how"])
+        for group in session.get("kernels") or ()
+        for name in group["weights"]
+    )
 
 
 _TELLING = (
@@ -112,6 +137,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for key, name in BITS.items()
     }
     found = [(name, _at(before, key), _at(now, key)) for key, name in keys.items()]
+    ways = kernels_in_words(before), kernels_in_words(now)
+    if all(ways):
+        found.append(("kernels", *ways))
     said = [f"{name}: {then} before, {today} now" for name, then, today in found if then != today]
     for key, what in (("data", "data"), ("source", "the source of"), ("metrics", "the metric")):
         old, new = before.get(key) or {}, now.get(key) or {}

@@ -153,6 +153,7 @@ def _measure(run: Prepared, progress: Progress, metrics: Metrics | None, process
         "train_loss": float(train_loss),
         **found,
         "flops": run.flop_meter.total,
+        "executed_flops": run.flop_meter.executed,
         "seconds": round(progress.seconds, 3),
         **_memory(run, processes.device),
     }
@@ -213,7 +214,7 @@ def _save(
         "step": progress.step,
         "due": progress.due,
         "shuffle": order.VERSION,
-        "spent": run.flop_meter.state(),
+        **run.flop_meter.state(),
         "seconds": progress.seconds,
         "best": progress.best,
         "losses": [loss / processes.world for loss in losses],
@@ -250,7 +251,7 @@ def _restore(
     progress.last = dict(state["last"])
     progress.due = bool(state.get("due", False))  # checkpoints of older versions were all made after the evaluation
     progress.skipped = int(state.get("skipped", 0))
-    run.flop_meter.restore(state["spent"])
+    run.flop_meter.restore(state, progress.step)
     if scaler.is_enabled():
         scaler.load_state_dict(dict(state["scaler"]))
 
@@ -266,6 +267,7 @@ def _summary(run: Prepared, progress: Progress) -> dict[str, Any]:
         "best": progress.best,
         "flops": {
             "spent": run.flop_meter.total,
+            "executed": run.flop_meter.executed,
             "audited": round(2 * audited.training_macs * run.steps * run.spec.training.batch_size),
             "dense": round(2 * run.audit.dense.training_macs * run.steps * run.spec.training.batch_size),
         },

@@ -16,6 +16,7 @@ import torch
 
 from ..base.metrics import LOSS, METRICS
 from ..errors import InterruptedRun, SparseiftError, UsageError
+from ..kernels.registry import in_words
 from ..models.source import source_hash
 from ..plan.audit import to_json
 from ..recipe.load import Recipe, load
@@ -200,12 +201,13 @@ def _train(run: Prepared, found: RunDirectory | None, text: str, call: _Call, ou
             source=source_hash(run.spec.model.name),
             metrics={name: METRICS.get(name) for name in (LOSS.name, *run.spec.evaluation.metrics)},
             held_out=_held_out(run, note),
+            kernels=run.kernels,
         )
         for difference in folder.begin(facts):
             note(f"not as before, so bits may differ: {difference}")
         where = f"from step {begins:,}" if begins else "from the start"
         note(f"{path} (seed {seed}, {run.steps:,} steps, {ours.device}): {where}", run.steps, begins, f"seed {seed}")
-        for text in run.notes:
+        for text in (*([f"kernels: {in_words(run.kernels)}"] if run.kernels else []), *run.notes):
             note(text)
         board = TensorBoard(path) if call.tensorboard else None
 

@@ -54,6 +54,25 @@ def test_a_finished_run(sparseift, run: Path) -> None:
         assert "a finished run" in shown and "newest checkpoint" in shown and data["next"][0] in shown
 
 
+def test_kernels_and_executed_flops(sparseift, run: Path) -> None:
+    plain = json.loads(sparseift("inspect", str(run), "--json")[1])
+    assert plain["kernels"] is None and plain["flops_executed"] is None  # older versions did not write them
+    file, summary = run / "provenance.json", run / "summary.json"
+    found = json.loads(file.read_text())
+    group = {"backend": "blocks", "block": 64, "how": "Triton, pointers", "reason": "", "weights": ["a", "b"]}
+    found["sessions"][-1]["kernels"] = [group]
+    file.write_text(json.dumps(found))
+    done = json.loads(summary.read_text())
+    done["flops"]["executed"] = 3 * done["flops"]["spent"]
+    summary.write_text(json.dumps(done))
+    data = json.loads(sparseift("inspect", str(run), "--json")[1])
+    assert data["kernels"] == "2 layers in blocks of 64 (Triton, pointers)"
+    assert data["flops_executed"] == 3 * data["flops_spent"]
+    assert "FLOPs executed" in sparseift("inspect", str(run))[1]
+    row = json.loads(sparseift("report", str(run), "--columns", "flops_spent,flops_executed", "--json")[1])["groups"][0]
+    assert row["flops_executed"] == 3 * row["flops_spent"]
+
+
 def test_a_kept_run(sparseift, run: Path) -> None:
     sparseift("report", "keep", str(run), "-o", "kept")
     (kept,) = Path("kept").glob("*/*.json")

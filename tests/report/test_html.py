@@ -91,6 +91,7 @@ def with_provenance(one: Run) -> Run:
         "git": {"commit": "0123456789abcdef", "dirty": True},
         "device": "cpu",
         "threads": 2,
+        "kernels": [{"backend": "blocks", "block": 64, "how": "Triton", "reason": "", "weights": ["a.weight"]}],
     }
     return Run(
         one.path,
@@ -137,6 +138,7 @@ def parsed(text: str) -> Page:
 def test_it_is_well_formed(text: str, parsed: Page) -> None:
     assert text.startswith('<!doctype html>\n<html lang="en">')
     assert parsed.problems == []
+    assert "1 layer in blocks of 64 (Triton)" in text and "a.weight" not in text
     assert [len(parsed.all(tag)) for tag in ("main", "h1", "style")] == [1, 1, 1]
 
 

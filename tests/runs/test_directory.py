@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from sparseift_cli.errors import ArtifactError
+from sparseift_cli.kernels import LayerChoice
 from sparseift_cli.runs import provenance
 from sparseift_cli.runs.directory import RunDirectory, recipe_hash
 
@@ -107,6 +108,34 @@ def test_what_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match="cannot make"):
         RunDirectory.create(tmp_path / "file", "x", RECIPE)
+
+
+def test_sessions_group_kernels_and_say_what_changed() -> None:
+    choices = [LayerChoice(f"{i}.weight", "blocks", 64, how="Triton, pointers") for i in range(3)]
+    choices.insert(1, LayerChoice("stem.weight", "masked", None, "unstructured masks have no kernel"))
+    before = provenance.session(device="cpu", seed=0, kernels=choices)
+    assert before["kernels"] == [
+        {
+            "backend": "blocks",
+            "block": 64,
+            "how": "Triton, pointers",
+            "reason": "",
+            "weights": ["0.weight", "1.weight", "2.weight"],
+        },
+        {
+            "backend": "masked",
+            "block": None,
+            "how": "",
+            "reason": "unstructured masks have no kernel",
+            "weights": ["stem.weight"],
+        },
+    ]
+    said = "3 layers in blocks of 64 (Triton, pointers); 1 masked-dense: unstructured masks have no kernel"
+    assert provenance.kernels_in_words(before) == said
+    now = provenance.session(device="cpu", seed=0, kernels=choices[:2])
+    (difference,) = provenance.differences(before, now)
+    assert difference.startswith(f"kernels: {said} before, 1 layer in blocks of 64") and difference.endswith(" now")
+    assert provenance.differences({k: v for k, v in before.items() if k != "kernels"}, now) == []
 
 
 def test_sessions_say_what_changed(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import sparseift_cli as sparseift
 from sparseift_cli.errors import CheckFailed
 from sparseift_cli.plan.audit import audit
+from sparseift_cli.plan.execution import execution
 from sparseift_cli.plan.spec import TrainingSpec
 from sparseift_cli.sparsity.algorithms import ALGORITHMS
 from sparseift_cli.train.flop_meter import FlopMeter
@@ -48,7 +49,10 @@ class Grouped(nn.Module):
 
 
 def both(model: nn.Module, algorithm: Any, training: TrainingSpec, **spec: Any) -> tuple[int, int]:
-    """FLOPs of the run: added up step by step, and audited; also the non-zeros at the end, in the model and audited."""
+    """FLOPs of the run: added up step by step, and audited; also the non-zeros at the end, in the model and audited.
+
+    And those that are executed, where kernels compute none, all or half of the layers.
+    """
     x = torch.randn(4, 64)
     new, plan = sparseift.transform(model, x, training=training, **spec)
     done, steps = transformation_of(new), training.steps
@@ -57,15 +61,32 @@ def both(model: nn.Module, algorithm: Any, training: TrainingSpec, **spec: Any) 
     optimizer = torch.optim.SGD(trained, lr=0.01)
     schedule = {"total_steps": steps, "delta_t": training.delta_t, "stop": str(training.stop)}
     sparsifier = sparseift.Sparsifier(new, plan, optimizer, algorithm=algorithm, **schedule)
-    spent = FlopMeter(plan.layers, done.surgery.masked, len(x), recompute=False)
+    rows = [row.layer.name for row in plan.layers if row.status == "transformed"]
+    kept_compact = [set[str](), set(rows), set(rows[::2])]
+    spent, *others = [
+        FlopMeter(
+            plan.layers,
+            done.surgery.masked,
+            len(x),
+            recompute=False,
+            compact={m.key for m in done.surgery.masked if m.layer in layers},
+        )
+        for layers in kept_compact
+    ]
     for _ in range(steps):
         optimizer.zero_grad()
         new(x).square().mean().backward()
         sparsifier.step()
-        spent.add(sparsifier.last)
+        for meter in (spent, *others):
+            meter.add(sparsifier.last)
         optimizer.step()
     result = audit(plan, training)
     assert result.transformed is not None
+    for meter, layers in zip((spent, *others), kept_compact, strict=True):
+        places = {(row.layer.name, part.name) for row in plan.layers if row.layer.name in layers for part in row.parts}
+        assert meter.total == spent.total
+        assert meter.executed_macs == execution(plan.layers, training, places).training_macs * steps * len(x)
+        assert layers != set(rows) or meter.executed == spent.total <= spent.executed
     held = sum(int(m.count_nonzero()) for m in sparseift.masks(new).values())
     kept = sum(
         p.shape.weights - p.nnz for row in plan.layers if row.status == "transformed" for p in row.parts if not p.dense
@@ -100,6 +121,26 @@ def test_odd_schedules(algorithm: str, steps: int, delta_t: int, stop: str) -> N
     training = TrainingSpec(algorithm=algorithm, steps=steps, delta_t=delta_t, stop=stop)
     spent, audited = both(frozen(), algorithm, training, sparsity="0.5")
     assert spent == audited
+
+
+def test_checkpoints_keep_what_was_executed() -> None:
+    new, plan = sparseift.transform(mlp(), torch.randn(4, 64), sparsity="0.5")
+    done, optimizer = transformation_of(new), torch.optim.SGD(new.parameters(), lr=0.01)
+    assert done is not None
+    sparsifier = sparseift.Sparsifier(new, plan, optimizer, algorithm="static", total_steps=5)
+    sparsifier.step()
+
+    def meter() -> FlopMeter:
+        return FlopMeter(plan.layers, done.surgery.masked, 4, recompute=False)
+
+    began, goes_on, older = meter(), meter(), meter()
+    for _ in range(3):
+        began.add(sparsifier.last)
+    goes_on.restore(began.state(), 3)
+    older.restore({"spent": began.state()["spent"]}, 3)  # of a version that had masked dense layers alone
+    for other in (goes_on, older):
+        assert (other.total, other.executed) == (began.total, began.executed)
+        assert other.executed > other.total > 0
 
 
 def test_a_training_budget_with_fractions_is_refused_in_whole_flops() -> None:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sparseift_cli.base.atomic import read_json
 from sparseift_cli.cli.progress import Lines
 from sparseift_cli.data import order
 from sparseift_cli.errors import ArtifactError, DivergedError, InterruptedRun, UsageError
+from sparseift_cli.kernels import LayerChoice
 from sparseift_cli.mask.attached import masks_of
 from sparseift_cli.recipe.load import load
 from sparseift_cli.runs.directory import RunDirectory
@@ -99,8 +101,22 @@ def test_flops_spent_are_the_flops_audited(write_recipe: Write, tmp_path: Path, 
     assert flops["spent"] == flops["audited"]
     rows = list(read_metrics(Path(summary["path"]) / "metrics.jsonl"))
     assert [r["step"] for r in rows] == [5, 10, 15, 20, 21]
-    assert rows[-1]["flops"] == flops["spent"]
+    assert rows[-1]["flops"] == flops["spent"] and rows[-1]["executed_flops"] == flops["executed"]
+    assert (flops["executed"] > flops["spent"]) == (algorithm is not None)
     assert json.loads((Path(summary["path"]) / "summary.json").read_text())["flops"] == flops
+
+
+def test_a_run_says_how_its_layers_are_computed(
+    write_recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choices = (LayerChoice("a.weight", "masked", None, "unstructured masks have no kernel"),)
+    made, notes = prepare, list[str]()
+    monkeypatch.setattr("sparseift_cli.train.run.prepare", lambda *given: replace(made(*given), kernels=choices))
+    recipe = load(write_recipe("static", steps=2))
+    (done,) = run_jobs([(recipe, 0)], tmp_path / "runs", None, quiet, lambda text, *_: notes.append(text))
+    assert "kernels: 1 layer masked-dense: unstructured masks have no kernel" in notes
+    (session,) = read_json(Path(done["path"]) / "provenance.json")["sessions"]
+    assert [group["weights"] for group in session["kernels"]] == [["a.weight"]]
 
 
 @pytest.mark.parametrize("algorithm", ["static", "rigl", "set"])

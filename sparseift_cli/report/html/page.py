@@ -18,6 +18,7 @@ from typing import Any, Literal
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ...recipe.load import for_others
+from ...runs.provenance import kernels_in_words
 from ...version import __version__
 from ..plots.families import Family, Group, is_number
 from ..plots.pictures import Picture, pictures
@@ -423,9 +424,11 @@ def _facts(session: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, s
     """Every fact of a session, nested ones by their dotted name."""
     for key, value in session.items():
         name = f"{above}{key}"
+        if name == "kernels":  # thousands of names
+            value = kernels_in_words(session)
         if isinstance(value, Mapping) and value:
             yield from _facts(value, f"{name}.")
-        elif value not in (None, {}, []):
+        elif value not in (None, {}, [], ""):
             yield name, shlex.join(map(str, value)) if isinstance(value, list) else str(value)
 
 
