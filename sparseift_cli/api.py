@@ -170,12 +170,18 @@ def audit(model: nn.Module, example_input: Any) -> Audit:
         UsageError: `model` was not made by `transform` or read by `load`, or was planned at another input.
         CheckFailed: it does not cost what its plan says (its masks or layers were changed).
     """
+    from copy import deepcopy
+
+    from .kernels.convert import block_masks, to_masked
     from .transforms.check import measure, require_as_planned
 
     model, done = _transformed(model, "flops(model, example_input) counts any model")
     _require_planned_input(done, example_input)
     args, kwargs = as_call(example_input)
     masks = _checked_masks(model, done)
+    if block_masks(model):  # the layers that the plan is of
+        model = deepcopy(model)
+        to_masked(model)
     measured, after = measure(model, args, kwargs, done.plan, done.surgery, masks)
     require_as_planned(measured, done.plan, after, after)
     return count(done.plan)
@@ -204,6 +210,8 @@ def inspect(source: nn.Module | str | Path, example_input: Any = None) -> LayerT
 def save(model: nn.Module, path: str | Path, *, force: bool = False, state_dict: bool = False) -> Path:
     """Write a transformed model as a folder of safetensors and JSON, in one step; see `artifact` for what is in it.
 
+    Of layers that `use_kernels` made, the stored blocks are written, without zeros; `load` makes such layers again.
+
     With `state_dict` also a `state_dict.pt` as torch.save writes it, zeros stored, that any PyTorch code loads, and the
     `config.json` that a Hugging Face model of these sizes, rotary frequencies and eps is built from.
 
@@ -213,17 +221,19 @@ def save(model: nn.Module, path: str | Path, *, force: bool = False, state_dict:
             last update), or a weight that its mask leaves out is not zero.
         ArtifactError: `path` exists (use `force` to replace a transformed model), or cannot be written.
     """
+    from .kernels.convert import block_masks
+    from .kernels.storage import to_dense_state
     from .trace.symbolise import is_config
 
     model, done = _transformed(model, "torch.save writes any module's state_dict")
     tensors: dict[str, Mapping[str, Any]] = {}
     masks = _checked_masks(model, done)
     if masks is not None:
-        tensors = {WEIGHTS: untied(model), MASKS: masks}
+        tensors = {WEIGHTS: untied(model), MASKS: masks | block_masks(model)}
         passing = unsaved_buffers(model, done)
         if passing:
             tensors[BUFFERS] = passing
-    plain = dict(model.state_dict()) if state_dict and tensors else None
+    plain = to_dense_state(model.state_dict()) if state_dict and tensors else None
     documents = _documents(done)
     config: Any = model.__dict__.get("config")
     if plain and is_config(config):
@@ -231,11 +241,13 @@ def save(model: nn.Module, path: str | Path, *, force: bool = False, state_dict:
     return write(path, documents, tensors, state_dict=plain, force=force)
 
 
-def load(path: str | Path, *, into: nn.Module | None = None, trust: bool = False) -> nn.Module:
+def load(path: str | Path, *, into: nn.Module | None = None, trust: bool = False, kernels: str = "auto") -> nn.Module:
     """The module that `save` wrote, with its weights and masks, in eval mode on the CPU.
 
     Args:
         into: the dense model it was made from (any weights, or on meta): needed where no source names it.
+        kernels: what computes layers that were saved in blocks: "auto", a name in `KERNELS`, or "masked" for dense weights
+            with zeros and masks.
         trust: let the folder name code of yours to run: a source, member or pattern written as `package.module:Name`. Without it
             only modules that are imported already count.
 
@@ -248,7 +260,7 @@ def load(path: str | Path, *, into: nn.Module | None = None, trust: bool = False
     from .transforms.restore import restore
 
     with inference_mode(False), imports_nothing_for(None if trust else str(path)):  # inference mode: as `transform`
-        return restore(open_artifact(path), into)
+        return restore(open_artifact(path), into, kernels)
 
 
 def masks(model: nn.Module) -> dict[str, Any]:
@@ -295,7 +307,7 @@ def unsaved_buffers(model: nn.Module, done: Transformation) -> dict[str, Any]:
 
     Every tensor once.
     """
-    from .mask.attached import masks_of
+    from .mask.attached import masks_of, stores_blocks
     from .trace.constants import plain_tensors
 
     skipped = {id(t) for t in masks_of(model).values()}
@@ -303,7 +315,10 @@ def unsaved_buffers(model: nn.Module, done: Transformation) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
-        buffers = {prefix + name: module._buffers.get(name) for name in sorted(module._non_persistent_buffers_set)}
+        unsaved = (
+            () if stores_blocks(module) else sorted(module._non_persistent_buffers_set)
+        )  # of blocks: all are derived
+        buffers = {prefix + name: module._buffers.get(name) for name in unsaved}
         plain = {key: t for name, t in plain_tensors(module) if (key := prefix + name) in resized}
         for key, tensor in (buffers | plain).items():
             if tensor is not None and id(tensor) not in skipped:

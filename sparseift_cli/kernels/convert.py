@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..mask.attached import (
     SUFFIX,
+    Rows,
     attach,
     is_transposed,
     keep_form,
@@ -28,6 +29,7 @@ from ..mask.attached import (
     parts_of,
     pattern_of,
     unwrapped,
+    with_gaps,
 )
 from ..mask.layout import Layout
 from ..mask.patterns import has_pattern, parse_pattern
@@ -106,26 +108,63 @@ def _keep_or_undo(model: nn.Module, module: BlockLayer, name: str, kernels: str,
     return LayerChoice(name, module.backend, module.block)
 
 
+def block_masks(model: nn.Module) -> dict[str, Tensor]:
+    """Where blocks are stored, bool [R, C], by the name of the weight of every layer of stored blocks."""
+    layers = [(path, module) for path, module in unwrapped(model).named_modules() if isinstance(module, BlockLayer)]
+    return {f"{path}.{_WEIGHT}".removeprefix("."): layer.block_mask for path, layer in layers}
+
+
+def store_blocks(
+    model: nn.Module, name: str, cells: Tensor, pattern: str, parts: Rows = (), backend: str = "auto"
+) -> None:
+    """Replace the layer with the weight `name` by one that stores its blocks at `cells`, in place, with its values on meta.
+
+    They are set by `load_state_dict(..., assign=True)`.
+
+    Args:
+        model: contains the layer.
+        name: of the weight.
+        cells: bool [R, C], where blocks are stored.
+        pattern: of the mask.
+        parts: rows of its parts, each with a number of non-zeros of its own.
+        backend: a name in `KERNELS`, or auto.
+
+    Raises:
+        UsageError: no layer of stored blocks computes what this layer does, or its weight is cut otherwise.
+    """
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    if reason := _why_no_class(module, attribute):
+        raise UsageError(f"{name} cannot be stored in blocks: {reason}")
+    weight = module.get_parameter(attribute)
+    keep_form(module, attribute, pattern, with_gaps(parts, weight.shape[0]) if parts else ())
+    _replace(model, module, _compact(module, backend, cells))
+
+
 # --- may a layer be replaced? ---
 
 
 def _why_not(module: nn.Module, attribute: str, shared: Mapping[int, int]) -> str:
     """The reason for which no kernel can compute the layer, whatever the device; empty where one can."""
-    kind = type(module).__name__
-    if attribute != _WEIGHT or not (_is_linear(module) or type(module) is nn.Conv2d):
-        return f"{kind} is no layer that kernels replace"
+    if reason := _why_no_class(module, attribute):
+        return reason
     weight = module._parameters[_WEIGHT]
     assert weight is not None
     if shared[id(weight)] > 1:
         return "its weight is shared with another layer"
     if any(getattr(module, hooks, None) for hooks in _HOOKS) or hasattr(module, "parametrizations"):
-        return f"this {kind} has hooks or parametrizations"
-    if type(module) is nn.Conv2d and (reason := BlockConv2d.why_not(module)):
-        return reason
+        return f"this {type(module).__name__} has hooks or parametrizations"
     pattern = pattern_of(module, _WEIGHT)
     if parse_pattern(pattern).unit == 1:
         return f"{pattern} masks have no kernel"
     return _why_no_blocks(module, weight, pattern)
+
+
+def _why_no_class(module: nn.Module, attribute: str) -> str:
+    """Why no layer of stored blocks computes what a layer of this class and options does; empty where one does."""
+    if attribute != _WEIGHT or not (_is_linear(module) or type(module) is nn.Conv2d):
+        return f"{type(module).__name__} is no layer that kernels replace"
+    return (BlockConv2d.why_not(module) if type(module) is nn.Conv2d else None) or ""
 
 
 def _why_no_blocks(module: nn.Module, weight: Tensor, pattern: str) -> str:
@@ -198,16 +237,19 @@ def _size(module: nn.Module, weight: Tensor, mask: Tensor, block: int, tokens: i
 # --- replacing ---
 
 
-def _compact(module: nn.Module, backend: str) -> BlockLayer:
-    """The layer of stored blocks that computes what `module` does."""
+def _compact(module: nn.Module, backend: str, cells: Tensor | None = None) -> BlockLayer:
+    """The layer of stored blocks that computes what `module` does; `cells`, bool [R, C], are otherwise those of its mask."""
     weight, mask, bias = module._parameters[_WEIGHT], mask_beside(module, _WEIGHT), module._parameters.get("bias")
     pattern, transposed = pattern_of(module, _WEIGHT), is_transposed(module)
     block = _side(module, pattern)
     assert weight is not None
-    assert mask is not None
     assert block is not None
     layout = _layout(module, weight)
-    cells = layout.to_matrix(mask)[::block, :: block * layout.taps].contiguous()
+    if cells is None:
+        assert mask is not None
+        cells = layout.to_matrix(mask)[::block, :: block * layout.taps].contiguous()
+    else:
+        weight = weight.to("meta")
     new: BlockLayer
     if isinstance(module, nn.Conv2d):
         how: Any = {"stride": module.stride, "padding": module.padding}

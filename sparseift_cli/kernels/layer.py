@@ -97,7 +97,7 @@ class BlockLayer(nn.Module):
             layer.values.copy_(layer.blocks_of(weight))
             if layer.bias is not None and bias is not None:
                 layer.bias.copy_(bias)
-        if layer.values.count_nonzero() != weight.count_nonzero():
+        if not weight.is_meta and layer.values.count_nonzero() != weight.count_nonzero():
             raise UsageError("the dense weight has non-zeros outside the blocks of the mask")
         return layer
 

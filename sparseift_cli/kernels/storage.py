@@ -6,7 +6,7 @@ Both ways are exact, and what is no weight of stored blocks (biases, norms, othe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,6 +55,10 @@ class CompactWeight:
         mask = torch.zeros(self.layout.grid, dtype=torch.bool, device=self.columns.device)
         mask[self._rows(), self.columns.long()] = True
         return mask
+
+    def weight_mask(self) -> Tensor:
+        """Bool [*layout.shape], True where a block is stored."""
+        return replace(self, values=torch.ones_like(self.values, dtype=torch.bool)).dense()
 
     def dense(self) -> Tensor:
         """The weight [*layout.shape], with zeros where no block is stored."""

@@ -56,7 +56,7 @@ def attach(
             module,
             name,
             (patterns or {}).get(key, "unstructured"),
-            _with_gaps(parts[key], weight.shape[0]) if parts and parts.get(key) else (),
+            with_gaps(parts[key], weight.shape[0]) if parts and parts.get(key) else (),
         )
         with torch.no_grad():  # inverted and back in place: a copy of a large mask would need as much memory again
             weight.masked_fill_(mask.logical_not_(), 0)
@@ -154,7 +154,7 @@ def parts_of(module: nn.Module, name: str) -> Rows:
     return getattr(module, name + _PARTS, ())
 
 
-def _with_gaps(parts: Rows, rows: int) -> Rows:
+def with_gaps(parts: Rows, rows: int) -> Rows:
     """`parts`, and the rows between and around them, so that each of `rows` is in one."""
     ends = [0, *(end for part in parts for end in part), rows]
     between = zip(ends[::2], ends[1::2], strict=True)

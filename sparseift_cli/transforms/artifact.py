@@ -1,7 +1,7 @@
 """A transformed model on disk: a folder of safetensors and JSON, written completely or not at all.
 
-    model.safetensors   every parameter and persistent buffer; zeros are stored
-    masks.safetensors   one boolean tensor for each sparse weight, under the weight's name
+    model.safetensors   every parameter and persistent buffer; zeros are stored, but those of layers that store blocks (kernels)
+    masks.safetensors   one boolean tensor for each sparse weight, under the weight's name; [R, C] where it is stored in blocks
     buffers.safetensors buffers that no state dict holds; only where there are some
     table.json          the dense model's layer table
     plan.json           the plan: sizes and non-zeros of every layer

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import gcd
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..base.randomness import generator_for
 from ..errors import CheckFailed
-from ..mask.attached import Rows
+from ..mask.attached import Rows, stores_blocks
 from ..mask.layout import Layout
 from ..mask.mask import disjoint_masks, empty_rows_and_columns, make_mask
 from ..mask.patterns import has_pattern, parse_pattern
@@ -117,7 +118,7 @@ def follow_weights(model: nn.Module, masks: Mapping[str, Tensor], masked: Iterab
         masks: by weight key: bool, same shape as the weight.
     """
     for m in masked:
-        if m.key not in masks:
+        if m.key not in masks or in_blocks(model, m.key):  # where blocks are is loaded with them
             continue
         mask, weight = m.of(masks[m.key]), m.of(model.get_parameter(m.key).detach())
         nonzero = weight != 0
@@ -130,9 +131,27 @@ def follow_weights(model: nn.Module, masks: Mapping[str, Tensor], masked: Iterab
             mask.copy_(nonzero)
 
 
+def in_blocks(model: nn.Module, key: str) -> bool:
+    """Whether the weight of that name is stored in blocks, without its zeros."""
+    return stores_blocks(model.get_submodule(key.rpartition(".")[0]))
+
+
+def shape_of(model: nn.Module, key: str) -> tuple[int, ...]:
+    """The shape of the weight of that name, which may be stored in blocks."""
+    path, _, name = key.rpartition(".")
+    module: Any = model.get_submodule(path)
+    return tuple(module.weight_shape if stores_blocks(module) else module.get_parameter(name).shape)
+
+
+def weight_at(model: nn.Module, key: str) -> Tensor:
+    """The weight [*shape] of that name, without its gradient; of a layer that stores blocks it is made for this call."""
+    path, _, name = key.rpartition(".")
+    return getattr(model.get_submodule(path), name).detach()
+
+
 def excess_nonzeros(model: nn.Module, masked: Iterable[Masked]) -> dict[str, tuple[int, int]]:
     """By name, the non-zeros of the weights that have more of them than were planned, and the planned number."""
-    counts = {m.name: (int(m.of(model.get_parameter(m.key)).count_nonzero()), m.nnz) for m in masked}
+    counts = {m.name: (int(m.of(weight_at(model, m.key)).count_nonzero()), m.nnz) for m in masked}
     return {name: (found, planned) for name, (found, planned) in counts.items() if found > planned}
 
 
@@ -170,7 +189,8 @@ def require_masked(model: nn.Module, masks: Mapping[str, Tensor], masked: Sequen
             if denser
             else "masks were changed by hand; a Sparsifier keeps their numbers",
         )
-    counts = ((key, int(model.get_parameter(key).detach().masked_fill(masks[key], 0).count_nonzero())) for key in keys)
+    dense = [key for key in keys if not in_blocks(model, key)]
+    counts = ((key, int(model.get_parameter(key).detach().masked_fill(masks[key], 0).count_nonzero())) for key in dense)
     nonzero = [f"{key}: {n:,}" for key, n in counts if n]
     if nonzero:
         raise CheckFailed(

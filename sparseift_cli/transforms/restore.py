@@ -7,42 +7,51 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import ArtifactError, CheckFailed, UsageError
-from ..mask.attached import attach, masks_of, unwrapped
+from ..kernels.convert import store_blocks
+from ..kernels.layout import compact_paths
+from ..kernels.layout import key as key_of
+from ..kernels.registry import KERNELS, MASKED
+from ..kernels.storage import CompactWeight, to_dense_state
+from ..mask.attached import attach, mask_names, unwrapped
 from ..models.source import Request, build
 from ..plan.plan import make_plan
 from ..trace.constants import plain_tensors
 from .artifact import BUFFERS, MASKS, WEIGHTS, Artifact
 from .check import Measured
 from .edits import Surgery
-from .masking import parts_of_masks, require_masked
+from .masking import in_blocks, parts_of_masks, require_masked, shape_of
 from .surgery import apply_surgery
 from .transformation import Options, Transformation, record
 
 
-def restore(stored: Artifact, into: nn.Module | None) -> nn.Module:
+def restore(stored: Artifact, into: nn.Module | None, kernels: str = "auto") -> nn.Module:
     """The transformed module of `stored`, in eval mode on the CPU.
 
     Args:
+        kernels: what computes layers that are stored in blocks; "masked" makes them dense.
         into: the dense model that it was made from (any weights, or on meta). None: built from the source in the
             folder.
 
     Raises:
         ArtifactError: weights, masks or buffers are damaged or do not fit the plan.
-        UsageError: no source is stored and `into` is None, or `into` is another model.
+        UsageError: no source is stored and `into` is None, `into` is another model, or no kernels have this name.
     """
+    if kernels not in ("auto", MASKED):
+        KERNELS.get(kernels)
     dense = unwrapped(into) if into is not None else _build_dense(stored)
     surgery = Surgery.from_json(stored.surgery, stored.spec.pattern)
     new = apply_surgery(dense, surgery)
+    params = sum(p.numel() for p in new.parameters())
+    zeros = sum(m.of(new.get_parameter(m.key)).numel() - m.nnz for m in surgery.masked)
     if stored.weights.is_file():
-        _load_weights(new, stored, surgery)
+        _load_weights(new, stored, surgery, kernels)
     buffers = _read_tensors(stored, BUFFERS) if (stored.path / BUFFERS).is_file() else {}
     _set_buffers(new, buffers, stored)
     plan = make_plan(stored.table, stored.spec, stored.training)
-    params = sum(p.numel() for p in new.parameters())
-    zeros = sum(m.of(new.get_parameter(m.key)).numel() - m.nnz for m in surgery.masked)
     facts = stored.provenance
     done = Transformation(
         plan,
@@ -73,9 +82,13 @@ def _build_dense(stored: Artifact) -> nn.Module:
     return build(request, device="cpu").model if has_unsaved_buffers else model
 
 
-def _load_weights(model: nn.Module, stored: Artifact, surgery: Surgery) -> None:
+def _load_weights(model: nn.Module, stored: Artifact, surgery: Surgery, kernels: str) -> None:
     """Load the stored state dict and masks into `model`, in place; tied tensors stay tied."""
     weights, masks = _read_tensors(stored, WEIGHTS), _read_tensors(stored, MASKS)
+    try:
+        weights = _with_blocks(model, weights, masks, surgery, kernels)
+    except UsageError as error:
+        raise ArtifactError(f"{stored.path / WEIGHTS}: {error.message}", hint=error.hint) from None
     tied: dict[int, list[str]] = {}  # names that share one tensor; only the first of them is stored
     for name, tensor in model.state_dict(keep_vars=True).items():
         tied.setdefault(id(tensor), []).append(name)
@@ -94,8 +107,7 @@ def _load_weights(model: nn.Module, stored: Artifact, surgery: Surgery) -> None:
         _tie(model, names, next(n for n in names if n in weights))
     for m in surgery.masked:
         mask = masks.get(m.key)
-        weight = model.get_parameter(m.key)
-        if mask is None or mask.shape != weight.shape or int(m.of(mask).count_nonzero()) != m.nnz:
+        if mask is None or mask.shape != shape_of(model, m.key) or int(m.of(mask).count_nonzero()) != m.nnz:
             raise ArtifactError(
                 f"{stored.path / MASKS}: the mask of {m.name} is not the planned one (missing, or other shape or number of "
                 "non-zeros)",
@@ -107,8 +119,35 @@ def _load_weights(model: nn.Module, stored: Artifact, surgery: Surgery) -> None:
         raise ArtifactError(
             f"{stored.path}: {error.message}", hint="it was changed; transform the model again"
         ) from None
-    attach(model, {m.key: masks[m.key] for m in surgery.masked}, surgery.patterns, parts_of_masks(surgery))
-    assert masks_of(model).keys() == surgery.nonzeros.keys()
+    beside = {key: masks[key] for key in surgery.nonzeros if not in_blocks(model, key)}
+    attach(model, beside, surgery.patterns, parts_of_masks(surgery))
+    assert set(mask_names(model)) == surgery.nonzeros.keys()
+
+
+def _with_blocks(
+    model: nn.Module, weights: dict[str, Tensor], masks: dict[str, Tensor], surgery: Surgery, kernels: str
+) -> dict[str, Tensor]:
+    """Make the layers of `model` whose weights are stored in blocks such layers, and their `masks` [*shape], both in place.
+
+    Returns `weights`, dense where `kernels` is "masked".
+
+    Raises:
+        UsageError: weight, mask and model do not fit together.
+    """
+    paths = compact_paths(weights)
+    for path in paths:
+        name, found = key_of(path, "weight"), CompactWeight.of(weights, path)
+        if name not in surgery.nonzeros:
+            raise UsageError(f"{name} is stored in blocks, and the plan has no mask for it")
+        if found.layout.shape != shape_of(model, name):
+            raise UsageError(f"{name} is {list(found.layout.shape)}, and the model's is {list(shape_of(model, name))}")
+        if name not in masks or not torch.equal(masks[name], found.mask()):
+            raise UsageError(f"the mask of {name} is missing, or not where its blocks are")
+        masks[name] = found.weight_mask()
+        if kernels != MASKED:
+            parts = parts_of_masks(surgery).get(name, ())
+            store_blocks(model, name, found.mask(), surgery.patterns[name], parts, kernels)
+    return to_dense_state(weights) if paths and kernels == MASKED else weights
 
 
 def _set_buffers(model: nn.Module, buffers: dict[str, Tensor], stored: Artifact) -> None:
