@@ -222,7 +222,7 @@ def _choose(module: nn.Module, name: str, kernels: str, tokens: int | None, dtyp
         capability=torch.cuda.get_device_capability(weight.device) if weight.is_cuda else None,
         kind="conv2d" if isinstance(module, nn.Conv2d) and not BlockConv2d.is_linear(module) else "linear",
     )
-    size = None if tokens is None else _size(module, weight, mask, block, tokens)
+    size = None if tokens is None or request.kind != "linear" else _size(module, weight, mask, block, tokens)
     selected = select(kernels, request, size)
     return selected.for_weight(name, block)
 

@@ -183,6 +183,8 @@ class BlockGradients:
 
     def expect(self, wanted: bool) -> None:
         """Say, after a step, whether the backward passes of the next one need dense gradients."""
+        if not wanted and not self._collecting and all(c.expected and not c.calls for c in self._found.values()):
+            return  # nothing is watched, and nothing was
         self._collecting = wanted
         for w, found in self._found.items():
             expected = 0 if found.late else found.calls or found.expected

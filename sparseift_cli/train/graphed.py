@@ -9,7 +9,8 @@ reads and writes fixed addresses. Then the step is recorded once, without being 
     third graph     the same with a mask update, for the steps that have one (RigL, SET)
 
 What changes from step to step is copied into tensors that the graphs read: the samples of the batch, the learning rate. Where
-an algorithm thins masks out (GMP, GraNet), the rest of such a step happens operation by operation.
+an algorithm thins masks out (GMP, GraNet), or moves stored blocks, the rest of such a step happens operation by operation; so
+does all of a step that collects dense gradients for stored blocks (RigL, SNFS).
 
 A loss or gradient that is not finite sets a flag on the device (`found_inf` of the fused optimisers), and from that step on
 they change no weight. So the host may read the flag some steps later: weights and checkpoints are those before that step.
@@ -81,6 +82,8 @@ class GraphedStep:
         self._feed(step)
         if self._graphs is None:
             self._on_side_stream(step)
+        elif self._run.sparsifier is not None and self._run.sparsifier.collects_gradients:
+            self._by_operations()
         else:
             first, second, third = self._graphs
             first.replay()
@@ -152,6 +155,16 @@ class GraphedStep:
             self._run.sparsifier.step()
         clip(self._run)
         self._run.optimizer.step()
+
+    def _by_operations(self) -> None:
+        """A step whose backward pass collects dense gradients of stored blocks, which the graphs do not."""
+        parameters = list(self._run.model.parameters())
+        written_by_graphs = [p.grad for p in parameters]
+        self._run.optimizer.zero_grad(set_to_none=True)
+        self._backward()
+        self._update()
+        for p, gradient in zip(parameters, written_by_graphs, strict=True):
+            p.grad = gradient
 
     # --- recording ---
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -18,15 +19,18 @@ from ..base.metrics import METRICS, Metric
 from ..data import DATASETS, Batches, DataSet, open_data
 from ..errors import UsageError
 from ..kernels import LayerChoice
+from ..kernels.convert import use_kernels
+from ..kernels.registry import AUTO
 from ..mask.saliency import force_masks, scores
 from ..models.request import Request, parse_input
 from ..models.source import build
-from ..optim.optimizers import make_optimizer
+from ..optim.optimizers import SHIPPED, make_optimizer
 from ..optim.schedules import learning_rates
 from ..plan.audit import Audit, audit
 from ..plan.spec import TrainingSpec, TransformSpec
 from ..recipe.load import Recipe, require_data, run_steps
 from ..recipe.open_arguments import open_arguments
+from ..sparsity.algorithms import ALGORITHMS
 from ..sparsity.sparsifier import Sparsifier
 from ..trace.build import trace
 from ..transforms.convert import convert
@@ -129,6 +133,7 @@ def prepare(recipe: Recipe, seed: int, processes: Processes) -> Prepared:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     model = model.to(processes.device).train()
     fit(model, autocast=partial(_autocast, spec, processes.device))
+    kernels = _use_kernels(spec, model, done, micro) if done else ()
     if training.recompute:
         recompute(model, counted.table, train.batch(0, 0)[0][:1])
     optimizer = make_optimizer(model, spec.optimizer.options(), processes.device)
@@ -156,7 +161,21 @@ def prepare(recipe: Recipe, seed: int, processes: Processes) -> Prepared:
         flop_meter,
         done,
         tuple(str(warning.message) for warning in warned),
+        kernels,
     )
+
+
+def _use_kernels(spec: Spec, model: nn.Module, done: Transformation, batch: int) -> tuple[LayerChoice, ...]:
+    """Let kernels compute what they can of a forward pass of `batch` samples, as the recipe says."""
+    wanted, because = spec.training.kernels, ""
+    if ALGORITHMS.get(spec.algorithm.name).start_density is not None:
+        because = f"{spec.algorithm.name} begins denser than the planned masks"
+    elif wanted == AUTO and spec.optimizer.name not in SHIPPED:
+        because = f"the optimiser {spec.optimizer.name} may treat a weight as a matrix"
+    positions = {row.layer.name: row.positions for row in done.plan.layers}
+    tokens = {m.key: math.ceil(batch * positions[m.layer]) for m in done.surgery.masked}
+    dtype = _DTYPES.get(spec.training.precision)
+    return use_kernels(model, wanted, tokens=tokens, dtype=dtype, masked_because=because)
 
 
 def _sparsifier(

@@ -4,7 +4,7 @@ a function of (seed, stream, step).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import ArtifactError
+from ..kernels.layout import PARTS, VALUES, compact_paths
+from ..kernels.layout import key as tensor_name
+from ..kernels.storage import to_compact_state, to_dense_state
 from ..runs.checkpoint import Loaded
 from ..sparsity.sparsifier import Sparsifier
 
@@ -40,7 +43,7 @@ def pack(
 
 
 def unpack(loaded: Loaded, model: nn.Module, optimizer: Optimizer, sparsifier: Sparsifier | None) -> None:
-    """Put a checkpoint back into the very tensors that are in use.
+    """Put a checkpoint back into the very tensors that are in use; of either form, with zeros or of stored blocks alone.
 
     Raises:
         ArtifactError: it is of another model.
@@ -50,6 +53,11 @@ def unpack(loaded: Loaded, model: nn.Module, optimizer: Optimizer, sparsifier: S
         kind, _, rest = name.partition("/")
         parts[kind][rest] = tensor
     own = dict(model.state_dict(keep_vars=True))
+    if sparsifier is not None and _dense_names(own) == _dense_names(parts["model"]):
+        state: dict[str, Any] = dict(loaded.state["sparsifier"])
+        sparsifier.load_state_dict(state | {kind: parts[kind] for kind in MASK_TENSORS})
+        if own.keys() != parts["model"].keys():  # the run goes on with other kernels
+            parts = _in_form_of(model, optimizer, parts)
     wrong = list(own.keys() ^ parts["model"].keys())
     wrong += [n for n in own.keys() & parts["model"].keys() if own[n].shape != parts["model"][n].shape]
     if wrong:
@@ -57,13 +65,42 @@ def unpack(loaded: Loaded, model: nn.Module, optimizer: Optimizer, sparsifier: S
             f"{loaded.path} is of another model: {', '.join(sorted(wrong)[:4])}",
             hint="resume with the code and the recipe that began the run",
         )
-    if sparsifier is not None:
-        state: dict[str, Any] = dict(loaded.state["sparsifier"])
-        sparsifier.load_state_dict(state | {kind: parts[kind] for kind in MASK_TENSORS})
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(parts["model"][name])
     optimizer.load_state_dict(_optimizer_state(optimizer, parts["optimizer"], loaded.state["optimizer"]))
+
+
+def _dense_names(names: Iterable[str]) -> set[str]:
+    """The names of a state dict, those of stored blocks as if their weights were dense."""
+    stored = {path: {tensor_name(path, part) for part in PARTS} for path in compact_paths(list(names))}
+    return set(names) - set().union(*stored.values()) | {tensor_name(path, "weight") for path in stored}
+
+
+def _in_form_of(
+    model: nn.Module, optimizer: Optimizer, parts: Mapping[str, dict[str, Tensor]]
+) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a checkpoint, model and optimiser, in the form that the model has: with zeros, or blocks alone."""
+    saved, own = parts["model"], model.state_dict()
+    names = {id(p): name for name, p in model.named_parameters()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    converted = dict[str, Tensor]()
+    for place, tensor in parts["optimizer"].items():
+        p = parameters[int(place.partition("/")[0])]
+        if tensor.dim() and tensor.shape != p.shape:
+            path = names[id(p)].rpartition(".")[0]
+            converted[place] = _converted(path, tensor, saved, own)
+    state = to_compact_state(to_dense_state(saved), own)
+    return {**parts, "model": state, "optimizer": parts["optimizer"] | converted}
+
+
+def _converted(path: str, tensor: Tensor, saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Tensor:
+    """The optimiser's tensor for the weight of the layer at `path`, from the form of the state `saved` in that of `own`."""
+    weight, values = tensor_name(path, "weight"), tensor_name(path, VALUES)
+    before, now = ({n: state[n] for part in PARTS if (n := tensor_name(path, part)) in state} for state in (saved, own))
+    if before:
+        tensor = to_dense_state({**before, values: tensor})[weight]
+    return to_compact_state({weight: tensor}, now)[values] if now else tensor
 
 
 def _optimizer_state(optimizer: Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> dict[str, Any]:
