@@ -170,19 +170,13 @@ def audit(model: nn.Module, example_input: Any) -> Audit:
         UsageError: `model` was not made by `transform` or read by `load`, or was planned at another input.
         CheckFailed: it does not cost what its plan says (its masks or layers were changed).
     """
-    from copy import deepcopy
-
-    from .kernels.convert import block_masks, to_masked
     from .transforms.check import measure, require_as_planned
 
     model, done = _transformed(model, "flops(model, example_input) counts any model")
     _require_planned_input(done, example_input)
     args, kwargs = as_call(example_input)
     masks = _checked_masks(model, done)
-    if block_masks(model):  # the layers that the plan is of
-        model = deepcopy(model)
-        to_masked(model)
-    measured, after = measure(model, args, kwargs, done.plan, done.surgery, masks)
+    measured, after = measure(_ordinary(model), args, kwargs, done.plan, done.surgery, masks)
     require_as_planned(measured, done.plan, after, after)
     return count(done.plan)
 
@@ -398,6 +392,18 @@ def _documents(done: Transformation) -> dict[str, dict[str, Any]]:
     }
 
 
+def _ordinary(model: nn.Module) -> nn.Module:
+    """The model, or a copy of it with the ordinary layers that its layers of stored blocks stand for: what is counted."""
+    from copy import deepcopy
+
+    from .kernels.convert import block_masks, to_masked
+
+    if block_masks(model):
+        model = deepcopy(model)
+        to_masked(model)
+    return model
+
+
 def _require_no_input(source: str, example_input: Any) -> None:
     """A source is counted at its own input; an input given beside it would be ignored."""
     if example_input is not None:
@@ -413,7 +419,7 @@ def _table(model: nn.Module, example_input: Any) -> LayerTable:
     from .trace.build import trace
 
     args, kwargs = as_call(example_input)
-    return trace(model, args, kwargs, name=type(model).__name__, input_shape=shape_of(args, kwargs)).table
+    return trace(_ordinary(model), args, kwargs, name=type(model).__name__, input_shape=shape_of(args, kwargs)).table
 
 
 __all__ = [

@@ -68,6 +68,13 @@ def test_blocks_come_back_as_blocks(written, meta: bool, tmp_path: Path) -> None
     assert sparseift.flops(back).forward_ratio == sparseift.flops(str(path)).forward_ratio
 
 
+def test_layers_in_blocks_are_counted_as_the_ordinary_ones() -> None:
+    model, masked = compact("4x4"), compact("4x4")
+    to_masked(masked)
+    assert sparseift.inspect(model, X) == sparseift.inspect(masked, X)
+    assert layers(model)
+
+
 def test_files_hold_the_blocks_alone(written) -> None:
     model, path = written
     weights, masks = load_file(path / "model.safetensors"), load_file(path / "masks.safetensors")
