@@ -81,6 +81,16 @@ class BlockConv2d(BlockLayer):
         return None
 
     @staticmethod
+    def window_of(conv: nn.Conv2d) -> ConvWindow:
+        """Size, stride and padding of the kernel of a convolution of torch.
+
+        Raises:
+            UsageError: a padding that this layer has not.
+        """
+        size, step = _pair(conv.kernel_size), _pair(conv.stride)
+        return ConvWindow(*size, *step, *_padding(conv.padding, size, step))
+
+    @staticmethod
     def is_linear(conv: nn.Module) -> bool:
         """Whether a convolution of torch, or of this class, is a linear layer on the positions that its stride leaves."""
         return conv.kernel_size == (1, 1) and conv.padding in ((0, 0), "valid", "same")

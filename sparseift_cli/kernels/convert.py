@@ -220,7 +220,7 @@ def _choose(module: nn.Module, name: str, kernels: str, tokens: int | None, dtyp
         dtype=str(dtype or weight.dtype).removeprefix("torch."),
         device=weight.device.type,
         capability=torch.cuda.get_device_capability(weight.device) if weight.is_cuda else None,
-        kind="conv2d" if isinstance(module, nn.Conv2d) and not BlockConv2d.is_linear(module) else "linear",
+        kind="linear" if _window(module) is None else "conv2d",
     )
     size = None if tokens is None or request.kind != "linear" else _size(module, weight, mask, block, tokens)
     selected = select(kernels, request, size)
@@ -231,7 +231,14 @@ def _size(module: nn.Module, weight: Tensor, mask: Tensor, block: int, tokens: i
     layout = _layout(module, weight)
     blocks = int(mask.count_nonzero()) // (block * block * layout.taps)
     bias = module._parameters.get("bias") is not None
-    return LayerSize(layout.rows // block, layout.channels // block, blocks, tokens, bias)
+    return LayerSize(layout.rows // block, layout.channels // block, blocks, tokens, bias, window=_window(module))
+
+
+def _window(module: nn.Module) -> tuple[int, ...] | None:
+    """Size, stride and padding of a kernel; None where the layer is a linear one."""
+    if not isinstance(module, nn.Conv2d) or BlockConv2d.is_linear(module):
+        return None
+    return tuple(BlockConv2d.window_of(module))
 
 
 # --- replacing ---

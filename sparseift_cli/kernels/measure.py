@@ -27,15 +27,17 @@ from torch.nn import functional as F
 
 from ..base.atomic import as_json, replace_file
 from ..base.locations import cache_dir
+from ..mask.balanced import balanced_masks
 from ..version import __version__
+from .conv_ops import block_conv2d
 from .index import BlockIndex
 from .ops import block_linear
-from .reference import ACTIVATIONS
-from .registry import MASKED, LayerRequest, LayerSize
+from .reference import ACTIVATIONS, ConvWindow
+from .registry import KINDS, MASKED, LayerRequest, LayerSize
 
 T = TypeVar("T")
 Step = Callable[[], tuple[Tensor, ...]]
-"""Forward and backward of a layer: y [T, R * B], dX [T, C * B], dW, and the gradient of the bias [R * B] where there is one."""
+"""Forward and backward of a layer: y, dX, dW, and the gradient of the bias [R * B] where there is one."""
 
 MOST_TOKENS = 32768  # above it the times of all ways grow in proportion
 ROUNDS = 9
@@ -53,22 +55,26 @@ def check(name: str, layer: LayerRequest) -> str | None:
         The reason for which it must not be used here: it fails, or is wrong. None where it is right, and for kinds of layers that
         are not compared.
     """
-    return _checked(name, layer) if layer.kind == "linear" else None
+    return _checked(name, layer) if layer.kind in KINDS else None
 
 
 @lru_cache(maxsize=256)
 def _checked(name: str, layer: LayerRequest) -> str | None:
-    operands = _Linear.draw(layer, LayerSize(rows=3, columns=2, blocks=4, tokens=24, activation="gelu"))
-    exact = operands.as_type(torch.float64).masked_step()
+    size = LayerSize(rows=3, columns=2, blocks=4, tokens=24, activation="gelu")
+    if layer.kind == "conv2d":
+        size = replace(size, activation="none", window=(3, 3, 2, 2, 1, 1))
+    operands = _Operands.draw(layer, size)
+    exact = operands.exactly()
+    right = exact.make_masked_step()()
     try:
-        found = operands.block_step(name)
+        found = [tensor.double().cpu() for tensor in operands.block_step(name)]
     except Exception as error:
         # whatever a compiler or driver raises here, the layer has another way to be computed
         return f"it fails on this {layer.device} device: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     allowed = TOLERANCE.get(layer.dtype, TOLERANCE["bfloat16"])
-    for what, ours, wanted in zip(("output", "dX", "dW", "gradient of the bias"), found, exact, strict=True):
-        wanted = operands.blocks_of(wanted) if what == "dW" else wanted
-        difference = ((ours.double() - wanted).norm() / wanted.norm()).item()
+    for what, ours, wanted in zip(("output", "dX", "dW", "gradient of the bias"), found, right, strict=True):
+        ours = exact.dense(ours) if what == "dW" else ours
+        difference = ((ours - wanted).norm() / wanted.norm()).item()
         if not difference <= allowed:  # NaN is not
             return f"it is wrong on this {layer.device} device: its {what} differs by {difference:.1e} from the dense layer's"
     return None
@@ -79,7 +85,7 @@ def milliseconds(names: Sequence[str], layer: LayerRequest, size: LayerSize) -> 
 
     A way that fails, for example for want of memory, is left out; for kinds of layers that are not measured the result is empty.
     """
-    if layer.kind != "linear":
+    if layer.kind not in KINDS or (layer.kind == "conv2d" and size.window is None):
         return {}
     size = replace(size, tokens=min(MOST_TOKENS, 2 ** round(math.log2(max(1, size.tokens)))))
     key = _key(names, layer, size)
@@ -111,8 +117,11 @@ def from_first_process(make: Callable[[], T]) -> T:
 
 
 @dataclass
-class _Linear:
-    """Operands of one linear layer: x [T, C * B], values [n, B, B], bias [R * B] or None, grad [T, R * B] at the output."""
+class _Operands:
+    """Operands of one layer. Linear: x [T, C * B], values [n, B, B], grad at the output [T, R * B].
+
+    Convolution: x [N, C * B, H, W] and grad [N, R * B, OH, OW] channels_last, values [n, taps, B, B]. Bias [R * B] or None.
+    """
 
     index: BlockIndex
     x: Tensor
@@ -120,9 +129,10 @@ class _Linear:
     bias: Tensor | None
     grad: Tensor
     activation: str
+    window: ConvWindow | None
 
     @classmethod
-    def draw(cls, layer: LayerRequest, size: LayerSize) -> _Linear:
+    def draw(cls, layer: LayerRequest, size: LayerSize) -> _Operands:
         """Random operands on the device of `layer`; the random state of the process stays as it is."""
         device, dtype, side = torch.device(layer.device), getattr(torch, layer.dtype), layer.block
         generator = torch.Generator(device).manual_seed(0)
@@ -130,81 +140,106 @@ class _Linear:
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, device=device, dtype=dtype, generator=generator)
 
-        index = BlockIndex.from_mask(_balanced_mask(size.rows, size.columns, size.blocks).to(device), side)
-        return cls(
-            index,
-            normal(size.tokens, size.columns * side),
-            normal(size.blocks, side, side).mul_(math.sqrt(size.rows / (size.blocks * side))),
-            normal(size.rows * side) if size.bias else None,
-            normal(size.tokens, size.rows * side),
-            size.activation,
-        )
+        cells = balanced_masks((size.rows, size.columns), [size.blocks], torch.Generator().manual_seed(0))[0]
+        window = None if size.window is None else ConvWindow(*size.window)
+        taps = () if window is None else (window.taps,)
+        inputs, outputs = size.columns * side, size.rows * side
+        if window is None:
+            x, grad = normal(size.tokens, inputs), normal(size.tokens, outputs)
+        else:
+            before, after = _image(size.tokens, window)
+            x, grad = (normal(*at, width).permute(0, 3, 1, 2) for at, width in ((before, inputs), (after, outputs)))
+        variance = size.rows / (size.blocks * side * math.prod(taps))
+        values = normal(size.blocks, *taps, side, side).mul_(math.sqrt(variance))
+        bias = normal(outputs) if size.bias else None
+        return cls(BlockIndex.from_mask(cells.to(device), side), x, values, bias, grad, size.activation, window)
 
-    def as_type(self, dtype: torch.dtype) -> _Linear:
-        """The same numbers in another dtype."""
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return _Linear(self.index, self.x.to(dtype), self.values.to(dtype), bias, self.grad.to(dtype), self.activation)
+    def exactly(self) -> _Operands:
+        """The same numbers in float64, on the CPU."""
+        x, values, grad = (tensor.double().cpu() for tensor in (self.x, self.values, self.grad))
+        bias = None if self.bias is None else self.bias.double().cpu()
+        index = BlockIndex(*(tensor.cpu() for tensor in self.index))
+        return _Operands(index, x, values, bias, grad, self.activation, self.window)
 
-    def blocks_of(self, weight: Tensor) -> Tensor:
-        """[n, B, B]: the stored blocks of a dense `weight` [R * B, C * B]."""
-        side = self.values.shape[-1]
-        blocks = weight.unflatten(0, (-1, side)).unflatten(2, (-1, side)).transpose(1, 2)
-        return blocks[self.index.rows.long(), self.index.columns.long()]
+    def dense(self, values: Tensor) -> Tensor:
+        """The weight [R * B, C * B], or [R * B, C * B, kh, kw] channels_last, with `values` [n, (taps,) B, B] in its blocks."""
+        (down, across), side = self.index.grid, values.shape[-1]
+        cells = values.new_zeros(down, across, *values.shape[1:])
+        cells[self.index.rows.long(), self.index.columns.long()] = values
+        if self.window is None:
+            return cells.transpose(1, 2).reshape(down * side, across * side)
+        weight = cells.permute(0, 3, 1, 4, 2).reshape(down * side, across * side, *self.window[:2])
+        return weight.contiguous(memory_format=torch.channels_last)
 
     def block_step(self, backend: str) -> tuple[Tensor, ...]:
-        """A `Step` of the backend; dW is [n, B, B]."""
-        return self._step(self.values, lambda x, w, b: block_linear(x, w, self.index, b, self.activation, backend))
+        """A `Step` of the backend; dW is [n, (taps,) B, B]."""
 
-    def masked_step(self) -> tuple[Tensor, ...]:
-        """A `Step` of the masked dense layer; dW is [R * B, C * B]."""
-        return self.make_masked_step()()
+        def forward(x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+            if self.window is None:
+                return block_linear(x, values, self.index, bias, self.activation, backend)
+            return block_conv2d(x, values, self.index, self.window, bias, backend)
+
+        return self._step(self.values, forward)
 
     def make_masked_step(self) -> Step:
-        """The dense weight and its mask, and a `Step` that uses them."""
-        side = self.values.shape[-1]
-        mask = self.index.mask().repeat_interleave(side, 0).repeat_interleave(side, 1).to(self.values.dtype)
-        weight = torch.zeros_like(mask)
-        at = self.index.rows.long(), self.index.columns.long()
-        weight.unflatten(0, (-1, side)).unflatten(2, (-1, side)).transpose(1, 2)[at] = self.values
+        """The dense weight and its mask, and a `Step` that uses them; dW has the shape of the weight."""
+        weight, mask = self.dense(self.values), self.dense(torch.ones_like(self.values))
+
+        def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            if self.window is None:
+                return ACTIVATIONS[self.activation](F.linear(x, weight, bias))
+            return F.conv2d(x, weight, bias, self.window[2:4], self.window[4:])
 
         def step() -> tuple[Tensor, ...]:
-            activate = ACTIVATIONS[self.activation]
-            found = self._step(weight, lambda x, w, b: activate(F.linear(x, w, b)))
+            found = self._step(weight, forward)
             found[2].mul_(mask)
             return found
 
         return step
 
     def _step(self, weight: Tensor, forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> tuple[Tensor, ...]:
-        """y, and the gradients of x, of `weight` [n, B, B] or [R * B, C * B] and of the bias."""
+        """y, and the gradients of x, of `weight` (blocks or dense, any shape of the two) and of the bias [R * B]."""
         with torch.enable_grad(), torch.autocast(self.x.device.type, enabled=False):
             leaves = [t.detach().requires_grad_() for t in (self.x, weight, self.bias) if t is not None]
             y = forward(leaves[0], leaves[1], leaves[2] if self.bias is not None else None)
             return y.detach(), *torch.autograd.grad(y, leaves, self.grad)
 
 
-def _balanced_mask(rows: int, columns: int, count: int) -> Tensor:
-    """Bool [R, C] with `count` True at random places; rows, and nearly so columns, differ by at most one."""
-    generator = torch.Generator().manual_seed(0)
-    mask = torch.zeros(rows, columns, dtype=torch.bool)
-    used = torch.zeros(columns)
-    extra = set(torch.randperm(rows, generator=generator)[: count % rows].tolist())
-    for row in range(rows):
-        order = (used + 0.9 * torch.rand(columns, generator=generator)).argsort()
-        chosen = order[: count // rows + (row in extra)]
-        mask[row, chosen] = True
-        used[chosen] += 1
-    return mask
+def _image(positions: int, window: ConvWindow) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Images and height and width, before and after a convolution, so that about `positions` come out: 14 x 14 of each image.
+
+    >>> _image(784, ConvWindow(3, 3, 2, 2, 1, 1))
+    ((4, 27, 27), (4, 14, 14))
+    """
+    side = min(14, math.isqrt(positions)) or 1
+    height, width = (
+        max(kernel, (side - 1) * stride + kernel - 2 * padding)
+        for kernel, stride, padding in zip(window[:2], window[2:4], window[4:], strict=True)
+    )
+    images = max(1, round(positions / side**2))
+    return (images, height, width), (images, *window.output(height, width))
 
 
 def _measure(names: Sequence[str], layer: LayerRequest, size: LayerSize) -> dict[str, float]:
     """Median milliseconds by way, timed in turns; without those that fail."""
-    operands = _Linear.draw(layer, size)
+    benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True  # as training has it
+    try:
+        return _timed(names, layer, size)
+    except torch.OutOfMemoryError:
+        return {}
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
+        if layer.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _timed(names: Sequence[str], layer: LayerRequest, size: LayerSize) -> dict[str, float]:
+    operands = _Operands.draw(layer, size)
     makers: dict[str, Callable[[], Step]] = {MASKED: operands.make_masked_step}
     makers |= {name: lambda name=name: lambda: operands.block_step(name) for name in names}
     timers: dict[str, Callable[[], float]] = {}
     for name, make in makers.items():
-        with contextlib.suppress(RuntimeError):  # no memory, no kernel: the way is left out
+        with contextlib.suppress(Exception):  # no memory, or whatever a compiler raises: the way is left out
             timers[name] = _cuda_timer(make()) if layer.device == "cuda" else _timer(make())
     once = {name: timer() for name, timer in timers.items()}
     rounds = ROUNDS if sum(once.values()) < SLOW else 3
@@ -212,9 +247,6 @@ def _measure(names: Sequence[str], layer: LayerRequest, size: LayerSize) -> dict
     for turn in range(rounds):
         for name in list(timers)[:: 1 if turn % 2 else -1]:
             times[name].append(timers[name]())
-    timers.clear()
-    if layer.device == "cuda":
-        torch.cuda.empty_cache()
     return {name: round(1e3 * statistics.median(found), 5) for name, found in times.items()}
 
 
@@ -273,15 +305,15 @@ def _key(names: Sequence[str], layer: LayerRequest, size: LayerSize) -> str:
     shape = (
         f"{layer.kind} {size.rows}x{size.columns} blocks of {layer.block}, {size.blocks} stored, {size.tokens} tokens"
     )
-    epilogue = f"bias {size.bias}, {size.activation}"
+    epilogue = f"bias {size.bias}, {size.activation}" + (f", window {size.window}" if size.window else "")
     return "; ".join((_environment(layer.device), ", ".join(names), layer.dtype, shape, epilogue))
 
 
-@cache
 def _environment(device: str) -> str:
     """The device and every version that its speed depends on."""
     if device == "cuda":
         named = f"{torch.cuda.get_device_name()} {'.'.join(map(str, torch.cuda.get_device_capability()))}"
+        named += f" {torch.get_float32_matmul_precision()}"
     else:
         named = f"{device} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()} threads"
     try:
@@ -291,6 +323,7 @@ def _environment(device: str) -> str:
     return f"{named}; torch {torch.__version__}, triton {triton}, sparseift {__version__}, kernels {_kernels_version()}"
 
 
+@cache
 def _kernels_version() -> str:
     """A hash of this folder's code: times of other kernels say nothing."""
     digest = hashlib.sha256()

@@ -61,6 +61,8 @@ class LayerSize:
         tokens: rows of the input in one forward pass.
         bias: whether a bias is added.
         activation: what is computed in the epilogue of the product, as in `reference.ACTIVATIONS`.
+        window: of a convolution, whose tokens are output positions over the batch: size, stride and padding of the kernel, as
+            `ConvWindow`.
     """
 
     rows: int
@@ -69,6 +71,7 @@ class LayerSize:
     tokens: int
     bias: bool = True
     activation: str = "none"
+    window: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -296,7 +299,9 @@ def select(kernels: str, layer: LayerRequest, size: LayerSize | None = None) -> 
     if kernels == MASKED:
         return Selected(MASKED, "masked layers were asked for")
     if kernels != AUTO:
-        wrong = KERNELS.get(kernels).why_not(layer) or _measure().check(kernels, layer)
+        backend = KERNELS.get(kernels)
+        skip = bool(getattr(backend, "slow_here", ""))  # an interpreter would take seconds
+        wrong = backend.why_not(layer) or (None if skip else _measure().check(kernels, layer))
         return Selected(MASKED, wrong) if wrong else Selected(kernels, how=_how(kernels, layer))
     if size is None:
         return _fastest(layer, None)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparseift_cli.kernels import LayerRequest, LayerSize, measure, select
 from sparseift_cli.kernels.conv import BlockConv2d
 from sparseift_cli.kernels.linear import BlockLinear
+from sparseift_cli.kernels.registry import MASKED
 from tests.kernels.cases import Case, ConvCase, relative, window_of
 
 if not torch.cuda.is_available():
@@ -43,6 +46,28 @@ def test_random_shapes(block: int, dtype: torch.dtype, seed: int) -> None:
         assert relative(y, case.y("silu")) < BOUND[dtype] and relative(z, case.z) < BOUND[dtype]
         assert relative(blocks.multiply(case.grad, case.values, case.index, True)[0], case.dx) < BOUND[dtype]
         assert relative(blocks.weight_gradient(case.grad, case.x, case.index), case.dvalues) < BOUND[dtype]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("window", [None, (3, 3, 1, 1, 1, 1)])
+@pytest.mark.parametrize("block", [128, 64, 32])
+def test_auto_measures_both_ways_as_graphs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, window: tuple[int, ...] | None, dtype: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(measure, "_known", {})
+    kind = "linear" if window is None else "conv2d"
+    layer = LayerRequest(block, dtype, "cuda", torch.cuda.get_device_capability(), kind)
+    size = LayerSize(2048 // block, 512 // block, max(8, 2048 * 512 // block**2 // 8), 4096, window=window)
+    assert measure.check("blocks", layer) is None
+    times = measure.milliseconds(["blocks"], layer, size)
+    print(layer, times)
+    assert set(times) == {"blocks", MASKED} and min(times.values()) > 0
+    fastest = min(times, key=times.__getitem__)
+    selected = select("auto", layer, size)
+    assert selected.backend == fastest and bool(selected.reason) == (fastest == MASKED)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.ones(8, device="cuda").sum().item() == 8, "no capture is left open"
 
 
 @pytest.mark.parametrize("block", [128, 64, 32])

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from sparseift_cli.errors import UsageError
-from sparseift_cli.kernels import KERNELS, LayerChoice, LayerRequest, LayerSize, measure, select
+from sparseift_cli.kernels import KERNELS, LayerChoice, LayerRequest, LayerSize, measure, reference, select
 from sparseift_cli.kernels.index import BlockIndex
-from sparseift_cli.kernels.reference import ACTIVATIONS
-from sparseift_cli.kernels.registry import MASKED, choose, in_words, square_block
+from sparseift_cli.kernels.reference import ACTIVATIONS, ConvWindow
+from sparseift_cli.kernels.registry import KINDS, MASKED, Reference, Selected, choose, in_words, square_block
 
 LAYER = LayerRequest(block=8, dtype="float32", device="cpu")
 SIZE = LayerSize(rows=160, columns=40, blocks=64, tokens=300)
@@ -175,6 +175,36 @@ def test_a_backend_that_fails_at_this_size_is_left_out(home: Path) -> None:
         "masked-dense is faster here: its kernels did not run at this size",
     )
     assert not home.exists(), "what may succeed in another process is not cached"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("block", [8, 32])
+def test_the_reference_is_right(dtype: str, kind: str, block: int) -> None:
+    KERNELS.register("reference", Reference())
+    layer = LayerRequest(block, dtype, "cpu", kind=kind)
+    assert select("reference", layer) == Selected("reference", how="plain PyTorch")
+
+
+def test_a_wrong_convolution_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    KERNELS.register("reference", Reference())
+    right = reference.conv2d_weight_gradient
+    monkeypatch.setattr(reference, "conv2d_weight_gradient", lambda *given: right(*given).flip(1))
+    reason = select("reference", LayerRequest(8, "float32", "cpu", kind="conv2d")).reason
+    assert reason.startswith("it is wrong on this cpu device: its dW differs by ")
+
+
+@pytest.mark.parametrize("window", [(3, 3, 1, 1, 1, 1), (3, 3, 2, 2, 1, 1), (5, 3, 1, 2, 0, 1), (1, 1, 1, 1, 0, 0)])
+def test_convolutions_are_timed(home: Path, window: tuple[int, ...]) -> None:
+    KERNELS.register("reference", Reference())
+    layer = LayerRequest(8, "float32", "cpu", kind="conv2d")
+    size = LayerSize(rows=3, columns=2, blocks=4, tokens=40, window=window)
+    assert set(measure.milliseconds(["reference"], layer, size)) == {"reference", MASKED}
+    assert str(window) in (home / "kernels.json").read_text()
+    before, after = measure._image(40, ConvWindow(*window))
+    assert before[0] == after[0] and 30 <= after[0] * after[1] * after[2] <= 50
+    assert ConvWindow(*window).output(*before[1:]) == after[1:]
+    assert measure.milliseconds(["reference"], layer, SIZE) == {}, "its window is not known"
 
 
 def test_reasons_of_all_backends_and_of_names() -> None:
