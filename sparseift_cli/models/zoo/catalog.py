@@ -141,6 +141,7 @@ def _gpt3(size: str) -> ModelInfo:
 LLAMA = f"Llama 3: arXiv 2407.21783; {TRANSFORMERS} (LlamaForCausalLM)"
 
 QUICKSTART = "for the quickstart recipes of sparseift"
+BYTES = "the sizes of Brown et al. 2020, arXiv 2005.14165, table 2.1; bytes need no tokeniser"
 
 _ZOO = {
     info.name: info
@@ -189,6 +190,7 @@ _ZOO = {
         ModelInfo("digits_cnn", "digits", "Four convolutions for 8x8 digits", QUICKSTART, (1, 8, 8), 10),
         ModelInfo("bytes_gpt", "gpt", "GPT over bytes: 4 blocks of width 64", QUICKSTART, seq=128, max_seq=128),
         ModelInfo("wikitext_gpt", "gpt", "GPT over bytes: 6 blocks of width 256", QUICKSTART, seq=256, max_seq=256),
+        ModelInfo("gpt3_small_bytes", "gpt", "GPT-3 Small over bytes, without dropout", BYTES, seq=1024, max_seq=1024),
     )
 }
 

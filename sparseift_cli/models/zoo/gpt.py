@@ -52,6 +52,7 @@ CONFIGS = {
     "gpt3_6_7b": GPTConfig(4096, 32, 32, max_seq=2048),
     "gpt3_13b": GPTConfig(5120, 40, 40, max_seq=2048),
     "gpt3_175b": GPTConfig(12288, 96, 96, max_seq=2048),
+    "gpt3_small_bytes": GPTConfig(768, 12, 12, vocab=256, dropout=0.0),
     "bytes_gpt": GPTConfig(64, 4, 4, max_seq=128, vocab=256, dropout=0.0),
     "wikitext_gpt": GPTConfig(256, 6, 4, max_seq=256, vocab=256, dropout=0.0),
 }
