@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..base.sheets import Column, Sheet, integer, ratio
 from ..errors import CheckFailed, UsageError, did_you_mean
+from ..mask.patterns import AUTO
 from ..plan.audit import Audit, to_json
+from ..plan.layer_patterns import auto_in_words
 from ..plan.members import MEMBERS
 from ..plan.sheets import CONTROL, Entries, layer_sheet, owner_sheet, title_of, totals_sheet
 from ..plan.spec import TrainingSpec
@@ -84,6 +86,7 @@ def _folded(name: str, members: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "name": name,
         "kind": f"{kind} x{len(members)}" if kind else f"{len(members)} rows",
         "role": agreed("role"),
+        "pattern": ", ".join(dict.fromkeys(m["pattern"] for m in members if m["pattern"])) or None,
         "status": agreed("status") or "mixed",
         "reason": None,
         **total,
@@ -179,7 +182,7 @@ def _compared(sparsity: str, result: Audit | CheckFailed) -> dict[str, Any]:
         "params": t.params,
         "nonzero_params": t.nonzero_params,
         "activation_factor": result.activation_factor,
-        "note": None,
+        "note": auto_in_words(result.plan.layers) if result.plan.spec.pattern == AUTO else None,
     }
 
 

@@ -101,10 +101,11 @@ def _explain(table: LayerTable, entries: list[dict[str, Any]], spec: TransformSp
 def _does(row: LayerPlan) -> str:
     if row.status != "transformed":
         return f"no: {row.reason}"
+    pattern = "" if row.mask_pattern.unrestricted else f", {row.pattern}"
     if row.detail:
-        return f"yes: {row.detail}"
+        return f"yes: {row.detail}{pattern}"
     shape = row.parts[0].shape
-    return f"yes: {shape.inputs}>{shape.outputs}, density {float(row.density):.4f}"
+    return f"yes: {shape.inputs}>{shape.outputs}, density {float(row.density):.4f}{pattern}"
 
 
 def _layers(table: LayerTable, entries: list[dict[str, Any]], members: list[str], notes: list[str]) -> Sheet:

@@ -94,7 +94,9 @@ class MaskPattern:
 
     @property
     def width_multiple(self) -> int:
-        """What new widths are a multiple of, beside `TransformSpec.width_multiple`."""
+        """What new widths are a multiple of, beside `TransformSpec.width_multiple`: always where `density` is fixed, else as far
+        as widths stay near to what the sparsity asks for.
+        """
         return 1
 
     def grid(self, weight: WeightMatrix) -> tuple[int, int]:
@@ -229,7 +231,8 @@ class Unstructured(MaskPattern):
 class Block(MaskPattern):
     """Non-zeros come in blocks of `rows` outputs by `columns` weights of an output: 4x4.
 
-    What fills no whole block at the end of a group's rows, or of the columns, stays empty.
+    What fills no whole block at the end of a group's rows, or of the columns, stays empty. So Sparse Wide makes widths
+    multiples of B where blocks are square: B outputs by B inputs, with all taps of a kernel or one (64x64, 64x576).
     """
 
     rows: int
@@ -247,6 +250,11 @@ class Block(MaskPattern):
     @property
     def sides(self) -> tuple[int, int]:
         return self.rows, self.columns
+
+    @property
+    def width_multiple(self) -> int:
+        """B of square blocks."""
+        return 1 if self.columns % self.rows else self.rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,6 +362,9 @@ PATTERNS = Registry[MaskPattern | type[MaskPattern]]("mask pattern", "patterns",
 
 WRITTEN = r"^(unstructured|\d+:\d+|\d+x\d+|[A-Za-z_][\w.-]*(:[A-Za-z_][\w.]*)?)$"
 """How a pattern is written, as a regular expression: 2:4, 4x4, a name, package.module:Name."""
+
+AUTO = "auto"
+"""Where a transform names its pattern: no pattern, but a choice of one for each layer (`plan.layer_patterns`)."""
 
 
 def parse_pattern(text: str) -> MaskPattern:

@@ -175,6 +175,19 @@ class Audit(ShownAsSheets):
         what = "layer of the body costs" if len(rows) == 1 else "layers of the body cost"
         return f"{len(rows)} {what} {factor}x dense without being transformed: {shown} ({reasons})"
 
+    def weights_in_no_block(self) -> str | None:
+        """A sentence on transformed layers of which blocks leave a part of the weights out, for ever; None without any."""
+        rows = [row for row in self.plan.layers if row.status == "transformed"] if self.plan else []
+        rows = [row for row in rows if row.mask_pattern.density is None and row.room < row.weights]
+        if not rows:
+            return None
+        worst = min(rows, key=lambda row: row.room / row.weights)
+        what = "1 layer has weights" if len(rows) == 1 else f"{len(rows)} layers have weights"
+        return (
+            f"{what} that fill no whole block of {worst.pattern} and stay zero: up to {1 - worst.room / worst.weights:.0%} of a "
+            f"layer's ({worst.layer.name})"
+        )
+
     def kept_widths(self) -> str | None:
         """A sentence on the widths that Sparse Wide left as they are, why, and what to do about it; None without any."""
         return self.plan.widening.kept() if self.plan and self.plan.widening else None
@@ -357,6 +370,7 @@ def row_fields(row: LayerPlan, choices: Mapping[Place, LayerChoice] | None = Non
         "nnz": row.nnz if row.parts else None,
         "weights": row.weights if row.parts else None,
         "pattern": row.pattern if row.status == "transformed" else None,
+        "why_pattern": row.why_pattern or None,
         "kernel": kernel,
         "why_masked": masked.reason if masked else None,
         "params": row.params,

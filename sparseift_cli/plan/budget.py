@@ -46,9 +46,8 @@ def allocate_nonzeros(
     distribution = spec.distribution_rule
     require_transformed(distribution.globs, [layers[i].layer.name for i in which])
     given = {i: d for i in which if (d := distribution.given(layers[i].layer.name)) is not None}
-    pattern = spec.mask_pattern
     shared = spec.match == "off" and distribution.solved_when_off
-    if pattern.density is not None:
+    if spec.fixed_density is not None:
         if spec.match in ("model", "train") or given or shared:
             what = "no other can be given" if given or shared else "the model's FLOPs cannot be matched by it"
             raise UsageError(

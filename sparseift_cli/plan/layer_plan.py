@@ -74,6 +74,7 @@ class LayerPlan:
         activations: output elements.
         parts: its weights.
         pattern: where the non-zeros of its masked parts may be, as `parse_pattern` reads it.
+        why_pattern: why its blocks are not larger, where the plan chose them (pattern auto).
         detail: how it was transformed, for tables: "10 branches, realised sparsity 0.9", "rank 320".
         new_shape: its new shape in words, where it is made of several parts: "10 branches", "rank 320 + sparse".
         rank: per group, of a low-rank pair.
@@ -92,6 +93,7 @@ class LayerPlan:
     activations: int
     parts: tuple[Part, ...] = ()
     pattern: str = "unstructured"
+    why_pattern: str = ""
     detail: str = ""
     new_shape: str = ""
     rank: int | None = None
@@ -108,6 +110,11 @@ class LayerPlan:
     def mask_pattern(self) -> MaskPattern:
         """The pattern itself, which `pattern` names."""
         return parse_pattern(self.pattern)
+
+    @property
+    def masked_parts(self) -> tuple[Part, ...]:
+        """Those that have a mask."""
+        return tuple(part for part in self.parts if not part.dense)
 
     @property
     def unit(self) -> int:
@@ -148,7 +155,7 @@ class LayerPlan:
     @property
     def density(self) -> Fraction:
         """Non-zeros over weights, of the parts that have a mask (Sparse Doped: of the sparse copy)."""
-        sparse = [p for p in self.parts if not p.dense]
+        sparse = self.masked_parts
         return Fraction(sum(p.nnz for p in sparse), sum(p.shape.weights for p in sparse)) if sparse else Fraction(1)
 
     @property

@@ -16,6 +16,7 @@ from ..errors import UsageError
 from ..table.poly import Poly
 from ..table.table import Layer, LayerTable
 from .budget import allocate_nonzeros
+from .layer_patterns import allocate_in_patterns
 from .layer_plan import LayerPlan, left_alone
 from .members import MEMBERS, DenseLayer, Member
 from .selection import require_matches, selected
@@ -94,7 +95,12 @@ class Plan(ShownAsSheets):
 
 
 def make_plan(
-    table: LayerTable, spec: TransformSpec, training: TrainingSpec | None = None, *, causal: str = "full"
+    table: LayerTable,
+    spec: TransformSpec,
+    training: TrainingSpec | None = None,
+    *,
+    causal: str = "full",
+    sizes: Sequence[int] | None = None,
 ) -> Plan:
     """Plan a transform.
 
@@ -103,6 +109,7 @@ def make_plan(
         spec: what is asked for.
         training: how training FLOPs are counted; it changes the plan only where they are matched.
         causal: how attention under a causal mask is counted; it changes the plan only where the model's FLOPs are matched.
+        sizes: of every width by id, where they were chosen before, maybe by another version: those of a stored plan.
 
     Raises:
         UsageError: nothing in the model can be transformed as asked, or `causal` is not full, half or exact.
@@ -112,16 +119,19 @@ def make_plan(
     member, counted = MEMBERS.get(spec.member), with_causal(table, causal)
     require_matches(table, spec)
     widening = member.widen(counted, spec)
-    sizes = widening.sizes if widening else list(table.sizes)
+    if widening and sizes is not None and len(sizes) == len(widening.sizes):
+        widening = widening.at(sizes)
+    new_sizes = widening.sizes if widening else list(table.sizes)
     layers = [_plan_layer(member, DenseLayer(row, counted, spec, widening)) for row in counted.layers]
     if not any(p.status == "transformed" for p in layers) and spec.density < 1:
         reasons = sorted({p.reason for p in layers if p.layer.macs.terms and p.layer.role == "body"}) or [
             "it has no body layers"
         ]
         raise UsageError(f"{member.title} leaves every layer of {table.model} as it is: {'; '.join(reasons[:4])}")
-    layers = [replace(p, pattern=spec.pattern) if p.status == "transformed" else p for p in layers]
-    layers, scale = allocate_nonzeros(layers, spec, training, widening)
-    return Plan(table, spec, training, sizes, tuple(layers), scale, widening, causal)
+    layers, scale = allocate_in_patterns(
+        layers, spec, new_sizes, lambda rows: allocate_nonzeros(rows, spec, training, widening)
+    )
+    return Plan(table, spec, training, new_sizes, tuple(layers), scale, widening, causal)
 
 
 def dense_layers(table: LayerTable) -> list[LayerPlan]:

@@ -10,9 +10,11 @@ from typing import Any
 from ..base.sheets import Column, Sheet, digits_that_differ, integer, ratio
 from ..base.text import shape_text
 from ..kernels.registry import LayerChoice
+from ..mask.patterns import AUTO
 from ..table.shape import Shape
 from .audit import Audit, audit, row_fields, rows
 from .execution import Execution, executed_in_words, has_structure
+from .layer_patterns import auto_in_words
 from .layer_plan import EXPERTS, LayerPlan
 from .plan import Plan
 
@@ -67,6 +69,7 @@ def layer_sheet(result: Audit, arrange: Callable[[Entries], Entries] = list) -> 
             Column("ratio", "ratio", ratio, right=True),
             Column("density", "density", lambda d: f"{d:.5f}", right=True, priority=2),
             Column("nnz", "non-zeros", integer, right=True, priority=2),
+            *([Column("pattern", "pattern", priority=3)] if _patterns_differ(result.plan) else []),
             Column("status", "status", style=STYLES.__getitem__),
             *([Column("computed", "computed", priority=3)] if has_structure(result.plan.layers) else []),
             Column("reason", "why / how", priority=5),
@@ -87,6 +90,7 @@ def title_of(result: Audit) -> str:
         title += f": {result.plan.member.title.lower()}, sparsity {spec.sparsity}, match {spec.match}"
         title += f", scope {spec.scope}" if spec.scope != "all" else ""
         title += f", distribution {spec.distribution}" if spec.distribution != "uniform" else ""
+        title += f", pattern {spec.pattern}" if spec.pattern != "unstructured" else ""
         title += ", a control" if result.control else ""
     return title + " (1 MAC = 2 FLOPs)"
 
@@ -94,8 +98,13 @@ def title_of(result: Audit) -> str:
 def _entry(row: LayerPlan, result: Audit) -> dict[str, Any]:
     entry = row_fields(row, result.choices)
     entry["shape"] = layer_shape_text(row, result)
+    entry["reason"] = entry["reason"] or row.why_pattern
     entry["computed"] = f"masked: {entry['why_masked']}" if entry["why_masked"] else entry["kernel"]
     return entry
+
+
+def _patterns_differ(plan: Plan) -> bool:
+    return plan.spec.pattern == AUTO or len({row.pattern for row in plan.layers if row.status == "transformed"}) > 1
 
 
 def layer_shape_text(row: LayerPlan, result: Audit) -> str:
@@ -187,6 +196,10 @@ def _notes_on_plan(result: Audit, plan: Plan) -> list[str]:
             notes.append(
                 "Warning: less than half of the transformed layers' FLOPs are left; what stays dense eats the rest."
             )
+    if plan.spec.pattern == AUTO:
+        notes.append(f"Pattern auto: {auto_in_words(plan.layers)}.")
+    if unused := result.weights_in_no_block():
+        notes.append(f"{unused}.")
     if kept := result.kept_widths():
         notes.append(f"{kept}.")
     if growth := result.growth():

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from ..base.options import Option, check, not_read, require_read
 from ..errors import UsageError, one_of
-from ..mask.patterns import WRITTEN, MaskPattern, parse_pattern
+from ..mask.patterns import AUTO, WRITTEN, MaskPattern, parse_pattern
 from ..sparsity.algorithms import ALGORITHMS, MaskAlgorithm, make_algorithm, name_of
 from ..sparsity.schedule import UpdateSchedule
 from .distributions import DISTRIBUTIONS, Distribution, PerLayer, density
@@ -34,6 +34,11 @@ _WIDE = "Sparse Wide"
 _LOCAL = "Parallel, Factorized, Doped"
 _TRAINING = "Training FLOPs"
 _START = "Weights and masks at the start"
+
+
+def _pattern_or_auto(text: str) -> MaskPattern | None:
+    """The pattern that is written so; None for auto."""
+    return None if text == AUTO else parse_pattern(text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,10 +162,11 @@ class TransformSpec:
     pattern: Annotated[
         str,
         Option(
-            "Where zeros may be: unstructured, N:M (2:4), blocks (4x4), or package.module:Name.",
+            "Where zeros may be: unstructured, N:M (2:4), blocks (4x4), package.module:Name; or auto, for each layer the largest "
+            "blocks of 128, 64 or 32 that are at least four a row, unstructured where there are none.",
             panel=_TRANSFORM,
             pattern=WRITTEN,
-            reads=parse_pattern,
+            reads=_pattern_or_auto,
             metavar="PATTERN",
         ),
     ] = "unstructured"
@@ -224,7 +230,7 @@ class TransformSpec:
 
     def _require_pattern(self) -> None:
         """The pattern exists, and one of fixed density (N:M) has the density of the sparsity."""
-        fixed = self.mask_pattern.density
+        fixed = self.fixed_density
         if fixed is not None and fixed != self.density:
             raise UsageError(
                 f"pattern {self.pattern} has density {fixed}, not {self.density}",
@@ -244,9 +250,14 @@ class TransformSpec:
         return self.distribution
 
     @property
-    def mask_pattern(self) -> MaskPattern:
-        """The pattern itself, which `pattern` names."""
-        return parse_pattern(self.pattern)
+    def mask_pattern(self) -> MaskPattern | None:
+        """The pattern itself, which `pattern` names; None for auto, where each layer has its own."""
+        return _pattern_or_auto(self.pattern)
+
+    @property
+    def fixed_density(self) -> Fraction | None:
+        """The only density that the pattern can have (N:M); None where it can have any."""
+        return None if self.mask_pattern is None else self.mask_pattern.density
 
     @staticmethod
     def of(options: Mapping[str, Any]) -> TransformSpec:

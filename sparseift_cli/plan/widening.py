@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 from typing import TYPE_CHECKING
 
@@ -47,6 +47,11 @@ class Widening:
     widened: tuple[WidenedWidth, ...]
     sizes: list[int]
     candidates: frozenset[int] = frozenset()
+
+    def at(self, sizes: Sequence[int]) -> Widening:
+        """The same with other sizes, one for every width."""
+        widened = tuple(replace(w, size=sizes[w.id]) for w in self.widened)
+        return replace(self, sizes=list(sizes), widened=widened)
 
     def may_widen(self, layer: Layer) -> bool:
         """May a dim of this layer grow?"""

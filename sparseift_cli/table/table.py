@@ -86,6 +86,7 @@ class Layer:
     groups: Poly = field(default_factory=lambda: Poly.const(1))
     computed: bool = False  # the weight is computed from the parameter, and is zero where that is (weight_norm)
     active: Fraction | int = 1  # share of the weights that one token uses: of experts, those that it is routed to
+    stacked: bool = False  # the weight has more dims than a matrix, and forward decides which of them are outputs
     start: Poly | None = None  # where it uses rows [start, start + outputs) of the weight, not all of it
     tied_to: str | None = None
     host: str | None = None  # the class that holds or reads the weight, where a transformed layer cannot replace it
@@ -140,6 +141,7 @@ class Layer:
             "host",
             "projection",
             "computed",
+            "stacked",
             "note",
         ):
             if value := getattr(self, key):

@@ -152,6 +152,7 @@ class RowBuilder:
             kernel=row.kernel,
             groups=groups,
             computed=row.computed,
+            stacked=kind in ("linear", "grouped linear") and len(self.run.shapes.get(row.weight or "", ())) > 2,
             active=self._active(row),
             start=None if row.start is None else self.named(row.start),
             projection=row.projection,

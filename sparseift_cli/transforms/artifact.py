@@ -42,6 +42,7 @@ class Artifact:
     spec: TransformSpec
     training: TrainingSpec
     causal: str
+    sizes: tuple[int, ...]
     plan: Mapping[str, Any]
     surgery: Mapping[str, Any]
     provenance: Mapping[str, Any]
@@ -61,7 +62,7 @@ class Artifact:
             ArtifactError: the plan made by this version differs from the stored one.
             UsageError: these training options do not fit the plan.
         """
-        plan = make_plan(self.table, self.spec, self.training, causal=self.causal)
+        plan = make_plan(self.table, self.spec, self.training, causal=self.causal, sizes=self.sizes)
         if plan.to_json()["layers"] != [_with_pattern(row, self.spec.pattern) for row in self.plan["layers"]]:
             raise ArtifactError(
                 f"{self.path} was planned by sparseift {self.provenance.get('sparseift')}, which counts "
@@ -114,6 +115,7 @@ def open_artifact(path: str | Path) -> Artifact:
             TransformSpec.from_json(parts["plan"]["spec"]),
             TrainingSpec.from_json(parts["provenance"]["training"]),
             parts["provenance"]["causal"],
+            tuple(int(size) for size in parts["plan"]["sizes"]),
             parts["plan"],
             parts["surgery"],
             parts["provenance"],

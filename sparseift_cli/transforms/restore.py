@@ -51,7 +51,7 @@ def restore(stored: Artifact, into: nn.Module | None, kernels: str = "auto") -> 
         _load_weights(new, stored, surgery, kernels)
     buffers = _read_tensors(stored, BUFFERS) if (stored.path / BUFFERS).is_file() else {}
     _set_buffers(new, buffers, stored)
-    plan = make_plan(stored.table, stored.spec, stored.training)
+    plan = make_plan(stored.table, stored.spec, stored.training, sizes=stored.sizes)
     facts = stored.provenance
     done = Transformation(
         plan,

@@ -128,6 +128,7 @@ class Transformation:
             "table": plan.table.to_json(),
             "spec": plan.spec.to_json(),
             "training": plan.training.to_json(),
+            "sizes": list(plan.sizes),
             "surgery": self.surgery.to_json(),
             "measured": asdict(replace(self.measured, macs={}))
             | {"macs": {k: str(n) for k, n in self.measured.macs.items()}},
@@ -146,7 +147,7 @@ class Transformation:
         spec = TransformSpec.from_json(values["spec"])
         measured = Measured(**values["measured"])
         return Transformation(
-            make_plan(table, spec, training),
+            make_plan(table, spec, training, sizes=values.get("sizes")),
             Surgery.from_json(values["surgery"], spec.pattern),
             replace(measured, macs={name: Fraction(n) for name, n in measured.macs.items()}),
             Options.from_json(values["options"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import sparseift_cli as sparseift
 from sparseift_cli.errors import ArtifactError, CheckFailed, UsageError
 from sparseift_cli.mask.attached import masks_of, pattern_of
 from sparseift_cli.models.zoo import registry
+from sparseift_cli.plan.members import wide
 
 X = torch.randn(2, 3, 8, 8)
 
@@ -119,6 +121,21 @@ def test_a_folder_of_before_patterns_were_kept_by_layer_loads(tmp_path: Path) ->
     back = sparseift.load(path, into=net())
     assert pattern_of(back.get_submodule("3"), "weight") == "4x4"
     assert torch.equal(back(X), new.eval()(X))
+
+
+def test_a_folder_keeps_widths_that_were_rounded_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Widths of an older version, which did not make them multiples of the block; here as a copy of the module too."""
+    with monkeypatch.context() as older:
+        older.setattr(wide, "blocks_of_widths", lambda spec: ((), Fraction(0)))
+        new, made = sparseift.transform(net(), X, sparsity=0.5, pattern="4x4")
+        path = sparseift.save(new, tmp_path / "out")
+        torch.save(new, tmp_path / "new.pt")
+    assert new[0].out_channels == 11  # 8 * 1.41; now it is 12
+    assert sparseift.flops(str(path)).plan.to_json() == made.to_json()
+    assert torch.equal(sparseift.load(path, into=net())(X), new.eval()(X))
+    copy = torch.load(tmp_path / "new.pt", weights_only=False)
+    assert sparseift.audit(copy, X).plan.to_json() == made.to_json()
+    assert sparseift.transform(net(), X, sparsity=0.5, pattern="4x4")[0][0].out_channels == 12
 
 
 def test_nothing_is_overwritten_and_nothing_is_left_half(

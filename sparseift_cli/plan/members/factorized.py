@@ -6,6 +6,7 @@ from fractions import Fraction
 from math import ceil
 
 from ...table.shape import Shape
+from ..layer_patterns import blocks_of_widths
 from ..layer_plan import LayerPlan, NormKind, Part
 from .base import DenseLayer, LayerwiseMember, factors
 
@@ -29,7 +30,7 @@ class Factorized(LayerwiseMember):
     torch_half = "sparseift_cli.transforms.members.factorized:SparseFactorized"
 
     def replace(self, dense: DenseLayer) -> LayerPlan:
-        rank = factorized_rank(dense.shape, dense.density)
+        rank = self._rank(dense)
         u, v = factors(dense.shape, rank)
         norm = self._norm(dense)
         return dense.replaced(
@@ -42,6 +43,14 @@ class Factorized(LayerwiseMember):
             inner_norm=norm,
             inner_activation="following" if dense.spec.inner == "activation" and not dense.layer.projection else None,
         )
+
+    @staticmethod
+    def _rank(dense: DenseLayer) -> int:
+        """`factorized_rank`, and with a pattern of blocks up to the next multiple of one, where that is near."""
+        rank = factorized_rank(dense.shape, dense.density)
+        blocks, near = blocks_of_widths(dense.spec)
+        rounded = (-(-rank // block) * block for block in blocks if dense.shape.groups == 1)
+        return next((r for r in rounded if r <= (1 + near) * rank), rank)
 
     @staticmethod
     def _norm(dense: DenseLayer) -> NormKind | None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import UsageError
 from ...table.table import Layer, LayerTable
+from ..layer_patterns import blocks_of_widths
 from ..layer_plan import LayerPlan, Part, positions_of
 from ..selection import may_grow, selected
 from ..widening import WidenedWidth, Widening, body_widths, free_widths, kept_in_words
@@ -118,31 +119,95 @@ def widen(table: LayerTable, spec: TransformSpec) -> Widening:
         return Widening(table, spec, solution, (), list(table.sizes), frozenset(candidates))
     sides = _widened_sides(table, spec, solution, candidates)
     base = _base(table) if spec.base_width else None
-    widened = []
-    for free in solution.free:
-        if free.id not in candidates:
-            continue
-        square = (1 / spec.density) ** (2 // sides[free.id])
-        if base:
-            square = Fraction(spec.base_width or 0, base) ** 2
-        multiple, offset = _grid(free, _multiple(table, solution, free.id, spec), table)
-        size = scaled_width(free.size, square, multiple, offset=offset, down=spec.mask_pattern.density is not None)
-        if size <= free.size and spec.width_multiple > 1:
-            ideal = free.size * float(square) ** 0.5
+    rounding = _Rounding(table, solution, spec)
+    free = [f for f in solution.free if f.id in candidates]
+    squares = {
+        f.id: Fraction(spec.base_width or 0, base) ** 2 if base else (1 / spec.density) ** (2 // sides[f.id])
+        for f in free
+    }
+    for whole_blocks in (True, False):
+        chosen = {f.id: rounding.size(f, squares[f.id], whole_blocks=whole_blocks) for f in free}
+        try:
+            sizes = solution.sizes(chosen)
+        except ValueError as error:  # a width is a difference of others, and they do not grow alike
+            if whole_blocks and rounding.blocks:
+                continue
             raise UsageError(
-                f"width {table.widths[free.id].name} would go {free.size} -> {ideal:.1f} -> {size}: a multiple of "
-                f"{spec.width_multiple} leaves it as it is",
+                f"the widths of {table.model} do not grow together at sparsity {spec.sparsity}: {error}",
+                hint="another sparsity or --width-multiple, or --exclude the layers around it",
+            ) from None
+        widened = (WidenedWidth(f.id, f.size, chosen[f.id], _ideal(f, squares[f.id]), sides[f.id]) for f in free)
+        return Widening(table, spec, solution, tuple(widened), sizes, frozenset(candidates))
+    raise AssertionError("widths of whole blocks or of none")
+
+
+def _ideal(free: Free, square: Fraction) -> float:
+    return free.size * float(square) ** 0.5
+
+
+class _Rounding:
+    """How the ideal size of a free width becomes a whole one: a multiple of what the spec asks for, and of a block if possible.
+
+    In a layer of whole blocks no weight is in none. But a small width has no multiple of a large block near to its ideal: then
+    smaller ones are tried. Widths that follow from one that the user gives (`base_width`) are not rounded to blocks at all.
+    """
+
+    def __init__(self, table: LayerTable, solution: Solution, spec: TransformSpec) -> None:
+        self.table, self.solution, self.spec = table, solution, spec
+        pattern = spec.mask_pattern
+        self.fixed = pattern is not None and pattern.density is not None
+        self.wanted = lcm(spec.width_multiple, pattern.width_multiple if pattern and self.fixed else 1)
+        self.blocks, self.near = blocks_of_widths(spec)
+        if spec.base_width is not None:
+            self.blocks = ()
+
+    def size(self, free: Free, square: Fraction, *, whole_blocks: bool) -> int:
+        """The new size of a width that grows by the root of `square`.
+
+        Raises:
+            UsageError: `width_multiple` rounds it back to its dense size, or no size is a multiple of what it has to be.
+        """
+        for block in self.blocks if whole_blocks else ():
+            size = self._of_blocks(free, square, block)
+            if size is not None:
+                return size
+        multiple, offset = self._grid(free, _multiple(self.table, self.solution, free.id, self.wanted))
+        size = scaled_width(free.size, square, multiple, offset=offset, down=self.fixed)
+        if size <= free.size and self.spec.width_multiple > 1:
+            raise UsageError(
+                f"width {self.table.widths[free.id].name} would go {free.size} -> {_ideal(free, square):.1f} -> {size}: a "
+                f"multiple of {self.spec.width_multiple} leaves it as it is",
                 hint="use a smaller --width-multiple or a higher sparsity",
             )
-        widened.append(WidenedWidth(free.id, free.size, size, free.size * float(square) ** 0.5, sides[free.id]))
-    try:
-        sizes = solution.sizes({w.id: w.size for w in widened})
-    except ValueError as error:  # a width is a difference of others, and they do not grow alike
+        return size
+
+    def _of_blocks(self, free: Free, square: Fraction, block: int) -> int | None:
+        """The nearest size above the dense one that makes whole blocks; None where it is not near to the ideal, or where there
+        is none.
+        """
+        try:
+            multiple, offset = self._grid(free, _multiple(self.table, self.solution, free.id, lcm(self.wanted, block)))
+        except UsageError:
+            return None
+        size = scaled_width(free.size, square, multiple, offset=offset)
+        size += multiple if size <= free.size else 0
+        low, high = ((1 + sign * self.near) ** 2 * square * free.size**2 for sign in (-1, 1))
+        return size if low <= size**2 <= high else None
+
+    def _grid(self, free: Free, wanted: int) -> tuple[int, int]:
+        """(multiple, offset) of the sizes of a free width that are whole steps from its dense one and multiples of `wanted`.
+
+        A width of 88 that is split into chunks of (88 + 2) / 3 moves in steps of 3 from 88: 91, 94.
+        """
+        multiple = lcm(free.step, wanted)
+        for offset in range(0, multiple, wanted):
+            if (offset - free.size) % free.step == 0:
+                return multiple, offset
         raise UsageError(
-            f"the widths of {table.model} do not grow together at sparsity {spec.sparsity}: {error}",
-            hint="another sparsity or --width-multiple, or --exclude the layers around it",
-        ) from None
-    return Widening(table, spec, solution, tuple(widened), sizes, frozenset(candidates))
+            f"width {self.table.widths[free.id].name} moves in steps of {free.step} from {free.size}, so it meets no multiple of "
+            f"{wanted}",
+            hint="use another --width-multiple or pattern",
+        )
 
 
 def _eligible(table: LayerTable, spec: TransformSpec, solution: Solution) -> set[int]:
@@ -221,29 +286,13 @@ def _base(table: LayerTable) -> int:
     raise UsageError(f"{table.model} has no input layer, so --base-width has no width to set")
 
 
-def _multiple(table: LayerTable, solution: Solution, free: int, spec: TransformSpec) -> int:
-    """The step of a free width that makes every weight width proportional to it a multiple of --width-multiple."""
-    wanted = lcm(spec.width_multiple, spec.mask_pattern.width_multiple)
+def _multiple(table: LayerTable, solution: Solution, free: int, wanted: int) -> int:
+    """The step of a free width that makes every weight width proportional to it a multiple of `wanted`."""
     step = 1
     for i, form in enumerate(solution.affine):
         if wanted > 1 and set(form) == {free} and table.widths[i].kind == "width":
             step = lcm(step, wanted // gcd(wanted, int(form[free]) or 1))
     return step
-
-
-def _grid(free: Free, wanted: int, table: LayerTable) -> tuple[int, int]:
-    """(multiple, offset) of the sizes of a free width that are whole steps from its dense one and multiples of `wanted`.
-
-    A width of 88 that is split into chunks of (88 + 2) / 3 moves in steps of 3 from 88: 91, 94.
-    """
-    multiple = lcm(free.step, wanted)
-    for offset in range(0, multiple, wanted):
-        if (offset - free.size) % free.step == 0:
-            return multiple, offset
-    raise UsageError(
-        f"width {table.widths[free.id].name} moves in steps of {free.step} from {free.size}, so it meets no multiple of {wanted}",
-        hint="use another --width-multiple or pattern",
-    )
 
 
 def _why_none(table: LayerTable, spec: TransformSpec, solution: Solution) -> str:

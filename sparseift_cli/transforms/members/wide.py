@@ -113,7 +113,7 @@ def _masked(plan: Plan, structure: Structure, model: nn.Module) -> Iterator[Mask
                 heads = blocks.along(columns)
                 on_inputs = heads > 1
         (part,) = row.parts
-        stacked = row.layer.kind == EXPERTS or ("linear" in row.layer.kind and len(structure.shapes[key]) > 2)
+        stacked = row.layer.kind == EXPERTS or row.layer.stacked
         if not row.mask_pattern.unrestricted and stacked:
             raise UsageError(
                 f"pattern {row.pattern} does not fit {row.layer.name}: which of the {len(structure.shapes[key])} dims of "
