@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .api import audit, copy_masks, flops, inspect, load, masks, save, transform
     from .errors import ArtifactError, CheckFailed, SparseiftError, UsageError
     from .kernels.convert import to_masked, use_kernels
+    from .kernels.storage import to_dense_state
     from .plan.spec import TrainingSpec, TransformSpec
     from .sparsity.sparsifier import Sparsifier
     from .transforms.transformation import Options
@@ -31,6 +32,7 @@ __all__ = [
     "load",
     "masks",
     "save",
+    "to_dense_state",
     "to_masked",
     "transform",
     "use_kernels",
@@ -45,6 +47,7 @@ _HOMES = {
     "TrainingSpec": "plan.spec",
     "TransformSpec": "plan.spec",
     "UsageError": "errors",
+    "to_dense_state": "kernels.storage",
     "to_masked": "kernels.convert",
     "use_kernels": "kernels.convert",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from typing import Any, Self
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..mask.attached import keep_form
+from .copies import note_copy, note_written
 from .index import BlockIndex
 from .layout import COLUMNS, LAYOUT, OFFSETS, PARTS, VALUES, BlockLayout
 from .storage import CompactWeight, fitting_mask, layout_tensor
@@ -207,6 +209,7 @@ class BlockLayer(nn.Module):
         """As nn.Module loads, after the weight was brought into blocks; then the buffers that follow from two are derived."""
         loads_index = self._in_blocks(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        note_written(self)
         if not loads_index or self.columns.is_meta:
             return
         rows = torch.repeat_interleave(torch.arange(len(self.row_offsets) - 1), self.row_offsets.diff().long().cpu())
@@ -241,6 +244,14 @@ class BlockLayer(nn.Module):
         state[prefix + VALUES] = loaded.values.view(self.values.shape)
         state[prefix + LAYOUT] = layout.to(loaded.columns.device)
         return True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """As copy.deepcopy copies any module; an average is such a copy, see `copies`."""
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.__dict__.update(deepcopy(self.__dict__, memo))
+        note_copy(self, made)
+        return made
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As nn.Module; but `module.type(...)` leaves an index of integers, and channels_last the order of the values."""

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..base.text import some_of
+from ..kernels.copies import note_trained
 from ..kernels.layer import BlockLayer
 from ..kernels.watch import unwatch_gradient, watch_gradient
 from ..mask.attached import capturing, parts_of
@@ -33,6 +34,7 @@ class BlockWeight(SparseWeight):
 
     def __init__(self, name: str, layer: BlockLayer, *, moves: bool) -> None:
         self.name, self._layer = name, layer
+        note_trained(layer)
         self.parameter = layer.values  # pyright: ignore[reportAttributeAccessIssue]
         self._layout = Layout(layer.weight_shape, transposed=layer.transposed)
         self.pattern = self._wanted = Block(layer.block, layer.block * self._layout.taps)

@@ -37,6 +37,7 @@ from torch.optim import Optimizer
 from ..base.randomness import generator_for
 from ..base.text import some_of
 from ..errors import UsageError, one_of
+from ..kernels.copies import warn_of_averages
 from ..mask.attached import capturing, copy_masks, unwatch, unwrapped
 from ..mask.patterns import AUTO
 from ..mask.saliency import MaskLayout
@@ -273,6 +274,7 @@ class Sparsifier(MaskUpdates):
 
         Without it an average over moving masks has every weight that was active at one time or another: it is not sparse, and
         costs more than planned where it is what is evaluated. Weights that an update drops are zero in the copy from then on.
+        Layers that store blocks alone (`use_kernels`) cannot be averaged without it, once their blocks move.
 
         Raises:
             UsageError: no copy of the model.
@@ -474,6 +476,7 @@ class Sparsifier(MaskUpdates):
     def _mask_copies(self) -> None:
         for copy in self._copies:
             copy_masks(self._model, copy)
+        warn_of_averages(self._model)
 
     def _can_change(self, w: SparseWeight, pending: Pending) -> bool:
         """Whether the update can change this mask: something is dropped, places are free, and the layer took part in the step."""

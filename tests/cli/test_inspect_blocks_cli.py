@@ -18,6 +18,7 @@ from sparseift_cli.checkpoint import reading as reading_module
 from sparseift_cli.checkpoint import values as values_module
 from sparseift_cli.errors import CheckpointError
 from sparseift_cli.kernels.layer import BlockLayer
+from sparseift_cli.kernels.linear import BlockLinear
 from sparseift_cli.kernels.storage import to_compact_state, to_dense_state
 from sparseift_cli.models.weights import load_into
 from tests.kernels.test_storage import HOSTILE, edited
@@ -198,3 +199,31 @@ def test_any_damage_to_the_bytes_of_the_index_is_an_error_or_a_weight(tmp_path: 
         except CheckpointError:
             refused += 1
     assert refused > 100
+
+
+def test_preserve_begins_at_a_checkpoint_in_blocks(sparseift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does at its dense twin: to the bit."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    layers = (
+        nn.Linear(4, 8),
+        nn.ReLU(),
+        BlockLinear(torch.eye(4, dtype=torch.bool)[:, :2], 4),
+        nn.ReLU(),
+        nn.Linear(16, 3),
+    )
+    state = nn.Sequential(*layers).state_dict()
+    (tmp_path / "net_of_blocks.py").write_text(
+        "import torch\nfrom torch import nn\n\n\ndef net():\n"
+        "    layers = nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)\n"
+        "    return nn.Sequential(*layers), torch.zeros(1, 4)\n"
+    )
+    made = []
+    for name, tensors in (("blocks", state), ("dense", to_dense_state(state))):
+        write(tensors, tmp_path / f"{name}.safetensors")
+        source = (f"{name}.safetensors", "--model", "net_of_blocks:net", "-s", "0.5", "--init", "preserve", "-o", name)
+        code, _, err = sparseift("transform", *source)
+        assert code == 0, err
+        made.append(open_checkpoint(tmp_path / name / "model.safetensors"))
+    for info in made[0].tensors:
+        assert torch.equal(read_tensor(made[0], info.name), read_tensor(made[1], info.name))

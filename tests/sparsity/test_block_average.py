@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sparseift_cli.kernels.storage import to_dense_state
@@ -38,15 +40,52 @@ def test_an_average_that_is_kept_sparse_is_that_of_training_with_zeros(algorithm
             torch.testing.assert_close(blocks[name], zeros[name], rtol=1e-4, atol=1e-5, msg=f"{name} after step {t}")
 
 
-def test_a_copy_that_is_no_average_is_left_alone() -> None:
-    net = block_net(compact=True)
+def train(net: nn.Module, after: Callable[[], object], algorithm: str = "set", keep: nn.Module | None = None) -> None:
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
-    sparsifier = make(net, optimizer, "set")
-    best = copy.deepcopy(net)
-    before = dense_weights(best)
+    sparsifier = make(net, optimizer, algorithm)
+    if keep is not None:
+        sparsifier.keep_sparse(keep)
     for t in range(STEPS):
         loss_of(net, t).backward()
         sparsifier.step()
         optimizer.step()
         optimizer.zero_grad()
+        after()
+
+
+@pytest.mark.filterwarnings("error")
+def test_copies_that_are_no_averages_are_left_alone() -> None:
+    net = block_net(compact=True)
+    best, newest, twin = copy.deepcopy(net), copy.deepcopy(net), copy.deepcopy(net)
+    before = dense_weights(best)
+    train(twin, lambda: None, "static")
+    train(net, lambda: newest.load_state_dict(net.state_dict()))
     assert all(torch.equal(weight, before[name]) for name, weight in dense_weights(best).items())
+    assert all(torch.equal(weight, dense_weights(net)[name]) for name, weight in dense_weights(newest).items())
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_an_average_whose_blocks_are_left_behind_is_said(by_hand: bool) -> None:
+    """It would mix blocks of different places, and nothing would fail."""
+    net = block_net(compact=True)
+    average: Any = copy.deepcopy(net) if by_hand else AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.8))
+
+    @torch.no_grad()
+    def update() -> None:
+        if not by_hand:
+            average.update_parameters(net)
+            return
+        for ours, theirs in zip(average.parameters(), net.parameters(), strict=True):
+            ours.lerp_(theirs, 0.2)
+
+    with pytest.warns(UserWarning, match="keep_sparse") as caught:
+        train(net, update)
+    assert 1 <= sum("as an average does" in str(w.message) for w in caught) <= 4  # once a layer
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_average_of_static_masks_or_that_is_kept_sparse_is_fine() -> None:
+    for algorithm in ("static", "set"):
+        net = block_net(compact=True)
+        average = AveragedModel(net)
+        train(net, lambda n=net, a=average: a.update_parameters(n), algorithm, average if algorithm == "set" else None)
