@@ -21,7 +21,7 @@ from ..plan.plan import make_plan
 from ..plan.sheets import executed_note
 from ..plan.spec import TrainingSpec, TransformSpec
 from ..recipe import defaults
-from ..recipe.load import Recipe, run_steps
+from ..recipe.load import Recipe, run_steps, why_masked
 from ..sparsity.schedule import never_moves
 from .options import Format
 from .output import render
@@ -226,8 +226,10 @@ def _choices(recipe: Recipe, result: Audit) -> dict[Place, LayerChoice]:
         return {}
     training = recipe.spec.training
     found = choices_on_gpu(result.plan.layers, result.training, training.kernels, DTYPES[training.precision])
+    off = why_masked(recipe.spec)
     if training.device in ("cpu", "mps") and training.kernels == AUTO:
         off = f"training.device is {training.device}"
+    if off:
         return {place: replace(one, backend=MASKED, reason=one.reason or off) for place, one in found.items()}
     return found
 

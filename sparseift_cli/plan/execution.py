@@ -13,6 +13,7 @@ from typing import Any
 
 from ..kernels.registry import AUTO, MASKED, LayerChoice, in_words, square_block, why_nowhere
 from ..mask.patterns import UNSTRUCTURED
+from ..sparsity.algorithms import why_masked
 from .layer_plan import LayerPlan, Part
 from .spec import TrainingSpec
 from .training_cost import executed_macs
@@ -108,14 +109,12 @@ def _masked(layers: Sequence[LayerPlan]) -> Iterator[tuple[LayerPlan, Part]]:
 
 def _choice(row: LayerPlan, part: Part, training: TrainingSpec, kernels: str, dtype: str) -> LayerChoice:
     name = row.layer.weight if part.role == "weight" and row.layer.weight else f"{row.layer.name} {part.name}"
-    shape, method = part.shape, training.method
+    shape = part.shape
     block, reason = square_block(row.pattern, shape.outputs, shape.inputs, shape.taps, shape.groups)
     if kernels == MASKED:
         reason = "masked layers were asked for"
-    elif not method.masked:
-        reason = "trained without masks"
-    elif method.start_density is not None:
-        reason = f"{training.algorithm} begins denser than the planned masks"
+    elif because := why_masked(training.algorithm):
+        reason = because
     elif block is not None:
         reason = _why_not_this(row) or why_nowhere(_kind(row, part), block, dtype, kernels) or ""
     backend = MASKED if reason else "blocks" if kernels == AUTO else kernels

@@ -155,6 +155,19 @@ def run_steps(spec: Spec, samples: int | None = None) -> int | None:
     return max(1, in_steps(spec.training.epochs, run_steps=0, epoch_steps=epoch, unit="epochs"))
 
 
+def why_masked(spec: Spec) -> str:
+    """Why layers keep their zeros whatever the device and the masks; empty where kernels may compute the blocks alone."""
+    from ..kernels.registry import AUTO
+    from ..optim.optimizers import SHIPPED
+    from ..sparsity.algorithms import why_masked
+
+    if reason := why_masked(spec.algorithm.name):
+        return reason
+    if spec.training.kernels == AUTO and spec.optimizer.name not in SHIPPED:
+        return f"the optimiser {spec.optimizer.name} may treat a weight as a matrix"
+    return ""
+
+
 def require_data(recipe: Recipe) -> None:
     """Training needs a data set.
 

@@ -480,6 +480,18 @@ def name_of(algorithm: MaskAlgorithm) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
+def why_masked(name: str) -> str:
+    """Why layers that store their non-zeros alone cannot train by the algorithm called `name`; empty where they can.
+
+    >>> why_masked("granet"), why_masked("rigl")
+    ('granet begins denser than the planned masks', '')
+    """
+    algorithm = ALGORITHMS.get(name)
+    if not algorithm.masked:
+        return "trained without masks"
+    return f"{name} begins denser than the planned masks" if algorithm.start_density is not None else ""
+
+
 def choose_algorithm(
     algorithm: str | Mapping[str, Any] | MaskAlgorithm, options: Mapping[str, Any]
 ) -> tuple[MaskAlgorithm, str]:

@@ -20,17 +20,16 @@ from ..data import DATASETS, Batches, DataSet, open_data
 from ..errors import UsageError
 from ..kernels import LayerChoice
 from ..kernels.convert import use_kernels
-from ..kernels.registry import AUTO
+from ..kernels.registry import MASKED
 from ..mask.saliency import force_masks, scores
 from ..models.request import Request, parse_input
 from ..models.source import build
-from ..optim.optimizers import SHIPPED, make_optimizer
+from ..optim.optimizers import make_optimizer
 from ..optim.schedules import learning_rates
 from ..plan.audit import Audit, audit
 from ..plan.spec import TrainingSpec, TransformSpec
-from ..recipe.load import Recipe, require_data, run_steps
+from ..recipe.load import Recipe, require_data, run_steps, why_masked
 from ..recipe.open_arguments import open_arguments
-from ..sparsity.algorithms import ALGORITHMS
 from ..sparsity.sparsifier import Sparsifier
 from ..trace.build import trace
 from ..transforms.convert import convert
@@ -141,7 +140,8 @@ def prepare(recipe: Recipe, seed: int, processes: Processes) -> Prepared:
         sparsifier = _sparsifier(spec, model, done, optimizer, steps, seed) if done else None
     masked: tuple[Masked, ...] = done.surgery.masked if done else ()
     layers = counted.plan.layers if counted.plan else _dense_rows(counted)
-    flop_meter = FlopMeter(layers, masked, spec.training.batch_size, recompute=training.recompute)
+    compact = {choice.name for choice in kernels if choice.backend != MASKED}
+    flop_meter = FlopMeter(layers, masked, spec.training.batch_size, recompute=training.recompute, compact=compact)
     in_run = partial(in_steps, run_steps=steps, epoch_steps=train.steps_per_epoch, unit=spec.training.unit)
     rate = learning_rates(spec.schedule.options(), spec.optimizer.lr, steps, in_run)
     return Prepared(
@@ -167,15 +167,10 @@ def prepare(recipe: Recipe, seed: int, processes: Processes) -> Prepared:
 
 def _use_kernels(spec: Spec, model: nn.Module, done: Transformation, batch: int) -> tuple[LayerChoice, ...]:
     """Let kernels compute what they can of a forward pass of `batch` samples, as the recipe says."""
-    wanted, because = spec.training.kernels, ""
-    if ALGORITHMS.get(spec.algorithm.name).start_density is not None:
-        because = f"{spec.algorithm.name} begins denser than the planned masks"
-    elif wanted == AUTO and spec.optimizer.name not in SHIPPED:
-        because = f"the optimiser {spec.optimizer.name} may treat a weight as a matrix"
     positions = {row.layer.name: row.positions for row in done.plan.layers}
     tokens = {m.key: math.ceil(batch * positions[m.layer]) for m in done.surgery.masked}
     dtype = _DTYPES.get(spec.training.precision)
-    return use_kernels(model, wanted, tokens=tokens, dtype=dtype, masked_because=because)
+    return use_kernels(model, spec.training.kernels, tokens=tokens, dtype=dtype, masked_because=why_masked(spec))
 
 
 def _sparsifier(

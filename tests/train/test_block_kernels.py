@@ -87,6 +87,7 @@ def test_a_run_on_blocks_is_the_run_with_zeros(algorithm: str, tmp_path: Path) -
         train(write(tmp_path, algorithm, kernels), tmp_path / kernels) for kernels in ("reference", "masked")
     )
     require_close(blocks, zeros)
+    assert blocks["flops"]["executed"] == blocks["flops"]["spent"] < zeros["flops"]["executed"]
     stored, dense = tensors_of(blocks["path"]), tensors_of(zeros["path"])
     values = [n for n in stored if n.endswith(".values")]
     assert len(values) == 4 * 4
@@ -111,6 +112,9 @@ def test_resuming_with_any_kernels(before: str, after: str, step: int, tmp_path:
         want = tensors_of(whole["path"])
         assert all(torch.equal(t, want[n]) for n, t in tensors_of(again["path"]).items())
     require_close(again, whole)
+    if before != after:  # a part of the steps multiplied by zeros
+        most = whole["flops"]["executed"] if before == "masked" else float("inf")
+        assert again["flops"]["spent"] < again["flops"]["executed"] < most
 
 
 def test_what_begins_denser_trains_masked_and_says_so(tmp_path: Path) -> None:
