@@ -136,16 +136,18 @@ def _blocks_a_row(row: LayerPlan, side: int) -> Fraction:
 def blocks_of_widths(spec: TransformSpec) -> tuple[tuple[int, ...], Fraction]:
     """What new widths and ranks are multiples of, the best first, and how far from its ideal a width may be for it, as a share.
 
-    Half a block is better than none, as fewer weights are in no block. Blocks that the user named are worth more than the ideal
-    width, those that auto may yet choose are not.
+    Half a block is better than none, as fewer weights are in no block. Blocks that the user named are worth more than an ideal
+    width that follows from the sparsity; those that auto may yet choose are not, and no block is worth more than a width that
+    the user named (`base_width`).
     """
     pattern = spec.mask_pattern
     if pattern is None:
         return BLOCKS, Fraction(1, 8)
+    near = Fraction(1, 2) if spec.base_width is None else Fraction(1, 8)
     sides = [pattern.width_multiple if pattern.density is None else 1]
     while sides[-1] % 2 == 0:
         sides.append(sides[-1] // 2)
-    return tuple(side for side in sides if side > 1), Fraction(1, 2)
+    return tuple(side for side in sides if side > 1), near
 
 
 def auto_in_words(layers: Sequence[LayerPlan]) -> str:

@@ -135,7 +135,8 @@ def test_a_gpt_consists_of_whole_blocks(sparsity: str, scope: str) -> None:
         ({"pattern": "64x576"}, [128, 192, 384, 704]),
         ({"pattern": "auto"}, [96, 192, 384, 768]),
         ({"pattern": "1x4"}, [91, 181, 362, 724]),
-        ({"pattern": "64x64", "base_width": 90}, [90, 180, 360, 720]),
+        ({"pattern": "64x64", "base_width": 90}, [96, 192, 384, 704]),  # 128 is too far from a width that was asked for
+        ({"pattern": "auto", "base_width": 90}, [96, 192, 384, 768]),
     ],
     ids=str,
 )
@@ -148,7 +149,7 @@ def test_weights_that_fill_no_block_are_said() -> None:
     found = plan("resnet18", sparsity="0.5", pattern="64x64", base_width=90)
     said = audit(found).weights_in_no_block()
     assert said is not None and said.startswith(
-        "19 layers have weights that fill no whole block of 64x64 and stay zero: up to 49%"
+        "6 layers have weights that fill no whole block of 64x64 and stay zero: up to 36%"
     )
     assert any(said in note for note in totals_sheet(audit(found), "").notes)
 

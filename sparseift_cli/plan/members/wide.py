@@ -149,7 +149,7 @@ class _Rounding:
     """How the ideal size of a free width becomes a whole one: a multiple of what the spec asks for, and of a block if possible.
 
     In a layer of whole blocks no weight is in none. But a small width has no multiple of a large block near to its ideal: then
-    smaller ones are tried. Widths that follow from one that the user gives (`base_width`) are not rounded to blocks at all.
+    smaller ones are tried.
     """
 
     def __init__(self, table: LayerTable, solution: Solution, spec: TransformSpec) -> None:
@@ -158,8 +158,6 @@ class _Rounding:
         self.fixed = pattern is not None and pattern.density is not None
         self.wanted = lcm(spec.width_multiple, pattern.width_multiple if pattern and self.fixed else 1)
         self.blocks, self.near = blocks_of_widths(spec)
-        if spec.base_width is not None:
-            self.blocks = ()
 
     def size(self, free: Free, square: Fraction, *, whole_blocks: bool) -> int:
         """The new size of a width that grows by the root of `square`.
