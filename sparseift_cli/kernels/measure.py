@@ -33,7 +33,7 @@ from .conv_ops import block_conv2d
 from .index import BlockIndex
 from .ops import block_linear
 from .reference import ACTIVATIONS, ConvWindow
-from .registry import KINDS, MASKED, LayerRequest, LayerSize
+from .registry import KERNELS, KINDS, MASKED, LayerRequest, LayerSize
 
 T = TypeVar("T")
 Step = Callable[[], tuple[Tensor, ...]]
@@ -306,7 +306,8 @@ def _key(names: Sequence[str], layer: LayerRequest, size: LayerSize) -> str:
         f"{layer.kind} {size.rows}x{size.columns} blocks of {layer.block}, {size.blocks} stored, {size.tokens} tokens"
     )
     epilogue = f"bias {size.bias}, {size.activation}" + (f", window {size.window}" if size.window else "")
-    return "; ".join((_environment(layer.device), ", ".join(names), layer.dtype, shape, epilogue))
+    ways = ", ".join(f"{name} {getattr(KERNELS.get(name), 'version', '')}".rstrip() for name in names)
+    return "; ".join((_environment(layer.device), ways, layer.dtype, shape, epilogue))
 
 
 def _environment(device: str) -> str:

@@ -158,8 +158,8 @@ class Backend(Protocol):
 
     Optional: `fast` (default True) is False where it is not meant for speed, so that "auto" does not consider it, and
     `slow_here` is the reason where it is slow in this process alone; the method `how(layer)` says in a few words what it runs
-    for a layer that it takes; `why_nowhere(layer)` is `why_not` without what depends on the device and on what is installed,
-    for plans that are made elsewhere.
+    for a layer that it takes; `version` belongs to the key under which times are cached; `why_nowhere(layer)` is `why_not`
+    without what depends on the device and on what is installed, for plans that are made elsewhere.
     """
 
     summary: str
@@ -196,11 +196,11 @@ class TritonBlocks:
     def why_nowhere(self, layer: LayerRequest) -> str | None:
         """The first requirement of any device that `layer` does not meet, or None."""
         if layer.kind not in KINDS:
-            return f"it computes {' and '.join(KINDS)} layers, not {layer.kind}"
+            return f"Triton kernels compute {' and '.join(KINDS)} layers, not {layer.kind}"
         if layer.block not in (128, 64, 32):
-            return f"its blocks are 128, 64 or 32 wide, not {layer.block}"
+            return f"Triton kernels have blocks of 128, 64 or 32, not {layer.block}"
         if layer.dtype not in ("bfloat16", "float16", "float32"):
-            return f"it computes in bfloat16, float16 or float32 (as tf32), not {layer.dtype}"
+            return f"Triton kernels compute in bfloat16, float16 or float32 (as tf32), not {layer.dtype}"
         return None
 
     def why_not(self, layer: LayerRequest) -> str | None:
@@ -208,9 +208,9 @@ class TritonBlocks:
         if reason := self.why_nowhere(layer):
             return reason
         if layer.device != "cuda" and not _interpreted():
-            return f"it needs a CUDA device, not {layer.device}"
+            return f"Triton kernels need a CUDA device, not {layer.device}"
         if layer.capability is not None and layer.capability < (8, 0):
-            return f"it needs compute capability 8.0 or newer, not {'.'.join(map(str, layer.capability))}"
+            return f"Triton kernels need compute capability 8.0 or newer, not {'.'.join(map(str, layer.capability))}"
         if find_spec("triton") is None:
             return "triton is not installed"
         return None
@@ -252,6 +252,8 @@ def _interpreted() -> bool:
 
 
 def _not_a_backend(entry: object) -> str | None:
+    if isinstance(entry, type):
+        return "it is a class; name an object of it"
     missing = [name for name in ("why_not", "functions") if not callable(getattr(entry, name, None))]
     return f"it has no {' and no '.join(missing)}" if missing else None
 
@@ -324,7 +326,7 @@ def why_nowhere(kind: str, block: int, dtype: str = "bfloat16", kernels: str = A
     """Why `select` takes no kernel for layers of such blocks on any device; None where there is a device on which one runs.
 
     >>> why_nowhere("linear", 48)
-    'its blocks are 128, 64 or 32 wide, not 48'
+    'Triton kernels have blocks of 128, 64 or 32, not 48'
     """
     layer = LayerRequest(block, dtype, "cuda", (9, 0), kind)
     names = _fast() if kernels == AUTO else [kernels]

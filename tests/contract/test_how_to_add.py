@@ -81,7 +81,7 @@ def test_the_second_screen_of_the_readme(root: Path, folder: Path, sparseift: Sp
 def test_how_to_add(root: Path, folder: Path, sparseift: Sparseift) -> None:
     page = (root / "sparseift_cli" / "README.md").read_text("utf-8")
     done = follow(page[page.index("## How to add") :], folder, sparseift)
-    assert [line.split()[1] for line in done].count("train") == 2
+    assert [line.split()[1] for line in done].count("train") == 3
     (metrics,) = (folder / "runs" / "own").glob("*/metrics.jsonl")
     assert '"sure"' in metrics.read_text()
     for run in (

@@ -114,13 +114,14 @@ def forget() -> None:
 def test_auto_takes_the_fastest_and_measures_once_per_shape(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = KERNELS.register("slow", Fake(seconds=0.02))
     fast = KERNELS.register("fast", Instant())
+    fast.version = "2.5"
     assert select("auto", LAYER, SIZE) == select("auto", LAYER, SIZE)
     chosen = select("auto", LAYER, SIZE)
     assert (chosen.backend, chosen.reason, chosen.how) == ("fast", "", "dense products")
     times = json.loads((home / "kernels.json").read_text())
     ((key, found),) = times.items()
     assert set(found) == {"slow", "fast", MASKED} and found["slow"] > 40 > found["fast"]
-    assert "160x40 blocks of 8, 64 stored, 256 tokens" in key and torch.__version__ in key
+    assert "160x40 blocks of 8, 64 stored, 256 tokens" in key and "slow, fast 2.5;" in key and torch.__version__ in key
     slow.calls = fast.calls = 0
     monkeypatch.setattr(measure, "_measure", lambda *_: pytest.fail("measured again"))
     forget()
@@ -215,6 +216,8 @@ def test_reasons_of_all_backends_and_of_names() -> None:
     assert select("auto", conv, SIZE).reason == "one: linear layers only; two: linear layers only"
     assert select("two", conv).reason == "linear layers only"
     assert select("masked", LAYER, SIZE).reason == "masked layers were asked for"
+    with pytest.raises(UsageError, match="it is a class; name an object of it"):
+        KERNELS.register("three", Fake)
     with pytest.raises(UsageError, match="unknown kernels 'three'") as error:
         select("three", LAYER)
     assert error.value.hint == "known: auto, masked, one, two; or package.module:Name"

@@ -77,7 +77,7 @@ def test_dense_gradients_of_updates_are_executed(gpt: LayerTable) -> None:
     [
         ("unstructured", {}, TRAINING, "unstructured masks have no kernel"),
         ("128x4", {}, TRAINING, "blocks of 128x4 are not square"),
-        ("16x16", {}, TRAINING, "its blocks are 128, 64 or 32 wide, not 16"),
+        ("16x16", {}, TRAINING, "Triton kernels have blocks of 128, 64 or 32, not 16"),
         ("128x128", {}, TrainingSpec(algorithm="gmp"), "gmp begins denser than the planned masks"),
         ("128x128", {}, TrainingSpec(algorithm="granet"), "granet begins denser than the planned masks"),
         ("128x128", {"match": "layer"}, TrainingSpec(algorithm="dense"), "trained without masks"),
