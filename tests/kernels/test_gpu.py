@@ -21,8 +21,6 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 blocks = importlib.import_module("sparseift_cli.kernels.blocks")
 conv_blocks = importlib.import_module("sparseift_cli.kernels.conv_blocks")
-# torch 2.11 warns of its own code where its compiler is imported first.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 
 BOUND = {torch.bfloat16: 6e-3, torch.float16: 1e-3, torch.float32: 1e-3}
 

@@ -19,11 +19,7 @@ from sparseift_cli.train.processes import Processes
 from sparseift_cli.train.step import EagerStep
 from tests.helpers.gpu import never_waiting
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    # torch 2.11 warns of its own code where its compiler is imported first.
-    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
-]
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 RECIPE = """
 model: resnet18_cifar
