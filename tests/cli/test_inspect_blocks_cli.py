@@ -227,3 +227,34 @@ def test_preserve_begins_at_a_checkpoint_in_blocks(sparseift, tmp_path: Path, mo
         made.append(open_checkpoint(tmp_path / name / "model.safetensors"))
     for info in made[0].tensors:
         assert torch.equal(read_tensor(made[0], info.name), read_tensor(made[1], info.name))
+
+
+RECIPE = """
+model: {name: bytes_gpt, seq: 16}
+data: {name: stdlib, limit: 64}
+transform: {member: wide, match: model, pattern: 32x32}
+sparsity: 0.75
+algorithm: {name: set, delta_t: 2}
+training: {steps: 4, batch_size: 2, device: cpu, kernels: reference}
+evaluation: {every: 2, limit: 2}
+checkpoint: {every: 2, keep: 2}
+"""
+
+
+def test_a_run_on_blocks(sparseift, tmp_path: Path) -> None:
+    """Its checkpoints are listed, and their masks have spectra, in `inspect` and in a report."""
+    (tmp_path / "small.yaml").write_text(RECIPE)
+    code, out, err = sparseift("train", str(tmp_path / "small.yaml"), "--runs", str(tmp_path / "runs"), "--json")
+    assert code == 0, err
+    run = Path(json.loads(out)["runs"][0]["path"])
+    newest = max((run / "checkpoints").iterdir())
+    data = json.loads(sparseift("inspect", str(newest / "tensors.safetensors"), "--json")[1])
+    stored = {t["name"]: t["blocks"]["nnz"] for t in data["tensors"] if t["blocks"]}
+    assert len(stored) == 16 and not any("row_offsets" in t["name"] for t in data["tensors"])
+    rows = json.loads(sparseift("inspect", str(run), "--spectral", "--every-checkpoint", "--json")[1])["layers"]
+    assert [row["step"] for row in rows] == [2] * 16 + [4] * 16
+    assert {f"model/{row['layer']}": row["nnz"] for row in rows[16:]} == stored
+    assert any(a["s2"] != b["s2"] for a, b in zip(rows[:16], rows[16:], strict=True))  # blocks have moved
+    code, out, err = sparseift("report", str(tmp_path / "runs"), "--spectral")
+    assert code == 0, err
+    assert "How well the masks connect" in out and "no run here keeps" not in out
