@@ -223,7 +223,9 @@ def save(model: nn.Module, path: str | Path, *, force: bool = False, state_dict:
     tensors: dict[str, Mapping[str, Any]] = {}
     masks = _checked_masks(model, done)
     if masks is not None:
-        tensors = {WEIGHTS: untied(model), MASKS: masks | block_masks(model)}
+        in_blocks = block_masks(model)
+        kept = {name: in_blocks[name] if name in in_blocks else masks[name] for name in masks}
+        tensors = {WEIGHTS: untied(model), MASKS: kept}
         passing = unsaved_buffers(model, done)
         if passing:
             tensors[BUFFERS] = passing
@@ -301,18 +303,17 @@ def unsaved_buffers(model: nn.Module, done: Transformation) -> dict[str, Any]:
 
     Every tensor once.
     """
-    from .mask.attached import masks_of, stores_blocks
+    from .mask.attached import stores_blocks
     from .trace.constants import plain_tensors
+    from .transforms.masking import MasksOf
 
-    skipped = {id(t) for t in masks_of(model).values()}
+    skipped = {id(t) for t in MasksOf(model).values()}
     resized = {edit.key for edit in done.surgery.resizes}
     found: dict[str, Any] = {}
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
-        unsaved = (
-            () if stores_blocks(module) else sorted(module._non_persistent_buffers_set)
-        )  # of blocks: all are derived
-        buffers = {prefix + name: module._buffers.get(name) for name in unsaved}
+        unsaved = set[str]() if stores_blocks(module) else module._non_persistent_buffers_set  # an index is derived
+        buffers = {prefix + name: module._buffers.get(name) for name in sorted(unsaved)}
         plain = {key: t for name, t in plain_tensors(module) if (key := prefix + name) in resized}
         for key, tensor in (buffers | plain).items():
             if tensor is not None and id(tensor) not in skipped:
@@ -350,14 +351,13 @@ def _warn_of_excess(model: nn.Module, done: Transformation) -> None:
         )
 
 
-def _checked_masks(model: nn.Module, done: Transformation) -> dict[str, Any] | None:
+def _checked_masks(model: nn.Module, done: Transformation) -> Mapping[str, Any] | None:
     """The masks of a transformed model, which its weights obey; None on meta."""
-    from .mask.attached import masks_of
-    from .transforms.masking import follow_weights, require_masked
+    from .transforms.masking import MasksOf, follow_weights, require_masked
 
     if any(p.is_meta for p in model.parameters()):
         return None
-    masks = masks_of(model)
+    masks = MasksOf(model)
     follow_weights(model, masks, done.surgery.masked)
     require_masked(model, masks, done.surgery.masked)
     return masks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import gcd
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..base.randomness import generator_for
 from ..errors import CheckFailed
-from ..mask.attached import Rows, stores_blocks
+from ..mask.attached import Rows, mask_beside, mask_names, stores_blocks
 from ..mask.layout import Layout
 from ..mask.mask import disjoint_masks, empty_rows_and_columns, make_mask
 from ..mask.patterns import has_pattern, parse_pattern
@@ -134,6 +134,32 @@ def follow_weights(model: nn.Module, masks: Mapping[str, Tensor], masked: Iterab
 def in_blocks(model: nn.Module, key: str) -> bool:
     """Whether the weight of that name is stored in blocks, without its zeros."""
     return stores_blocks(model.get_submodule(key.rpartition(".")[0]))
+
+
+class MasksOf(Mapping[str, Tensor]):
+    """The masks [*shape] of a model by the names of their weights; those of layers that store blocks are made one at a time."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._names = model, dict.fromkeys(mask_names(model))
+
+    def __getitem__(self, key: str) -> Tensor:
+        """The mask [*shape] of the weight of that name."""
+        if key not in self._names:
+            raise KeyError(key)
+        path, _, name = key.rpartition(".")
+        module: Any = self._model.get_submodule(path)
+        mask = module.weight_mask if stores_blocks(module) else mask_beside(module, name)
+        assert mask is not None
+        return mask
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def shape_of(model: nn.Module, key: str) -> tuple[int, ...]:
