@@ -90,3 +90,9 @@ def wikitext_gpt() -> Made:
     """Two blocks of width 64 instead of six of 256."""
     config = GPTConfig(64, 2, 4, max_seq=32, vocab=256, dropout=0.0)
     return GPT(config), torch.zeros(1, 32, dtype=torch.int64)
+
+
+def gpt3_small_bytes() -> Made:
+    """Hidden 96 instead of 768, two blocks; blocks of a mask are an eighth too, 16 instead of 128."""
+    config = GPTConfig(96, 2, 12, max_seq=32, vocab=256, dropout=0.0)
+    return GPT(config), torch.zeros(1, 32, dtype=torch.int64)
