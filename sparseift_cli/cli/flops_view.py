@@ -10,8 +10,10 @@ from ..base.sheets import Column, Sheet, integer, ratio
 from ..errors import CheckFailed, UsageError, did_you_mean
 from ..mask.patterns import AUTO
 from ..plan.audit import Audit, to_json
+from ..plan.execution import has_structure
 from ..plan.layer_patterns import auto_in_words
 from ..plan.members import MEMBERS
+from ..plan.plan import Plan
 from ..plan.sheets import CONTROL, Entries, layer_sheet, owner_sheet, title_of, totals_sheet
 from ..plan.spec import TrainingSpec
 from ..table.table import LayerTable
@@ -146,12 +148,15 @@ def compare(
         Column("forward_ratio", "ratio", ratio, right=True),
         Column("training_flops", f"training FLOPs ({training.algorithm})", integer, right=True, priority=2),
         Column("training_ratio", "training ratio", ratio, right=True, priority=1),
+        Column("executed_ratio", "executed (kernels)", lambda v: f"{v:.2f}x", right=True, priority=2),
+        Column("executed_masked_ratio", "executed (masked)", lambda v: f"{v:.2f}x", right=True, priority=3),
         Column("body_density", "body density", lambda v: f"{v:.5f}", right=True, priority=3),
         Column("params", "parameters", integer, right=True, priority=4),
         Column("nonzero_params", "non-zero", integer, right=True, priority=3),
         Column("activation_factor", "activations", lambda v: f"{v:.2f}x", right=True, priority=3),
         Column("note", "note", priority=1),
     ]
+    columns = [c for c in columns if not c.key.startswith("executed") or any(c.key in entry for entry in entries)]
     spec = next((r.plan.spec for _, r in results if isinstance(r, Audit) and r.plan), None)
     what = f": {MEMBERS.get(spec.member).title.lower()}, match {spec.match}, scope {spec.scope}" if spec else ""
     title = f"{table.model}, input {'x'.join(map(str, table.input))}{what}"
@@ -183,7 +188,16 @@ def _compared(sparsity: str, result: Audit | CheckFailed) -> dict[str, Any]:
         "nonzero_params": t.nonzero_params,
         "activation_factor": result.activation_factor,
         "note": auto_in_words(result.plan.layers) if result.plan.spec.pattern == AUTO else None,
+        **_executed(result, result.plan),
     }
+
+
+def _executed(result: Audit, plan: Plan) -> dict[str, float]:
+    """Training FLOPs that are executed over the dense model's, with block kernels on a GPU and without; {} where none can be."""
+    if not has_structure(plan.layers) or not result.dense.training_macs:
+        return {}
+    kernels, masked = (result.executed(kernels=on).training_macs / result.dense.training_macs for on in (True, False))
+    return {"executed_ratio": float(kernels), "executed_masked_ratio": float(masked)}
 
 
 def verification_sheet(verification: Verification) -> Sheet:

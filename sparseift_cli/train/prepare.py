@@ -170,7 +170,10 @@ def _use_kernels(spec: Spec, model: nn.Module, done: Transformation, batch: int)
     positions = {row.layer.name: row.positions for row in done.plan.layers}
     tokens = {m.key: math.ceil(batch * positions[m.layer]) for m in done.surgery.masked}
     dtype = _DTYPES.get(spec.training.precision)
-    return use_kernels(model, spec.training.kernels, tokens=tokens, dtype=dtype, masked_because=why_masked(spec))
+    choices = use_kernels(model, spec.training.kernels, tokens=tokens, dtype=dtype, masked_because=why_masked(spec))
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()  # what was measured here is no memory of the run
+    return choices
 
 
 def _sparsifier(

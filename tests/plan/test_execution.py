@@ -151,6 +151,16 @@ def test_flops_says_it_in_table_json_and_csv(sparseift, monkeypatch: pytest.Monk
     assert "masked: blocks of 128x4 are not square" in thin and "Executed: " in thin
 
 
+def test_sparsities_are_compared_by_it(sparseift, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "220")
+    line = ("flops", "gpt3_small", "-s", ".5,.75", "--width-multiple", "128", "--pattern")
+    table, data = sparseift(*line, "128x128")[1], json.loads(sparseift(*line, "128x128", "--json")[1])
+    assert "executed (kernels)" in table and "executed (masked)" in table
+    for row in data["rows"][1:]:
+        assert row["executed_ratio"] == row["training_ratio"] < row["executed_masked_ratio"]
+    assert "executed" not in sparseift(*line, "unstructured")[1]
+
+
 def test_dry_run_says_it(sparseift) -> None:
     sets = [f"transform.{text}" for text in ("pattern=128x128", "width_multiple=128")]
     line = ("train", "gpt3_small/wide50_static", "--dry-run", *(word for text in sets for word in ("--set", text)))
