@@ -176,6 +176,16 @@ def test_a_stride_in_a_torch_file_is_refused(tmp_path: Path) -> None:
             open_checkpoint(path)
 
 
+def test_a_layer_by_itself(sparseift, tmp_path: Path) -> None:
+    only = BlockLinear(torch.eye(4, dtype=torch.bool), 4)
+    path = write(dict(only.state_dict()), tmp_path / "one.safetensors")
+    assert torch.equal(read_tensor(open_checkpoint(path), "weight"), only.dense())
+    assert "4 of 16 blocks 4x4, density 0.25" in sparseift("inspect", str(path))[1]
+    path = write(dict(only.state_dict()) | {"columns": only.columns - 1}, tmp_path / "bad.safetensors")
+    with pytest.raises(CheckpointError, match=r"the weight is stored in blocks.*outside the grid"):
+        open_checkpoint(path)
+
+
 def test_names_from_a_file_are_printable(sparseift, tmp_path: Path) -> None:
     state = {name.replace("fc", "\x1b[31mfc"): t for name, t in edited(HOSTILE["no layout"][0]).items()}
     code, _, err = sparseift("inspect", str(write(state, tmp_path / "bad.pt")))

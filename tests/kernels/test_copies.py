@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import sparseift_cli as sparseift
+from sparseift_cli.kernels.convert import use_kernels
 from sparseift_cli.kernels.layer import BlockLayer
 from sparseift_cli.kernels.storage import to_dense_state
+from sparseift_cli.models.zoo.gpt import GPT, GPTConfig
 from tests.helpers.block_ranks import average_gradients, batch, net
 from tests.helpers.forked import in_processes
 
@@ -154,3 +157,23 @@ def test_gradients_moments_and_clipping_are_of_the_stored_blocks() -> None:
     assert {t.shape for t in optimizer.state[values].values() if t.dim()} == {values.shape}
     elements = sum(t.numel() for held in optimizer.state.values() for t in held.values() if t.dim())
     assert elements == 2 * sum(p.numel() for p in model.parameters())
+
+
+def held_bytes(model: nn.Module, ids: Tensor) -> int:
+    """Bytes of weights, buffers, gradients and Adam's moments after one step."""
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(ids).square().mean().backward()
+    optimizer.step()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    moments = [t for state in optimizer.state.values() for t in state.values() if t.dim()]
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers(), *gradients, *moments))
+
+
+def test_memory_at_90_percent_is_that_of_the_dense_model() -> None:
+    """Ten times as large layers: with zeros, ten times the memory."""
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    dense = GPT(GPTConfig(128, 2, 2, max_seq=8, vocab=64))
+    wide, _ = sparseift.transform(dense, ids, sparsity=0.9, pattern="16x16")
+    baseline, masked = held_bytes(dense, ids), held_bytes(copy.deepcopy(wide), ids)
+    assert all(choice.backend == "reference" for choice in use_kernels(wide, "reference"))
+    assert held_bytes(wide, ids) < 1.2 * baseline and masked > 9 * baseline
