@@ -1,7 +1,7 @@
 """Replaces layers whose masks are whole blocks by layers that store and compute these blocks alone, and back.
 
-    choices = use_kernels(model)    # in place; what runs how, and why not better
-    to_masked(model)                # ordinary layers with masks and zeros again
+    print(use_kernels(model))    # in place; says what runs how, and why not better
+    to_masked(model)             # ordinary layers with masks and zeros again
 
 A layer is replaced only where nothing can tell the difference: its class is one whose forward pass is known, nothing is hooked
 onto it, and no other layer shares its weight. Code that reads `layer.weight` gets the dense weight from the new layer too.
@@ -36,10 +36,17 @@ from ..mask.patterns import has_pattern, parse_pattern
 from .conv import BlockConv2d
 from .layer import BlockLayer
 from .linear import BlockLinear
-from .registry import MASKED, LayerChoice, LayerRequest, LayerSize, select
+from .registry import MASKED, LayerChoice, LayerRequest, LayerSize, in_words, select
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
 _WEIGHT = "weight"
+
+
+class Choices(tuple[LayerChoice, ...]):
+    """What computes each weight with a mask, in the order of the modules; printed as one line."""
+
+    def __str__(self) -> str:
+        return in_words(self)
 
 
 def use_kernels(
@@ -49,7 +56,7 @@ def use_kernels(
     tokens: int | Mapping[str, int] | None = None,
     dtype: torch.dtype | None = None,
     masked_because: str = "",
-) -> tuple[LayerChoice, ...]:
+) -> Choices:
     """Let block-sparse kernels compute every layer of a transformed model that they can, in place.
 
     Call it before the optimiser and the `Sparsifier` are made, with the model on its device: the parameters of replaced layers
@@ -85,7 +92,7 @@ def use_kernels(
         if choice.backend != MASKED:
             _replace(model, module, _compact(module, choice.backend))
         choices.append(choice)
-    return tuple(choices)
+    return Choices(choices)
 
 
 def to_masked(model: nn.Module) -> None:

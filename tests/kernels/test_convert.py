@@ -69,6 +69,7 @@ def test_calling_it_again_changes_the_backend_or_undoes_it() -> None:
     assert all(choice.backend == "reference" and choice.block == 4 for choice in use_kernels(net))
     choices = use_kernels(net, masked_because="gmp begins denser")
     assert all((c.backend, c.reason) == ("masked", "gmp begins denser") for c in choices)
+    assert str(choices) == "4 layers masked-dense: gmp begins denser"
     assert not any(isinstance(m, BlockLinear) for m in net.modules())
     assert all(c.backend == "masked" for c in use_kernels(net, "masked"))
 
