@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..base.sheets import Column, Sheet, integer, ratio
 from ..errors import CheckFailed, UsageError, did_you_mean
-from ..mask.patterns import AUTO
+from ..mask.patterns import is_chosen
 from ..plan.audit import Audit, to_json
 from ..plan.execution import has_structure
-from ..plan.layer_patterns import auto_in_words
+from ..plan.layer_patterns import chosen_in_words
 from ..plan.members import MEMBERS
 from ..plan.plan import Plan
 from ..plan.sheets import CONTROL, Entries, layer_sheet, owner_sheet, title_of, totals_sheet
@@ -187,7 +187,7 @@ def _compared(sparsity: str, result: Audit | CheckFailed) -> dict[str, Any]:
         "params": t.params,
         "nonzero_params": t.nonzero_params,
         "activation_factor": result.activation_factor,
-        "note": auto_in_words(result.plan.layers) if result.plan.spec.pattern == AUTO else None,
+        "note": chosen_in_words(result.plan.layers) if is_chosen(result.plan.spec.pattern) else None,
         **_executed(result, result.plan),
     }
 

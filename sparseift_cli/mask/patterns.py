@@ -364,7 +364,18 @@ WRITTEN = r"^(unstructured|\d+:\d+|\d+x\d+|[A-Za-z_][\w.-]*(:[A-Za-z_][\w.]*)?)$
 """How a pattern is written, as a regular expression: 2:4, 4x4, a name, package.module:Name."""
 
 AUTO = "auto"
-"""Where a transform names its pattern: no pattern, but a choice of one for each layer (`plan.layer_patterns`)."""
+_CHOSEN = re.compile(rf"{AUTO}|blocks([1-9]\d*)")
+
+
+def is_chosen(text: str) -> bool:
+    """Whether a transform that names this leaves the pattern of each layer to `plan.layer_patterns`: auto, blocks64."""
+    return _CHOSEN.fullmatch(text) is not None
+
+
+def side_of_blocks(text: str) -> int | None:
+    """The side that `blocks64` names; None for anything else."""
+    found = _CHOSEN.fullmatch(text)
+    return int(found[1]) if found and found[1] else None
 
 
 def parse_pattern(text: str) -> MaskPattern:

@@ -1,9 +1,10 @@
-"""Which mask pattern each layer of a plan has: that of the spec, or under pattern `auto` the largest blocks that suit it. Pure.
+"""Which mask pattern each layer of a plan has: that of the spec, or under `auto` and `blocks64` square blocks that suit it. Pure.
 
 Kernels compute a square block of 128 x 128 faster than one of 64, and that faster than one of 32. But with few blocks in a row
 a layer has little choice of what an output reads, and on narrow layers that costs accuracy. So `auto` takes for each layer the
 largest of `BLOCKS` of which it has `LEAST` or more in the mean row of blocks, and single weights where it has so many of none.
-In a convolution a block is B outputs by B inputs with all taps of the kernel, since that is what its kernels compute.
+`blocks64` takes blocks of 64 in every layer that has `LEAST_NAMED` a row of them. In a convolution a block is B outputs by B
+inputs with all taps of the kernel, since that is what its kernels compute.
 
 How many non-zeros a layer has is known when they are allocated, and they are allocated in blocks. So the first allocation is
 one of single weights, and says which blocks are tried; where rounding to whole blocks leaves a layer with too few of them,
@@ -20,7 +21,7 @@ from fractions import Fraction
 from math import floor
 from typing import TYPE_CHECKING
 
-from ..mask.patterns import AUTO
+from ..mask.patterns import is_chosen, side_of_blocks
 from .layer_plan import EXPERTS, LayerPlan
 
 if TYPE_CHECKING:
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
 BLOCKS = (128, 64, 32)
 """Sides of the square blocks that auto chooses from, the largest first."""
 LEAST = 4
-"""Blocks that the mean row of blocks has at least."""
+"""Blocks that the mean row of blocks has at least under auto."""
+LEAST_NAMED = 2
+"""The same where the side is named: with one block a row, an output would read the inputs of a single block."""
 
 Allocated = tuple[list[LayerPlan], Fraction | None]
 
@@ -50,9 +53,10 @@ def allocate_in_patterns(
     Raises:
         UsageError, CheckFailed: what `allocate` raises.
     """
-    if spec.pattern != AUTO:
+    if not is_chosen(spec.pattern):
         return allocate([replace(p, pattern=spec.pattern) if p.status == "transformed" else p for p in layers])
-    choices = _choices(layers, sizes)
+    side = side_of_blocks(spec.pattern)
+    choices = _choices(layers, sizes, *((BLOCKS, LEAST) if side is None else ((side,), LEAST_NAMED)))
     found = allocate(layers)
     again = bool(choices)
     while again:
@@ -71,16 +75,18 @@ class _Choice:
 
     Args:
         sides: of those that fit it, the largest first.
+        least: blocks that the mean row of blocks must have.
         why: why it has no larger ones.
     """
 
     sides: list[int]
+    least: int
     why: str = ""
 
     def shrink(self, row: LayerPlan) -> None:
         """Drop the blocks of which a row with its non-zeros has too few."""
-        while self.sides and (found := _blocks_a_row(row, self.sides[0])) < LEAST:
-            self.why = f"fewer than {LEAST} blocks of {self.sides[0]} a row: {floor(10 * found) / 10}"
+        while self.sides and (found := _blocks_a_row(row, self.sides[0])) < self.least:
+            self.why = f"fewer than {self.least} blocks of {self.sides[0]} a row: {floor(10 * found) / 10}"
             self.sides.pop(0)
 
     def applied(self, row: LayerPlan) -> LayerPlan:
@@ -90,12 +96,12 @@ class _Choice:
         return replace(row, pattern=pattern, why_pattern=self.why)
 
 
-def _choices(layers: Sequence[LayerPlan], sizes: Sequence[int]) -> dict[str, _Choice]:
-    """Which blocks fit each weight."""
+def _choices(layers: Sequence[LayerPlan], sizes: Sequence[int], sides: Sequence[int], least: int) -> dict[str, _Choice]:
+    """Which blocks of these sides fit each weight."""
     choices: dict[str, _Choice] = {}
     for row in layers:
         if row.status == "transformed":
-            choice = choices.setdefault(_weight(row), _Choice(list(BLOCKS)))
+            choice = choices.setdefault(_weight(row), _Choice(list(sides), least))
             for side in tuple(choice.sides):
                 if why := _misfit(row, side, sizes):
                     choice.sides.remove(side)
@@ -141,17 +147,18 @@ def blocks_of_widths(spec: TransformSpec) -> tuple[tuple[int, ...], Fraction]:
     the user named (`base_width`).
     """
     pattern = spec.mask_pattern
-    if pattern is None:
+    named = side_of_blocks(spec.pattern)
+    if pattern is None and named is None:
         return BLOCKS, Fraction(1, 8)
     near = Fraction(1, 2) if spec.base_width is None else Fraction(1, 8)
-    sides = [pattern.width_multiple if pattern.density is None else 1]
+    sides = [named or (pattern.width_multiple if pattern is not None and pattern.density is None else 1)]
     while sides[-1] % 2 == 0:
         sides.append(sides[-1] // 2)
     return tuple(side for side in sides if side > 1), near
 
 
-def auto_in_words(layers: Sequence[LayerPlan]) -> str:
-    """How many layers have which blocks under pattern auto, and why the rest has none: one sentence without its full stop."""
+def chosen_in_words(layers: Sequence[LayerPlan]) -> str:
+    """How many layers have which blocks under auto or blocks64, and why the rest has none: a sentence without full stop."""
     rows = [row for row in layers if row.status == "transformed"]
     sides = Counter(int(row.pattern.partition("x")[0]) for row in rows if not row.mask_pattern.unrestricted)
     parts = [f"of {side} in {n}" for side, n in sorted(sides.items(), reverse=True)]

@@ -10,11 +10,11 @@ from typing import Any
 from ..base.sheets import Column, Sheet, digits_that_differ, integer, ratio
 from ..base.text import shape_text
 from ..kernels.registry import LayerChoice
-from ..mask.patterns import AUTO
+from ..mask.patterns import is_chosen
 from ..table.shape import Shape
 from .audit import Audit, audit, row_fields, rows
 from .execution import Execution, executed_in_words, has_structure
-from .layer_patterns import auto_in_words
+from .layer_patterns import chosen_in_words
 from .layer_plan import EXPERTS, LayerPlan
 from .plan import Plan
 
@@ -104,7 +104,7 @@ def _entry(row: LayerPlan, result: Audit) -> dict[str, Any]:
 
 
 def _patterns_differ(plan: Plan) -> bool:
-    return plan.spec.pattern == AUTO or len({row.pattern for row in plan.layers if row.status == "transformed"}) > 1
+    return is_chosen(plan.spec.pattern) or len({row.pattern for row in plan.layers if row.status == "transformed"}) > 1
 
 
 def layer_shape_text(row: LayerPlan, result: Audit) -> str:
@@ -196,8 +196,8 @@ def _notes_on_plan(result: Audit, plan: Plan) -> list[str]:
             notes.append(
                 "Warning: less than half of the transformed layers' FLOPs are left; what stays dense eats the rest."
             )
-    if plan.spec.pattern == AUTO:
-        notes.append(f"Pattern auto: {auto_in_words(plan.layers)}.")
+    if is_chosen(plan.spec.pattern):
+        notes.append(f"Pattern {plan.spec.pattern}: {chosen_in_words(plan.layers)}.")
     if unused := result.weights_in_no_block():
         notes.append(f"{unused}.")
     if kept := result.kept_widths():

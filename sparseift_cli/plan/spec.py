@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from ..base.options import Option, check, not_read, require_read
 from ..errors import UsageError, one_of
-from ..mask.patterns import AUTO, WRITTEN, MaskPattern, parse_pattern
+from ..mask.patterns import WRITTEN, MaskPattern, is_chosen, parse_pattern
 from ..sparsity.algorithms import ALGORITHMS, MaskAlgorithm, make_algorithm, name_of
 from ..sparsity.schedule import UpdateSchedule
 from .distributions import DISTRIBUTIONS, Distribution, PerLayer, density
@@ -36,9 +36,9 @@ _TRAINING = "Training FLOPs"
 _START = "Weights and masks at the start"
 
 
-def _pattern_or_auto(text: str) -> MaskPattern | None:
-    """The pattern that is written so; None for auto."""
-    return None if text == AUTO else parse_pattern(text)
+def _one_pattern(text: str) -> MaskPattern | None:
+    """The pattern that is written so; None where each layer has its own."""
+    return None if is_chosen(text) else parse_pattern(text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,10 +163,11 @@ class TransformSpec:
         str,
         Option(
             "Where zeros may be: unstructured, N:M (2:4), blocks (4x4), package.module:Name; or auto, for each layer the largest "
-            "blocks of 128, 64 or 32 that are at least four a row, unstructured where there are none.",
+            "blocks of 128, 64 or 32 that are at least four a row, unstructured where there are none; or blocks64, those of 64 "
+            "where there are two a row.",
             panel=_TRANSFORM,
             pattern=WRITTEN,
-            reads=_pattern_or_auto,
+            reads=_one_pattern,
             metavar="PATTERN",
         ),
     ] = "unstructured"
@@ -251,8 +252,8 @@ class TransformSpec:
 
     @property
     def mask_pattern(self) -> MaskPattern | None:
-        """The pattern itself, which `pattern` names; None for auto, where each layer has its own."""
-        return _pattern_or_auto(self.pattern)
+        """The pattern itself, which `pattern` names; None for auto and blocks64, where each layer has its own."""
+        return _one_pattern(self.pattern)
 
     @property
     def fixed_density(self) -> Fraction | None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from ..mask.layout import part_name
-from ..mask.patterns import AUTO
+from ..mask.patterns import is_chosen
 from ..plan.layer_plan import NormKind
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ class Surgery:
     @staticmethod
     def from_json(data: Mapping[str, Any], pattern: str = "unstructured") -> Surgery:
         """The inverse of `to_json`; `pattern` is that of the plan, which older versions did not write beside each mask."""
-        if pattern == AUTO:  # newer than that: what has none is unstructured
+        if is_chosen(pattern):  # newer than that: what has none is unstructured
             pattern = "unstructured"
         return Surgery(
             tuple(_resize_from(e) for e in data["resizes"]),

@@ -18,7 +18,7 @@ from sparseift_cli.mask.patterns import has_pattern
 from sparseift_cli.models.source import Request, load_table
 from sparseift_cli.plan import layer_patterns
 from sparseift_cli.plan.audit import audit, to_json
-from sparseift_cli.plan.layer_patterns import BLOCKS, LEAST, auto_in_words
+from sparseift_cli.plan.layer_patterns import BLOCKS, LEAST, LEAST_NAMED, chosen_in_words
 from sparseift_cli.plan.layer_plan import LayerPlan
 from sparseift_cli.plan.members.wide import widen
 from sparseift_cli.plan.plan import Plan, make_plan
@@ -95,6 +95,27 @@ def test_budgets_hold_in_blocks_of_each_layer(name: str, options: dict[str, Any]
         assert 0 <= missing < max(row.unit * row.positions for row in transformed(found))
 
 
+@pytest.mark.parametrize("name", ["resnet50", "gpt3_small"])
+@pytest.mark.parametrize("side", [64, 128])
+def test_blocks_of_a_side_that_is_named(name: str, side: int) -> None:
+    """In every layer that has two a row, with all taps; the same blocks as by their own pattern where all layers have them."""
+    found = plan(name, sparsity="0.5", pattern=f"blocks{side}")
+    for row in transformed(found):
+        shape = row.masked_parts[0].shape
+        assert row.pattern in (f"{side}x{side * shape.taps}", "unstructured")
+        fits = shape.outputs % side == shape.inputs % side == 0
+        if row.pattern == "unstructured":
+            assert not fits or blocks_a_row(row, side) < LEAST_NAMED
+            assert row.why_pattern
+        else:
+            assert fits and blocks_a_row(row, side) >= LEAST_NAMED
+    if name == "gpt3_small":
+        written = plan(name, sparsity="0.5", pattern=f"{side}x{side}")
+        assert [row.parts for row in found.layers] == [row.parts for row in written.layers]
+    else:
+        assert {f"{side}x{9 * side}", f"{side}x{side}"} <= {row.pattern for row in transformed(found)}
+
+
 def test_a_layer_with_too_few_blocks_after_rounding_gets_smaller_ones() -> None:
     """At .5, c_attn has exactly four blocks of 128 a row; here a block is lost when it is rounded."""
     found = plan("gpt3_small", sparsity="0.5", pattern="auto")
@@ -156,7 +177,7 @@ def test_weights_that_fill_no_block_are_said() -> None:
 
 def test_the_plan_says_which_blocks_and_why_not_larger() -> None:
     found = plan("mobilenet_v2", sparsity="0.75", depthwise="sparse", pattern="auto")
-    words = auto_in_words(found.layers)
+    words = chosen_in_words(found.layers)
     assert words == (
         "blocks of 64 in 6 layers, of 32 in 5, 40 unstructured (19: fewer than 4 blocks of 32 a row; 17: depthwise; "
         "4: no whole blocks of 32)"
