@@ -84,6 +84,7 @@ def _folded(name: str, members: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     total = {k: sum(m[k] or 0 for m in members) for k in ("dense_macs", "transformed_macs", "nnz", "weights", "params")}
     kind = agreed("kind")
+    ways = {m["computed"] for m in members if m["computed"]}
     return {
         "name": name,
         "kind": f"{kind} x{len(members)}" if kind else f"{len(members)} rows",
@@ -95,6 +96,7 @@ def _folded(name: str, members: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "ratio": total["transformed_macs"] / total["dense_macs"] if total["dense_macs"] else None,
         "density": total["nnz"] / total["weights"] if total["weights"] else None,
         "shape": None,
+        "computed": "mixed" if len(ways) > 1 else next(iter(ways), None),
     }
 
 

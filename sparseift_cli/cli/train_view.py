@@ -21,7 +21,7 @@ from ..plan.plan import make_plan
 from ..plan.sheets import executed_note
 from ..plan.spec import TrainingSpec, TransformSpec
 from ..recipe import defaults
-from ..recipe.load import Recipe, run_steps, why_masked
+from ..recipe.load import DTYPES, Recipe, run_steps, why_masked
 from ..sparsity.schedule import never_moves
 from .options import Format
 from .output import render
@@ -29,9 +29,6 @@ from .output import render
 UNKNOWN = "The number of steps depends on the size of the data, which is not known beforehand."
 MASK_BYTES = 1 + 1 + 4
 """Of each weight that has a mask: the mask, which places were ever active, and the float32 factor of its gradient."""
-
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-"""In which type layers compute, by training.precision."""
 
 Fact = tuple[str, Any, str]
 

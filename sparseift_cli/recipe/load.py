@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 # Nothing of pydantic or YAML is imported before a recipe is read: every command imports this module.
 
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""In which type layers compute, by training.precision."""
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:

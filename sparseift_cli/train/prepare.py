@@ -28,7 +28,7 @@ from ..optim.optimizers import make_optimizer
 from ..optim.schedules import learning_rates
 from ..plan.audit import Audit, audit
 from ..plan.spec import TrainingSpec, TransformSpec
-from ..recipe.load import Recipe, require_data, run_steps, why_masked
+from ..recipe.load import DTYPES, Recipe, require_data, run_steps, why_masked
 from ..recipe.open_arguments import open_arguments
 from ..sparsity.sparsifier import Sparsifier
 from ..trace.build import trace
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 HELD_OUT = 0.1
 """The share of the training split that is held out where a set has nothing else to measure on."""
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {precision: getattr(torch, dtype) for precision, dtype in DTYPES.items() if precision != "fp32"}
 
 
 @dataclass

@@ -147,6 +147,8 @@ def test_flops_says_it_in_table_json_and_csv(sparseift, monkeypatch: pytest.Monk
     assert "blocks of 128" in table and "Executed on a GPU with block kernels: " in table and "blocks of 128" in csv
     plain = sparseift(*line, "unstructured")[1]
     assert "Executed" not in plain and "computed" not in plain
+    folded = json.loads(sparseift(*line, "128x128", "--depth", "2", "--json")[1])["layers"]
+    assert {"blocks of 128"} == {row["computed"] for row in folded if row["name"].endswith(".h")}
     thin = sparseift(*line, "128x4")[1]
     assert "masked: blocks of 128x4 are not square" in thin and "Executed: " in thin
 
