@@ -129,7 +129,9 @@ class BlockWeight(SparseWeight):
     def restore(self, mask: Tensor, ever_active: Tensor, num_grown: int) -> int:
         """As `SparseWeight.restore`, of masks [*shape] or [R, C]; 0, as no weight is outside the mask."""
         blocks = self._blocks_of(mask).to(self.parameter.device)
-        self._layer.index.move_(blocks)  # values come with the model's state, in the order of its blocks
+        self._layer.move_(
+            blocks
+        )  # with its values: of a dense checkpoint, blocks that are all zero were elsewhere until now
         self.ever_active.copy_(self._blocks_of(ever_active))
         self.num_grown = num_grown
         self._count()

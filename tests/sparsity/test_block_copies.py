@@ -1,4 +1,4 @@
-"""An average of weights beside training that stores blocks alone: as beside training with zeros."""
+"""Averages, copies and dense checkpoints beside training that stores blocks alone: as beside training with zeros."""
 
 from __future__ import annotations
 
@@ -89,3 +89,24 @@ def test_an_average_of_static_masks_or_that_is_kept_sparse_is_fine() -> None:
         net = block_net(compact=True)
         average = AveragedModel(net)
         train(net, lambda n=net, a=average: a.update_parameters(n), algorithm, average if algorithm == "set" else None)
+
+
+@pytest.mark.parametrize("model_first", [True, False])
+def test_a_checkpoint_with_zeros_after_an_update_is_loaded_block_for_block(model_first: bool) -> None:
+    """Blocks that just grew are all zero: where they are, the Sparsifier's state alone knows."""
+    masked, net = block_net(compact=False), block_net(compact=True, seed=1)
+    saved = make(masked, optimizer := torch.optim.AdamW(masked.parameters(), lr=0.01), "set")
+    sparsifier = make(net, torch.optim.AdamW(net.parameters(), lr=0.01), "set")
+    for t in range(4):  # masks move after step 3
+        loss_of(masked, t).backward()
+        saved.step()
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = dense_weights(masked)
+    masks = saved.masks()
+    assert any(bool((weights[name] == 0)[masks[name]].any()) for name in PATTERNS)
+    loads = (net.load_state_dict, masked.state_dict()), (sparsifier.load_state_dict, saved.state_dict())
+    for load, state in loads if model_first else loads[::-1]:
+        load(state)
+    assert all(torch.equal(weight, weights[name]) for name, weight in dense_weights(net).items())
+    assert all(torch.equal(mask, masks[name]) for name, mask in sparsifier.masks().items())
