@@ -59,6 +59,7 @@ def check(name: str, layer: LayerRequest) -> str | None:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(mode=False)
 def _checked(name: str, layer: LayerRequest) -> str | None:
     size = LayerSize(rows=3, columns=2, blocks=4, tokens=24, activation="gelu")
     if layer.kind == "conv2d":
@@ -220,6 +221,7 @@ def _image(positions: int, window: ConvWindow) -> tuple[tuple[int, int, int], tu
     return (images, height, width), (images, *window.output(height, width))
 
 
+@torch.inference_mode(mode=False)
 def _measure(names: Sequence[str], layer: LayerRequest, size: LayerSize) -> dict[str, float]:
     """Median milliseconds by way, timed in turns; without those that fail."""
     benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True  # as training has it

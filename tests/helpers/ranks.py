@@ -1,4 +1,4 @@
-"""What each of two gloo processes does in tests/sparsity/test_ranks.py."""
+"""What each of two gloo processes does in tests/sparsity/test_ranks.py and tests/kernels/test_select.py."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from torch import nn
 
 from sparseift_cli.base.randomness import generator_for
 from sparseift_cli.errors import CheckFailed
+from sparseift_cli.kernels import KERNELS, LayerRequest, LayerSize, measure, select
+from sparseift_cli.kernels.registry import MASKED, Reference
 from sparseift_cli.mask.attached import attach
 from sparseift_cli.mask.mask import make_mask
 from sparseift_cli.sparsity.sparsifier import Sparsifier
@@ -39,4 +41,18 @@ def train_and_compare(rank: int, meet: str, out: str) -> None:
         sparsifier.check_ranks()
     except CheckFailed as error:
         print(f"rank {rank}: {error}")
+    dist.destroy_process_group()
+
+
+def select_kernels(rank: int, meet: str) -> None:
+    """Choose kernels for three layers, where blocks are the faster way in process 0, masked layers in process 1."""
+
+    class Fast(Reference):
+        fast = True
+
+    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
+    KERNELS.register("fast", Fast())
+    measure.milliseconds = lambda *_: {"fast": 1.0 + rank, MASKED: 2.0 - rank}
+    layer = LayerRequest(8, "float32", "cpu")
+    print(*(select("auto", layer, LayerSize(2, 2, 3, tokens)).backend for tokens in (1, 2, 3)))
     dist.destroy_process_group()

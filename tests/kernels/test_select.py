@@ -18,6 +18,8 @@ from sparseift_cli.kernels import KERNELS, LayerChoice, LayerRequest, LayerSize,
 from sparseift_cli.kernels.index import BlockIndex
 from sparseift_cli.kernels.reference import ACTIVATIONS, ConvWindow
 from sparseift_cli.kernels.registry import KINDS, MASKED, Reference, Selected, choose, in_words, square_block
+from tests.helpers.forked import in_processes
+from tests.helpers.ranks import select_kernels
 
 LAYER = LayerRequest(block=8, dtype="float32", device="cpu")
 SIZE = LayerSize(rows=160, columns=40, blocks=64, tokens=300)
@@ -239,6 +241,17 @@ def test_a_cache_that_cannot_be_written_is_no_error(home: Path, monkeypatch: pyt
     assert select("auto", LAYER, SIZE).backend == "fast"
     monkeypatch.setattr(measure, "_measure", lambda *_: pytest.fail("measured again in this process"))
     assert select("auto", LAYER, SIZE).backend == "fast"
+
+
+def test_processes_of_one_run_choose_what_the_first_measures(tmp_path: Path) -> None:
+    done = in_processes(select_kernels, [(rank, str(tmp_path / "meet")) for rank in (0, 1)])
+    assert [(one.returncode, one.stdout.split()) for one in done] == [(0, ["fast"] * 3)] * 2, done[0].stderr
+
+
+def test_it_measures_gradients_where_none_are_wanted() -> None:
+    KERNELS.register("fast", Instant())
+    with torch.inference_mode():
+        assert select("auto", LAYER, SIZE).backend == "fast"
 
 
 def test_measuring_leaves_the_random_state_alone() -> None:
