@@ -21,12 +21,13 @@ _VERSION = "values_version"
 def note_copy(layer: nn.Module, made: nn.Module) -> None:
     """`made` is a copy of `layer`, a `BlockLayer`."""
     _COPIES.setdefault(layer, []).append(ref(made))
-    note_written(made)
+    setattr(made, _VERSION, made.get_parameter("values")._version)
 
 
-def note_written(layer: Any) -> None:
-    """Values and blocks of a `BlockLayer` were copied or loaded together."""
-    setattr(layer, _VERSION, layer.values._version)
+def note_loaded(layer: nn.Module) -> None:
+    """Values and blocks of a `BlockLayer` were loaded together."""
+    if getattr(layer, _VERSION, None) is not None:
+        setattr(layer, _VERSION, layer.get_parameter("values")._version)
 
 
 def note_trained(layer: nn.Module) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..mask.attached import keep_form
-from .copies import note_copy, note_written
+from .copies import note_copy, note_loaded
 from .index import BlockIndex
 from .layout import COLUMNS, LAYOUT, OFFSETS, PARTS, VALUES, BlockLayout
 from .storage import CompactWeight, fitting_mask, layout_tensor
@@ -209,7 +209,7 @@ class BlockLayer(nn.Module):
         """As nn.Module loads, after the weight was brought into blocks; then the buffers that follow from two are derived."""
         loads_index = self._in_blocks(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        note_written(self)
+        note_loaded(self)
         if not loads_index or self.columns.is_meta:
             return
         rows = torch.repeat_interleave(torch.arange(len(self.row_offsets) - 1), self.row_offsets.diff().long().cpu())
@@ -241,7 +241,7 @@ class BlockLayer(nn.Module):
         else:
             return False
         state.update(loaded.entries(path))
-        state[prefix + VALUES] = loaded.values.view(self.values.shape)
+        state[prefix + VALUES] = loaded.values.reshape(self.values.shape).contiguous()
         state[prefix + LAYOUT] = layout.to(loaded.columns.device)
         return True
 

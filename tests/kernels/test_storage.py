@@ -190,3 +190,13 @@ def test_values_of_a_convolution_are_no_images() -> None:
     before = conv.values.detach().clone()
     nn.Sequential(nn.Conv2d(8, 8, 3), conv).to(memory_format=torch.channels_last)
     assert conv.values.is_contiguous() and torch.equal(conv.values, before)
+
+
+def test_values_with_a_stride_are_loaded() -> None:
+    source = layer(kernel=(3, 3))
+    state = source.state_dict() | {"values": source.values.detach().contiguous(memory_format=torch.channels_last)}
+    for assign in (False, True):
+        target = layer(kernel=(3, 3), mask=CORNERS.flip(0))
+        target.load_state_dict(state, assign=assign)
+        assert torch.equal(target.dense(), source.dense()) and target.values.is_contiguous()
+    assert torch.equal(to_dense_state(state)["weight"], source.dense())

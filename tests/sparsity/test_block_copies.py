@@ -59,6 +59,8 @@ def test_copies_that_are_no_averages_are_left_alone() -> None:
     best, newest, twin = copy.deepcopy(net), copy.deepcopy(net), copy.deepcopy(net)
     before = dense_weights(best)
     train(twin, lambda: None, "static")
+    twin.load_state_dict(copy.deepcopy(twin.state_dict()))
+    train(twin, lambda: None, "static")
     train(net, lambda: newest.load_state_dict(net.state_dict()))
     assert all(torch.equal(weight, before[name]) for name, weight in dense_weights(best).items())
     assert all(torch.equal(weight, dense_weights(net)[name]) for name, weight in dense_weights(newest).items())
