@@ -63,17 +63,27 @@ def _store(
 
 @triton.jit
 def _activate(z, ACTIVATION: tl.constexpr):
-    """The activation of z, in float32."""
+    """(the activation of z, its derivative there), in float32; what is not used of it costs nothing."""
     if ACTIVATION == "relu":
-        z = tl.maximum(z, 0.0)
+        y = tl.maximum(z, 0.0)
+        slope = tl.where(z > 0.0, 1.0, 0.0)
     elif ACTIVATION == "silu":
-        z = z * tl.sigmoid(z)
+        sigmoid = tl.sigmoid(z)
+        y = z * sigmoid
+        slope = sigmoid + y * (1.0 - sigmoid)
     elif ACTIVATION == "gelu":
-        z = 0.5 * z * (1.0 + tl.math.erf(z * 0.7071067811865476))
+        share = 0.5 * (1.0 + tl.math.erf(z * 0.7071067811865476))
+        y = z * share
+        slope = share + 0.3989422804014327 * z * tl.exp(-0.5 * z * z)
     elif ACTIVATION == "gelu_tanh":
         # 0.5 (1 + tanh u) = sigmoid(2 u), u = sqrt(2 / pi) (z + 0.044715 z^3)
-        z = z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
-    return z
+        share = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+        y = z * share
+        slope = share + y * (1.0 - share) * (1.5957691216057308 + 0.21406444881780076 * z * z)
+    else:
+        y = z
+        slope = z * 0.0 + 1.0
+    return y, slope
 
 
 @triton.jit
@@ -82,7 +92,8 @@ def _output_tile(
     values,
     bias,
     y,
-    z,
+    slope,
+    sums,
     offsets,
     indices,
     order,
@@ -98,7 +109,7 @@ def _output_tile(
     TRANSPOSED: tl.constexpr,
     BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    KEEP: tl.constexpr,
+    SLOPE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
     """Tokens `token` to `token + TOKENS` of output block `line`: the sum over the blocks of that row (or column)."""
@@ -132,11 +143,39 @@ def _output_tile(
         else:
             near = ahead * B
         acc = tl.dot(a, w, acc)  # [TOKENS, DEPTH] times [DEPTH, B]
+    _finish(acc, bias, y, slope, sums, token, line, tokens, y_width, B, TOKENS, BIAS, ACTIVATION, SLOPE, DESCRIPTORS)
+
+
+@triton.jit
+def _finish(
+    acc,
+    bias,
+    y,
+    slope,
+    sums,
+    token,
+    line,
+    tokens,
+    y_width,
+    B: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """What happens to an output tile before and while it is stored."""
     if BIAS:
         acc += tl.load(bias + line * B + tl.arange(0, B)).to(tl.float32)[None, :]
-    if KEEP:
-        _store(z, acc, token, line * B, tokens, y_width, TOKENS, B, DESCRIPTORS)
-    _store(y, _activate(acc, ACTIVATION), token, line * B, tokens, y_width, TOKENS, B, DESCRIPTORS)
+    if SLOPE == "read" or SLOPE == "sum":
+        acc *= _load(slope, token, line * B, tokens, y_width, TOKENS, B, DESCRIPTORS).to(tl.float32)
+    if SLOPE == "sum":
+        part = (token // TOKENS).to(tl.int64) * y_width + line * B
+        tl.store(sums + part + tl.arange(0, B), tl.sum(acc, axis=0))
+    acc, derivative = _activate(acc, ACTIVATION)
+    if SLOPE == "keep":
+        _store(slope, derivative, token, line * B, tokens, y_width, TOKENS, B, DESCRIPTORS)
+    _store(y, acc, token, line * B, tokens, y_width, TOKENS, B, DESCRIPTORS)
 
 
 @triton.jit(do_not_specialize=["tokens", "values_rows", "num_token_tiles", "num_lines"])
@@ -145,7 +184,8 @@ def _multiply(
     values,
     bias,
     y,
-    z,
+    slope,
+    sums,
     offsets,
     indices,
     order,
@@ -162,10 +202,13 @@ def _multiply(
     TRANSPOSED: tl.constexpr,
     BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    KEEP: tl.constexpr,
+    SLOPE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """y = activation(x W^T + bias), or x W when TRANSPOSED; `order` is where the values of a walk are in `values`."""
+    """y = activation(x W^T + bias), or x W when TRANSPOSED; `order` is where the values of a walk are in `values`.
+
+    SLOPE: the derivative of the activation is kept in `slope`; or y is multiplied by it; or also summed over each tile of tokens.
+    """
     # GROUP tiles of tokens take all output blocks before the next: their input stays in L2 while it is used again.
     program = tl.program_id(0)
     first = program // (GROUP * num_lines) * GROUP
@@ -176,7 +219,8 @@ def _multiply(
         values,
         bias,
         y,
-        z,
+        slope,
+        sums,
         offsets,
         indices,
         order,
@@ -192,7 +236,7 @@ def _multiply(
         TRANSPOSED,
         BIAS,
         ACTIVATION,
-        KEEP,
+        SLOPE,
         DESCRIPTORS,
     )
 
@@ -373,6 +417,28 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
+@dataclass(frozen=True)
+class Epilogue:
+    """What happens to an output tile: y = activation(product + bias), with its derivative to `slope` [T, width of y].
+
+    `gradient`: y = product times `slope`, which is read instead of written; `sums` [parts, width of y] float32 get sums of y
+    over tokens.
+    """
+
+    bias: Tensor | None = None
+    activation: str = "none"
+    slope: Tensor | None = None
+    gradient: bool = False
+    sums: Tensor | None = None
+
+    @property
+    def use_of_slope(self) -> str:
+        """SLOPE of the kernels: none, keep, read, or sum (and read)."""
+        if self.slope is None:
+            return "none"
+        return "keep" if not self.gradient else "read" if self.sums is None else "sum"
+
+
 def multiply(
     x: Tensor,
     values: Tensor,
@@ -390,53 +456,110 @@ def multiply(
     `tile` and `descriptors` replace what is chosen for the device.
 
     Returns:
-        y [T, R * B] ([T, C * B] transposed), and z of the same shape, before the activation, if `keep`; otherwise z is [0].
+        y [T, R * B] ([T, C * B] transposed), and the derivative of the activation, of the same shape, if `keep`; otherwise [0].
     """
-    side = values.shape[-1]
-    y = x.new_empty(len(x), index.grid[1 if transposed else 0] * side)
-    z = torch.empty_like(y) if keep else None
+    y = x.new_empty(len(x), index.grid[1 if transposed else 0] * values.shape[-1])
+    slope = torch.empty_like(y) if keep else None
     if len(x):
-        device = _device(x.device)
-        chosen = tile is None and descriptors is None
-        kernels = _specialised(device, side, x.dtype) if chosen else None
-        tile = tile or multiply_tile(side, x.element_size(), device.descriptors)
-        descriptors = device.descriptors if descriptors is None else descriptors
-        x, values = _aligned(x), _aligned(values)
-        walk = (index.column_offsets, index.column_rows, index.column_order)
-        walk = walk if transposed else (index.row_offsets, index.columns, index.columns)
-        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-            if kernels:
-                programs = device.processors
-                kernels.multiply(x, values, bias, y, z, walk, transposed, activation, programs)
-            else:
-                _launch_multiply(x, values, bias, y, z, walk, transposed, activation, tile, descriptors)
-    return y, x.new_empty(0) if z is None else z
+        tile, descriptors, kernels = _cut(x, values.shape[-1], tile, descriptors)
+        epilogue = Epilogue(bias, activation, slope)
+        _launch_multiply(x, values, y, _walk(index, transposed), transposed, epilogue, tile, descriptors, kernels)
+    return y, x.new_empty(0) if slope is None else slope
+
+
+def gradient_before(
+    grad: Tensor,
+    values: Tensor,
+    index: BlockIndex,
+    slope: Tensor,
+    with_sum: bool = True,
+    *,
+    tile: MultiplyTile | None = None,
+    descriptors: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(dz, its sum): dz = (grad W) times slope [T, C * B], for grad [T, R * B]; all contiguous.
+
+    `tile` and `descriptors` replace what is chosen for the device.
+
+    Returns:
+        dz [T, C * B], and its sum over the tokens [C * B] float32 if `with_sum`, otherwise [0].
+    """
+    dz = torch.empty_like(slope)
+    sums = grad.new_zeros(0, dtype=torch.float32)
+    if not len(grad):
+        return dz, sums.new_zeros(slope.shape[1]) if with_sum else sums
+    tile, descriptors, kernels = _cut(grad, values.shape[-1], tile, descriptors)
+    if with_sum:
+        parts = kernels.parts_of_sums(len(grad)) if kernels else triton.cdiv(len(grad), tile.tokens)
+        sums = sums.new_empty(parts, slope.shape[1])
+    epilogue = Epilogue(slope=_aligned(slope), gradient=True, sums=sums if with_sum else None)
+    _launch_multiply(grad, values, dz, _walk(index, True), True, epilogue, tile, descriptors, kernels)
+    return dz, sums.sum(0) if with_sum else sums
+
+
+def _cut(
+    x: Tensor, side: int, tile: MultiplyTile | None, descriptors: bool | None
+) -> tuple[MultiplyTile, bool, ModuleType | None]:
+    """How products of x [T, ..] with blocks of `side` are cut, with descriptors or not, and the special kernels or None."""
+    device = _device(x.device)
+    kernels = _specialised(device, side, x.dtype) if tile is None and descriptors is None else None
+    tile = tile or multiply_tile(side, x.element_size(), device.descriptors)
+    return tile, device.descriptors if descriptors is None else descriptors, kernels
+
+
+def _walk(index: BlockIndex, transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The blocks by line: offsets, other coordinate, position in `values` (`hopper.multiply` says more)."""
+    if transposed:
+        return index.column_offsets, index.column_rows, index.column_order
+    return index.row_offsets, index.columns, index.columns
 
 
 def _launch_multiply(
     x: Tensor,
     values: Tensor,
-    bias: Tensor | None,
     y: Tensor,
-    z: Tensor | None,
     walk: tuple[Tensor, Tensor, Tensor],
     transposed: bool,
-    activation: str,
+    epilogue: Epilogue,
+    tile: MultiplyTile,
+    descriptors: bool,
+    kernels: ModuleType | None,
+) -> None:
+    """Write y [T, ..] from x [T, ..] and values [n, B, B], by the special kernels where given."""
+    x, values = _aligned(x), _aligned(values)
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        if kernels:
+            e, programs = epilogue, _device(x.device).processors
+            kernels.multiply(
+                x, values, e.bias, y, e.slope, walk, transposed, e.activation, programs, e.gradient, e.sums
+            )
+        else:
+            _launch_triton(x, values, y, walk, transposed, epilogue, tile, descriptors)
+
+
+def _launch_triton(
+    x: Tensor,
+    values: Tensor,
+    y: Tensor,
+    walk: tuple[Tensor, Tensor, Tensor],
+    transposed: bool,
+    epilogue: Epilogue,
     tile: MultiplyTile,
     descriptors: bool,
 ) -> None:
-    """Run `_multiply`; `walk` is what `hopper.multiply` says."""
+    """As `_launch_multiply`, by `_multiply`."""
     side, lines = values.shape[-1], len(walk[0]) - 1
     depth = min(tile.depth, side)
     flat = values.view(-1, side)
     num_token_tiles = triton.cdiv(len(x), tile.tokens)
-    target = _operand(y, tile.tokens, side, descriptors)
+    target, slope = _operand(y, tile.tokens, side, descriptors), epilogue.slope
     _multiply[(num_token_tiles * lines,)](
         _operand(x, tile.tokens, depth, descriptors),
         _operand(flat, *((depth, side) if transposed else (side, depth)), descriptors),
-        y if bias is None else bias,
+        y if epilogue.bias is None else epilogue.bias,
         target,
-        target if z is None else _operand(z, tile.tokens, side, descriptors),
+        target if slope is None else _operand(slope, tile.tokens, side, descriptors),
+        y if epilogue.sums is None else epilogue.sums,
         *walk,
         len(x),
         len(flat),
@@ -449,9 +572,9 @@ def _launch_multiply(
         DEPTH=depth,
         GROUP=tile.group,
         TRANSPOSED=transposed,
-        BIAS=bias is not None,
-        ACTIVATION=activation,
-        KEEP=z is not None,
+        BIAS=epilogue.bias is not None,
+        ACTIVATION=epilogue.activation,
+        SLOPE=epilogue.use_of_slope,
         DESCRIPTORS=descriptors,
         num_warps=tile.warps,
         num_stages=tile.stages,

@@ -8,11 +8,16 @@ one writes its output, the other goes on computing.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from .absent import absent
 from .index import BlockIndex
+
+if TYPE_CHECKING:
+    from .blocks import Epilogue
 
 try:
     from triton.experimental import gluon
@@ -66,17 +71,18 @@ def _load_tiles(
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
     TRANSPOSED: gl.constexpr,
+    SLOPE: gl.constexpr,
 ):
-    """The warp that loads."""
-    x, values, offsets, indices, order, left, right, weights, full, empty, num_token_tiles, num_lines = operands
+    """The warp that loads; where slopes are read, their tile follows the operands of an output tile through the same ring."""
+    x, values, slope, offsets, indices, order, left, right, weights, full, empty, num_token_tiles, num_lines = operands
     STEPS: gl.constexpr = B // DEPTH
     turn = 0
-    token, _, begin, end = _place(gl.program_id(0), offsets, num_token_tiles, num_lines, GROUP, TOKENS)
+    token, line, begin, end = _place(gl.program_id(0), offsets, num_token_tiles, num_lines, GROUP, TOKENS)
     far = gl.load(indices + begin, mask=begin < end, other=OUTSIDE // B)
     near = gl.load(order + begin, mask=begin < end, other=OUTSIDE // B) if TRANSPOSED else begin
     for tile in range(gl.program_id(0), num_token_tiles * num_lines, gl.num_programs(0)):
         # Index loads take longer than a step: those of the next tile, and of the next block, are begun ahead of their use.
-        token_next, _, begin_next, end_next = _place(
+        token_next, line_next, begin_next, end_next = _place(
             tile + gl.num_programs(0), offsets, num_token_tiles, num_lines, GROUP, TOKENS
         )
         if begin == end:
@@ -100,21 +106,49 @@ def _load_tiles(
                     tma.async_copy_global_to_shared(values, [near * B, part * DEPTH], ready, weights.index(stage))
                 turn += 1
             far, near = far_next, near_next
-        token, begin, end = token_next, begin_next, end_next
+        if SLOPE == "read" or SLOPE == "sum":
+            for part in gl.static_range(STEPS):
+                stage = turn % STAGES
+                mbarrier.wait(empty.index(stage), ((turn // STAGES) & 1) ^ 1)
+                ready = full.index(stage)
+                mbarrier.expect(ready, 2 * TOKENS * DEPTH * x.dtype.primitive_bitwidth // 8)
+                column = line * B + part * DEPTH
+                tma.async_copy_global_to_shared(slope, [token, column], ready, left.index(stage))
+                tma.async_copy_global_to_shared(slope, [token + TOKENS, column], ready, right.index(stage))
+                turn += 1
+        token, line, begin, end = token_next, line_next, begin_next, end_next
+
+
+@gluon.jit
+def _tanh(u):
+    """tanh by one instruction, off by 5e-4 of its value at most: less than rounding to 16 bits costs."""
+    return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [u], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
 def _activate(z, ACTIVATION: gl.constexpr):
-    """The activation of z, in float32."""
+    """(the activation of z, its derivative there), in float32; what is not used of it costs nothing."""
     if ACTIVATION == "relu":
-        z = gl.maximum(z, 0.0)
+        y = gl.maximum(z, 0.0)
+        slope = gl.where(z > 0.0, 1.0, 0.0)
     elif ACTIVATION == "silu":
-        z = z / (1.0 + gl.exp(-z))
+        sigmoid = 0.5 + 0.5 * _tanh(0.5 * z)
+        y = z * sigmoid
+        slope = sigmoid + y * (1.0 - sigmoid)
     elif ACTIVATION == "gelu":
-        z = 0.5 * z * (1.0 + gl.erf(z * 0.7071067811865476))
+        share = 0.5 + 0.5 * gl.erf(z * 0.7071067811865476)
+        y = z * share
+        slope = share + 0.3989422804014327 * z * gl.exp(-0.5 * z * z)
     elif ACTIVATION == "gelu_tanh":
-        z = z / (1.0 + gl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z)))
-    return z
+        square = z * z
+        t = _tanh(z * (0.7978845608028654 + 0.035677408136300125 * square))
+        share = 0.5 + 0.5 * t
+        y = z * share
+        slope = share + (1.0 - t * t) * z * (0.3989422804014327 + 0.053516112204450186 * square)
+    else:
+        y = z
+        slope = z * 0.0 + 1.0
+    return y, slope
 
 
 @gluon.jit
@@ -127,13 +161,45 @@ def _write(target, tile, stage, token, column):
 
 
 @gluon.jit
-def _write_tile(target, tile, stage, token, column, ACTIVATION: gl.constexpr):
-    """Store activation(tile) in two halves that use the same shared memory in turn: what they save is one more stage."""
+def _halves(tile):
+    """The left and the right half of a tile [rows, columns], each in registers that hold it already."""
     ROWS: gl.constexpr = tile.shape[0]
     COLUMNS: gl.constexpr = tile.shape[1] // 2
-    low, high = gl.split(tile.reshape([ROWS, 2, COLUMNS]).permute([0, 2, 1]))
-    _write(target, _activate(low, ACTIVATION), stage, token, column)
-    _write(target, _activate(high, ACTIVATION), stage, token, column + COLUMNS)
+    return gl.split(tile.reshape([ROWS, 2, COLUMNS]).permute([0, 2, 1]))
+
+
+@gluon.jit
+def _write_half(y, slope, tile, stage, token, column, ACTIVATION: gl.constexpr, SLOPE: gl.constexpr):
+    """Store the activation of a tile, and its derivative where that is kept."""
+    tile, derivative = _activate(tile, ACTIVATION)
+    if SLOPE == "keep":
+        _write(slope, derivative, stage, token, column)
+    _write(y, tile, stage, token, column)
+
+
+@gluon.jit
+def _scaled(grad, slope, sums, place, width, SLOPE: gl.constexpr):
+    """grad times slope; where that is summed, sums over the rows of each warp go to four rows of `sums` from `place` on."""
+    grad = grad * slope
+    if SLOPE == "sum":
+        # Rows of four warps are 2 x 4 x 16: added up inside of a warp, they need neither shared memory nor a barrier.
+        COLUMNS: gl.constexpr = grad.shape[1]
+        parts = gl.sum(gl.sum(grad.reshape([grad.shape[0] // 64, 4, 16, COLUMNS]), axis=2), axis=0)
+        layout: gl.constexpr = parts.type.layout
+        warps = gl.arange(0, 4, layout=gl.SliceLayout(1, layout)).expand_dims(1)
+        columns = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout)).expand_dims(0)
+        gl.store(sums + place + warps * width + columns, parts)
+    return grad
+
+
+@gluon.jit
+def _take(source, turn, full, empty, STAGES: gl.constexpr, layout: gl.constexpr):
+    """The tile of a stage, as float32 in registers; the stage is free after that."""
+    stage = turn % STAGES
+    mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
+    tile = source.index(stage).load(layout)
+    mbarrier.arrive(empty.index(stage), count=1)
+    return tile.to(gl.float32)
 
 
 @gluon.jit
@@ -148,10 +214,11 @@ def _compute(
     TRANSPOSED: gl.constexpr,
     BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
-    KEEP: gl.constexpr,
+    SLOPE: gl.constexpr,
 ):
     """Four warps that compute one half of the tokens of each output tile."""
-    y, z, bias, offsets, mine, weights, stage_y, full, empty, num_token_tiles, num_lines = operands
+    epilogue, offsets, mine, weights, stage_y, full, empty, num_token_tiles, num_lines = operands
+    y, slope, bias, sums, width = epilogue
     STEPS: gl.constexpr = B // DEPTH
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, B, 16])
     turn = 0
@@ -177,9 +244,23 @@ def _compute(
         if BIAS:
             places = gl.arange(0, B, layout=gl.SliceLayout(0, layout))
             acc += gl.load(bias + line * B + places).to(gl.float32).expand_dims(0)
-        if KEEP:
-            _write_tile(z, acc, stage_y, token + HALF * TOKENS, line * B, "none")
-        _write_tile(y, acc, stage_y, token + HALF * TOKENS, line * B, ACTIVATION)
+        mine_begins, column = token + HALF * TOKENS, line * B
+        low, high = _halves(acc)
+        half: gl.constexpr = low.type.layout
+        place = (mine_begins // TOKENS * 4).to(gl.int64) * width + column
+        if SLOPE == "read" or SLOPE == "sum":
+            if STEPS == 1:
+                acc = _scaled(acc, _take(mine, turn, full, empty, STAGES, layout), sums, place, width, SLOPE)
+                low, high = _halves(acc)
+            else:
+                low = _scaled(low, _take(mine, turn, full, empty, STAGES, half), sums, place, width, SLOPE)
+        _write_half(y, slope, low, stage_y, mine_begins, column, ACTIVATION, SLOPE)
+        if SLOPE == "read" or SLOPE == "sum":
+            if STEPS == 2:
+                factors = _take(mine, turn + 1, full, empty, STAGES, half)
+                high = _scaled(high, factors, sums, place + DEPTH, width, SLOPE)
+            turn += STEPS
+        _write_half(y, slope, high, stage_y, mine_begins, column + B // 2, ACTIVATION, SLOPE)
         token, line, begin, end = token_next, line_next, begin_next, end_next
     tma.store_wait(0)
 
@@ -190,10 +271,12 @@ def multiply_kernel(
     values,
     bias,
     y,
-    z,
+    slope,
+    sums,
     offsets,
     indices,
     order,
+    width,
     num_token_tiles,
     num_lines,
     B: gl.constexpr,
@@ -204,9 +287,9 @@ def multiply_kernel(
     TRANSPOSED: gl.constexpr,
     BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
-    KEEP: gl.constexpr,
+    SLOPE: gl.constexpr,
 ):
-    """As `blocks._multiply`, over 2 * TOKENS tokens a tile."""
+    """As `blocks._multiply`, over 2 * TOKENS tokens a tile; `sums` has a row for every warp of every TOKENS tokens."""
     left = gl.allocate_shared_memory(x.dtype, [STAGES, TOKENS, DEPTH], x.layout)
     right = gl.allocate_shared_memory(x.dtype, [STAGES, TOKENS, DEPTH], x.layout)
     weights = gl.allocate_shared_memory(
@@ -215,14 +298,15 @@ def multiply_kernel(
     stage_left = gl.allocate_shared_memory(x.dtype, y.block_type.shape, y.layout)
     stage_right = gl.allocate_shared_memory(x.dtype, y.block_type.shape, y.layout)
     full, empty = _barriers(STAGES)
-    one = (y, z, bias, offsets, left, weights, stage_left, full, empty, num_token_tiles, num_lines)
-    other = (y, z, bias, offsets, right, weights, stage_right, full, empty, num_token_tiles, num_lines)
-    loads = (x, values, offsets, indices, order, left, right, weights, full, empty, num_token_tiles, num_lines)
+    epilogue = (y, slope, bias, sums, width)
+    one = (epilogue, offsets, left, weights, stage_left, full, empty, num_token_tiles, num_lines)
+    other = (epilogue, offsets, right, weights, stage_right, full, empty, num_token_tiles, num_lines)
+    loads = (x, values, slope, offsets, indices, order, left, right, weights, full, empty, num_token_tiles, num_lines)
     gl.warp_specialize(
         [
-            (_compute, (one, 0, B, TOKENS, DEPTH, GROUP, STAGES, TRANSPOSED, BIAS, ACTIVATION, KEEP)),
-            (_compute, (other, 1, B, TOKENS, DEPTH, GROUP, STAGES, TRANSPOSED, BIAS, ACTIVATION, KEEP)),
-            (_load_tiles, (loads, B, TOKENS, DEPTH, GROUP, STAGES, TRANSPOSED)),
+            (_compute, (one, 0, B, TOKENS, DEPTH, GROUP, STAGES, TRANSPOSED, BIAS, ACTIVATION, SLOPE)),
+            (_compute, (other, 1, B, TOKENS, DEPTH, GROUP, STAGES, TRANSPOSED, BIAS, ACTIVATION, SLOPE)),
+            (_load_tiles, (loads, B, TOKENS, DEPTH, GROUP, STAGES, TRANSPOSED, SLOPE)),
         ],
         [4, 1],
         [208, 40],
@@ -350,31 +434,37 @@ def weight_gradient_kernel(
     )
 
 
+def parts_of_sums(tokens: int) -> int:
+    """Into how many parts `multiply` divides the tokens where it sums over them."""
+    return 8 * -(-tokens // (2 * TOKENS))
+
+
 def multiply(
     x: Tensor,
     values: Tensor,
-    bias: Tensor | None,
     y: Tensor,
-    z: Tensor | None,
     walk: tuple[Tensor, Tensor, Tensor],
     transposed: bool,
-    activation: str,
+    epilogue: Epilogue,
     programs: int,
 ) -> None:
-    """Write y (and z, before the activation, where given) [T, lines * B] from x [T, ..] and values [n, B, B].
+    """Write y [T, lines * B] from x [T, ..] and values [n, B, B].
 
     `walk` is the offsets [lines + 1], the other coordinate [n] and the position in `values` [n] of the blocks of each line.
     """
     side, lines = values.shape[-1], len(walk[0]) - 1
     tiles = -(-len(x) // (2 * TOKENS))
+    bias, slope, sums, use = epilogue.bias, epilogue.slope, epilogue.sums, epilogue.use_of_slope
     target = _descriptor(y, TOKENS, side // 2)
     multiply_kernel[(min(programs, tiles * lines),)](
         _descriptor(x, TOKENS, DEPTH),
         _descriptor(values.view(-1, side), *((DEPTH, side) if transposed else (side, DEPTH))),
         y if bias is None else bias,
         target,
-        target if z is None else _descriptor(z, TOKENS, side // 2),
+        target if slope is None else _descriptor(slope, TOKENS, side // 2 if use == "keep" else DEPTH),
+        y if sums is None else sums,
         *walk,
+        y.shape[1],
         tiles,
         lines,
         B=side,
@@ -384,8 +474,8 @@ def multiply(
         STAGES={128: 4, 64: 5}[side],
         TRANSPOSED=transposed,
         BIAS=bias is not None,
-        ACTIVATION=activation,
-        KEEP=z is not None,
+        ACTIVATION=epilogue.activation,
+        SLOPE=use,
         num_warps=4,
     )
 

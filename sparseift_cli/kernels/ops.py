@@ -7,6 +7,7 @@ the compiler: no graph break, whatever backend computes it, and index tensors re
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,6 @@ from .index import BlockIndex
 from .reference import ACTIVATIONS
 from .registry import Functions, LayerRequest, choose
 from .watch import notify
-
-_aten = torch.ops.aten
 
 
 def block_linear(
@@ -49,13 +48,19 @@ def block_linear(
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _functions(backend: str, x: Tensor, block: int) -> Functions:
+def functions_for(backend: str, x: Tensor, block: int) -> Functions:
+    """The functions of the backend called `backend` for x [..] of its dtype and device, and blocks of `block`."""
     capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else None
     dtype = str(x.dtype).removeprefix("torch.")
     return choose(backend, LayerRequest(block, dtype, x.device.type, capability)).functions()
 
 
-def _require_shapes(x: Tensor, values: Tensor, bias: Tensor | None, index: BlockIndex, transposed: bool) -> None:
+def require_shapes(x: Tensor, values: Tensor, bias: Tensor | None, index: BlockIndex, transposed: bool) -> None:
+    """Refuse operands that are not x [T, C * B] ([T, R * B] when `transposed`), values [n, B, B] and bias [R * B].
+
+    Raises:
+        UsageError: another shape, or several dtypes.
+    """
     down, across = index.grid
     side = values.shape[-1]
     if values.shape != (index.num_blocks, side, side):
@@ -74,12 +79,12 @@ def _require_shapes(x: Tensor, values: Tensor, bias: Tensor | None, index: Block
 def _linear(
     x: Tensor, values: Tensor, bias: Tensor | None, index: Sequence[Tensor], activation: str, keep: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """(y, z), both [T, R * B]; z, before the activation, is [0] unless `keep`."""
+    """(y, slope), both [T, R * B]; slope, the derivative of the activation, is [0] unless `keep`."""
     where = BlockIndex(*index)
-    _require_shapes(x, values, bias, where, transposed=False)
+    require_shapes(x, values, bias, where, transposed=False)
     if activation not in ACTIVATIONS:
         raise UsageError(f"unknown activation {activation!r}", hint=f"known: {', '.join(ACTIVATIONS)}")
-    functions = _functions(backend, x, values.shape[-1])
+    functions = functions_for(backend, x, values.shape[-1])
     return functions.multiply(x.contiguous(), values.contiguous(), where, False, bias, activation, keep)
 
 
@@ -87,8 +92,10 @@ def _linear(
 def _multiply(x: Tensor, values: Tensor, index: Sequence[Tensor], transposed: bool, backend: str) -> Tensor:
     """x W^T [T, R * B], or x W [T, C * B] when `transposed`."""
     where = BlockIndex(*index)
-    _require_shapes(x, values, None, where, transposed)
-    return _functions(backend, x, values.shape[-1]).multiply(x.contiguous(), values.contiguous(), where, transposed)[0]
+    require_shapes(x, values, None, where, transposed)
+    return functions_for(backend, x, values.shape[-1]).multiply(x.contiguous(), values.contiguous(), where, transposed)[
+        0
+    ]
 
 
 @torch.library.custom_op("sparseift::block_weight_gradient", mutates_args=())
@@ -97,7 +104,7 @@ def _weight_gradient(grad: Tensor, x: Tensor, index: Sequence[Tensor], backend: 
     where = BlockIndex(*index)
     side = grad.shape[1] // where.grid[0]
     notify(where.columns, lambda: grad.t() @ x)
-    return _functions(backend, x, side).weight_gradient(grad.contiguous(), x.contiguous(), where)
+    return functions_for(backend, x, side).weight_gradient(grad.contiguous(), x.contiguous(), where)
 
 
 @_linear.register_fake
@@ -126,28 +133,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(x, values, output[1], *index)
 
 
-def _activation_gradient(grad: Tensor, z: Tensor, activation: str) -> Tensor:
-    """The gradient at z, before the activation, from the one after it; both [T, R * B]. A compiler fuses these."""
-    if activation == "relu":
-        return _aten.threshold_backward(grad, z, 0)
-    if activation == "silu":
-        return _aten.silu_backward(grad, z)
-    if activation == "none":
-        return grad
-    return _aten.gelu_backward(grad, z, approximate="tanh" if activation == "gelu_tanh" else "none")
-
-
 def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    x, values, z, *index = ctx.saved_tensors
+    x, values, slope, *index = ctx.saved_tensors
     if grad is None:
         return None, None, None, [None] * len(index), None, None, None
-    grad = _activation_gradient(grad, z, ctx.activation)
+    dz: Tensor = grad if ctx.activation == "none" else grad * slope
     needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
     ours = torch.ops.sparseift
     return (
-        ours.block_multiply(grad, values, index, True, ctx.backend) if needs_x else None,
-        ours.block_weight_gradient(grad, x, index, ctx.backend) if needs_values else None,
-        grad.sum(0) if ctx.has_bias and needs_bias else None,
+        ours.block_multiply(dz, values, index, True, ctx.backend) if needs_x else None,
+        ours.block_weight_gradient(dz, x, index, ctx.backend) if needs_values else None,
+        dz.sum(0) if ctx.has_bias and needs_bias else None,
         [None] * len(index),
         None,
         None,
@@ -160,46 +156,40 @@ _linear.register_autograd(_backward, setup_context=_setup_context)
 _LIBRARY = torch.library.Library("sparseift", "FRAGMENT")
 
 
-def _register_autocast(device: str, key: str) -> None:
-    """Cast to the dtype of the surrounding autocast, as for nn.Linear. torch's own register_autocast knows one fixed dtype."""
+def register_autocast(name: str) -> None:
+    """Make `sparseift::name` cast its floating point arguments to the dtype of the surrounding autocast, as nn.Linear does.
 
-    def cast_and_call(
-        x: Tensor, values: Tensor, bias: Tensor | None, index: list[Tensor], activation: str, keep: bool, backend: str
-    ) -> tuple[Tensor, Tensor]:
-        dtype = torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
-            return torch.ops.sparseift.block_linear(
-                x.to(dtype),
-                values.to(dtype),
-                None if bias is None else bias.to(dtype),
-                index,
-                activation,
-                keep,
-                backend,
-            )
-
-    _LIBRARY.impl("block_linear", cast_and_call, key)
+    torch's own register_autocast knows one fixed dtype.
+    """
+    for device, key in (("cuda", "AutocastCUDA"), ("cpu", "AutocastCPU")):
+        _LIBRARY.impl(name, partial(_cast_and_call, name, device), key)
 
 
-_register_autocast("cuda", "AutocastCUDA")
-_register_autocast("cpu", "AutocastCPU")
+def _cast_and_call(name: str, device: str, *arguments: Any) -> Any:
+    dtype = torch.get_autocast_dtype(device)
+    cast = [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
+    with torch.autocast(device, enabled=False):
+        return getattr(torch.ops.sparseift, name)(*cast)
 
 
-def _flops(tokens: int, values: Sequence[int]) -> int:
+register_autocast("block_linear")
+
+
+def flops(tokens: int, values: Sequence[int]) -> int:
     """FLOPs (2 a MAC) of a product of `tokens` rows with the blocks `values` (n, B, B)."""
     return 2 * tokens * values[0] * values[1] * values[2]
 
 
 @register_flop_formula(torch.ops.sparseift.block_linear)
 def _(x_shape: Any, values_shape: Any, *args: Any, **kwargs: Any) -> int:
-    return _flops(x_shape[0], values_shape)
+    return flops(x_shape[0], values_shape)
 
 
 @register_flop_formula(torch.ops.sparseift.block_multiply)
 def _(x_shape: Any, values_shape: Any, *args: Any, **kwargs: Any) -> int:
-    return _flops(x_shape[0], values_shape)
+    return flops(x_shape[0], values_shape)
 
 
 @register_flop_formula(torch.ops.sparseift.block_weight_gradient)
 def _(grad_shape: Any, x_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return _flops(grad_shape[0], out_shape)
+    return flops(grad_shape[0], out_shape)

@@ -20,6 +20,18 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def slope_of(z: Tensor, activation: str) -> Tensor:
+    """The derivative of an activation at z, a tensor of any shape."""
+    aten, ones = torch.ops.aten, torch.ones_like(z)
+    if activation == "relu":
+        return aten.threshold_backward(ones, z, 0)
+    if activation == "silu":
+        return aten.silu_backward(ones, z)
+    if activation == "none":
+        return ones
+    return aten.gelu_backward(ones, z, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
 class ConvWindow(NamedTuple):
     """The kernel of a convolution: its size, stride and zero padding, in pixels. Dilation is 1."""
 
@@ -61,7 +73,7 @@ def multiply(
     Sums in float32, or in float64 for float64 inputs.
 
     Returns:
-        y [T, R * B] ([T, C * B] transposed), and z of the same shape, before the activation, if `keep`; otherwise z is [0].
+        y [T, R * B] ([T, C * B] transposed), and the derivative of the activation, of the same shape, if `keep`; otherwise [0].
     """
     side = values.shape[-1]
     across = index.grid[1] if transposed else index.grid[0]
@@ -74,7 +86,7 @@ def multiply(
             z[:, out] += x[:, into].to(z.dtype) @ block.T
     if bias is not None:
         z += bias
-    return ACTIVATIONS[activation](z).to(x.dtype), z.to(x.dtype) if keep else x.new_empty(0)
+    return ACTIVATIONS[activation](z).to(x.dtype), slope_of(z, activation).to(x.dtype) if keep else x.new_empty(0)
 
 
 def weight_gradient(grad: Tensor, x: Tensor, index: BlockIndex) -> Tensor:

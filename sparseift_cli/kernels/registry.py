@@ -119,9 +119,20 @@ class Functions(Protocol):
         activation: str = "none",
         keep: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """(y, z): y = activation(x W^T + bias) [T, R * B], or x W [T, C * B] when `transposed`, and z before the activation.
+        """(y, slope): y = activation(x W^T + bias) [T, R * B], or x W [T, C * B] when `transposed`; slope its derivative.
 
-        z is [0] unless `keep`. x is [T, C * B] ([T, R * B] when `transposed`), contiguous; `values` [n, B, B].
+        slope, the derivative of the activation where it was applied, is [0] unless `keep`. x is [T, C * B] ([T, R * B]
+        when `transposed`), contiguous; `values` [n, B, B].
+        """
+        ...
+
+    def gradient_before(
+        self, grad: Tensor, values: Tensor, index: BlockIndex, slope: Tensor, with_sum: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """(dz [T, C * B], its sum over tokens [C * B]): dz = (grad W) times `slope`, the derivative that `multiply` kept.
+
+        The sum is [0] unless `with_sum`. grad is [T, R * B], slope [T, C * B], both contiguous; `values` [n, B, B]. A backend
+        without this function multiplies, and then scales and sums.
         """
         ...
 

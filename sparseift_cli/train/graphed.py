@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..kernels.fuse import sparseift
 from ..sparsity.gpu.graphed_update import GraphedUpdate
 from .evaluate import logits_of, loss_of
 from .prepare import Prepared
@@ -76,7 +77,7 @@ class GraphedStep:
         self._assembly = run.train.assembly
         if self._assembly is not None:
             self._assemble = torch.compile(self._assembly.assemble) if whole else self._assembly.assemble
-        self._lose = torch.compile(self._loss_of) if whole else self._loss_of
+        self._lose = torch.compile(self._loss_of, backend=sparseift) if whole else self._loss_of
 
     def __call__(self, step: int) -> Tensor:
         self._feed(step)

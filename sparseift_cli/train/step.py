@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from ..errors import DivergedError
+from ..kernels.fuse import sparseift
 from ..sparsity.guard import all_finite
 from .evaluate import logits_of, loss_of
 from .prepare import Prepared
@@ -59,7 +60,7 @@ class EagerStep:
     def __init__(self, run: Prepared, scaler: GradScaler, processes: Processes) -> None:
         self._run, self._scaler, self._processes = run, scaler, processes
         self.skipped = self._in_a_row = 0
-        model = torch.compile(run.model) if compiled(run) else run.model
+        model = torch.compile(run.model, backend=sparseift) if compiled(run) else run.model
         self._forward: nn.Module = processes.wrap(model)  # pyright: ignore[reportArgumentType]
 
     def __call__(self, step: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from sparseift_cli.kernels import LayerRequest, LayerSize, measure, select
 from sparseift_cli.kernels.conv import BlockConv2d
 from sparseift_cli.kernels.linear import BlockLinear
+from sparseift_cli.kernels.reference import ACTIVATIONS, slope_of
 from sparseift_cli.kernels.registry import MASKED
 from tests.kernels.cases import Case, ConvCase, relative, window_of
 
@@ -40,10 +41,16 @@ def test_random_shapes(block: int, dtype: torch.dtype, seed: int) -> None:
     rows, columns, tokens = (int(torch.randint(1, top, (), generator=generator)) for top in (40, 40, 3000))
     case = Case.draw(random_mask(rows, columns, 0.05 + 0.1 * seed, seed), block, tokens, dtype, "cuda", seed)
     for _ in range(2):  # the second time in memory that the first has used
-        y, z = blocks.multiply(case.x, case.values, case.index, False, case.bias, "silu", True)
-        assert relative(y, case.y("silu")) < BOUND[dtype] and relative(z, case.z) < BOUND[dtype]
+        for activation in ACTIVATIONS:
+            y, slope = blocks.multiply(case.x, case.values, case.index, False, case.bias, activation, True)
+            assert relative(y, case.y(activation)) < BOUND[dtype]
+            wanted = (y > 0).double() if activation == "relu" else slope_of(case.z, activation)
+            assert relative(slope, wanted) < BOUND[dtype]
         assert relative(blocks.multiply(case.grad, case.values, case.index, True)[0], case.dx) < BOUND[dtype]
         assert relative(blocks.weight_gradient(case.grad, case.x, case.index), case.dvalues) < BOUND[dtype]
+        dz, total = blocks.gradient_before(case.grad, case.values, case.index, case.x)
+        wanted = case.dx * case.x.double()
+        assert relative(dz, wanted) < BOUND[dtype] and relative(total, wanted.sum(0)) < BOUND[dtype]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -73,9 +80,10 @@ def test_same_bits_twice(block: int) -> None:
     case = Case.draw(random_mask(24, 12, 0.3, 0), block, 4096, torch.bfloat16, "cuda")
 
     def once() -> list[Tensor]:
-        y, z = blocks.multiply(case.x, case.values, case.index, False, case.bias, "gelu", True)
+        y, slope = blocks.multiply(case.x, case.values, case.index, False, case.bias, "gelu", True)
         dx, _ = blocks.multiply(case.grad, case.values, case.index, True)
-        return [y, z, dx, blocks.weight_gradient(case.grad, case.x, case.index)]
+        before = blocks.gradient_before(case.grad, case.values, case.index, case.x)
+        return [y, slope, dx, blocks.weight_gradient(case.grad, case.x, case.index), *before]
 
     first = once()
     for _ in range(5):
@@ -101,6 +109,7 @@ def dense(model: Feedforward, x: Tensor) -> Tensor:
     return x.double() + F.linear(hidden, down.dense().double(), down.bias.double())
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # of torch's own warm-up
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_under_autocast_while_blocks_move(mode: str) -> None:
     torch._dynamo.reset()

@@ -16,7 +16,7 @@ from torch import Tensor
 from sparseift_cli.errors import UsageError
 from sparseift_cli.kernels import KERNELS, LayerChoice, LayerRequest, LayerSize, measure, reference, select
 from sparseift_cli.kernels.index import BlockIndex
-from sparseift_cli.kernels.reference import ACTIVATIONS, ConvWindow
+from sparseift_cli.kernels.reference import ACTIVATIONS, ConvWindow, slope_of
 from sparseift_cli.kernels.registry import KINDS, MASKED, Reference, Selected, choose, in_words, square_block
 from tests.helpers.forked import in_processes
 from tests.helpers.ranks import select_kernels
@@ -66,7 +66,7 @@ class Fake:
         weight = self._weight(values, index)
         z = self.factor * (x @ (weight if transposed else weight.T))
         z = z if bias is None else z + bias
-        return ACTIVATIONS[activation](z), z.clone() if keep else x.new_empty(0)
+        return ACTIVATIONS[activation](z), slope_of(z, activation) if keep else x.new_empty(0)
 
     def weight_gradient(self, grad: Tensor, x: Tensor, index: BlockIndex) -> Tensor:
         side = grad.shape[1] // index.grid[0]

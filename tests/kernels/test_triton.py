@@ -13,7 +13,7 @@ import torch
 
 from sparseift_cli.kernels import KERNELS, LayerRequest
 from sparseift_cli.kernels.linear import BlockLinear
-from sparseift_cli.kernels.reference import ACTIVATIONS
+from sparseift_cli.kernels.reference import ACTIVATIONS, slope_of
 from tests.kernels.cases import MASKS, Case, ConvCase, mask_of, relative, window_of
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -48,8 +48,8 @@ def descriptors(way: str) -> bool | None:
 def multiply_everything(case: Case, way: str, dtype: torch.dtype) -> None:
     """Forward with bias and GELU, forward alone, and dX."""
     option = {"descriptors": descriptors(way)}
-    y, z = blocks.multiply(case.x, case.values, case.index, False, case.bias, "gelu", True, **option)
-    assert relative(z, case.z) < BOUND[dtype] and relative(y, case.y("gelu")) < BOUND[dtype]
+    y, slope = blocks.multiply(case.x, case.values, case.index, False, case.bias, "gelu", True, **option)
+    assert relative(slope, slope_of(case.z, "gelu")) < BOUND[dtype] and relative(y, case.y("gelu")) < BOUND[dtype]
     plain, nothing = blocks.multiply(case.x, case.values, case.index, **option)
     assert relative(plain, case.z - case.bias.double()) < BOUND[dtype] and nothing.numel() == 0
     assert relative(blocks.multiply(case.grad, case.values, case.index, True, **option)[0], case.dx) < BOUND[dtype]
@@ -63,6 +63,20 @@ def test_products(block: int, dtype: torch.dtype, way: str, tokens: int) -> None
     multiply_everything(
         Case.draw(mask_of("an empty row and an empty column"), block, tokens, dtype, DEVICE), way, dtype
     )
+
+
+@ways
+@sizes
+@dtypes
+def test_gradient_before_an_activation(block: int, dtype: torch.dtype, way: str) -> None:
+    tokens = 37 if INTERPRETED else 777
+    case = Case.draw(mask_of("an empty row and an empty column"), block, tokens, dtype, DEVICE)
+    option = {"descriptors": descriptors(way)}
+    dz, total = blocks.gradient_before(case.grad, case.values, case.index, case.x, **option)
+    wanted = case.dx * case.x.double()
+    assert relative(dz, wanted) < BOUND[dtype] and relative(total, wanted.sum(0)) < BOUND[dtype]
+    alone, nothing = blocks.gradient_before(case.grad, case.values, case.index, case.x, False, **option)
+    assert torch.equal(alone, dz) and nothing.numel() == 0
 
 
 @ways
@@ -105,8 +119,9 @@ def test_epilogues(activation: str, dtype: torch.dtype, way: str) -> None:
     for block in (32,) if INTERPRETED else (128, 64, 32):
         case = Case.draw(mask_of("an empty row and an empty column"), block, 33, dtype, DEVICE)
         option = {"descriptors": descriptors(way)}
-        y, _ = blocks.multiply(case.x, case.values, case.index, False, case.bias, activation, False, **option)
-        assert relative(y, case.y(activation)) < BOUND[dtype]
+        y, slope = blocks.multiply(case.x, case.values, case.index, False, case.bias, activation, True, **option)
+        wanted = (y > 0).double() if activation == "relu" else slope_of(case.z, activation)
+        assert relative(y, case.y(activation)) < BOUND[dtype] and relative(slope, wanted) < BOUND[dtype]
 
 
 def test_layer_takes_the_kernels() -> None:
