@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from .absent import absent
-from .blocks import OUTSIDE, _aligned, _device, _load, _operand, _summed
+from .blocks import OUTSIDE, _aligned, _Device, _device, _hopper_kernels, _load, _operand, _summed
 from .index import BlockIndex
 from .reference import ConvWindow
 
@@ -358,6 +360,14 @@ def gradient_parts(programs: int, steps: int, places: int, overhead: int) -> int
     return min(range(1, max(1, min(64, steps // 8)) + 1), key=cost)
 
 
+def _specialised(device: _Device, side: int, dtype: torch.dtype, images: int) -> ModuleType | None:
+    """The module of kernels for exactly this device, block, dtype and number of images, or None."""
+    if not device.hopper or not _hopper_kernels():
+        return None
+    kernels = import_module(".conv_hopper", __package__)
+    return kernels if kernels.fits(side, dtype, images) else None
+
+
 def _convolution(
     x: Tensor,
     values: Tensor,
@@ -373,6 +383,11 @@ def _convolution(
     if not y.numel() or not x.numel():
         return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
     device, side, lines = _device(x.device), values.shape[-1], len(walk[0]) - 1
+    x, values = _aligned(x), _aligned(values)
+    if tile is None and descriptors is None and (kernels := _specialised(device, side, x.dtype, len(x))):
+        with torch.cuda.device(x.device):
+            kernels.convolve(x, values, bias, y, walk, window, transposed)
+        return y
     tile = tile or conv_tile(side, x.element_size(), device.descriptors)
     count, height, width, channels = y.shape
     images = images_in_tile(tile.positions, count, width)
@@ -381,7 +396,6 @@ def _convolution(
     spread = window.stride_x if transposed else 1
     tiles = triton.cdiv(count, images) * height * triton.cdiv(width, spread * pixels) * spread
     depth = min(tile.depth, side)
-    x, values = _aligned(x), _aligned(values)
     flat = values.view(-1, side)
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         _convolve[(tiles * lines,)](
@@ -464,8 +478,13 @@ def conv2d_weight_gradient(
     if not images:
         return x.new_zeros(count, window.taps, side, side)
     device = _device(x.device)
-    tile = tile or conv_gradient_tile(side, x.element_size(), device.descriptors)
     grad, x = _aligned(grad), _aligned(x)
+    kernels = _specialised(device, side, x.dtype, images) if tile is None and descriptors is None else None
+    if kernels and kernels.fits_gradient(window, side):
+        with torch.cuda.device(x.device):
+            out = kernels.weight_gradient(grad, x, index, window, parts, device.processors)
+            return out[0] if len(out) == 1 else _summed(out, x.dtype)
+    tile = tile or conv_gradient_tile(side, x.element_size(), device.descriptors)
     together = images_in_tile(tile.positions, images, width)
     pixels = tile.positions // together
     descriptors = (device.descriptors if descriptors is None else descriptors) and pixels == 1

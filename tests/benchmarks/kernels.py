@@ -1,7 +1,8 @@
-"""What a block-sparse linear layer costs on a GPU, beside the dense layer of as many FLOPs and the masked-dense layer.
+"""What a block-sparse layer costs on a GPU, beside the dense layer of as many FLOPs and the masked-dense layer.
 
 `python -m tests.benchmarks.kernels [--device cuda] [--json FILE] [--rounds N] [--only TEXT] [--ways TEXT,TEXT]`. A dense layer (inputs, outputs)
-is widened by (1 - s)^-1/2 at sparsity s, so that all three do the same useful FLOPs. Timed are forward, dX and dW, each as a
+is widened by (1 - s)^-1/2 at sparsity s, so that all three do the same useful FLOPs. Convolutions are ResNet-50's 3x3, on 256 images
+in channels_last; the dense ones run in cuDNN with the algorithm that `cudnn.benchmark` finds fastest. Timed are forward, dX and dW, each as a
 CUDA graph of a few launches; all of them in turns, so that a change of the GPU's clock meets all. Printed are ratios to the
 dense layer: the median over the rounds and, in brackets, the smallest and largest. `kernels.md` keeps what was measured.
 """
@@ -19,15 +20,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sparseift_cli.kernels import choose
 from sparseift_cli.kernels.index import BlockIndex
+from sparseift_cli.kernels.reference import ConvWindow
 from sparseift_cli.kernels.registry import LayerRequest
 
-LAYERS = {"Llama-1B up": (2048, 8192), "GPT-3 Small up": (768, 3072)}
 SPARSITIES = (0.5, 0.75, 0.9)
 BLOCKS = (128, 64, 32)
 TOKENS = 16384
+IMAGES = 256
 LAUNCHES = 4
 PHASES = ("forward", "dX", "dW")
 Calls = dict[str, Callable[[], object]]
@@ -68,7 +71,7 @@ class Row:
 
     def __str__(self) -> str:
         phases = "  ".join(f"{name} {getattr(self, name)}" for name in (*PHASES, "step"))
-        return f"{self.layer:15} s={self.sparsity:<5} {self.way:13} {self.grid:9} {phases}"
+        return f"{self.layer:16} s={self.sparsity:<5} {self.way:13} {self.grid:16} {phases}"
 
 
 def balanced_mask(rows: int, columns: int, count: int, generator: torch.Generator) -> Tensor:
@@ -89,25 +92,93 @@ def normal(*shape: int) -> Tensor:
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
 
-def dense_calls(inputs: int, outputs: int) -> Calls:
-    """The three products of a dense layer [outputs, inputs], by cuBLAS."""
-    x, grad, weight = normal(TOKENS, inputs), normal(TOKENS, outputs), normal(outputs, inputs)
-    return {"forward": lambda: x @ weight.T, "dX": lambda: grad @ weight, "dW": lambda: grad.T @ x}
+@dataclass(frozen=True)
+class Linear:
+    """A dense layer [outputs, inputs] on TOKENS tokens; `multiple` is what its masked-dense width is rounded to."""
+
+    inputs: int
+    outputs: int
+    multiple: int = 128
+
+    def dense_calls(self, inputs: int, outputs: int) -> Calls:
+        """The three products of a dense layer, by cuBLAS."""
+        x, grad, weight = normal(TOKENS, inputs), normal(TOKENS, outputs), normal(outputs, inputs)
+        return {"forward": lambda: x @ weight.T, "dX": lambda: grad @ weight, "dW": lambda: grad.T @ x}
+
+    def block_calls(self, mask: Tensor, block: int) -> Calls:
+        """The three products of a layer with the blocks of `mask` [R, C]."""
+        functions = choose("auto", request(block, "linear")).functions()
+        index = BlockIndex.from_mask(mask.cuda(), block)
+        rows, columns = mask.shape
+        x, grad = normal(TOKENS, columns * block), normal(TOKENS, rows * block)
+        values = normal(index.num_blocks, block, block)
+        return {
+            "forward": lambda: functions.multiply(x, values, index),
+            "dX": lambda: functions.multiply(grad, values, index, True),
+            "dW": lambda: functions.weight_gradient(grad, x, index),
+        }
 
 
-def block_calls(mask: Tensor, block: int) -> Calls:
-    """The three products of a layer with the blocks of `mask` [R, C]."""
-    request = LayerRequest(block, "bfloat16", "cuda", torch.cuda.get_device_capability())
-    functions = choose("auto", request).functions()
-    index = BlockIndex.from_mask(mask.cuda(), block)
-    rows, columns = mask.shape
-    x, grad = normal(TOKENS, columns * block), normal(TOKENS, rows * block)
-    values = normal(index.num_blocks, block, block)
-    return {
-        "forward": lambda: functions.multiply(x, values, index),
-        "dX": lambda: functions.multiply(grad, values, index, True),
-        "dW": lambda: functions.weight_gradient(grad, x, index),
-    }
+@dataclass(frozen=True)
+class Convolution:
+    """A 3x3 convolution of IMAGES images of `size` x `size` pixels, with padding 1."""
+
+    inputs: int
+    outputs: int
+    size: int
+    stride: int = 1
+    multiple: int = 32
+
+    def dense_calls(self, inputs: int, outputs: int) -> Calls:
+        """The three products of a dense convolution, by cuDNN."""
+        last = torch.channels_last
+        x, weight = (normal(IMAGES, inputs, self.size, self.size), normal(outputs, inputs, 3, 3))
+        x, weight = x.to(memory_format=last), weight.to(memory_format=last)
+        grad = torch.randn_like(F.conv2d(x, weight, None, self.stride, 1))
+
+        def backward(*wanted: bool) -> object:
+            stride, one, none = [self.stride] * 2, [1, 1], [0, 0]
+            return torch.ops.aten.convolution_backward(
+                grad, x, weight, None, stride, one, one, False, none, 1, [*wanted, False]
+            )
+
+        return {
+            "forward": lambda: F.conv2d(x, weight, None, self.stride, 1),
+            "dX": lambda: backward(True, False),
+            "dW": lambda: backward(False, True),
+        }
+
+    def block_calls(self, mask: Tensor, block: int) -> Calls:
+        """The three products of a convolution with the blocks of `mask` [R, C]."""
+        functions = choose("auto", request(block, "conv2d")).conv_functions()
+        index = BlockIndex.from_mask(mask.cuda(), block)
+        window = ConvWindow(3, 3, self.stride, self.stride, 1, 1)
+        rows, columns = mask.shape
+        x = normal(IMAGES, self.size, self.size, columns * block)
+        grad = normal(IMAGES, *window.output(self.size, self.size), rows * block)
+        values = normal(index.num_blocks, window.taps, block, block)
+        return {
+            "forward": lambda: functions.conv2d(x, values, index, window),
+            "dX": lambda: functions.conv2d_input_gradient(grad, values, index, window, (self.size, self.size)),
+            "dW": lambda: functions.conv2d_weight_gradient(grad, x, index, window),
+        }
+
+
+def request(block: int, kind: str) -> LayerRequest:
+    """A layer of this GPU."""
+    return LayerRequest(block, "bfloat16", "cuda", torch.cuda.get_device_capability(), kind)
+
+
+LAYERS: dict[str, Linear | Convolution] = {
+    "Llama-1B up": Linear(2048, 8192),
+    "GPT-3 Small up": Linear(768, 3072),
+    "conv 128 at 28": Convolution(128, 128, 28),
+    "conv 256 at 14": Convolution(256, 256, 14),
+    "conv 512 at 7": Convolution(512, 512, 7),
+    "conv 128 at 56/2": Convolution(128, 128, 56, stride=2),
+    "conv 256 at 28/2": Convolution(256, 256, 28, stride=2),
+    "conv 512 at 14/2": Convolution(512, 512, 14, stride=2),
+}
 
 
 def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
@@ -140,20 +211,22 @@ def timed(ways: dict[str, Calls], rounds: int) -> dict[str, dict[str, list[float
 
 def compare(layer: str, sparsity: float, rounds: int, wanted: list[str]) -> Iterator[Row]:
     """The dense layer's rivals at one sparsity, those whose name contains one of `wanted`."""
-    inputs, outputs = LAYERS[layer]
+    inputs, outputs = LAYERS[layer].inputs, LAYERS[layer].outputs
     wider = (1 - sparsity) ** -0.5
     generator = torch.Generator().manual_seed(0)
-    ways = {"dense": dense_calls(inputs, outputs)}
+    ways = {"dense": LAYERS[layer].dense_calls(inputs, outputs)}
     grids = {}
     for block in BLOCKS:
         rows, columns = round(outputs * wider / block), round(inputs * wider / block)
         way = f"blocks of {block}"
-        if any(text in way for text in wanted):
-            mask = balanced_mask(rows, columns, round(inputs * outputs / block**2), generator)
-            ways[way], grids[way] = block_calls(mask, block), f"{columns}x{rows}"
+        count = round(inputs * outputs / block**2)
+        if any(text in way for text in wanted) and 2 * count > rows > 1:
+            mask = balanced_mask(rows, columns, count, generator)
+            ways[way], grids[way] = LAYERS[layer].block_calls(mask, block), f"{count} of {columns}x{rows}"
     if any(text in "masked-dense" for text in wanted):
-        features = [round(side * wider / BLOCKS[0]) * BLOCKS[0] for side in (inputs, outputs)]
-        ways["masked-dense"], grids["masked-dense"] = dense_calls(*features), ""
+        multiple = LAYERS[layer].multiple
+        features = [round(side * wider / multiple) * multiple for side in (inputs, outputs)]
+        ways["masked-dense"], grids["masked-dense"] = LAYERS[layer].dense_calls(*features), ""
     times = timed(ways, rounds)
     dense = times.pop("dense")
     base = [sum(parts) for parts in zip(*dense.values(), strict=True)]
@@ -178,9 +251,10 @@ def main() -> int:
     if not options.device.startswith("cuda") or not torch.cuda.is_available():
         print("the kernels run on a CUDA device; there is none here", file=sys.stderr)
         return 2
+    torch.backends.cudnn.benchmark = True
     torch.cuda.set_device(torch.device(options.device).index or 0)
     print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {version('triton')}, bf16, {TOKENS} tokens"
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {version('triton')}, bf16, {TOKENS} tokens, {IMAGES} images"
     )
     rows: list[Row] = []
     for layer in filter(lambda name: options.only in name, LAYERS):

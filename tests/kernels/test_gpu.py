@@ -206,6 +206,18 @@ def test_random_convolutions(block: int, dtype: torch.dtype, seed: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(convolve(case), convolve(case), strict=True))
 
 
+@pytest.mark.parametrize("images", [(256, 14, 14), (389, 6, 5), (190, 1, 9)], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("block", [128, 64, 32])
+def test_convolutions_of_many_images(block: int, stride: int, images: tuple[int, int, int]) -> None:
+    mask = random_mask(5, 4, 0.4, 3)
+    mask[1] = mask[:, 2] = False
+    case = ConvCase.draw(mask, block, images, window_of(3, stride, 1), torch.bfloat16, "cuda")
+    found = convolve(case), convolve(case)
+    for a, b, wanted in zip(*found, (case.y, case.dx, case.dvalues), strict=True):
+        assert relative(a, wanted) < BOUND[torch.bfloat16] and torch.equal(a, b)
+
+
 def test_convolutions_compile_under_autocast_and_keep_channels_last() -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
