@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,21 +24,22 @@ class Watcher(Protocol):
         ...
 
 
-_WATCHED: dict[int, tuple[ref[BlockLayer], ref[Watcher]]] = {}
-"""By the address of the layer's `columns`, which operators are given. Nothing is kept alive by being in here."""
+_WATCHED: WeakKeyDictionary[BlockLayer, ref[Watcher]] = WeakKeyDictionary()
+"""Nothing is kept alive by being in here."""
+_PLACES: dict[int, ref[BlockLayer]] = {}
+"""Watched layers by the address of their `columns`, which operators are given; made anew where a layer has moved since."""
 
 
 def watch_gradient(layer: BlockLayer, watcher: Watcher) -> None:
     """Call `watcher.add` whenever the weight gradient of `layer` is computed, in place of any other watcher of the layer."""
-    unwatch_gradient(layer)
-    _WATCHED[layer.columns.data_ptr()] = ref(layer), ref(watcher)
+    _WATCHED[layer] = ref(watcher)
 
 
-def unwatch_gradient(layer: BlockLayer) -> None:
-    """Call no watcher of `layer` any more; layers and watchers that are gone are forgotten too."""
-    for address, (watched, watcher) in list(_WATCHED.items()):
-        if watched() in (None, layer) or watcher() is None:
-            del _WATCHED[address]
+def unwatch_gradient(layer: BlockLayer, watcher: Watcher) -> None:
+    """Call `watcher` for `layer` no more; another one, which came after it, stays."""
+    found = _WATCHED.get(layer)
+    if found is not None and found() in (None, watcher):
+        del _WATCHED[layer]
 
 
 def notify(columns: Tensor, dense_gradient: Callable[[], Tensor]) -> None:
@@ -48,10 +49,20 @@ def notify(columns: Tensor, dense_gradient: Callable[[], Tensor]) -> None:
         columns: of the BlockIndex, int32 [n].
         dense_gradient: computes it at every place, [out, in, *kernel], outputs first even where the layer is transposed.
     """
-    if not _WATCHED or (found := _WATCHED.get(columns.data_ptr())) is None:
-        return
-    layer, watcher = found[0](), found[1]()
-    if layer is not None and watcher is not None and layer.columns.data_ptr() == columns.data_ptr():
+    layer = _layer_with(columns) if _WATCHED else None
+    watcher = None if layer is None else _WATCHED[layer]()
+    if layer is not None and watcher is not None:
         watcher.add(
             layer, lambda: (dense_gradient().t() if layer.transposed else dense_gradient()).view(layer.weight_shape)
         )
+
+
+def _layer_with(columns: Tensor) -> BlockLayer | None:
+    """The watched layer that has the buffer `columns`, int32 [n]; `module.to` and others may have put it elsewhere."""
+    address = columns.data_ptr()
+    layer = _PLACES[address]() if address in _PLACES else None
+    if layer is None or layer not in _WATCHED or layer.columns.data_ptr() != address:
+        _PLACES.clear()
+        _PLACES.update({layer.columns.data_ptr(): ref(layer) for layer in tuple(_WATCHED)})
+        layer = _PLACES[address]() if address in _PLACES else None
+    return layer

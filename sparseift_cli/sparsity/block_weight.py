@@ -196,12 +196,12 @@ class BlockGradients:
             if wanted or not expected:
                 watch_gradient(w.layer, self)
             else:
-                unwatch_gradient(w.layer)
+                unwatch_gradient(w.layer, self)
 
     def close(self) -> None:
         """Watch no layer any more."""
         for w in self._found:
-            unwatch_gradient(w.layer)
+            unwatch_gradient(w.layer, self)
 
     @torch.no_grad()
     def take(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
