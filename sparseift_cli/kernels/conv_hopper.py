@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import conv_blocks
 from .absent import absent
-from .hopper import _barriers, _descriptor, _write_tile
+from .hopper import _barriers, _descriptor, _halves, _write
 from .index import BlockIndex
 from .reference import ConvWindow
 
@@ -129,7 +129,9 @@ def _compute(
         places = gl.arange(0, B, layout=gl.SliceLayout(0, layout))
         acc += gl.load(bias + line * B + places).to(gl.float32).expand_dims(0)
     channel = (row * y_size[1] + column) * (y_size[2] * 32) + line * B
-    _write_tile(y, acc, stage_y, image + HALF * IMAGES, channel, "none")
+    low, high = _halves(acc)
+    _write(y, low, stage_y, image + HALF * IMAGES, channel)
+    _write(y, high, stage_y, image + HALF * IMAGES, channel + B // 2)
     tma.store_wait(0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -156,3 +157,9 @@ def test_wrong_operands_are_refused() -> None:
 def test_what_is_not_taken(conv: nn.Module, reason: str | None) -> None:
     found = BlockConv2d.why_not(conv)
     assert found is None if reason is None else reason in (found or "")
+
+
+@pytest.mark.parametrize("module", ["conv_blocks", "conv_hopper"])
+def test_kernels_can_be_imported_without_triton(module: str) -> None:
+    """What they take from the kernels of linear layers is there, by the same names."""
+    assert importlib.import_module(f"sparseift_cli.kernels.{module}")

@@ -222,7 +222,7 @@ def test_convolutions_compile_under_autocast_and_keep_channels_last() -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = nn.Sequential(
-        BlockConv2d(random_mask(6, 4, 0.5, 1), 64, 3, padding=1, device="cuda"),
+        BlockConv2d(random_mask(6, 4, 0.5, 1), 64, 3, padding=1, bias=False, device="cuda"),
         nn.BatchNorm2d(384, device="cuda"),
         nn.ReLU(),
         BlockConv2d(random_mask(4, 6, 0.5, 2), 64, 3, stride=2, padding=1, device="cuda"),
