@@ -360,12 +360,9 @@ def gradient_parts(programs: int, steps: int, places: int, overhead: int) -> int
     return min(range(1, max(1, min(64, steps // 8)) + 1), key=cost)
 
 
-def _specialised(device: _Device, side: int, dtype: torch.dtype, images: int) -> ModuleType | None:
-    """The module of kernels for exactly this device, block, dtype and number of images, or None."""
-    if not device.hopper or not _hopper_kernels():
-        return None
-    kernels = import_module(".conv_hopper", __package__)
-    return kernels if kernels.fits(side, dtype, images) else None
+def _specialised(device: _Device) -> ModuleType | None:
+    """The module of kernels for exactly this device, or None."""
+    return import_module(".conv_hopper", __package__) if device.hopper and _hopper_kernels() else None
 
 
 def _convolution(
@@ -384,7 +381,8 @@ def _convolution(
         return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
     device, side, lines = _device(x.device), values.shape[-1], len(walk[0]) - 1
     x, values = _aligned(x), _aligned(values)
-    if tile is None and descriptors is None and (kernels := _specialised(device, side, x.dtype, len(x))):
+    kernels = _specialised(device) if tile is None and descriptors is None else None
+    if kernels and kernels.fits(side, x.dtype, len(x)):
         with torch.cuda.device(x.device):
             kernels.convolve(x, values, bias, y, walk, window, transposed)
         return y
@@ -479,8 +477,8 @@ def conv2d_weight_gradient(
         return x.new_zeros(count, window.taps, side, side)
     device = _device(x.device)
     grad, x = _aligned(grad), _aligned(x)
-    kernels = _specialised(device, side, x.dtype, images) if tile is None and descriptors is None else None
-    if kernels and kernels.fits_gradient(window, side):
+    kernels = _specialised(device) if tile is None and descriptors is None else None
+    if kernels and kernels.fits_gradient(side, x.dtype, images, window):
         with torch.cuda.device(x.device):
             out = kernels.weight_gradient(grad, x, index, window, parts, device.processors)
             return out[0] if len(out) == 1 else _summed(out, x.dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import conv_blocks
 from .absent import absent
-from .hopper import _barriers, _descriptor, _halves, _write
+from .hopper import _ELEMENT, _barriers, _descriptor, _halves, _write
 from .index import BlockIndex
 from .reference import ConvWindow
 
@@ -348,11 +348,17 @@ def weight_gradient(
     return out
 
 
-def fits_gradient(window: ConvWindow, block: int) -> bool:
-    """Is `weight_gradient` for blocks of this size and this window?"""
-    return block == 64 and window[:2] == (3, 3) and window.stride_x in (1, 2)
-
-
 def fits(block: int, dtype: torch.dtype, images: int) -> bool:
-    """Is this the kernel for blocks of this size, this dtype and so many images, on Hopper?"""
-    return block in (128, 64) and dtype in (torch.bfloat16, torch.float16) and images >= 0.7 * 256 * -(-images // 256)
+    """Is `convolve` the kernel for blocks of this size, this dtype and so many images, on Hopper?"""
+    return block in (128, 64) and dtype in _ELEMENT and _filled(images, 2 * IMAGES)
+
+
+def fits_gradient(block: int, dtype: torch.dtype, images: int, window: ConvWindow) -> bool:
+    """As `fits`, for `weight_gradient` and this window."""
+    three = window[:2] == (3, 3) and window.stride_x in (1, 2)
+    return block == 64 and three and dtype in _ELEMENT and _filled(images, GRADIENT_IMAGES)
+
+
+def _filled(images: int, size: int) -> bool:
+    """Do tiles of `size` images leave few places unused?"""
+    return images >= 0.7 * size * -(-images // size)

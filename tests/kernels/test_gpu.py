@@ -206,7 +206,7 @@ def test_random_convolutions(block: int, dtype: torch.dtype, seed: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(convolve(case), convolve(case), strict=True))
 
 
-@pytest.mark.parametrize("images", [(256, 14, 14), (389, 6, 5), (190, 1, 9)], ids=str)
+@pytest.mark.parametrize("images", [(256, 14, 14), (389, 6, 5), (190, 1, 9), (60, 7, 7)], ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("block", [128, 64, 32])
 def test_convolutions_of_many_images(block: int, stride: int, images: tuple[int, int, int]) -> None:
