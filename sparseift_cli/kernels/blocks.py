@@ -529,10 +529,7 @@ def _launch_multiply(
     x, values = _aligned(x), _aligned(values)
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         if kernels:
-            e, programs = epilogue, _device(x.device).processors
-            kernels.multiply(
-                x, values, e.bias, y, e.slope, walk, transposed, e.activation, programs, e.gradient, e.sums
-            )
+            kernels.multiply(x, values, y, walk, transposed, epilogue, _device(x.device).processors)
         else:
             _launch_triton(x, values, y, walk, transposed, epilogue, tile, descriptors)
 
