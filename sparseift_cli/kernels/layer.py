@@ -174,12 +174,21 @@ class BlockLayer(nn.Module):
         Raises:
             UsageError: the mask has another grid or another number of blocks.
         """
-        before = self.index.mask().flatten()
-        place = (before.cumsum(0) - 1).masked_fill_(~before, -1)
+        before = self.index.mask()
         self.index.move_(mask)
+        self.follow_(before, (self.values, *state))
+
+    @torch.no_grad()
+    def follow_(self, before: Tensor, tensors: Iterable[Tensor]) -> None:
+        """Bring tensors, of the shape of `values`, from the blocks in `before`, bool [R, C], to those of now, in place.
+
+        A block that was not in `before` is zero.
+        """
+        cells = before.flatten()
+        place = (cells.cumsum(0) - 1).masked_fill_(~cells, -1)
         source = place[self.rows.long() * self.index.grid[1] + self.columns.long()]
         new = (source < 0).view(-1, *(1 for _ in self.values.shape[1:]))
-        for tensor in (self.values, *state):
+        for tensor in tensors:
             tensor.copy_(tensor[source.clamp(min=0)].masked_fill_(new, 0))
 
     def _mask_if_set(self) -> Tensor | None:

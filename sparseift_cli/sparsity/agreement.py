@@ -37,12 +37,18 @@ class Adopted:
         )
 
 
-def fit_masks(weights: Sequence[SparseWeight], most: Mapping[str, int], seed: int) -> Adopted | None:
+def fit_masks(
+    weights: Sequence[SparseWeight],
+    most: Mapping[str, int],
+    seed: int,
+    state_of: Callable[[SparseWeight], list[Tensor]],
+) -> Adopted | None:
     """Let the masks follow weights that were loaded: a weight with non-zeros outside its mask gets the mask of its non-zeros.
 
     Args:
         most: blocks that a part of a weight may have, by its name.
         seed: of the places that are added where a weight has fewer non-zeros than its mask.
+        state_of: the optimiser's tensors [*shape of the parameter] of a weight, which go with its blocks where it has no zeros.
 
     Returns:
         What was changed; None where every weight fits its mask.
@@ -68,7 +74,7 @@ def fit_masks(weights: Sequence[SparseWeight], most: Mapping[str, int], seed: in
     filled = 0
     for w, blocks in found.items():
         if blocks is not None:
-            w.adopt(blocks)
+            w.adopt(blocks, state_of(w))
             filled += w.nnz - int(w.parameter.count_nonzero())
     return Adopted(sum(outside.values()), sum(w.nnz for w in outside), filled)
 

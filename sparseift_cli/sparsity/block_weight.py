@@ -43,6 +43,10 @@ class BlockWeight(SparseWeight):
         self.moves = moves and self.parameter.requires_grad
         self.ever_active = layer.block_mask
         """Where a block has ever been active, bool [R, C]."""
+        self._mask = layer.block_mask
+        """Where blocks were last known to be, bool [R, C]: weights that are loaded bring others."""
+        self._state_follows = True
+        """Whether the optimiser's state is of those blocks. Where it was loaded, it is of the blocks that are loaded with it."""
         self._count()
         self._version = self.parameter._version
         self.num_grown = 0
@@ -92,10 +96,36 @@ class BlockWeight(SparseWeight):
     def follow(self) -> None:
         self._require_same(self._layer.values)
         self.ever_active = self.ever_active.to(self.parameter.device)
+        self._mask = self._mask.to(self.parameter.device)
 
+    def note_loaded_state(self) -> None:
+        self._state_follows = False
+
+    def note_version(self) -> None:
+        super().note_version()
+        self._state_follows = True
+
+    @torch.no_grad()
     def num_outside(self) -> int:
-        """0: there is no place outside the mask."""
-        return 0
+        """Non-zeros that were loaded into blocks where none was stored; blocks that brought zeros alone go back."""
+        layer = self._layer
+        outside = ~self._mask[layer.rows.long(), layer.columns.long()]
+        found = int(self.parameter[outside].count_nonzero())
+        if not found and bool(outside.any()):
+            layer.move_(self._mask)
+        return found
+
+    @torch.no_grad()
+    def adopt(self, blocks: Tensor, state: Iterable[Tensor] = ()) -> None:
+        """As `SparseWeight.adopt`, of blocks, bool [R, C]; `state` [n, *unit] goes with its blocks."""
+        self._layer.move_(blocks)
+        if self._state_follows:
+            self._layer.follow_(self._mask, state)
+        self._note_mask(blocks)
+        self.ever_active.copy_(blocks)
+
+    def _note_mask(self, blocks: Tensor) -> None:
+        self._mask, self._state_follows = blocks.clone(), True
 
     def clear_outside(self, tensors: Iterable[Tensor]) -> bool:
         """False for any tensors [n, *unit]: there is no place outside the mask."""
@@ -121,6 +151,7 @@ class BlockWeight(SparseWeight):
         """Move the blocks to those of `blocks`, bool [R, C]; a block that grows is zero, in the optimiser's `state` too."""
         self.num_grown = (blocks & ~self._layer.block_mask).count_nonzero() * self.block_size
         self._layer.move_(blocks, state)
+        self._note_mask(blocks)
         self.ever_active |= blocks
         if nnz is None:
             self._count()
@@ -132,6 +163,7 @@ class BlockWeight(SparseWeight):
         self._layer.move_(
             blocks
         )  # with its values: of a dense checkpoint, blocks that are all zero were elsewhere until now
+        self._note_mask(blocks)
         self.ever_active.copy_(self._blocks_of(ever_active))
         self.num_grown = num_grown
         self._count()

@@ -107,6 +107,9 @@ class SparseWeight:
 
     # --- what others do to the weight ---
 
+    def note_loaded_state(self) -> None:
+        """The optimiser's state was loaded, and nothing else with it: it is of the weights that are loaded too."""
+
     def note_version(self) -> None:
         """From here on `changed` is whether something else writes into the weight."""
         self._version = self.parameter._version
@@ -160,7 +163,8 @@ class SparseWeight:
         """Active blocks under which the weight, as it is, keeps every value: those with a non-zero, and random ones up to
         `active_in_parts`. None where a part has more than its number in `most`, or where no mask of the pattern has them.
         """
-        parts = self.in_parts(self.block_scores((self.parameter != 0).float()) > 0)
+        weight = self.dense_weight()
+        parts = self.in_parts(self.block_scores((weight != 0).float()) > 0)
         active = [int(part.count_nonzero()) for part in parts]
         if any(n > limit for n, limit in zip(active, most, strict=True)):
             return None
@@ -171,11 +175,16 @@ class SparseWeight:
             mask, self._wanted.name, layout.groups, layout.transposed
         ):
             return None  # N:M
-        return None if bool(self.parameter.masked_fill(mask, 0).any()) else blocks
+        return None if bool(weight.masked_fill(mask, 0).any()) else blocks
 
     @torch.no_grad()
-    def adopt(self, blocks: Tensor) -> None:
-        """Take the mask with these active blocks, as from `mask_of_nonzeros`; no weight changes."""
+    def adopt(self, blocks: Tensor, state: Iterable[Tensor] = ()) -> None:
+        """Take the mask with these active blocks, as from `mask_of_nonzeros`; no weight changes.
+
+        Args:
+            blocks: as from `active_blocks`.
+            state: of the optimiser, [*shape of the parameter]; what it has outside the mask is left to `clear_outside`.
+        """
         self._store(self.mask_of_blocks(blocks))
         self.ever_active.copy_(self.mask)
 

@@ -599,7 +599,7 @@ class Sparsifier(MaskUpdates):
         """Let masks follow weights that were loaded."""
         if self.algorithm.masked:
             now = {n: k for w in self.weights for n, k in zip(w.part_names, w.active_in_parts, strict=True)}
-            adopted = fit_masks(self.weights, now, self.seed)
+            adopted = fit_masks(self.weights, now, self.seed, self.state_of)
             if adopted is not None:
                 self._adopted = adopted
                 self._mask_copies()
@@ -645,6 +645,9 @@ class Sparsifier(MaskUpdates):
         state = take_state([optimizer])
         if state is not None:
             self._load_with_optimizer(state)
+        else:
+            for w in self.weights:
+                w.note_loaded_state()
         self._unchecked = True
 
     def _save_hook(self, _: Optimizer, saved: dict[str, Any]) -> None:
@@ -662,7 +665,7 @@ class Sparsifier(MaskUpdates):
             self._load_with_optimizer(came)
         if not self._restored:
             if self.algorithm.masked:
-                self._adopted = fit_masks(self.weights, self._start, self.seed)
+                self._adopted = fit_masks(self.weights, self._start, self.seed, self.state_of)
             if self.algorithm.start_density is not None:
                 self._adopted = None
             self._densify(fill)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 from torch import nn
 
-from tests.helpers.block_net import make
+from tests.helpers.block_net import dense_weights, make
 from tests.helpers.block_pair import Pair
 
 
@@ -32,4 +34,40 @@ def test_closing_a_sparsifier_leaves_the_next_one_its_gradients() -> None:
         if t == 3:
             for sparsifier in first:
                 sparsifier.close()
+        pair.step(t)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:the weights were loaded from a run with other masks", "ignore:the optimiser's state was"
+)
+@pytest.mark.parametrize("with_state", [False, True], ids=["weights", "weights and moments"])
+@pytest.mark.parametrize("algorithm", ["set", "rigl", "snfs"])
+def test_weights_of_other_masks_that_are_loaded_in_the_middle(algorithm: str, with_state: bool) -> None:
+    """The optimiser's moments stay with the weights that they are of, and are zero where no weight was."""
+    pair = Pair(algorithm)
+    for t in range(11):
+        if t == 2:
+            saved = [copy.deepcopy((n.state_dict(), o.state_dict())) for n, o, _ in pair.runs()]
+        if t == 8:
+            before = dense_weights(pair.nets[1])
+            for (net, optimizer, _), (weights, state) in zip(pair.runs(), saved, strict=True):
+                net.load_state_dict(weights)
+                if with_state:
+                    del state["param_groups"][0]["sparseift"]  # as of a loop that saves what it knows
+                    optimizer.load_state_dict(state)
+            moved = [not (w != 0).equal(before[name] != 0) for name, w in dense_weights(pair.nets[1]).items()]
+            assert any(moved)
+        pair.step(t)
+
+
+def test_loaded_zeros_leave_the_blocks_where_they_are() -> None:
+    pair = Pair("rigl")
+    for t in range(11):
+        if t == 5:
+            (zeros, blocks), twice = pair.nets, pair.nets[0].twice.weight
+            weight = twice.detach().clone()
+            weight[:, :8] = 0
+            zeros.load_state_dict(zeros.state_dict() | {"twice.weight": weight})
+            state = {k: v for k, v in blocks.state_dict().items() if not k.startswith("twice.")}
+            blocks.load_state_dict(state | {"twice.weight": weight, "twice.bias": blocks.twice.bias})
         pair.step(t)
