@@ -34,6 +34,7 @@ from ..mask.attached import (
 from ..mask.layout import Layout
 from ..mask.patterns import has_pattern, parse_pattern
 from .conv import BlockConv2d
+from .copies import forget_copies
 from .layer import BlockLayer
 from .linear import BlockLinear
 from .registry import MASKED, LayerChoice, LayerRequest, LayerSize, in_words, select
@@ -63,7 +64,7 @@ def use_kernels(
     are new ones, `values` [n, B, B] in place of `weight`.
 
     Args:
-        model: with masks beside its weights; torch.compile and DDP wrappers are looked through (better: wrap it afterwards).
+        model: with masks beside its weights; what torch.compile made of it will do. DistributedDataParallel is made afterwards.
         kernels: auto takes for each layer what is fastest on this device; masked leaves dense weights with zeros; or a name
             in `KERNELS`.
         tokens: rows of the input of each layer in one forward pass (batch x positions), by the weight's name or for all.
@@ -75,22 +76,22 @@ def use_kernels(
         A choice for every weight with a mask, in the order of the modules.
 
     Raises:
-        UsageError: no such backend.
+        UsageError: no such backend, or a model inside DistributedDataParallel.
     """
-    model = unwrapped(model)
+    model = _inner(model)
     shared = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     choices = list[LayerChoice]()
     for name in mask_names(model):
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
         if isinstance(module, BlockLayer):
-            choices.append(_keep_or_undo(model, module, name, kernels, masked_because))
+            choices.append(_keep_or_undo(module, name, kernels, masked_because))
             continue
         rows = tokens if isinstance(tokens, int) or tokens is None else tokens.get(name)
         reason = masked_because or _why_not(module, attribute, shared)
         choice = LayerChoice(name, MASKED, None, reason) if reason else _choose(module, name, kernels, rows, dtype)
         if choice.backend != MASKED:
-            _replace(model, module, _compact(module, choice.backend))
+            _turn_into(module, _compact(module, choice.backend))
         choices.append(choice)
     return Choices(choices)
 
@@ -99,16 +100,33 @@ def to_masked(model: nn.Module) -> None:
     """Replace every layer of stored blocks by the ordinary layer with the same weight, its mask beside it, in place.
 
     The parameters are new ones: make optimiser and `Sparsifier` afterwards.
+
+    Raises:
+        UsageError: a model inside DistributedDataParallel.
     """
-    model = unwrapped(model)
+    model = _inner(model)
     for module in [m for m in model.modules() if isinstance(m, BlockLayer)]:
-        _replace(model, module, _ordinary(module))
+        forget_copies(module)
+        _turn_into(module, _ordinary(module))
 
 
-def _keep_or_undo(model: nn.Module, module: BlockLayer, name: str, kernels: str, masked_because: str) -> LayerChoice:
+def _inner(model: nn.Module) -> nn.Module:
+    """The module whose layers are replaced: `model`, or what torch.compile wrapped."""
+    while (compiled := getattr(model, "_orig_mod", None)) is not None:
+        model = compiled
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise UsageError(
+            "DistributedDataParallel averages the gradients of the parameters that it was made with, not of new ones",
+            hint="use_kernels(model) first, then DistributedDataParallel(model)",
+        )
+    return unwrapped(model)
+
+
+def _keep_or_undo(module: BlockLayer, name: str, kernels: str, masked_because: str) -> LayerChoice:
     """What a layer that is replaced already becomes."""
     if kernels == MASKED or masked_because:
-        _replace(model, module, _ordinary(module))
+        forget_copies(module)
+        _turn_into(module, _ordinary(module))
         return LayerChoice(name, MASKED, None, masked_because)
     if kernels != "auto":
         module.backend = kernels
@@ -145,7 +163,7 @@ def store_blocks(
         raise UsageError(f"{name} cannot be stored in blocks: {reason}")
     weight = module.get_parameter(attribute)
     keep_form(module, attribute, pattern, with_gaps(parts, weight.shape[0]) if parts else ())
-    _replace(model, module, _compact(module, backend, cells))
+    _turn_into(module, _compact(module, backend, cells))
 
 
 # --- may a layer be replaced? ---
@@ -274,6 +292,9 @@ def _compact(module: nn.Module, backend: str, cells: Tensor | None = None) -> Bl
     if bias is not None:
         new.bias = bias  # the parameter itself
     new.dense_form = (_without_tensors(module),)
+    for name, value in vars(module).items():  # what the model's code has noted at its layer, and may read there
+        if not hasattr(new, name):
+            setattr(new, name, value)
     keep_form(new, _WEIGHT, pattern, parts_of(module, _WEIGHT))
     return new.train(module.training)
 
@@ -298,14 +319,10 @@ def _ordinary(layer: BlockLayer) -> nn.Module:
     return made.train(layer.training)
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever `model` holds `old`."""
-    if model is old:
-        raise UsageError(
-            f"the model itself is the {type(old).__name__} that kernels would replace",
-            hint="give use_kernels a module that contains it",
-        )
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
+def _turn_into(layer: nn.Module, new: nn.Module) -> None:
+    """Make a layer what `new` is, wherever it is held: in several modules, in a plain list, in another model.
+
+    As torch's lazy modules do, it changes its class, so the places that hold it need not be found.
+    """
+    layer.__class__ = type(new)
+    object.__setattr__(layer, "__dict__", vars(new))

@@ -24,6 +24,11 @@ def note_copy(layer: nn.Module, made: nn.Module) -> None:
     setattr(made, _VERSION, made.get_parameter("values")._version)
 
 
+def forget_copies(layer: nn.Module) -> None:
+    """`layer` stores no blocks any more."""
+    _COPIES.pop(layer, None)
+
+
 def note_loaded(layer: nn.Module) -> None:
     """Values and blocks of a `BlockLayer` were loaded together."""
     if getattr(layer, _VERSION, None) is not None:

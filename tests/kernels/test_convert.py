@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from sparseift_cli.errors import UsageError
 from sparseift_cli.kernels.conv import BlockConv2d
 from sparseift_cli.kernels.convert import to_masked, use_kernels
+from sparseift_cli.kernels.copies import warn_of_averages
 from sparseift_cli.kernels.linear import BlockLinear
 from sparseift_cli.mask.attached import attach, masks_of, parts_of, pattern_of
 from sparseift_cli.mask.mask import make_mask
@@ -164,11 +166,80 @@ def test_a_mask_that_is_no_longer_of_blocks() -> None:
     assert choice.reason == "its mask does not consist of whole blocks of 4x4"
 
 
-def test_the_model_itself_and_unknown_backends_are_refused() -> None:
-    with pytest.raises(UsageError, match="the model itself is the Linear"):
-        use_kernels(masked(nn.Linear(8, 8)), "reference")
+def test_unknown_backends_are_refused() -> None:
     with pytest.raises(UsageError, match="unknown kernels 'cutlass'"):
         use_kernels(block_net(compact=False), "cutlass")
+
+
+class Listed(nn.Module):
+    """Holds its layers in a plain list and in a closure too, and reads what it noted at one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = masked(nn.Linear(8, 8))
+        self.fc.gain = 2.0
+        self.again = [self.fc]
+        layer = self.fc
+        self.call: Any = lambda x: layer(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.again[0](x)) * self.fc.gain
+
+
+def test_a_layer_is_replaced_wherever_it_is_held() -> None:
+    net, x = Listed(), torch.randn(3, 8)
+    elsewhere: Any = nn.Sequential(net.fc, nn.ReLU())
+    y, z = net(x), elsewhere(x)
+    for _ in range(2):
+        use_kernels(net, "reference")
+        assert [name for name, _ in elsewhere.named_parameters()] == ["0.values", "0.bias"]
+        torch.testing.assert_close(net(x), y)
+        torch.testing.assert_close(elsewhere(x), z)
+        net(x).sum().backward()
+        assert all(p.grad is not None for p in net.parameters())
+        to_masked(net)
+        assert type(net.fc) is nn.Linear and not hasattr(net.fc, "values")
+        torch.testing.assert_close(net(x), y)
+        torch.testing.assert_close(elsewhere(x), z)
+
+
+def test_a_model_that_is_one_layer() -> None:
+    layer, x = masked(nn.Linear(8, 8)), torch.randn(3, 8)
+    y = layer(x)
+    assert [c.name for c in use_kernels(layer, "reference")] == ["weight"] and isinstance(layer, BlockLinear)
+    torch.testing.assert_close(layer(x), y)
+    to_masked(layer)
+    torch.testing.assert_close(layer(x), y)
+
+
+def test_a_compiled_model_computes_with_what_its_layers_are_now() -> None:
+    net = nn.Sequential(masked(nn.Linear(8, 8)), nn.ReLU())
+    compiled, x = torch.compile(net, backend="eager"), torch.randn(3, 8)
+    y = compiled(x)
+    use_kernels(compiled, "reference")
+    torch.testing.assert_close(compiled(x), y)
+    with torch.no_grad():
+        net[0].values.zero_()
+        net[0].bias.fill_(3)
+    assert compiled(x).eq(3).all()
+
+
+def test_ddp_comes_afterwards(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(nn.Sequential(masked(nn.Linear(8, 8))))
+        with pytest.raises(UsageError, match="averages the gradients of the parameters that it was made with"):
+            use_kernels(wrapped, "reference")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_averages_of_a_model_that_is_masked_again_are_let_be() -> None:
+    net = block_net(compact=True)
+    average = copy.deepcopy(net)
+    to_masked(net)
+    warn_of_averages(net)
+    assert isinstance(average.up, BlockLinear)
 
 
 def test_a_layer_of_blocks_that_replaced_none_becomes_linear() -> None:
