@@ -266,8 +266,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a table of Markdown, each beside the dense arm of its group."""
     names = ("peak", "weights", "gradients", "optimiser")
     lines = [
-        f"| arm | ms | ratio | goal | {' | '.join(f'{name}, GB' for name in names)} | mask update |",
-        f"|{'---|' * (5 + len(names))}",
+        f"| run | arm | ms | ratio | goal | {' | '.join(f'{name}, GB' for name in names)} | mask update |",
+        f"|{'---|' * (6 + len(names))}",
     ]
     for row in rows:
         ratio = "**{:.2f}** [{:.2f}, {:.2f}]".format(*row["ratio"]) if row["ratio"] else ""
@@ -279,7 +279,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             else ""
         )
         goal = f"{GOALS[row['arm']]:.2f}" if row["arm"] in GOALS else ""
-        lines.append(f"| {row['arm']} | {row['ms']:.1f} | {ratio} | {goal} | {sizes} | {update} |")
+        lines.append(
+            f"| {row.get('run', 1)} | {row['arm']} | {row['ms']:.1f} | {ratio} | {goal} | {sizes} | {update} |"
+        )
     return "\n".join(lines)
 
 
