@@ -46,9 +46,15 @@ class CompactWeight:
     def take(cls, weight: Tensor, layout: BlockLayout, mask: Tensor) -> CompactWeight:
         """The blocks of a weight [*layout.shape] where `mask`, bool [R, C], is True; others are left out, whatever they hold."""
         rows, columns = mask.to(weight.device).nonzero().unbind(1)
-        offsets = torch.zeros(len(mask) + 1, dtype=torch.int32, device=weight.device)
+        return cls.at(as_blocks(weight, layout)[rows, columns], layout, mask)
+
+    @classmethod
+    def at(cls, values: Tensor, layout: BlockLayout, mask: Tensor) -> CompactWeight:
+        """A weight with the blocks `values` [n, B, B] or [n, taps, B, B] where `mask`, bool [R, C], is True."""
+        rows, columns = mask.to(values.device).nonzero().unbind(1)
+        offsets = torch.zeros(len(mask) + 1, dtype=torch.int32, device=values.device)
         offsets[1:] = torch.bincount(rows, minlength=len(mask)).cumsum(0)
-        return cls(layout, as_blocks(weight, layout)[rows, columns], offsets, columns.int())
+        return cls(layout, values, offsets, columns.int())
 
     def mask(self) -> Tensor:
         """Bool [R, C], True where a block is stored."""

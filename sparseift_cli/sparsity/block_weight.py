@@ -124,6 +124,14 @@ class BlockWeight(SparseWeight):
         self._note_mask(blocks)
         self.ever_active.copy_(blocks)
 
+    def state_of_other_form(self, tensor: Tensor, mask: Tensor) -> Tensor:
+        """A tensor [*shape] of the optimiser, saved when the weight had zeros, as [n, *unit]; any other one as it is.
+
+        Args:
+            mask: as it was saved; this weight has it already.
+        """
+        return self._layer.blocks_of(tensor) if tuple(tensor.shape) == self.weight_shape else tensor
+
     def _note_mask(self, blocks: Tensor) -> None:
         self._mask, self._state_follows = blocks.clone(), True
 

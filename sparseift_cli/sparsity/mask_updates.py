@@ -18,7 +18,7 @@ from ..errors import UsageError
 from .algorithms import DropAndGrow, MaskAlgorithm, Regrow, WeightView
 from .drop_and_grow import drop_and_grow
 from .gpu.fast_drop_and_grow import FastUpdate, fast_drop_and_grow, in_groups, on_device, update_numbers
-from .optimizers import state_of
+from .optimizers import state_by_block, state_of
 from .sparse_weight import SparseWeight
 
 
@@ -73,8 +73,9 @@ class MaskUpdates:
         self._start = {n: k for w in weights for n, k in zip(w.part_names, self._initial_blocks(w), strict=True)}
 
     def state_of(self, w: SparseWeight) -> list[Tensor]:
-        """The optimisers' tensors [*shape] for a weight [*shape]."""
-        return [t for optimizer in self.optimizers for t in state_of(optimizer, w.parameter)]
+        """The optimisers' tensors for a weight: [*shape], or [n, ...] for the blocks that it stores."""
+        find = state_of if w.stores_zeros else state_by_block
+        return [t for optimizer in self.optimizers for t in find(optimizer, w.parameter)]
 
     def _initial_blocks(self, w: SparseWeight) -> list[int]:
         """The blocks of each part that are active at step 0: of the start density, rounded down, but all planned ones."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -116,6 +116,39 @@ def factor_of_zeros(optimizer: Optimizer, parameter: nn.Parameter, density: floa
     return float(sparse[mask].norm()) / far if far > 0 else None
 
 
+def warn_of_shape(optimizer: Optimizer, parameter: nn.Parameter) -> None:
+    """Warn if the optimiser's step with a weight depends on its shape: of stored blocks [n, B, B] it then makes another one.
+
+    As `factor_of_zeros`, by three steps of a copy: on a matrix with zeros, and on its blocks alone.
+    """
+    if any(isinstance(optimizer, known) and type(optimizer).step is known.step for known in KEEPS_ZEROS):
+        return
+    group = next((g for g in optimizer.param_groups if any(p is parameter for p in g["params"])), None)
+    if group is None:
+        return
+    generator = torch.Generator().manual_seed(0)
+    start, *gradients = (torch.randn(_SIDE, _SIDE, generator=generator) for _ in range(4))
+    cells = torch.rand(8, 8, generator=generator) < 0.5
+    mask = cells.repeat_interleave(_SIDE // 8, 0).repeat_interleave(_SIDE // 8, 1)
+
+    def stored(matrix: Tensor) -> Tensor:
+        return matrix.unflatten(0, (8, -1)).unflatten(2, (8, -1)).transpose(1, 2)[cells]
+
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
+            zeros = stored(_moved(optimizer, group, start * mask, [g * mask for g in gradients]))
+            blocks = _moved(optimizer, group, stored(start), [stored(g) for g in gradients])
+        same = torch.allclose(zeros, blocks, rtol=_SAME, atol=1e-3 * float(zeros.abs().max()))
+    except Exception:
+        return  # as in `factor_of_zeros`
+    if not same:
+        warnings.warn(
+            f"the steps of {type(optimizer).__name__} depend on the shape of a weight, and of layers that store blocks alone it "
+            "gets these, not the matrix: training is not that of the masked layers. Take AdamW or SGD, or keep the layers masked",
+            stacklevel=4,
+        )
+
+
 def _moved(optimizer: Optimizer, group: Mapping[str, Any], start: Tensor, gradients: Iterable[Tensor]) -> Tensor:
     """How far a copy of the optimiser moves a matrix [*] from `start` [*] by steps with these gradients [*]."""
     weight = nn.Parameter(start.clone())
@@ -146,10 +179,27 @@ def made_steps(optimizer: Optimizer) -> bool:
 
 def state_of(optimizer: Optimizer, parameter: nn.Parameter) -> list[Tensor]:
     """The optimiser's tensors [*shape] for a parameter [*shape]: momentum_buffer, exp_avg, exp_avg_sq and the like."""
+    return [v for v in _tensors_of(optimizer, parameter) if v.shape == parameter.shape]
+
+
+def state_by_block(optimizer: Optimizer, parameter: nn.Parameter) -> list[Tensor]:
+    """The optimiser's tensors [n, ...] for stored blocks [n, *unit]: those of their shape, and means over part of a block."""
+    return [v for v in _tensors_of(optimizer, parameter) if v.dim() == parameter.dim() and len(v) == len(parameter)]
+
+
+def _tensors_of(optimizer: Optimizer, parameter: nn.Parameter) -> list[Tensor]:
     if parameter not in optimizer.state:  # a defaultdict: indexing would add an entry
         return []
-    values = optimizer.state[parameter].values()
-    return [v for v in values if isinstance(v, Tensor) and v.shape == parameter.shape]
+    return [v for v in optimizer.state[parameter].values() if isinstance(v, Tensor)]
+
+
+def convert_state(optimizer: Optimizer, parameter: nn.Parameter, convert: Callable[[Tensor], Tensor]) -> None:
+    """Replace the optimiser's tensors that have not the shape of a parameter [*shape] by what `convert` makes of them."""
+    values = optimizer.state.get(parameter, {})
+    for name, tensor in values.items():
+        if isinstance(tensor, Tensor) and tensor.dim() and tensor.shape != parameter.shape:
+            made = convert(tensor)
+            values[name] = torch.empty_like(parameter, dtype=made.dtype).copy_(made) if made is not tensor else tensor
 
 
 def skipped_inside(optimizer: Optimizer) -> bool:

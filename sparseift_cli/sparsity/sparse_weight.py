@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from ..base.randomness import generator_for
 from ..errors import UsageError
+from ..kernels.layout import BlockLayout
+from ..kernels.storage import CompactWeight
 from ..mask.attached import mask_beside, parts_of
 from ..mask.layout import Layout, part_name
 from ..mask.patterns import UNSTRUCTURED, has_pattern, parse_pattern
@@ -187,6 +189,22 @@ class SparseWeight:
         """
         self._store(self.mask_of_blocks(blocks))
         self.ever_active.copy_(self.mask)
+
+    def state_of_other_form(self, tensor: Tensor, mask: Tensor) -> Tensor:
+        """A tensor [n, *unit] of the optimiser, saved when blocks alone were stored, as one of this weight [*shape].
+
+        Any other tensor is returned as it is.
+
+        Args:
+            mask: as it was saved beside the tensor, bool [block rows, block columns].
+        """
+        side, taps = self.pattern.sides[0], prod(self.weight_shape[2:])
+        count = int(mask.count_nonzero())
+        unit = (taps, side, side) if self.parameter.dim() > 2 else (side, side)
+        if tuple(mask.shape) == self.weight_shape or tuple(tensor.shape) != (count, *unit):
+            return tensor
+        layout = BlockLayout(self.weight_shape, self._layout.transposed, side, count)
+        return CompactWeight.at(tensor, layout, mask).dense()
 
     # --- masks ---
 

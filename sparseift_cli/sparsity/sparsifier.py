@@ -51,11 +51,13 @@ from .mask_updates import MaskUpdates, Pending
 from .optimizers import (
     STATE_KEY,
     clear_unwritten,
+    convert_state,
     keeps_zeros,
     made_steps,
     optimizers_of,
     skipped_inside,
     take_state,
+    warn_of_shape,
     warn_of_zeros,
 )
 from .schedule import never_moves
@@ -370,8 +372,11 @@ class Sparsifier(MaskUpdates):
     def _restore_masks(self, state: Mapping[str, Any]) -> None:
         self._zeroed = 0
         for w in self.weights:
-            self._zeroed += w.restore(state["masks"][w.name], state["ever"][w.name], int(state["churned"][w.name]))
+            mask = state["masks"][w.name]
+            self._zeroed += w.restore(mask, state["ever"][w.name], int(state["churned"][w.name]))
             w.note_version()
+            for optimizer in self.optimizers:
+                convert_state(optimizer, w.parameter, partial(w.state_of_other_form, mask=mask))
         for held in self._held:
             held.pending = None
         self._expect_gradients()
@@ -679,9 +684,11 @@ class Sparsifier(MaskUpdates):
             own = {id(p) for group in optimizer.param_groups for p in group["params"]}
             mine = [w for w in left if id(w.parameter) in own]
             left = [w for w in left if w not in mine]
-            remask = bool(mine) and not keeps_zeros(optimizer)
             with_zeros = [w for w in mine if w.stores_zeros]
-            if remask and with_zeros:
+            for w in [w for w in mine if not w.stores_zeros][:1]:
+                warn_of_shape(optimizer, w.parameter)
+            remask = bool(with_zeros) and not keeps_zeros(optimizer)
+            if remask:
                 planned = [sum(self._final[n] for n in w.part_names) * w.block_size / w.numel for w in with_zeros]
                 density, at = min((share, i) for i, share in enumerate(planned))
                 warn_of_zeros(optimizer, with_zeros[at].parameter, density)

@@ -44,7 +44,7 @@ def test_closing_a_sparsifier_leaves_the_next_one_its_gradients() -> None:
 @pytest.mark.parametrize("algorithm", ["set", "rigl", "snfs"])
 def test_weights_of_other_masks_that_are_loaded_in_the_middle(algorithm: str, with_state: bool) -> None:
     """The optimiser's moments stay with the weights that they are of, and are zero where no weight was."""
-    pair = Pair(algorithm)
+    pair, saved = Pair(algorithm), []
     for t in range(11):
         if t == 2:
             saved = [copy.deepcopy((n.state_dict(), o.state_dict())) for n, o, _ in pair.runs()]
