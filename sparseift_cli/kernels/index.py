@@ -99,6 +99,8 @@ class BlockIndex(NamedTuple):
     def move_(self, mask: Tensor) -> None:
         """Rewrite this index in place for the True cells of `mask` [R, C]: the same grid and number of blocks.
 
+        It is made where the mask is: on the CPU, of a GPU's index, in one copy to the GPU and without waiting for it.
+
         Raises:
             UsageError: the mask has another grid or another number of blocks.
         """
@@ -109,8 +111,12 @@ class BlockIndex(NamedTuple):
                 hint="an index moves in place between masks of one size; make a new one with BlockIndex.from_mask",
             )
         rows, columns = mask.nonzero().unbind(1)
-        for old, new in zip(self, _tensors(rows, columns, *self.grid, self.groups.shape[1]), strict=True):
-            old.copy_(new)
+        made = _tensors(rows, columns, *self.grid, self.groups.shape[1])
+        if mask.device != self.columns.device:
+            packed = torch.cat([new.flatten() for new in made]).to(self.columns.device, non_blocking=True)
+            parts = packed.split([new.numel() for new in made])
+            made = [part.view(new.shape) for part, new in zip(parts, made, strict=True)]
+        torch._foreach_copy_(list(self), made)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def group_size(block: int, num_rows: int, num_columns: int, num_blocks: int) -> int:

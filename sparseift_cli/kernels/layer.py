@@ -164,19 +164,20 @@ class BlockLayer(nn.Module):
         return grid[self.rows.long(), self.columns.long()]
 
     @torch.no_grad()
-    def move_(self, mask: Tensor, state: Iterable[Tensor] = ()) -> None:
+    def move_(self, mask: Tensor, state: Iterable[Tensor] = (), before: Tensor | None = None) -> None:
         """Move the blocks in place to the True cells of `mask` [R, C], as many as before; a block that was not stored is zero.
 
         Args:
             mask: bool [R, C].
             state: tensors of an optimiser, of the shape of `values`, whose blocks move along.
+            before: `block_mask`, where the caller has it. With both on the CPU, nothing waits for a GPU.
 
         Raises:
             UsageError: the mask has another grid or another number of blocks.
         """
-        before = self.index.mask()
+        before = self.index.mask() if before is None else before
         self.index.move_(mask)
-        self.follow_(before, (self.values, *state))
+        self._take_from(before, mask.to(before.device), (self.values, *state))
 
     @torch.no_grad()
     def follow_(self, before: Tensor, tensors: Iterable[Tensor]) -> None:
@@ -184,12 +185,16 @@ class BlockLayer(nn.Module):
 
         A block that was not in `before` is zero.
         """
+        self._take_from(before, self.index.mask(), tensors)
+
+    def _take_from(self, before: Tensor, now: Tensor, tensors: Iterable[Tensor]) -> None:
+        """`follow_` from the blocks in `before` to those in `now`, bool [R, C] on one device; `tensors` [n, *unit] on any."""
         cells = before.flatten()
         place = (cells.cumsum(0) - 1).masked_fill_(~cells, -1)
-        source = place[self.rows.long() * self.index.grid[1] + self.columns.long()]
-        new = (source < 0).view(-1, *(1 for _ in self.values.shape[1:]))
+        source = place[now.flatten()].to(self.values.device, non_blocking=True)
+        new, source = (source < 0).view(-1, *(1 for _ in self.values.shape[1:])), source.clamp_(min=0)
         for tensor in tensors:
-            tensor.copy_(tensor[source.clamp(min=0)].masked_fill_(new, 0))
+            tensor.copy_(tensor[source].masked_fill_(new, 0))
 
     def _mask_if_set(self) -> Tensor | None:
         """Bool [R, C]; None on meta, or where `to_empty` left anything in the index."""

@@ -155,14 +155,29 @@ class BlockWeight(SparseWeight):
         return self._layer.block_mask
 
     @torch.no_grad()
-    def set_mask(self, blocks: Tensor, state: Iterable[Tensor] = (), nnz: int | None = None) -> None:
-        """Move the blocks to those of `blocks`, bool [R, C]; a block that grows is zero, in the optimiser's `state` too."""
-        self.num_grown = (blocks & ~self._layer.block_mask).count_nonzero() * self.block_size
-        self._layer.move_(blocks, state)
+    def set_mask(
+        self,
+        blocks: Tensor,
+        state: Iterable[Tensor] = (),
+        nnz: int | None = None,
+        before: Tensor | None = None,
+    ) -> None:
+        """Move the blocks to those of `blocks`, bool [R, C]; a block that grows is zero, in the optimiser's `state` too.
+
+        `before` is `active_blocks()`, where the caller has it. With both on the CPU, nothing waits for a GPU.
+        """
+        before = self.active_blocks() if before is None else before
+        self.num_grown = (blocks & ~before).count_nonzero() * self.block_size
+        self._layer.move_(blocks, state, before)
+        blocks = blocks.to(self.parameter.device, non_blocking=True)
         self._note_mask(blocks)
         self.ever_active |= blocks
         if nnz is None:
             self._count()
+
+    def drop_scores_by_magnitude(self) -> Tensor:
+        """Sums of magnitudes over each stored block: float32 [n], in the order of `active_blocks`."""
+        return self.parameter.detach().float().abs().flatten(1).sum(1)
 
     @torch.no_grad()
     def restore(self, mask: Tensor, ever_active: Tensor, num_grown: int) -> int:

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from ..base.randomness import key_of
 from ..base.text import shape_text
 from ..errors import UsageError
 from .algorithms import DropAndGrow, MaskAlgorithm, Regrow, WeightView
+from .block_weight import BlockWeight
 from .drop_and_grow import drop_and_grow
 from .gpu.fast_drop_and_grow import FastUpdate, fast_drop_and_grow, in_groups, on_device, update_numbers
 from .optimizers import state_by_block, state_of
@@ -110,15 +112,20 @@ class MaskUpdates:
             gradient: the dense one [*shape].
             scores: of growth [block rows, block columns], where they were made before.
         """
-        view, (_, ties) = self.view_of(w, t, gradient), self.keys_of(w, t)
+        view = self.view_of(w, t, gradient)
         drop = self._scores(w, "drop_scores", view)
         grow = self._scores(w, "grow_scores", view) if scores is None else scores
+        return self._exchanged(w, t, w.active_blocks(), drop, grow)
+
+    def _exchanged(self, w: SparseWeight, t: int, active: Tensor, drop: Tensor, grow: Tensor) -> Tensor:
+        """The blocks that are active after the update of step `t`, from those before it and their scores, all of one shape."""
+        _, ties = self.keys_of(w, t)
         for which, scores in (("drop_scores", drop), ("grow_scores", grow)) if self._from_outside else ():
             if bool(scores.isnan().any()):
                 raise UsageError(
                     f"{which} of {self.algorithm_name} has NaN for {w.name}", hint="scores must be numbers"
                 )
-        parts = zip(*map(w.in_parts, (w.active_blocks(), drop, grow)), w.active_in_parts, strict=True)
+        parts = zip(*map(w.in_parts, (active, drop, grow)), w.active_in_parts, strict=True)
         made = [
             drop_and_grow(active, n, down, up, self.algorithm.drops(n, t, self.schedule), ties, self.regrow)
             for active, down, up, n in parts
@@ -185,6 +192,30 @@ class MaskUpdates:
     def keys_of(self, w: SparseWeight, t: int) -> tuple[int, int]:
         """The keys of step `t`: of random growth, and of the choice between equal scores."""
         return key_of(self.seed, w.name, "grow", t), key_of(self.seed, w.name, "ties", t)
+
+    def _exchanged_on_host(
+        self, weights: Sequence[BlockWeight], pending: Pending
+    ) -> dict[SparseWeight, tuple[Tensor, Tensor]]:
+        """For weights of stored blocks on one GPU: their active blocks [R, C] before and after the update, on the CPU.
+
+        There are few blocks, so choosing among them takes the CPU less time than a GPU needs to begin; scores come in one copy.
+        """
+        t, by_magnitude = pending.step, type(self.algorithm).drop_scores is MaskAlgorithm.drop_scores
+        found = list[Tensor]()
+        for w in weights:
+            view, grow = partial(self.view_of, w, t, pending.gradients.get(w.name)), pending.scores.get(w.name)
+            grow = self._scores(w, "grow_scores", view()) if grow is None else grow
+            drop = w.drop_scores_by_magnitude() if by_magnitude else self._scores(w, "drop_scores", view())
+            found += [w.active_blocks().float().flatten(), drop.flatten(), grow.flatten()]
+        on_host = iter(torch.cat(found).cpu().split([scores.numel() for scores in found]))
+        made = dict[SparseWeight, tuple[Tensor, Tensor]]()
+        for w in weights:
+            grid = w.ever_active.shape
+            active, drop, grow = next(on_host).view(grid) > 0, next(on_host), next(on_host).view(grid)
+            if by_magnitude:
+                drop = torch.zeros(grid).masked_scatter_(active, drop)
+            made[w] = active, self._exchanged(w, t, active, drop.view(grid), grow)
+        return made
 
     def _fast_drop_and_grow(self, weights: list[SparseWeight], pending: Pending) -> dict[SparseWeight, Tensor]:
         """The new active blocks of weights on one device, without those that are uncertain."""

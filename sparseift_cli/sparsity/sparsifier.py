@@ -42,7 +42,7 @@ from ..mask.attached import capturing, copy_masks, unwatch, unwrapped
 from ..mask.patterns import is_chosen
 from ..mask.saliency import MaskLayout
 from .agreement import Adopted, clear_states, fit_masks, in_words, setting_changes
-from .algorithms import MaskAlgorithm, choose_algorithm
+from .algorithms import MaskAlgorithm, WeightView, choose_algorithm
 from .block_weight import BlockGradients, BlockWeight
 from .drop_and_grow import extend, prune
 from .find_weights import find_weights
@@ -489,13 +489,19 @@ class Sparsifier(MaskUpdates):
         return bool(self.drops(w, pending.step)) and w.num_active < w.num_blocks and not without_gradient
 
     def _drop_and_grow(self, weights: list[SparseWeight], pending: Pending) -> None:
-        t, found = pending.step, dict[SparseWeight, Tensor]()
+        t, found, on_host = pending.step, dict[SparseWeight, Tensor](), dict[SparseWeight, tuple[Tensor, Tensor]]()
         for device in dict.fromkeys(w.parameter.device for w in weights):
-            fast = [w for w in weights if w.parameter.device == device and w.one_part]
-            if device.type in FAST_ON and fast:
+            there = [w for w in weights if w.parameter.device == device and device.type in FAST_ON]
+            if stored := [w for w in there if isinstance(w, BlockWeight)]:
+                on_host |= self._exchanged_on_host(stored, pending)
+            if fast := [w for w in there if w.stores_zeros and w.one_part]:
                 found |= self._fast_drop_and_grow(fast, pending)
         for w in weights:
             gradient = pending.gradients.pop(w.name, None)
+            if isinstance(w, BlockWeight) and w in on_host:
+                before, blocks = on_host[w]
+                w.set_mask(blocks, self.state_of(w), w.nnz, before)
+                continue
             blocks = found[w] if w in found else self.updated(w, t, gradient, pending.scores.get(w.name))
             w.set_mask(blocks, self.state_of(w), nnz=w.nnz)
 
@@ -544,7 +550,8 @@ class Sparsifier(MaskUpdates):
         return BlockGradients(moving, self._early_scores if self.algorithm.grows_by_gradient_alone else None)
 
     def _early_scores(self, w: SparseWeight, gradient: Tensor) -> Tensor:
-        return self._scores(w, "grow_scores", self.view_of(w, self.steps, gradient))
+        weight = torch.empty(w.weight_shape, device="meta")  # these scores read the gradient alone
+        return self._scores(w, "grow_scores", WeightView(weight, gradient))
 
     def _expect_gradients(self) -> None:
         """Let the backward passes of the next step collect what that step needs."""

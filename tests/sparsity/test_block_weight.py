@@ -60,6 +60,16 @@ def test_an_algorithm_that_reads_weights_and_gradients() -> None:
     assert not Sensitivity.grows_by_gradient_alone
 
 
+@pytest.mark.parametrize("algorithm", ["set", "rigl", "snfs", f"{__name__}:Sensitivity"])
+def test_masks_that_are_chosen_on_the_host_as_for_a_gpu(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparseift_cli.sparsity.sparsifier.FAST_ON", {"cpu"})
+    pair = Pair(algorithm)
+    before = pair.sparsifiers[1].masks()
+    for t in range(STEPS):
+        pair.step(t)
+    assert any(not torch.equal(mask, before[name]) for name, mask in pair.sparsifiers[1].masks().items())
+
+
 def test_scores_of_a_subclass_of_rigl_are_its_own() -> None:
     class Signed(RigL):
         def grow_scores(self, at: WeightView) -> Tensor:
