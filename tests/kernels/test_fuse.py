@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import tomllib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from sparseift_cli.kernels.fuse import joined_before
+from sparseift_cli.kernels.fuse import joined_before, sparseift
 from sparseift_cli.kernels.linear import BlockLinear
 from tests.kernels.cases import relative
 
@@ -213,3 +216,9 @@ def test_operator_is_well_formed() -> None:
     for with_sum in (True, False):
         arguments = (grad, model.down.values.detach(), slope, list(model.down.index), with_sum, "reference")
         torch.library.opcheck(torch.ops.sparseift.block_gradient_before.default, arguments)
+
+
+def test_the_backend_has_the_name_that_the_readme_uses() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))["project"]
+    module, _, name = project["entry-points"]["torch_dynamo_backends"]["sparseift"].partition(":")
+    assert getattr(importlib.import_module(module), name) is sparseift
