@@ -111,6 +111,23 @@ def test_the_surveys_say_what_the_page_quotes(root: Path, name: str) -> None:
     assert f"| {counts} | {of_those[0]} of {of_those[1]} |" in page
 
 
+def test_times_of_block_kernels_are_the_measured_ones(root: Path, readme: str) -> None:
+    rows = json.loads((root / "tests" / "benchmarks" / "whole_step.json").read_text("utf-8"))["rows"]
+    (dense,) = (row for row in rows if row["arm"] == "dense" and row["run"] == 1)
+    ratios: dict[str, list[str]] = {}
+    for row in rows:
+        ratios.setdefault(row["arm"], []).append("{:.2f} [{:.2f}, {:.2f}]".format(*row["ratio"]))
+    parts = ("weights", "gradients", "optimiser")
+    held = {r["arm"]: sum(r["memory"][p] for p in parts) / sum(dense["memory"][p] for p in parts) for r in rows}
+    quoted = re.findall(r"^\| `wide` (\S+?)(, `--scope inner`)? \| (.*?) \| (.*?) \| (.*?) \|$", readme, re.M)
+    assert len(quoted) == 4
+    for sparsity, inner, blocks, masked, memory in quoted:
+        arm = f"{'inner' if inner else 'wide'} 0{sparsity}"
+        assert blocks in ratios[arm], arm
+        assert masked == "not run" or masked in ratios[f"{arm} masked-dense"]
+        assert memory == f"{held[arm]:.2f}"
+
+
 def test_step_times_are_the_measured_ones(root: Path) -> None:
     page = (root / "recipes" / "README.md").read_text("utf-8")
     for line in (root / "tests" / "benchmarks" / "gpu_step.jsonl").read_text("utf-8").splitlines():
