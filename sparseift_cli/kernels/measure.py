@@ -29,12 +29,14 @@ from ..base.atomic import as_json, replace_file
 from ..base.locations import cache_dir
 from ..mask.balanced import balanced_masks
 from ..version import __version__
+from . import feedforward as _feedforward  # registers its operators
 from .conv_ops import block_conv2d
 from .index import BlockIndex
 from .ops import block_linear
 from .reference import ACTIVATIONS, ConvWindow
 from .registry import KERNELS, KINDS, MASKED, LayerRequest, LayerSize
 
+assert _feedforward
 T = TypeVar("T")
 Step = Callable[[], tuple[Tensor, ...]]
 """Forward and backward of a layer: y, dX, dW, and the gradient of the bias [R * B] where there is one."""
@@ -58,6 +60,9 @@ def check(name: str, layer: LayerRequest) -> str | None:
     return _checked(name, layer) if layer.kind in KINDS else None
 
 
+_RESULTS = ("output", "dX", "dW", "gradient of the bias", "gradient before an activation", "sum of that gradient")
+
+
 @lru_cache(maxsize=256)
 @torch.inference_mode(mode=False)
 def _checked(name: str, layer: LayerRequest) -> str | None:
@@ -66,14 +71,14 @@ def _checked(name: str, layer: LayerRequest) -> str | None:
         size = replace(size, activation="none", window=(3, 3, 2, 2, 1, 1))
     operands = _Operands.draw(layer, size)
     exact = operands.exactly()
-    right = exact.make_masked_step()()
+    right = (*exact.make_masked_step()(), *exact.masked_gradient_before())
     try:
-        found = [tensor.double().cpu() for tensor in operands.block_step(name)]
+        found = [tensor.double().cpu() for tensor in (*operands.block_step(name), *operands.gradient_before(name))]
     except Exception as error:
         # whatever a compiler or driver raises here, the layer has another way to be computed
         return f"it fails on this {layer.device} device: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     allowed = TOLERANCE.get(layer.dtype, TOLERANCE["bfloat16"])
-    for what, ours, wanted in zip(("output", "dX", "dW", "gradient of the bias"), found, right, strict=True):
+    for what, ours, wanted in zip(_RESULTS[: len(right)], found, right, strict=True):
         ours = exact.dense(ours) if what == "dW" else ours
         difference = ((ours - wanted).norm() / wanted.norm()).item()
         if not difference <= allowed:  # NaN is not
@@ -181,6 +186,20 @@ class _Operands:
             return block_conv2d(x, values, self.index, self.window, bias, backend)
 
         return self._step(self.values, forward)
+
+    def gradient_before(self, backend: str) -> tuple[Tensor, ...]:
+        """What the backward pass of joined layers computes, with x for the slope: (dX times x [T, C * B], its sum [C * B])."""
+        if self.window is not None:
+            return ()
+        index = list(self.index)
+        return torch.ops.sparseift.block_gradient_before(self.grad, self.values, self.x, index, True, backend)
+
+    def masked_gradient_before(self) -> tuple[Tensor, ...]:
+        """The same by the dense weight."""
+        if self.window is not None:
+            return ()
+        scaled = (self.grad @ self.dense(self.values)) * self.x
+        return scaled, scaled.sum(0)
 
     def make_masked_step(self) -> Step:
         """The dense weight and its mask, and a `Step` that uses them; dW has the shape of the weight."""

@@ -189,6 +189,22 @@ def test_the_reference_is_right(dtype: str, kind: str, block: int) -> None:
     assert select("reference", layer) == Selected("reference", how="plain PyTorch")
 
 
+class WrongBehindActivations(Fake):
+    """Right, but for the gradient before an activation."""
+
+    def gradient_before(
+        self, grad: Tensor, values: Tensor, index: BlockIndex, slope: Tensor, with_sum: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        dz = self.multiply(grad, values, index, True)[0] * slope
+        return dz, 1.1 * dz.sum(0)
+
+
+def test_a_wrong_gradient_of_joined_layers_is_refused() -> None:
+    KERNELS.register("bad", WrongBehindActivations())
+    reason = select("bad", LAYER).reason
+    assert reason.startswith("it is wrong on this cpu device: its sum of that gradient differs by 1.0e-01")
+
+
 def test_a_wrong_convolution_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     KERNELS.register("reference", Reference())
     right = reference.conv2d_weight_gradient
