@@ -201,14 +201,28 @@ class BlockWeight(SparseWeight):
 
 @dataclass(slots=True)
 class _Collected:
-    """The dense gradient of one weight, as far as it was computed in this step."""
+    """The dense gradient of one weight, as far as it was computed in this step.
+
+    A pass is one backward pass. It counts when the next one begins or the step ends: if its gradient was added to that of the
+    parameter, as `backward` does and `torch.autograd.grad` does not.
+    """
 
     expected: int = 0
     """How often a step computes it: passes x uses of the layer; 0 is not known yet."""
+    surprises: int = 0
+    """Steps that computed it more or less often. After `_SURPRISES` of them it is complete at the end of a step alone."""
     calls: int = 0
-    backward: int = -1
     dense: Tensor | None = None
+    backward: int = -1
+    """The pass that was seen last, and what belongs to it alone:"""
+    calls_in_pass: int = 0
+    dense_of_pass: Tensor | None = None
+    before: Tensor | None = None
+    """The gradient of the parameter when the pass began, and its version."""
+    version: int = 0
     scores: Tensor | None = None
+    scored: int = -1
+    """The pass in which scores were made."""
     late: bool = False
     """A gradient came when `scores` had been made already."""
     half: bool = False
@@ -218,7 +232,42 @@ class _Collected:
         """False where a float16 gradient overflowed: the update is lost, as it is for a step that a GradScaler skips."""
         return not self.half or bool(tensor.isfinite().all())
 
+    @property
+    def may_be_complete(self) -> bool:
+        """Whether this was the last gradient of the step, as far as earlier steps tell."""
+        return self.surprises < _SURPRISES and self.calls + self.calls_in_pass == self.expected
 
+    def thrown_away(self, gradient: Tensor) -> bool:
+        """Whether the gradient [n, *unit] of the parameter was set to zero since the last pass. Rarely waits for the device."""
+        before, version = self.before, gradient._version
+        if not self.calls + self.calls_in_pass or (gradient is before and version - self.version in (0, 1)):
+            return False
+        return not (before is None and version == 0) and not bool(gradient.any())
+
+    def end_pass(self, gradient: Tensor | None) -> None:
+        """Count the last pass, if it has added to the gradient [n, *unit] of the parameter."""
+        untouched = gradient is None or (gradient is self.before and gradient._version == self.version)
+        if untouched and self.calls_in_pass:
+            self.surprises = _SURPRISES  # no number of passes says that a gradient is complete in such a loop
+            if self.scored == self.backward:
+                self.scores, self.late = None, self.late or self.calls > 0  # the sum of those before is gone
+        elif not untouched:
+            self.late = self.late or (
+                self.scores is not None and self.scored != self.backward and self.calls_in_pass > 0
+            )
+            self.calls += self.calls_in_pass
+            self.dense = _sum(self.dense, self.dense_of_pass, None if gradient is None else gradient.dtype)
+        self.calls_in_pass, self.dense_of_pass = 0, None
+
+
+def _sum(one: Tensor | None, other: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    """The sum of two tensors of one shape in `dtype`; where one of them is None, the other as it is."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one.to(dtype) + other
+
+
+_SURPRISES = 2
 Reduce = Callable[[BlockWeight, Tensor], Tensor]
 
 
@@ -227,7 +276,11 @@ class BlockGradients:
 
     The first step of a program counts how often the gradient of each weight is computed in a step (micro-batches, uses of the
     layer). From then on, where scores need the gradient alone, they are made as soon as it is complete, and it is freed: one
-    dense gradient exists at a time. With several micro-batches a step, the sums of all layers exist until the last of them.
+    dense gradient exists at a time. With several micro-batches a step, the sums of all layers exist until the last of them;
+    those of layers that take part now more and now less often, as experts do, until the end of the step.
+
+    Where training is distributed, a gradient is averaged as soon as it is complete only if every process computes every one
+    (`alike`); otherwise at the end of the step, where processes without one add zeros.
 
     Args:
         weights: those whose gradients are wanted.
@@ -239,16 +292,19 @@ class BlockGradients:
         self._weights = {w.layer: w for w in weights}
         self._found = {w: _Collected() for w in weights}
         self._collecting = False
+        self.alike = False
 
     def expect(self, wanted: bool) -> None:
         """Say, after a step, whether the backward passes of the next one need dense gradients."""
-        if not wanted and not self._collecting and all(c.expected and not c.calls for c in self._found.values()):
+        seen = any(not c.expected or c.calls or c.calls_in_pass for c in self._found.values())
+        if not wanted and not self._collecting and not seen:
             return  # nothing is watched, and nothing was
         self._collecting = wanted
         for w, found in self._found.items():
-            expected = 0 if found.late else found.calls or found.expected
-            self._found[w] = _Collected(expected)
-            if wanted or not expected:
+            found.end_pass(w.parameter.grad)
+            surprise = found.late or (found.calls and found.expected not in (0, found.calls))
+            self._found[w] = _Collected(found.calls or found.expected, found.surprises + bool(surprise))
+            if wanted or not self._found[w].expected:
                 watch_gradient(w.layer, self)
             else:
                 unwatch_gradient(w.layer, self)
@@ -263,6 +319,11 @@ class BlockGradients:
         """By weight name, what was collected in this step: dense gradients [*shape], and scores [R, C] where these were made."""
         gradients, scores, late = dict[str, Tensor](), dict[str, Tensor](), list[str]()
         for w, found in self._found.items():
+            found.end_pass(w.parameter.grad)
+            if w.parameter.grad is None:
+                found.dense = found.scores = None  # thrown away, or never a gradient of the parameter
+        for w in self._found if self._early else self._of_any_process():
+            found = self._found[w]
             if found.late:
                 late.append(w.name)
             elif found.scores is not None and found.usable(found.scores):
@@ -283,29 +344,54 @@ class BlockGradients:
         w = self._weights[layer]
         if capturing(w.parameter):
             return
-        found, backward = self._found[w], torch._C._current_graph_task_id()
-        if w.parameter.grad is None and backward != found.backward:  # the passes before were thrown away by zero_grad
-            found = self._found[w] = _Collected(found.expected)
-        found.calls, found.backward = found.calls + 1, backward
-        if not self._collecting:
-            return
-        if found.scores is not None:
-            found.late = True
+        found, backward, gradient = self._found[w], torch._C._current_graph_task_id(), w.parameter.grad
+        if backward != found.backward:
+            if gradient is None or found.thrown_away(gradient):  # by zero_grad
+                found = self._found[w] = _Collected(found.expected, found.surprises)
+            found.end_pass(gradient)
+            found.backward, found.before = backward, gradient
+            found.version = 0 if gradient is None else gradient._version
+        found.calls_in_pass += 1
+        if not self._collecting or found.scores is not None:
             return
         more = dense_gradient()
         found.half = more.dtype == torch.float16
-        found.dense = more if found.dense is None else found.dense.to(w.parameter.dtype) + more
-        if self._reduce is not None and found.calls == found.expected:
-            found.scores = self._reduce(w, self._finished(w, found.dense))
-            found.dense = None
+        found.dense_of_pass = _sum(found.dense_of_pass, more, w.parameter.dtype)
+        if self._reduce is not None and self._early and found.may_be_complete:
+            whole = _sum(found.dense, found.dense_of_pass, w.parameter.dtype)
+            assert whole is not None
+            found.scores, found.scored = self._reduce(w, self._finished(w, whole)), backward
+            found.dense = found.dense_of_pass = None
+
+    @property
+    def _early(self) -> bool:
+        """Whether a gradient may be averaged as soon as it is complete here."""
+        return self.alike or _processes() == 1
+
+    def _of_any_process(self) -> list[BlockWeight]:
+        """The weights of which any process has a gradient; here it is zero where this one has none."""
+        weights = list(self._found)
+        has = torch.tensor([self._found[w].dense is not None for w in weights], dtype=torch.int32)
+        has = has.to(weights[0].parameter.device)
+        dist.all_reduce(has, dist.ReduceOp.MAX)
+        chosen = [w for w, any_has in zip(weights, has.tolist(), strict=True) if any_has]
+        for w in chosen:
+            if self._found[w].dense is None:
+                self._found[w].dense = torch.zeros(w.weight_shape, dtype=w.parameter.dtype, device=w.parameter.device)
+        return chosen
 
     def _finished(self, w: BlockWeight, dense: Tensor) -> Tensor:
         """The gradient in the weight's dtype, averaged over all processes."""
         dense = dense.to(w.parameter.dtype)
-        if dist.is_available() and dist.is_initialized() and (world := dist.get_world_size()) > 1:
+        if (world := _processes()) > 1:
+            dense = dense.contiguous()  # it may be transposed here, and zeros in other processes are not
             dist.all_reduce(dense)
             dense /= world
         return dense
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _unscaled(w: BlockWeight, dense: Tensor) -> Tensor:

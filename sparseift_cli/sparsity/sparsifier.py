@@ -173,6 +173,7 @@ class Sparsifier(MaskUpdates):
             raise UsageError("the model has no sparse weights", hint="transform it first, or use algorithm dense")
         self._start_with(weights)
         self._compact = self._compact_gradients()
+        self.note_wrapper(model)
         self.steps = 0
         """Steps counted so far: the index of the next one."""
         self.last: StepRecord | None = None
@@ -263,6 +264,16 @@ class Sparsifier(MaskUpdates):
         A captured CUDA graph of an ordinary backward pass does not: this one must be made operation by operation.
         """
         return self._compact is not None and self._needs_dense_gradient(self.steps)
+
+    def note_wrapper(self, model: nn.Module) -> None:
+        """Say what the loop calls in place of the model, where it was wrapped later than this object was made.
+
+        DistributedDataParallel without `find_unused_parameters` computes every gradient in every process. Dense gradients of
+        layers of stored blocks are then averaged a layer at a time; otherwise all of them at the end of the step.
+        """
+        model = getattr(model, "_orig_mod", model)
+        if self._compact is not None and isinstance(model, nn.parallel.DistributedDataParallel):
+            self._compact.alike = not model.find_unused_parameters
 
     def close(self) -> None:
         """Remove the hooks from the optimisers; masks stay as they are."""

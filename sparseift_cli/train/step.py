@@ -62,6 +62,8 @@ class EagerStep:
         self.skipped = self._in_a_row = 0
         model = torch.compile(run.model, backend=sparseift) if compiled(run) else run.model
         self._forward: nn.Module = processes.wrap(model)  # pyright: ignore[reportArgumentType]
+        if run.sparsifier is not None:
+            run.sparsifier.note_wrapper(self._forward)
 
     def __call__(self, step: int) -> Tensor:
         set_rate(self._run, self._run.rate(step))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from torch import nn
+from torch.multiprocessing.spawn import spawn
 
-from tests.helpers.block_net import dense_weights, make
-from tests.helpers.block_pair import Pair
+from tests.helpers.block_net import block_net, dense_weights, loss_of, make
+from tests.helpers.block_pair import ADAMW, Pair
 
 
 def move(net: nn.Module) -> None:
@@ -71,3 +75,99 @@ def test_loaded_zeros_leave_the_blocks_where_they_are() -> None:
             state = {k: v for k, v in blocks.state_dict().items() if not k.startswith("twice.")}
             blocks.load_state_dict(state | {"twice.weight": weight, "twice.bias": blocks.twice.bias})
         pair.step(t)
+
+
+@pytest.mark.parametrize("algorithm", ["rigl", "snfs"])
+def test_gradients_that_are_set_to_zero_in_place_do_not_count(algorithm: str) -> None:
+    pair = Pair(algorithm)
+    for t in range(10):
+        for net, optimizer, _ in pair.runs():
+            optimizer.zero_grad(set_to_none=False)
+            if t in (2, 3, 6):  # a batch that the loop throws away
+                loss_of(net, 99).backward()
+                optimizer.zero_grad(set_to_none=False)
+        pair.step(t, micro=2)
+        for net, _, _ in pair.runs():
+            for p in net.parameters():
+                p.grad = torch.zeros_like(p)
+
+
+@pytest.mark.parametrize("when", ["before", "between", "after"])
+@pytest.mark.parametrize("algorithm", ["rigl", "snfs"])
+def test_gradients_that_were_computed_for_something_else_do_not_count(algorithm: str, when: str) -> None:
+    """torch.autograd.grad adds to no parameter's gradient: here, for its norm in a log."""
+    pair = Pair(algorithm)
+    for t in range(10):
+        for net, optimizer, sparsifier in pair.runs():
+            for moment in ("before", "between", "after"):
+                if moment == when:
+                    torch.autograd.grad(loss_of(net, 77), list(net.parameters()))
+                if moment != "after":
+                    (loss_of(net, t, moment == "between") / 2).backward()
+            sparsifier.step()
+            optimizer.step()
+            optimizer.zero_grad()
+        pair.require_equal(t)
+
+
+@pytest.mark.filterwarnings("ignore:the loop made more backward passes in this step than before")
+def test_layers_that_take_part_now_more_and_now_less_often_lose_two_updates_at_most() -> None:
+    nets = [block_net(compact=False), block_net(compact=True)]
+    optimizers = [ADAMW(net.parameters(), lr=0.01) for net in nets]
+    sparsifiers = [make(n, o, "rigl", delta_t=1, stop=1.0) for n, o in zip(nets, optimizers, strict=True)]
+    lost = 0
+    for t in range(16):
+        parts = (1, 3, 2, 0, 4)[t % 5]
+        for net, optimizer, sparsifier in zip(nets, optimizers, sparsifiers, strict=True):
+            for part in range(parts):
+                loss_of(net, t, part).backward()
+            sparsifier.step()
+            optimizer.step()
+            optimizer.zero_grad()
+        zeros, blocks = (sparsifier.masks() for sparsifier in sparsifiers)
+        if not all(torch.equal(mask, blocks[name]) for name, mask in zeros.items()):
+            lost += 1
+            sparsifiers[1].load_state_dict(sparsifiers[0].state_dict())
+            nets[1].load_state_dict(nets[0].state_dict())
+            optimizers[1].load_state_dict(optimizers[0].state_dict())
+    assert lost <= 2
+
+
+def _two_processes(rank: int, folder: str, compact: bool) -> None:
+    """Train with gradients that are averaged by hand; process 1 uses the net in every third step alone."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    net = block_net(compact=compact)
+    optimizer = ADAMW(net.parameters(), lr=0.01)
+    sparsifier = make(net, optimizer, "rigl", delta_t=2)
+    for t in range(9):
+        if rank == 0 or t % 3 == 0:
+            loss_of(net, t, rank).backward()
+        for p in net.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            torch.distributed.all_reduce(p.grad)
+            p.grad /= 2
+        sparsifier.step()
+        optimizer.step()
+        optimizer.zero_grad()
+    sparsifier.check_ranks()
+    if rank == 0:
+        torch.save((sparsifier.masks(), dense_weights(net)), f"{folder}/{compact}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch.distributed is not built in")
+def test_a_layer_that_only_one_process_uses_in_a_step(tmp_path: Path) -> None:
+    found: list[Any] = []
+    for compact in (False, True):
+        folder = tmp_path / str(compact)
+        folder.mkdir()
+        spawn(_two_processes, (str(folder), compact), nprocs=2)
+        found.append(torch.load(folder / f"{compact}.pt"))
+    (masks, weights), (others, blocks) = found
+    start = block_net(compact=True)
+    assert any(
+        not torch.equal(mask, start.get_submodule(n.removesuffix(".weight")).weight_mask) for n, mask in masks.items()
+    )
+    assert all(torch.equal(mask, others[name]) for name, mask in masks.items())
+    torch.testing.assert_close(weights, blocks, rtol=1e-4, atol=1e-5)
