@@ -5,23 +5,26 @@ from __future__ import annotations
 import contextlib
 import gzip
 import hashlib
+import lzma
 import os
 import tarfile
 import tempfile
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ..base.locations import cache_dir
 from ..errors import UsageError
 
 # Files out of folders and .tar.gz archives, read into memory under a size limit: nothing is ever extracted to disk.
 
-_DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError)
+_DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, tarfile.TarError)
+_BLOCK = 1 << 20
 
 
 def read_members(place: Path, names: Sequence[str], limit: int) -> dict[str, bytearray]:
@@ -54,26 +57,64 @@ def read_members(place: Path, names: Sequence[str], limit: int) -> dict[str, byt
 
 
 def read_file(path: Path, limit: int) -> bytearray:
-    """A file of at most `limit` bytes; of a name that ends in .gz, what it unpacks to.
+    """A file of at most `limit` bytes; of a name that ends in .gz or .xz, what it unpacks to.
 
     Raises:
         UsageError: it is missing, too large, unreadable or damaged.
     """
-    opened = gzip.open if path.suffix == ".gz" else Path.open
-    try:
-        with opened(path, "rb") as file:
-            data = bytearray(file.read(limit + 1))
-    except _DAMAGE as error:
-        raise UsageError(f"{path}: damaged ({error})", hint="delete it and fetch it again") from None
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}") from None
-    if len(data) > limit:
-        raise UsageError(f"{path}: has more than {limit:,} bytes")
+    data = bytearray()
+    for block in file_blocks(path):
+        data += block
+        if len(data) > limit:
+            raise UsageError(f"{path}: has more than {limit:,} bytes")
     return data
 
 
+_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+PACKED = tuple(_OPENERS)
+"""Endings of names of files that are unpacked when they are read."""
+
+
+def file_blocks(path: Path) -> Iterator[bytes]:
+    """What a file holds, or of a name that ends in .gz or .xz what it unpacks to, by blocks of at most 1 MB.
+
+    Raises:
+        UsageError: it is missing, unreadable or damaged.
+    """
+    try:
+        with _OPENERS.get(path.suffix, Path.open)(path, "rb") as file:
+            while block := file.read(_BLOCK):
+                yield block
+    except _DAMAGE as error:
+        raise UsageError(
+            f"{path}: damaged, or no {path.suffix} ({error})", hint="delete it and fetch it again"
+        ) from None
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}") from None
+
+
+# What takes long while data are opened: data sets have no command line to print on, so a caller takes the lines.
+
+_listener: ContextVar[Callable[[str], object] | None] = ContextVar("listener", default=None)
+
+
+@contextlib.contextmanager
+def announcing(note: Callable[[str], object] | None) -> Iterator[None]:
+    """Within the block `note(text)` is called with what `announce` is given."""
+    token = _listener.set(note)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+def announce(text: str) -> None:
+    """Say in a line what is about to take long, or is not as one would expect."""
+    if (note := _listener.get()) is not None:
+        note(text)
+
+
 Found = TypeVar("Found")
-_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)

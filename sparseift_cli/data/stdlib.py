@@ -31,6 +31,7 @@ def open_stdlib(root: str | Path | None = None) -> TokenSet:
         UsageError: this Python has no library sources.
     """
     from .text import byte_stream
+    from .text_files import as_tensor
     from .tokens import TokenSet
 
     folder = Path(root).expanduser() if root is not None else Path(sysconfig.get_paths()["stdlib"])
@@ -40,7 +41,7 @@ def open_stdlib(root: str | Path | None = None) -> TokenSet:
         return split_files(folder)
 
     def read(split: str) -> Stream:
-        return byte_stream(bytearray(b"".join(path.read_bytes() for path in files()[split])))
+        return byte_stream(as_tensor(bytearray(b"".join(path.read_bytes() for path in files()[split]))))
 
     if not folder.is_dir() or not all(files().values()):
         raise UsageError(f"{folder}: holds no sources of Python's standard library", hint="name another data set")

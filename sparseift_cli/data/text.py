@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError, one_of
-from .places import read_file, search
+from .places import search
 from .source import DataSource, require_integer
+from .text_files import Files, count_words, find_texts, load_text, pieces
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .tokens import Stream, TokenSet
 
+    Text = Files | Tensor
+    """Where the bytes of a split are, or these, uint8 [N]."""
+
 UNKNOWN, END = "<unk>", "<eos>"
-_LIMIT = 1 << 34
-_Text = bytes | Path
-_NAMES = {"train": ("train",), "valid": ("valid", "val", "validation"), "test": ("test",)}
-_SUFFIXES = (".txt", ".txt.gz", ".tokens", ".tokens.gz", ".raw", ".raw.gz")
 
 
 def open_text(
@@ -31,9 +33,10 @@ def open_text(
 ) -> TokenSet:
     """Text files as tokens: bytes (vocabulary 256), or words as `open_wikitext` makes them.
 
-    `root` is a folder with train, valid and test files (.txt or .tokens, plain or .gz), or one file. Of one file, and of a
-    train file alone, the last `valid_percent` (10) are held out: whole lines. Beside a test file they are where
-    `valid_percent` is given.
+    `root` is a folder with train, valid and test files (.txt, .tokens, .raw or .bin, plain, .gz or .xz; several train files are
+    train-0.txt, train-1.txt, ...), or one file. Of one file, and of train files alone, the last `valid_percent` (10) are held
+    out: whole lines. Beside a test file they are where `valid_percent` is given. Large texts are memory-mapped, and unpacked
+    once into the cache (`text_files.py`).
 
     Raises:
         UsageError: no such files, text that is not UTF-8 where words are asked for, or `valid_percent` where a file says
@@ -46,7 +49,7 @@ def open_text(
             "the data set text needs a root", hint="name a text file, or a folder with train and valid files"
         )
     path = Path(root).expanduser()
-    texts: dict[str, _Text] = {"train": path} if path.is_file() else dict(search("text", root, [], _files))
+    texts: dict[str, Text] = {"train": (path,)} if path.is_file() else dict(search("text", root, [], find_texts))
     if valid_percent is not None and "valid" in texts:
         raise UsageError(
             f"{path} has a file that says what is held out, so no part of the training text can be",
@@ -54,7 +57,7 @@ def open_text(
         )
     divided = valid_percent is not None or not texts.keys() & {"valid", "test"}
     if divided:
-        texts |= _halves(texts["train"], percent)
+        texts |= _halves(_load(texts["train"], str(path)), path, percent)
     found = _by_bytes("text", path, texts) if level == "bytes" else _by_words("text", path, texts, max_vocab)
     if divided:
         found.drawn_from_training = f"the last {percent} % of its training text, from the next whole line on"
@@ -88,8 +91,8 @@ def open_wikitext(name: str, root: str | Path | None, level: str, max_vocab: int
         UsageError: its files are not there, or damaged.
     """
     one_of("level", level, ("bytes", "words"))
-    texts = search(name, root, [name, f"text/{name}"], _files)
-    folder = next(iter(texts.values())).parent
+    texts = search(name, root, [name, f"text/{name}"], find_texts)
+    folder = texts["train"][0].parent
     return _by_bytes(name, folder, texts) if level == "bytes" else _by_words(name, folder, texts, max_vocab)
 
 
@@ -114,20 +117,14 @@ WIKITEXT103 = DataSource(
 )
 
 
-def _files(folder: Path) -> dict[str, Path] | None:
-    """The files of the splits; None unless there is something to train on."""
-    found: dict[str, Path] = {}
-    for split, names in _NAMES.items():
-        for name in chain(names, (f"wiki.{n}" for n in names)):
-            for suffix in _SUFFIXES:
-                if split not in found and (folder / (name + suffix)).is_file():
-                    found[split] = folder / (name + suffix)
-    return found if "train" in found else None
-
-
-def _halves(path: _Text, valid_percent: int) -> dict[str, _Text]:
-    text = bytes(_load(path))
-    cut = text.find(b"\n", len(text) * (100 - valid_percent) // 100) + 1
+def _halves(text: Tensor, path: Path, valid_percent: int) -> dict[str, Text]:
+    """A text uint8 [N] in two: the last part begins with the next whole line."""
+    cut = len(text) * (100 - valid_percent) // 100
+    for piece in pieces(text[cut:]):
+        if (end := piece.find(b"\n")) >= 0:
+            cut += end + 1
+            break
+        cut += len(piece)
     if not 0 < cut < len(text):
         raise UsageError(
             f"{path}: too little text to hold {valid_percent} % out", hint="give a folder with train and valid files"
@@ -135,39 +132,35 @@ def _halves(path: _Text, valid_percent: int) -> dict[str, _Text]:
     return {"train": text[:cut], "valid": text[cut:]}
 
 
-def _load(text: _Text) -> bytes | bytearray:
-    return read_file(text, _LIMIT) if isinstance(text, Path) else text
-
-
-def byte_stream(data: bytes | bytearray) -> Stream:
-    """The bytes of a text as tokens.
+def _load(text: Text, where: str) -> Tensor:
+    """The bytes of a split, uint8 [N].
 
     Raises:
-        UsageError: an empty text.
+        UsageError: there are none.
     """
-    if not data:
-        raise UsageError("an empty text holds no tokens")
-    import torch
+    data = load_text(text) if isinstance(text, tuple) else text
+    if not len(data):
+        raise UsageError(f"{where} is empty")
+    return data
 
+
+def byte_stream(text: Tensor) -> Stream:
+    """The bytes of a text, uint8 [N], as tokens."""
     from .tokens import Stream
 
-    tokens = torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=torch.uint8)
-    return Stream(tokens, words=lambda: len(data.split()) + data.count(b"\n"), bytes=lambda: len(data) - 1)
+    return Stream(text, words=lambda: count_words(text), bytes=lambda: len(text) - 1)
 
 
-def _by_bytes(name: str, source: Path, texts: Mapping[str, _Text]) -> TokenSet:
+def _by_bytes(name: str, source: Path, texts: Mapping[str, Text]) -> TokenSet:
     from .tokens import TokenSet
 
     def read(split: str) -> Stream:
-        data = _load(texts[split])
-        if not data:
-            raise UsageError(f"{source}: the split {split} is empty")
-        return byte_stream(data)
+        return byte_stream(_load(texts[split], f"{source}: the split {split}"))
 
     return TokenSet(name, read, split_names=tuple(texts), vocab=256, source=str(source))
 
 
-def _by_words(name: str, source: Path, texts: Mapping[str, _Text], max_vocab: int | None) -> TokenSet:
+def _by_words(name: str, source: Path, texts: Mapping[str, Text], max_vocab: int | None) -> TokenSet:
     from .tokens import TokenSet
 
     if max_vocab is not None:
@@ -190,16 +183,14 @@ def _by_words(name: str, source: Path, texts: Mapping[str, _Text], max_vocab: in
     return TokenSet(name, read, split_names=tuple(texts), vocab=len(ranked), source=str(source), vocabulary=ranked)
 
 
-def _lines(text: _Text, where: str) -> list[str]:
+def _lines(text: Text, where: str) -> list[str]:
     """The lines of a text without their ends, which is not what str.splitlines calls lines."""
     try:
-        lines = _load(text).decode("utf-8").split("\n")
+        lines = _load(text, where).numpy().tobytes().decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise UsageError(f"{where}: no UTF-8 at byte {error.start:,}", hint="read it with level=bytes") from None
     if not lines[-1]:
         lines.pop()
-    if not lines:
-        raise UsageError(f"{where} is empty")
     return lines
 
 

@@ -98,7 +98,8 @@ class TokenSet(DataSet):
     def _sha256(self) -> str:
         """The hash reads every token anyway: so this is where ids beyond the vocabulary are found."""
         for name in self.split_names:
-            if (largest := self._largest[name]) >= self.vocab:
+            narrow = BITS[self.stream(name).tokens.dtype] < self.vocab
+            if not narrow and (largest := self._largest[name]) >= self.vocab:
                 raise UsageError(f"{self.source}: a token {largest} in {name}; the vocabulary has {self.vocab}")
         return hash_tensors((name, self.stream(name).tokens) for name in self.split_names)
 
@@ -111,7 +112,7 @@ class TokenSet(DataSet):
     def _largest(self) -> dict[str, int]:
         return {
             name: max(
-                int((part.to(torch.int64) & BITS[part.dtype]).max()) for part in self.stream(name).tokens.split(1 << 24)
+                int((part.to(torch.int64) & BITS[part.dtype]).max()) for part in self.stream(name).tokens.split(1 << 20)
             )
             for name in self.split_names
         }

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..base.metrics import LOSS, METRICS
+from ..data.places import announcing
 from ..errors import InterruptedRun, SparseiftError, UsageError
 from ..kernels.registry import in_words
 from ..models.source import source_hash
@@ -164,7 +165,8 @@ def _one(recipe: Recipe, seed: int, call: _Call, ours: Processes) -> dict[str, A
             call.note(f"{found.path} is done")
     if ours.agree(ours.first and found is not None and found.summary is not None):
         return {**(found.summary or {}), "path": str(found.path)} if found is not None else {}  # it may have been moved
-    run = prepare(recipe, seed, ours)
+    with announcing(call.note if ours.first else None):
+        run = prepare(recipe, seed, ours)
     try:
         _stop_here(ours, recipe, seed)
         return _train(run, found, text, call, ours)
