@@ -106,6 +106,7 @@ def test_wheel_carries_data_and_no_tests(wheel: Path, root: Path) -> None:
         inside = set(archive.namelist())
     package = root / "sparseift_cli"
     data = {f"sparseift_cli/{p.relative_to(package)}" for p in package.glob("models/zoo/tables/*.json")}
+    data |= {f"sparseift_cli/{p.relative_to(package)}" for p in package.rglob("*.cpp")}
     recipes = {f"sparseift_cli/{p.relative_to(root)}" for p in root.glob("recipes/*/*.yaml")}
     assert data | recipes | {"sparseift_cli/py.typed"} <= inside
     assert not [name for name in inside if "/results/" in name]  # runs kept in the repository
