@@ -109,9 +109,11 @@ class BlockWeight(SparseWeight):
     def num_outside(self) -> int:
         """Non-zeros that were loaded into blocks where none was stored; blocks that brought zeros alone go back."""
         layer = self._layer
+        if torch.equal(layer.block_mask, self._mask):
+            return 0
         outside = ~self._mask[layer.rows.long(), layer.columns.long()]
         found = int(self.parameter[outside].count_nonzero())
-        if not found and bool(outside.any()):
+        if not found:
             layer.move_(self._mask)
         return found
 

@@ -46,10 +46,10 @@ def find_weights(
     for name in mask_names(model):
         weight = _find_weight(model, name, pattern, layouts, moves=moves)
         if weight.parameter.requires_grad and id(weight.parameter) not in held:
-            raise UsageError(
-                f"{name} is trained but not in the optimiser",
-                hint="give all optimisers, Sparsifier(model, [muon, adamw]), or freeze it",
-            )
+            hint = "give all optimisers, Sparsifier(model, [muon, adamw]), or freeze it"
+            if not weight.stores_zeros:
+                hint = f"call use_kernels before the optimiser is made, as it replaces parameters; or {hint}"
+            raise UsageError(f"{name} is trained but not in the optimiser", hint=hint)
         found.append(weight)
     unknown = set(layouts) - {w.name for w in found}
     if unknown:
@@ -62,6 +62,12 @@ def _find_weight(
 ) -> SparseWeight:
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
+    compact = isinstance(module, BlockLayer)
+    if hasattr(module.values if compact else module._parameters[attribute], "device_mesh") and (moves or not compact):
+        raise UsageError(
+            f"{name} is a DTensor, of which a process has a part: masks are of whole weights",
+            hint="DistributedDataParallel keeps them whole; with fully_shard, use_kernels and algorithm static do",
+        )
     if isinstance(module, BlockLayer):
         return BlockWeight(name, module, moves=moves)
     form: MaskLayout = {

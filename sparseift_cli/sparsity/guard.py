@@ -37,6 +37,14 @@ def warn_of_order(weights: Iterable[tuple[nn.Parameter, Tensor]]) -> bool:
     return unmasked
 
 
+def warn_of_masks_left() -> None:
+    """Warn if the optimiser is about to make a step without a `Sparsifier.step`, where no gradient needs a mask."""
+    warnings.warn(
+        f"optimizer.step() without sparsifier.step() before it: no mask moves; call {_ORDER}",
+        stacklevel=4,  # as in `warn_of_order`
+    )
+
+
 def _have_unmasked(weights: Iterable[tuple[nn.Parameter, Tensor]]) -> bool:
     """Whether a gradient is not zero where the mask is."""
     return any(p.grad is not None and bool(p.grad[mask == 0].any()) for p, mask in weights)

@@ -46,7 +46,7 @@ from .algorithms import MaskAlgorithm, WeightView, choose_algorithm
 from .block_weight import BlockGradients, BlockWeight
 from .drop_and_grow import extend, prune
 from .find_weights import find_weights
-from .guard import all_finite, multiply_, require_finite, require_masked_gradients, warn_of_order
+from .guard import all_finite, multiply_, require_finite, require_masked_gradients, warn_of_masks_left, warn_of_order
 from .mask_updates import MaskUpdates, Pending
 from .optimizers import (
     STATE_KEY,
@@ -446,6 +446,9 @@ class Sparsifier(MaskUpdates):
                 self._follow_weights()
                 self._unchecked = True
             unmasked = warn_of_order(held.masked())
+            blocks = [w.parameter for w in held.weights if w.moves and not w.stores_zeros]
+            if not unmasked and any(p.grad is not None for p in blocks):
+                warn_of_masks_left()
         elif held.evaluations is None and held.missed:  # step() may have been called late, after the optimiser's step
             require_masked_gradients(held.masked())
         held.missed = unmasked

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.multiprocessing.spawn import spawn
 
+from sparseift_cli.errors import UsageError
+from sparseift_cli.kernels.convert import use_kernels
 from tests.helpers.block_net import block_net, dense_weights, loss_of, make
 from tests.helpers.block_pair import ADAMW, Pair
 
@@ -30,6 +32,9 @@ def test_a_model_that_was_elsewhere_between_two_steps(algorithm: str) -> None:
         pair.step(t)
 
 
+@pytest.mark.filterwarnings(
+    r"ignore:optimizer.step\(\) without sparsifier.step\(\)"
+)  # of the first, which is not closed yet
 def test_closing_a_sparsifier_leaves_the_next_one_its_gradients() -> None:
     pair = Pair("rigl")
     first = pair.sparsifiers
@@ -171,3 +176,67 @@ def test_a_layer_that_only_one_process_uses_in_a_step(tmp_path: Path) -> None:
     )
     assert all(torch.equal(mask, others[name]) for name, mask in masks.items())
     torch.testing.assert_close(weights, blocks, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_without_the_sparsifier_is_said() -> None:
+    net = block_net(compact=True)
+    optimizer = ADAMW(net.parameters(), lr=0.01)
+    make(net, optimizer, "rigl")
+    loss_of(net, 0).backward()
+    with pytest.warns(UserWarning, match=r"optimizer.step\(\) without sparsifier.step\(\) before it: no mask moves"):
+        optimizer.step()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("algorithm", ["rigl", "static"])
+def test_steps_that_move_no_mask_need_no_sparsifier(algorithm: str) -> None:
+    net = block_net(compact=True)
+    optimizer = ADAMW(net.parameters(), lr=0.01)
+    sparsifier = make(net, optimizer, algorithm)
+    for t in range(2):
+        loss_of(net, t).backward()
+        if algorithm != "static":
+            sparsifier.step()
+        optimizer.step()
+        optimizer.zero_grad()
+        optimizer.step()  # without gradients
+
+
+def test_an_optimizer_made_too_early() -> None:
+    net = block_net(compact=False)
+    optimizer = ADAMW(net.parameters(), lr=0.01)
+    use_kernels(net, "reference")
+    with pytest.raises(UsageError, match=r"conv\.weight is trained but not in the optimiser") as error:
+        make(net, optimizer)
+    assert "call use_kernels before the optimiser is made" in str(error.value.hint)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch.distributed is not built in")
+def test_sharded_weights(tmp_path: Path) -> None:
+    """Blocks that do not move train under fully_shard, as their weights need no masks; the rest is refused by name."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        pair = Pair("static")
+        net = block_net(compact=True)
+        fully_shard(net, mesh=init_device_mesh("cpu", (1,)))
+        optimizer = ADAMW(net.parameters(), lr=0.01)
+        with pytest.raises(UsageError, match=r"conv\.weight is a DTensor"):
+            make(net, optimizer, "rigl")
+        sharded = make(net, optimizer, "static")
+        for t in range(3):
+            pair.step(t)
+            loss_of(net, t).backward()
+            sharded.step()
+            optimizer.step()
+            optimizer.zero_grad()
+        for name, p in pair.nets[1].named_parameters():
+            torch.testing.assert_close(net.get_parameter(name).full_tensor(), p, rtol=1e-4, atol=1e-5)
+        masked = block_net(compact=False)
+        fully_shard(masked, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(UsageError, match=r"conv\.weight is a DTensor"):
+            make(masked, ADAMW(masked.parameters(), lr=0.01), "static")
+    finally:
+        torch.distributed.destroy_process_group()
