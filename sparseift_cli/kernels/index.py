@@ -2,7 +2,8 @@
 
 A weight [R * B, C * B] is a grid of R x C blocks of B x B. The n stored blocks are ordered by row, then by column, as
 `values` [n, B, B]. Every tensor here is int32 and has a size that depends on R, C and n alone: when blocks move, the index is
-rewritten in place, and compiled code and captured graphs go on using it.
+rewritten in place, and compiled code and captured graphs go on using it. Nothing here depends on B but the groups: cells of r x c
+are indexed in the same way.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class BlockIndex(NamedTuple):
         column_order: [n], the position in `values` of each block, in the order of that walk.
         groups: [groups, size], positions in `values` of blocks that share a row (or a column, see `shares_columns`), so that
             the weight gradient loads the shared operand once for all of them. A group that is not full repeats its first
-            block; an unused group, at the end, is -1.
+            block; an unused group, at the end, is -1. [0, 0] for blocks under 32, which have no kernel that reads groups.
     """
 
     row_offsets: Tensor
@@ -122,9 +123,13 @@ class BlockIndex(NamedTuple):
 def group_size(block: int, num_rows: int, num_columns: int, num_blocks: int) -> int:
     """How many blocks share an operand in the weight gradient: enough for a wide product, few enough to fill the groups.
 
-    >>> group_size(128, 90, 23, 1024), group_size(64, 181, 45, 4096), group_size(64, 404, 101, 4096)
-    (2, 8, 2)
+    0 for blocks that only kernels without groups take, those of CPUs.
+
+    >>> group_size(128, 90, 23, 1024), group_size(64, 181, 45, 4096), group_size(64, 404, 101, 4096), group_size(4, 9, 9, 9)
+    (2, 8, 2, 0)
     """
+    if block < 32:
+        return 0
     if block == 64 and num_blocks >= 48 * min(num_rows, num_columns):
         return 8
     return 4 if block == 32 else 2
@@ -193,7 +198,9 @@ def _tensors(rows: Tensor, columns: Tensor, num_rows: int, num_columns: int, siz
     """The fields of a BlockIndex, from block coordinates [n] that are sorted by row, then by column."""
     order = (columns * num_rows + rows).argsort()
     row_offsets, column_offsets = _offsets(rows, num_rows), _offsets(columns, num_columns)
-    if shares_columns(num_rows, num_columns, len(rows), size):
+    if not size:
+        groups = rows.new_empty(0, 0)
+    elif shares_columns(num_rows, num_columns, len(rows), size):
         groups = _groups(columns, num_columns, size)
     else:
         groups = _groups(rows, num_rows, size)
