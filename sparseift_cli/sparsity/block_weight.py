@@ -10,7 +10,7 @@ which exists during a mask update, one layer at a time: algorithms see no differ
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -225,6 +225,8 @@ class _Collected:
     scores: Tensor | None = None
     scored: int = -1
     """The pass in which scores were made."""
+    stored: Tensor | None = None
+    """Of the gradient that scores were made of: what it is at the stored blocks [n, *unit]."""
     late: bool = False
     """A gradient came when `scores` had been made already."""
     half: bool = False
@@ -270,6 +272,8 @@ def _sum(one: Tensor | None, other: Tensor | None, dtype: torch.dtype | None) ->
 
 
 _SURPRISES = 2
+_SAME_DIRECTION = 0.7
+"""Cosine above which two gradients are the same but for rounding, or clipping of single values."""
 Reduce = Callable[[BlockWeight, Tensor], Tensor]
 
 
@@ -320,6 +324,7 @@ class BlockGradients:
     def take(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """By weight name, what was collected in this step: dense gradients [*shape], and scores [R, C] where these were made."""
         gradients, scores, late = dict[str, Tensor](), dict[str, Tensor](), list[str]()
+        stored = dict[BlockWeight, Tensor]()
         for w, found in self._found.items():
             found.end_pass(w.parameter.grad)
             if w.parameter.grad is None:
@@ -330,12 +335,24 @@ class BlockGradients:
                 late.append(w.name)
             elif found.scores is not None and found.usable(found.scores):
                 scores[w.name] = found.scores
+                stored |= {} if found.stored is None else {w: found.stored}
             elif found.dense is not None and found.usable(dense := self._finished(w, found.dense)):
-                gradients[w.name] = _unscaled(w, dense)
+                stored[w] = w.layer.blocks_of(dense)
+                gradients[w.name] = _unscaled(w, dense, stored[w])
         if late:
             warnings.warn(
                 f"the loop made more backward passes in this step than before: the masks of {some_of(late)} are not updated "
                 "in it",
+                stacklevel=4,
+            )
+        for name in (others := _names_of_others(stored)):
+            gradients.pop(name, None)
+            scores.pop(name, None)
+        if others:
+            warnings.warn(
+                f"the gradients of {some_of(others)} are not those of the backward passes times a factor, and layers that "
+                "store blocks alone have no others at every place: their masks are not updated in this step. Change gradients "
+                "after sparsifier.step()",
                 stacklevel=4,
             )
         return gradients, scores
@@ -362,7 +379,8 @@ class BlockGradients:
         if self._reduce is not None and self._early and found.may_be_complete:
             whole = _sum(found.dense, found.dense_of_pass, w.parameter.dtype)
             assert whole is not None
-            found.scores, found.scored = self._reduce(w, self._finished(w, whole)), backward
+            whole = self._finished(w, whole)
+            found.scores, found.scored, found.stored = self._reduce(w, whole), backward, w.layer.blocks_of(whole)
             found.dense = found.dense_of_pass = None
 
     @property
@@ -396,14 +414,28 @@ def _processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _unscaled(w: BlockWeight, dense: Tensor) -> Tensor:
+def _names_of_others(stored: Mapping[BlockWeight, Tensor]) -> list[str]:
+    """The weights whose gradient [n, *unit] has another direction than what was collected at the stored blocks."""
+    weights = [w for w in stored if w.parameter.grad is not None]
+    if not weights:
+        return []
+    cosines = list[Tensor]()
+    for w in weights:
+        one, other = w.parameter.grad.float().flatten(), stored[w].float().flatten()  # pyright: ignore[reportOptionalMemberAccess]
+        cosines.append((one @ other) / (one.norm() * other.norm()))  # NaN, which is not less, where one of them is zero
+    found = torch.stack([c.to(cosines[0].device) for c in cosines]).tolist()
+    return [w.name for w, cosine in zip(weights, found, strict=True) if cosine < _SAME_DIRECTION]
+
+
+def _unscaled(w: BlockWeight, dense: Tensor, stored: Tensor) -> Tensor:
     """A dense gradient [*shape], multiplied by what the compact one was multiplied by since the backward pass.
 
+    `stored` is what the dense one is at the stored blocks [n, *unit].
     Loops unscale gradients (fp16), or divide them by a number of micro-batches, before `Sparsifier.step`.
     """
     gradient = w.parameter.grad
     if gradient is None:
         return dense
-    largest = torch.stack([gradient.abs().max(), w.layer.blocks_of(dense).abs().max()]).double().tolist()
+    largest = torch.stack([gradient.abs().max(), stored.abs().max()]).double().tolist()
     ratio = largest[0] / largest[1] if largest[1] else 1.0
     return dense if abs(ratio - 1) < 0.01 else dense * ratio

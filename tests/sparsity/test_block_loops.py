@@ -236,3 +236,25 @@ def test_sharded_weights(tmp_path: Path) -> None:
             make(masked, ADAMW(masked.parameters(), lr=0.01), "static")
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("algorithm", ["rigl", "snfs"])
+def test_gradients_that_a_loop_makes_itself_are_said(algorithm: str) -> None:
+    """As those of several tasks that are combined by hand: at places without blocks nothing is known of them."""
+    net = block_net(compact=True)
+    optimizer = ADAMW(net.parameters(), lr=0.01)
+    sparsifier = make(net, optimizer, algorithm, delta_t=1)
+    before = sparsifier.masks()
+    for t in range(2):
+        parameters = list(net.parameters())
+        tasks = [torch.autograd.grad(loss_of(net, t, task), parameters) for task in range(3)]
+        for p, *gradients in zip(parameters, *tasks, strict=True):
+            p.grad = gradients[0] - gradients[1] + 0.1 * gradients[2]
+        if sparsifier.collects_gradients:
+            with pytest.warns(UserWarning, match="are not those of the backward passes times a factor"):
+                sparsifier.step()
+        else:
+            sparsifier.step()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(torch.equal(mask, before[name]) for name, mask in sparsifier.masks().items())
