@@ -88,9 +88,12 @@ def clear_states(weights: Iterable[SparseWeight], state_of: Callable[[SparseWeig
     return [w.name for w in weights if w.clear_outside(state_of(w))]
 
 
-def setting_changes(mine: Mapping[str, object], theirs: Mapping[str, object]) -> dict[str, str]:
-    """By name, the settings of a saved run that are others now, as `7 -> 3`."""
-    then = {"decay": theirs.get("schedule"), **theirs}  # the name that `decay` had
+def setting_changes(
+    mine: Mapping[str, object], theirs: Mapping[str, object], defaults: Mapping[str, object]
+) -> dict[str, str]:
+    """By name, the settings of a saved run that are others now, as `7 -> 3`; one that did not exist then had its default."""
+    once = {"decay": theirs["schedule"]} if "schedule" in theirs else {}  # the name that `decay` had
+    then = {**defaults, **once, **theirs}
     return {key: f"{then.get(key)!r} -> {mine[key]!r}" for key in mine if mine[key] != then.get(key)}
 
 

@@ -24,7 +24,8 @@ from ..kernels.watch import unwatch_gradient, watch_gradient
 from ..mask.attached import capturing, parts_of
 from ..mask.layout import Layout
 from ..mask.patterns import Block
-from .sparse_weight import SparseWeight
+from .algorithms import GrownState
+from .sparse_weight import SparseWeight, fill_with_mean
 
 
 class BlockWeight(SparseWeight):
@@ -160,17 +161,26 @@ class BlockWeight(SparseWeight):
     def set_mask(
         self,
         blocks: Tensor,
-        state: Iterable[Tensor] = (),
+        state: Sequence[Tensor] = (),
         nnz: int | None = None,
         before: Tensor | None = None,
+        *,
+        grown_state: GrownState = "zero",
     ) -> None:
-        """Move the blocks to those of `blocks`, bool [R, C]; a block that grows is zero, in the optimiser's `state` too.
+        """Move the blocks to those of `blocks`, bool [R, C]; a block that grows is zero, in the optimiser's `state` as
+        `grown_state` says.
 
         `before` is `active_blocks()`, where the caller has it. With both on the CPU, nothing waits for a GPU.
         """
         before = self.active_blocks() if before is None else before
-        self.num_grown = (blocks & ~before).count_nonzero() * self.block_size
+        grown = blocks & ~before
+        self.num_grown = grown.count_nonzero() * self.block_size
         self._layer.move_(blocks, state, before)
+        if grown_state == "mean":
+            stored = grown.flatten()[blocks.flatten()].to(self.parameter.device, non_blocking=True)
+            for tensor in state:  # [n, *unit], or means over part of a block
+                others = (~stored).count_nonzero() * tensor[0].numel()
+                fill_with_mean([tensor], stored.view(-1, *(1 for _ in tensor.shape[1:])), others)
         blocks = blocks.to(self.parameter.device, non_blocking=True)
         self._note_mask(blocks)
         self.ever_active |= blocks

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from ..base.randomness import key_of
 from ..base.text import shape_text
 from ..errors import UsageError
-from .algorithms import DropAndGrow, MaskAlgorithm, Regrow, WeightView
+from .algorithms import DropAndGrow, GrownState, MaskAlgorithm, Regrow, WeightView
 from .block_weight import BlockWeight
 from .drop_and_grow import drop_and_grow
 from .gpu.fast_drop_and_grow import FastUpdate, fast_drop_and_grow, in_groups, on_device, update_numbers
@@ -64,7 +64,9 @@ class MaskUpdates:
         self.total_steps, self.seed, self.optimizers = total_steps, seed, optimizers
         self.schedule = algorithm.schedule(total_steps)
         self._from_outside = ":" in name
-        self.regrow: Regrow = algorithm.regrow if isinstance(algorithm, DropAndGrow) else "allow"
+        drops_and_grows = isinstance(algorithm, DropAndGrow)
+        self.regrow: Regrow = algorithm.regrow if drops_and_grows else "allow"
+        self.grown_state: GrownState = algorithm.grown_state if drops_and_grows else "zero"
 
     def _start_with(self, weights: list[SparseWeight]) -> None:
         self.weights = weights
@@ -183,7 +185,7 @@ class MaskUpdates:
         return self._view(w, gradient, self.keys_of(w, t)[0])
 
     def _view(self, w: SparseWeight, gradient: Tensor | None, key: int | Tensor) -> WeightView:
-        return WeightView(w.dense_weight(), gradient, self._states.get(w.name, {}), key)
+        return WeightView(w.dense_weight(), gradient, self._states.get(w.name, {}), key, w.layout)
 
     def drops(self, w: SparseWeight, t: int) -> int:
         """How many blocks of a weight the update of step `t` drops and grows."""

@@ -21,6 +21,7 @@ from ..mask.attached import mask_beside, parts_of
 from ..mask.layout import Layout, part_name
 from ..mask.patterns import UNSTRUCTURED, has_pattern, parse_pattern
 from ..mask.saliency import MaskLayout
+from .algorithms import GrownState
 from .drop_and_grow import extend
 from .gpu.primitives import as_words, count, invert_
 from .guard import multiply_
@@ -83,6 +84,11 @@ class SparseWeight:
     def weight_shape(self) -> tuple[int, ...]:
         """The shape of the weight with its zeros."""
         return tuple(self.parameter.shape)
+
+    @property
+    def layout(self) -> Layout:
+        """The weight as a matrix, of outputs and what each reads."""
+        return self._layout
 
     @property
     def numel(self) -> int:
@@ -268,7 +274,14 @@ class SparseWeight:
         return self._layout.from_matrix(self.pattern.from_cells(self._layout, blocks))
 
     @torch.no_grad()
-    def set_mask(self, blocks: Tensor, state: Iterable[Tensor] = (), nnz: int | None = None) -> None:
+    def set_mask(
+        self,
+        blocks: Tensor,
+        state: Sequence[Tensor] = (),
+        nnz: int | None = None,
+        *,
+        grown_state: GrownState = "zero",
+    ) -> None:
         """Give the weight the mask with these active blocks.
 
         A weight that is not active before and after becomes zero, in every tensor of the optimiser's `state` too. For one that
@@ -278,6 +291,7 @@ class SparseWeight:
             blocks: as from `active_blocks`.
             state: tensors [*shape] of the optimiser.
             nnz: the weights that are active then, where the caller knows that no part has another number of them.
+            grown_state: what `state` has for weights that grow: `zero`, or the `mean` of those that are active before and after.
         """
         new, inactive = self.mask_of_blocks(blocks), torch.empty_like(self.mask)
         before, after, words = as_words(self.mask, new, inactive)
@@ -285,6 +299,8 @@ class SparseWeight:
         invert_(torch.bitwise_and(before, after, out=words))
         for tensor in (self.parameter, *state):
             tensor.masked_fill_(inactive, 0)
+        if grown_state == "mean":
+            fill_with_mean(state, new & inactive, self.numel - inactive.count_nonzero())
         self._store(new, nnz)
 
     @torch.no_grad()
@@ -353,3 +369,18 @@ class SparseWeight:
         ever |= active
         if nnz is None:
             self._count()
+
+
+def fill_with_mean(tensors: Iterable[Tensor], grown: Tensor, others: Tensor) -> None:
+    """Set tensors [*] of an optimiser, where `grown`, to the mean over the `others`, which are all that is not zero.
+
+    Summed in float64, so that weights with zeros between them and stored blocks get the same. Nothing waits for the device.
+
+    Args:
+        grown: bool, [*] or a shape that is broadcast to it.
+        others: how many there are, an int64 scalar; 0 gives zero.
+    """
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            mean = tensor.sum(dtype=torch.float64) / others.clamp(min=1)
+            tensor.masked_fill_(grown, mean.to(tensor.dtype))

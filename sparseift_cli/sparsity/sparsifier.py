@@ -18,7 +18,8 @@ Masks are in no state dict of the model. The optimiser's brings them, with the s
 optimiser resumes to the bit; of weights that come alone the masks are read from their zeros (`agreement`).
 
 A grown weight starts at zero with zero state, so Adam's first step on it is large: with betas .9, .999 and after many steps
-it is (1 - .9) / sqrt(1 - .999) = 3.16 times the learning rate, whatever the gradient.
+it is (1 - .9) / sqrt(1 - .999) = 3.16 times the learning rate, whatever the gradient. `grown_state: mean` gives it the mean
+state of its layer instead.
 """
 
 from __future__ import annotations
@@ -355,7 +356,7 @@ class Sparsifier(MaskUpdates):
         """
         if state.get("schema") != SCHEMA:
             raise UsageError(f"not the state of a Sparsifier: schema {state.get('schema')!r}, not {SCHEMA!r}")
-        changes = setting_changes(self._settings(), state["settings"])
+        changes = setting_changes(self._settings(), state["settings"], self.algorithm.defaults())
         length = changes.pop("total_steps", None)
         if changes:
             raise UsageError(
@@ -400,7 +401,7 @@ class Sparsifier(MaskUpdates):
         if state.get("schema") != SCHEMA or not self._same_weights(state):
             warnings.warn("the optimiser's state brings masks of other weights, which are not used", stacklevel=5)
             return
-        changes = setting_changes(self._settings(), state["settings"])
+        changes = setting_changes(self._settings(), state["settings"], self.algorithm.defaults())
         if state["settings"]["algorithm"] != self.algorithm_name:
             self._begin_with_masks_of(state, changes["algorithm"])
             return
@@ -514,10 +515,10 @@ class Sparsifier(MaskUpdates):
             gradient = pending.gradients.pop(w.name, None)
             if isinstance(w, BlockWeight) and w in on_host:
                 before, blocks = on_host[w]
-                w.set_mask(blocks, self.state_of(w), w.nnz, before)
+                w.set_mask(blocks, self.state_of(w), w.nnz, before, grown_state=self.grown_state)
                 continue
             blocks = found[w] if w in found else self.updated(w, t, gradient, pending.scores.get(w.name))
-            w.set_mask(blocks, self.state_of(w), nnz=w.nnz)
+            w.set_mask(blocks, self.state_of(w), nnz=w.nnz, grown_state=self.grown_state)
 
     def _prune(self, t: int, dense: Mapping[str, Tensor]) -> None:
         """Prune every weight to the non-zeros that step `t` computes with; `dense` are gradients [*shape] to score by."""
@@ -565,7 +566,7 @@ class Sparsifier(MaskUpdates):
 
     def _early_scores(self, w: SparseWeight, gradient: Tensor) -> Tensor:
         weight = torch.empty(w.weight_shape, device="meta")  # these scores read the gradient alone
-        return self._scores(w, "grow_scores", WeightView(weight, gradient))
+        return self._scores(w, "grow_scores", WeightView(weight, gradient, layout=w.layout))
 
     def _expect_gradients(self) -> None:
         """Let the backward passes of the next step collect what that step needs."""

@@ -155,7 +155,7 @@ def test_an_algorithm_takes_its_own_options_only() -> None:
     assert caught.value.hint == "it takes none"
     with pytest.raises(UsageError, match="rigl has no option momentum") as caught:
         make_algorithm("rigl", {"momentum": 0.5})
-    assert caught.value.hint == "it takes delta_t, stop, drop_fraction, decay, regrow"
+    assert caught.value.hint == "it takes delta_t, stop, drop_fraction, decay, regrow, grown_state, growth"
     with pytest.raises(UsageError, match="give them to RigL"):
         make_algorithm(RigL(), {"delta_t": 7})
     # what every algorithm once took, at its default, as files written then have it

@@ -111,7 +111,7 @@ class GraphedUpdate:
                 with branch(k):
                     new, old = as_words(blocks[k], updates[k].mask)
                     torch.where(accepted[k], new, old, out=new)
-                    w.set_mask(blocks[k], sparsifier.state_of(w), nnz=w.nnz)
+                    w.set_mask(blocks[k], sparsifier.state_of(w), nnz=w.nnz, grown_state=sparsifier.grown_state)
                 grown.append(torch.as_tensor(w.num_grown))
                 w.num_grown = before  # a recording computes nothing: `finish` reads the number
         return uncertain, torch.stack(grown)
@@ -144,7 +144,7 @@ class GraphedUpdate:
                 w = self._weights[i]
                 if uncertain:
                     blocks = sparsifier.updated(w, self._step, self._gradient(i))
-                    w.set_mask(blocks, sparsifier.state_of(w), nnz=w.nnz)
+                    w.set_mask(blocks, sparsifier.state_of(w), nnz=w.nnz, grown_state=sparsifier.grown_state)
                 else:
                     w.num_grown = grown
         sparsifier.count_step(dense_gradients=sparsifier.algorithm.dense_gradient != "never")
