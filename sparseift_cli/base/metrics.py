@@ -131,8 +131,16 @@ def _mean(total: float, counted: Counted) -> float:
     return total / counted.tokens
 
 
-def _perplexity(total: float, counted: Counted) -> float:
-    return math.exp(min(total / (counted.words or counted.tokens), 700.0))  # exp(710) overflows
+def _perplexity_per_token(total: float, counted: Counted) -> float:
+    return _exp(total / counted.tokens)
+
+
+def _perplexity_per_word(total: float, counted: Counted) -> float | None:
+    return _exp(total / counted.words) if counted.words else None
+
+
+def _exp(nats: float) -> float:
+    return math.exp(min(nats, 700.0))  # exp(710) overflows
 
 
 def _bits_per_byte(total: float, counted: Counted) -> float | None:
@@ -142,20 +150,23 @@ def _bits_per_byte(total: float, counted: Counted) -> float | None:
 LOSS = Metric("loss", "validation loss", "loss", lower_is_better=True, total=summed_loss, value=_mean)
 """Cross-entropy in nats; measured in every evaluation."""
 
+
+def _of_text(name: str, value: Callable[[float, Counted], float | None]) -> Metric:
+    """A metric of text that is called what its name says."""
+    label = name.replace("_", " ")
+    return Metric(name, label, label, lower_is_better=True, total=summed_loss, value=value, kinds=("tokens",))
+
+
+WITHOUT_UNIT = "perplexity"
+"""What older versions called a perplexity, per word or per token; `report.renamed` reads their runs."""
+
 _SHIPPED = (
     LOSS,
     Metric("top1", "top-1 accuracy (%)", "points", lower_is_better=False, total=_hits_top1, value=percent),
     Metric("top5", "top-5 accuracy (%)", "points", lower_is_better=False, total=_hits_top5, value=percent),
-    Metric("perplexity", "perplexity", "perplexity", lower_is_better=True, total=summed_loss, value=_perplexity),
-    Metric(
-        "bits_per_byte",
-        "bits per byte",
-        "bits per byte",
-        lower_is_better=True,
-        total=summed_loss,
-        value=_bits_per_byte,
-        kinds=("tokens",),
-    ),
+    _of_text("perplexity_per_token", _perplexity_per_token),
+    _of_text("perplexity_per_word", _perplexity_per_word),
+    _of_text("bits_per_byte", _bits_per_byte),
 )
 
 
@@ -165,6 +176,8 @@ def _not_a_metric(entry: object) -> str | None:
     name = entry.name
     if not name.isidentifier() or name.startswith(TEST) or name in NOT_METRICS:
         return f"its name {name!r} must be letters, digits and _, not begin with {TEST}, and not be {', '.join(NOT_METRICS)}"
+    if name == WITHOUT_UNIT:
+        return f"its name {name!r} does not say of what: {name}_per_NAME does"
     if any(name == shipped.name and entry is not shipped for shipped in _SHIPPED):
         return f"its name {name!r} is that of a metric of this package"
     return None

@@ -55,6 +55,7 @@ STDLIB = DataSource(
     open=open_stdlib,
     summary="Python's own sources, by bytes: real text on every machine",
     splits=("train", "valid"),
+    data_defaults={"level": "bytes"},
 )
 
 

@@ -71,13 +71,24 @@ def defaults(given: Mapping[str, Any]) -> tuple[Values, str]:
         "training": _length(given.get("training") or {}, _TRAINING[label]),
         "evaluation": {
             "every": "10%" if text else "1 epoch",
-            "metrics": ["loss", "perplexity", "bits_per_byte"] if text else ["loss", "top1", "top5"],
+            "metrics": _text_metrics(given.get("data") or {}, facts) if text else ["loss", "top1", "top5"],
         },
         "checkpoint": {"best": "loss" if text else "top1"},
     }
     if facts and facts.data_defaults:
         values["data"] = dict(facts.data_defaults)
     return values, f"for {label}"
+
+
+def _text_metrics(data: Mapping[str, Any], facts: DataSource | None) -> list[str]:
+    """Perplexity per token, and per word where it is published so; not of a model of bytes, of which it has a dozen digits."""
+    usual = facts.data_defaults.get("level", "bytes" if "level" in facts.options else None) if facts else None
+    level = data.get("level") or usual
+    if level == "bytes":
+        return ["loss", "perplexity_per_token", "bits_per_byte"]
+    if level == "words":
+        return ["loss", "perplexity_per_word", "bits_per_byte"]
+    return ["loss", "perplexity_per_token", "perplexity_per_word", "bits_per_byte"]
 
 
 def _length(given: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:

@@ -431,5 +431,5 @@ class CheckpointSettings(Section):
     every: Duration = Field("5%", description="Time between two checkpoints; the end of the run has one always.")
     keep: Count = Field(2, description="The newest N are kept, beside the best.")
     best: MetricName | None = Field(
-        None, description="The metric that says which one is best (loss, perplexity: lowest)."
+        None, description="The metric that says which one is best (loss, perplexities: lowest)."
     )

@@ -54,11 +54,14 @@ def flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
 def settings(run: Run) -> dict[str, Any]:
     """Settings that may change the result, and unit and direction of each metric from outside the package.
 
-    A setting that is off is left out: recipes of older versions do not have it.
+    A setting that is off is left out: recipes of older versions do not have it. Of the metrics only that counts by which the
+    recipe judges: what is measured beside it changes nothing.
     """
     found = {
         k: v for k, v in flat(run.recipe).items() if k not in IRRELEVANT_SETTINGS and v not in (None, False, [], {})
     }
+    if "evaluation.metrics" in found:
+        found["evaluation.metrics"] = primary(run)
     outside = [facts for facts in run.measured.values() if not is_shipped(facts.name)]
     return found | {f"metric {facts.name}": _scale(facts) for facts in outside}
 

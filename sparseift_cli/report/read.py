@@ -21,7 +21,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal
 
-from ..base.metrics import MetricFacts, facts_of
+from ..base.metrics import WITHOUT_UNIT, MetricFacts, facts_of
 from ..errors import ArtifactError, UsageError
 from ..models.request import proper_source
 from ..recipe import strict_yaml
@@ -29,6 +29,7 @@ from ..runs.directory import AUDIT, LOCK, METRICS, PLAN, PROVENANCE, RECIPE, SUM
 from ..runs.metrics import read_metrics
 from ..runs.provenance import begun_as
 from . import kept_file
+from .renamed import todays_names
 
 State = Literal["finished", "running", "stopped"]
 
@@ -78,7 +79,7 @@ class Run:
         """What the newest session recorded of its metrics, by their names in the recipe; empty for older versions."""
         sessions = (self.provenance or {}).get("sessions") or [{}]
         recorded = sessions[-1].get("metrics") or {}
-        return {name: MetricFacts.from_json(facts) for name, facts in recorded.items()}
+        return {name: MetricFacts.from_json(facts) for name, facts in recorded.items() if name != WITHOUT_UNIT}
 
     def metric_key(self, name: str) -> str:
         """The key in the lines of metrics of what the recipe calls `name`: `sure` for `own_metric:SURE`."""
@@ -127,6 +128,8 @@ class RunReader:
         if summary is not None and not metrics:
             metrics = [summary["metrics"]]
             warnings.append(f"no {METRICS}: only the last evaluation is known")
+        if renamed := todays_names(parts[RECIPE], metrics, summary):
+            parts[RECIPE], metrics, summary = renamed
         seed = (summary or {}).get("seed", parts[RECIPE]["training"].get("seed"))
         sessions = (parts[PROVENANCE] or {}).get("sessions") or ()
         name = begun_as(sessions) or (summary or {}).get("recipe")

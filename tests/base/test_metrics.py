@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -23,7 +24,14 @@ from sparseift_cli.errors import UsageError
 
 
 def test_names_and_directions() -> None:
-    assert metric_names()[:5] == ("loss", "top1", "top5", "perplexity", "bits_per_byte")
+    assert metric_names()[:6] == (
+        "loss",
+        "top1",
+        "top5",
+        "perplexity_per_token",
+        "perplexity_per_word",
+        "bits_per_byte",
+    )
     assert {name for name in metric_names() if "top" in name} == {
         n for n in metric_names() if not facts_of(n).lower_is_better
     }
@@ -85,3 +93,22 @@ def test_targets_past_the_end_do_not_count() -> None:
         assert float(total(logits, targets)) == pytest.approx(float(total(logits[kept], targets[kept])))
     assert LOSS.value(8.0, Targets(4)) == 2
     assert METRICS.get("bits_per_byte").value(8.0, Targets(4)) is None
+
+
+def test_a_perplexity_says_of_what() -> None:
+    """Of 4 tokens in 2 words, at 3 nats in all."""
+    counted = Targets(4, words=2, bytes=8)
+    values = {name: METRICS.get(name).value(3.0, counted) for name in ("perplexity_per_token", "perplexity_per_word")}
+    assert values == {
+        "perplexity_per_token": pytest.approx(math.exp(0.75)),
+        "perplexity_per_word": pytest.approx(math.exp(1.5)),
+    }
+    assert METRICS.get("perplexity_per_word").value(3.0, Targets(4)) is None
+    assert METRICS.get("perplexity_per_token").value(1e9, counted) == math.exp(700)
+    assert facts_of("test_perplexity_per_word").label == "test perplexity per word"
+    with pytest.raises(UsageError, match="did you mean 'perplexity_per_"):
+        METRICS.get("perplexity")
+    with pytest.raises(UsageError, match="does not say of what"):
+        METRICS.register(
+            "perplexity", Metric("perplexity", "p", "p", lower_is_better=True, total=LOSS.total, value=LOSS.value)
+        )

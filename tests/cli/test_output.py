@@ -155,7 +155,7 @@ def test_what_is_huge_is_written_by_its_size(capsys: pytest.CaptureFixture[str])
     assert [measured(v) for v in (1.5, 652.51234, 3.0888193496e27)] == ["1.5000", "652.5123", "3.0888e+27"]
     assert [decimals(v) for v in (652.51234, 123456.789, 3.0888193496e7)] == ["652.51", "123456.789", "3.0888e+07"]
     run = {"recipe": "r", "seed": 0, "steps": 2, "flops": {"spent": 1, "dense": 1}, "nonzero_params": 1, "seconds": 1.0}
-    show_runs([{**run, "metrics": {"perplexity": 3.0888193496e27}}], Format.table)
+    show_runs([{**run, "metrics": {"perplexity_per_word": 3.0888193496e27}}], Format.table)
     assert "3.0888e+27" in capsys.readouterr().out
 
 

@@ -176,7 +176,7 @@ def test_gates(sparseift, runs: Path) -> None:
 
 
 def test_gates_that_check_nothing_fail(sparseift, runs: Path) -> None:
-    code, _, err = sparseift("report", "runs", "--fail-if", "perplexity > 20")
+    code, _, err = sparseift("report", "runs", "--fail-if", "perplexity_per_word > 20")
     assert code == 1 and "nothing was checked" in err
     make_run(runs.parent / "bad", "net_dense", 0, (math.nan,))
     code, out, err = sparseift("report", "bad", "--fail-if", "top1 < 10", "--json")

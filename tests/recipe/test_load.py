@@ -120,7 +120,10 @@ def test_all_problems_at_once_with_their_places_in_order(tmp_path: Path) -> None
             "data.validation holds a part of the training images out",
         ),
         ("model: resnet18\ndata: {name: cifar10, seq: 3}\n", "the tokens in a sample are model.seq"),
-        ("model: resnet18\ncheckpoint: {best: perplexity}\n", "perplexity is not among evaluation.metrics"),
+        (
+            "model: resnet18\ncheckpoint: {best: perplexity_per_word}\n",
+            "perplexity_per_word is not among evaluation.metrics",
+        ),
         (
             "model: resnet18\nevaluation: {metrics: top3}\n",
             "evaluation.metrics.0: unknown metric 'top3' (did you mean 'top5'?)",
@@ -397,3 +400,19 @@ def test_arguments_of_open_data(tmp_path: Path, text: str, want: Any) -> None:
     name, root, options = open_arguments(made(tmp_path, text).spec)
     assert (name, root, options) == want
     DATASETS.get(name).require_options(options)
+
+
+@pytest.mark.parametrize(
+    ("data", "perplexities"),
+    [
+        ("stdlib", ["token"]),
+        ("text", ["token"]),
+        ("{name: wikitext-2, level: bytes}", ["token"]),
+        ("wikitext-2", ["word"]),
+        ("{name: text, level: words}", ["word"]),
+        ("tokens", ["token", "word"]),
+    ],
+)
+def test_text_is_measured_by_what_its_tokens_are(tmp_path: Path, data: str, perplexities: list[str]) -> None:
+    metrics = made(tmp_path, f"model: bytes_gpt\ndata: {data}\n").spec.evaluation.metrics
+    assert list(metrics) == ["loss", *(f"perplexity_per_{unit}" for unit in perplexities), "bits_per_byte"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
+from sparseift_cli.base.metrics import MetricFacts
 from sparseift_cli.errors import UsageError
 from sparseift_cli.report.collect import Collected, collect
 from sparseift_cli.report.frame import groups_frame, records, regroup, runs_frame
@@ -226,11 +228,11 @@ def test_a_seed_counts_once(tmp_path: Path) -> None:
 
 def test_last_and_best_of_higher_and_lower(tmp_path: Path) -> None:
     make_run(tmp_path, "a", values=(60.0, 80.0, 70.0))
-    make_run(tmp_path, "b", values=(3.0, 1.0, 2.0), metric="perplexity")
+    make_run(tmp_path, "b", values=(3.0, 1.0, 2.0), metric="perplexity_per_word")
     rows = records(groups_frame(runs_frame(collect([tmp_path]).runs)))
     assert [(row["metric"], row["mean"], row["best"]) for row in rows] == [
         ("top1", 70.0, 80.0),
-        ("perplexity", 2.0, 1.0),
+        ("perplexity_per_word", 2.0, 1.0),
     ]
 
 
@@ -265,3 +267,19 @@ def test_numbers_of_json_that_are_none(tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text(json.dumps({"step": 780, "top1": None, "loss": "x"}) + "\n")
     (row,) = records(runs_frame(collect([tmp_path]).runs))
     assert (row["value"], row["counted"]) == (None, False)
+
+
+@pytest.mark.parametrize(("words_per_token", "unit"), [(1.0, "token"), (0.25, "word")])
+def test_runs_that_recorded_a_perplexity_without_its_unit(tmp_path: Path, words_per_token: float, unit: str) -> None:
+    """An older version wrote exp(loss a word) where it knew the words, else exp(loss): it is one group with today's runs."""
+    values = [math.exp(loss / words_per_token) for loss in (2.0, 1.0)]
+    old = MetricFacts("perplexity", "perplexity", "perplexity", lower_is_better=True)
+    make_run(tmp_path, seed=0, values=values, metric="perplexity", recorded={"perplexity": old})
+    name = f"perplexity_per_{unit}"
+    facts = MetricFacts(name, name.replace("_", " "), name.replace("_", " "), lower_is_better=True)
+    make_run(tmp_path, seed=1, values=values, metric=name, recorded={name: facts})
+    runs = collect([tmp_path]).runs
+    assert all("perplexity" not in row and row[name] for run in runs for row in run.metrics)
+    assert [run.summary["metrics"][name] for run in runs] == [values[-1]] * 2
+    (row,) = records(groups_frame(runs_frame(runs)))
+    assert (row["metric"], row["n"], row["mean"]) == (name, 2, pytest.approx(values[-1]))

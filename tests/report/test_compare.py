@@ -152,11 +152,11 @@ def test_a_baseline_in_another_metric_is_named_so(tmp_path: Path) -> None:
 
 
 def test_less_loss_is_better(tmp_path: Path) -> None:
-    seeds(tmp_path, "net_dense", [3.0, 3.1, 3.2], metric="perplexity")
-    seeds(tmp_path, "net_wide75_rigl", [2.5, 2.61, 2.7], member="wide", metric="perplexity")
+    seeds(tmp_path, "net_dense", [3.0, 3.1, 3.2], metric="perplexity_per_word")
+    seeds(tmp_path, "net_wide75_rigl", [2.5, 2.61, 2.7], member="wide", metric="perplexity_per_word")
     found = compared(tmp_path)
     assert found.outcome == "better"
-    assert found.verdict.startswith("-0.497 perplexity [-0.511, -0.482]")
+    assert found.verdict.startswith("-0.497 perplexity per word [-0.511, -0.482]")
 
 
 @pytest.mark.parametrize(

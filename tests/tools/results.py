@@ -37,7 +37,14 @@ from sparseift_cli.report.statistics import mean_interval
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE = "README.md"
-OTHER_METRICS = ("perplexity", "test_top1", "test_loss", "test_perplexity")
+OTHER_METRICS = (
+    "perplexity_per_token",
+    "perplexity_per_word",
+    "test_top1",
+    "test_loss",
+    "test_perplexity_per_token",
+    "test_perplexity_per_word",
+)
 """Metrics that a page shows in addition to that of the recipes, where runs have measured them."""
 SHARED = ", longer where several runs (their number in brackets) shared the device"
 

@@ -29,7 +29,7 @@ model: "tests.helpers.nets:letters"
 data: {{name: {data}}}
 optimizer: {{name: sgd, lr: 0.5}}
 training: {{steps: 6, batch_size: 8, device: cpu}}
-evaluation: {{every: 3, metrics: [loss, perplexity], test: true}}
+evaluation: {{every: 3, metrics: [loss, perplexity_per_word], test: true}}
 """
 
 
@@ -62,7 +62,7 @@ def test_the_last_line_has_the_test_split(tmp_path: Path, texts: str) -> None:
         text = torch.tensor(list(SPLITS[split].encode()))
         loss = float(nn.functional.cross_entropy(model(text[:-1]), text[1:]).detach())
         assert last[f"{prefix}loss"] == pytest.approx(loss, rel=1e-5)
-    assert last["test_perplexity"] == pytest.approx(
+    assert last["test_perplexity_per_word"] == pytest.approx(
         math.exp(last["test_loss"] * 18 / 6)
     )  # bytes after the first; words, line
     (row,) = records(groups_frame(runs_frame(collect([path]).runs)))
@@ -74,7 +74,7 @@ def test_a_test_split_that_is_watched_is_none(tmp_path: Path) -> None:
     with pytest.raises(
         UsageError, match=r"recipe.yaml:6:\d+: evaluation.test: digits has no test split beside the one"
     ):
-        trained(tmp_path, recipe.replace("perplexity", "top1"))
+        trained(tmp_path, recipe.replace("perplexity_per_word", "top1"))
 
 
 def test_text_without_a_test_split_has_none(tmp_path: Path, texts: str) -> None:
