@@ -20,14 +20,15 @@ from .options import Format, without_github
 from .progress import Spinner
 
 if TYPE_CHECKING:
+    from ..report.budgets import BudgetName
     from ..report.compare import ComparisonRules
     from ..report.filters import Expression
     from ..report.report import Report
 
 HELP = """\
 Runs that differ in the seed alone are one group: n is its finished runs, the interval is Student's t at 95 %. A comparison
-needs equal audited training FLOPs. `sparseift report diff A B` compares two runs, `report keep` keeps finished ones without
-checkpoints, `report figure4` shows published results with audited FLOPs; each has its own --help.
+needs equal audited training FLOPs, or with --at equal wall time. `sparseift report diff A B` compares two runs, `report keep`
+keeps finished ones without checkpoints, `report figure4` shows published results with audited FLOPs; each has its own --help.
 
 Examples:
 
@@ -36,6 +37,8 @@ Examples:
   sparseift report runs/ --baseline dense                   # the difference, its interval, the verdict
 
   sparseift report runs/ --baseline dense --allow-unequal-flops --format md
+
+  sparseift report runs/ --baseline dense --at both         # at equal FLOPs, and at equal wall time on one device
 
   sparseift report runs/ --filter "sparsity >= 0.5 and algorithm == rigl" --sort=-mean
 
@@ -106,6 +109,14 @@ class ReportFormat(StrEnum):
     html = "html"
 
 
+class BudgetChoice(StrEnum):
+    """The budgets at which groups are compared."""
+
+    flops = "flops"
+    seconds = "seconds"
+    both = "both"
+
+
 class ReportGroup(TyperGroup):
     """`report PATH...` and `report diff A B`: a first word that is not a subcommand is a path, as in `report ./diff`."""
 
@@ -174,6 +185,31 @@ FlopsTolerance = Annotated[
         rich_help_panel=_COMPARISON,
     ),
 ]
+AtBudget = Annotated[
+    BudgetChoice | None,
+    typer.Option(
+        "--at",
+        help="What must be equal for a comparison: training FLOPs, wall time in seconds, or one verdict for each.",
+        show_default="flops",
+        rich_help_panel=_COMPARISON,
+    ),
+]
+TimeTolerance = Annotated[
+    str,
+    typer.Option(
+        metavar="SHARE",
+        help="Largest difference of wall times that count as equal: 0.02, or 2%.",
+        rich_help_panel=_COMPARISON,
+    ),
+]
+PeakTflops = Annotated[
+    float | None,
+    typer.Option(
+        help="What one device can do, in TFLOP/s, for MFU.",
+        show_default="that of the data sheet, where it is known",
+        rich_help_panel=_COMPARISON,
+    ),
+]
 AllowUnequalFlops = Annotated[
     bool,
     typer.Option("--allow-unequal-flops", help="Compare unequal budgets too.", rich_help_panel=_COMPARISON),
@@ -202,6 +238,10 @@ MaxFlopsRatio = Annotated[
         rich_help_panel=options.GATES,
     ),
 ]
+MaxTimeRatio = Annotated[
+    float | None,
+    typer.Option(help="Exit 1 above this ratio of wall time to the baseline's.", rich_help_panel=options.GATES),
+]
 ReportFormatOption = Annotated[
     ReportFormat, typer.Option("--format", "-f", help="How the result is printed.", rich_help_panel=options.OUTPUT)
 ]
@@ -226,12 +266,16 @@ def report(
     group_by: GroupBy = None,
     metric: Metric = None,
     baseline: Baseline = None,
+    at: AtBudget = None,
     flops_tolerance: FlopsTolerance = "0.1%",
+    time_tolerance: TimeTolerance = "2%",
     allow_unequal_flops: AllowUnequalFlops = False,
+    peak_tflops: PeakTflops = None,
     reference: Reference = None,
     spectral: Spectral = False,
     fail_if: FailIf = None,
     max_flops_ratio: MaxFlopsRatio = None,
+    max_time_ratio: MaxTimeRatio = None,
     fmt: ReportFormatOption = ReportFormat.table,
     json: options.Json = False,
     output: options.Output = None,
@@ -247,13 +291,14 @@ def report(
     fmt = ReportFormat.json if json else fmt
     wanted = ReportOptions(
         baseline,
-        _rules(flops_tolerance, allow_unequal_flops),
+        _rules(at, flops_tolerance, time_tolerance, allow_unequal_flops),
         _reference(reference),
         _group_columns(group_by, baseline),
         _expression(where),
         tuple(_names(sort) or ()),
         spectral,
         metric,
+        _peak(peak_tflops),
     )
     gates = report_gates.parse(fail_if or [])
     with closing(Spinner()) if spectral else nullcontext() as spinner:
@@ -274,7 +319,7 @@ def report(
             print(one_line(f"warning: {run.path}: {text}"), file=sys.stderr)
     if plots is not None:
         _draw(made, plots)
-    report_gates.check(made, gates, max_flops_ratio)
+    report_gates.check(made, gates, {"flops": max_flops_ratio, "seconds": max_time_ratio})
 
 
 @app.command("diff", help=DIFF_HELP)
@@ -359,18 +404,41 @@ def _expression(text: str | None) -> Expression | None:
     return None if text is None else parse(text)
 
 
-def _rules(tolerance: str, allow_unequal: bool) -> ComparisonRules:
-    """The rules of comparisons; `tolerance` is a share (0.001) or per cent (0.1%)."""
-    from ..errors import UsageError
+def _rules(at: BudgetChoice | None, flops_tolerance: str, time_tolerance: str, allow_unequal: bool) -> ComparisonRules:
+    """The rules of comparisons."""
+    from ..report.budgets import BUDGETS
     from ..report.compare import ComparisonRules
 
+    budgets: tuple[BudgetName, ...] = tuple(name for name in BUDGETS if at is not None and at.value in (name, "both"))
+    return ComparisonRules(
+        _share("--flops-tolerance", flops_tolerance),
+        allow_unequal,
+        at=budgets,
+        time_tolerance=_share("--time-tolerance", time_tolerance),
+    )
+
+
+def _share(option: str, text: str) -> float:
+    """A tolerance as a share (0.001) or per cent (0.1%)."""
+    from ..errors import UsageError
+
     try:
-        share = float(tolerance.removesuffix("%")) / (100 if tolerance.endswith("%") else 1)
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         share = -1.0
     if not 0 <= share < 1:
-        raise UsageError(f"--flops-tolerance {tolerance!r} is not a share", hint="0.001, or 0.1%")
-    return ComparisonRules(share, allow_unequal)
+        raise UsageError(f"{option} {text!r} is not a share", hint="0.001, or 0.1%")
+    return share
+
+
+def _peak(tflops: float | None) -> float | None:
+    from ..errors import UsageError
+
+    if tflops is not None and not 0 < tflops < float("inf"):
+        raise UsageError(
+            f"--peak-tflops must be above 0, not {tflops}", hint="--peak-tflops 989.4, of one H200 in bf16"
+        )
+    return tflops
 
 
 def _names(text: str | None) -> list[str] | None:

@@ -10,8 +10,10 @@ from typing import Any
 
 from ..base.sheets import Column, Sheet, integer, stdout
 from ..report import frame as frames
+from ..report.budgets import BUDGETS, FLOPS
 from ..report.make import ReportOptions, sort
 from ..report.published import PublishedRow, evidence
+from ..report.rates import RATES
 from ..report.report import Comparison, Report
 from ..report.terminal import bar, can_show_blocks, curves_by_group, curves_by_run, sparkline
 from .options import Format
@@ -89,6 +91,10 @@ def _flops(value: float) -> str:
     return f"{value:.4g}"
 
 
+def _yes_no(value: Any) -> str:
+    return {True: "yes", False: "no"}.get(value, str(value))
+
+
 _CURVE, _BAR = 12, 10  # characters of a learning curve, and of a bar
 _HEADS: Mapping[str, tuple[str, Callable[[Any], str], bool, int]] = {
     # column: header, how it is shown, right-aligned, priority (the highest is left out first on a narrow terminal)
@@ -117,6 +123,8 @@ _HEADS: Mapping[str, tuple[str, Callable[[Any], str], bool, int]] = {
     "seed": ("seed", str, True, 1),
     "params": ("params", _count, True, 3),
     "nonzero_params": ("non-zero", _count, True, 3),
+    **{rate.name: (rate.head, _three, True, 8 if rate.share else 7) for rate in RATES},
+    "alone": ("alone", _yes_no, False, 6),
 }
 
 
@@ -158,13 +166,15 @@ class ReportView:
     def payload(self) -> dict[str, Any]:
         """The JSON, schema sparseift.report/1."""
         rows = self._rows()
-        names = list(self.columns or frames.visible(self._known()))
         report = self.report
+        hidden = () if report.at else frames.ON_REQUEST
+        names = list(self.columns or (name for name in frames.visible(self._known()) if name not in hidden))
         return {
             "schema": SCHEMA,
             "command": list(report.command),
             "group_by": ["run" if name == "path" else name for name in self.options.by],
             "confidence": self.options.rules.confidence,
+            **({"at": list(report.at)} if report.at else {}),
             "runs" if self.by_run else "groups": [{name: clean(row[name]) for name in names} for row in rows],
             **(
                 {}
@@ -179,7 +189,7 @@ class ReportView:
                     ]
                 }
             ),
-            "comparisons": [comparison_json(c) for c in report.comparisons],
+            "comparisons": [comparison_json(c, self.report.at) for c in report.comparisons],
             "reference": [published_row_json(b) for b in report.reference],
             **_spectra_payload(report),
             "skipped": [{"path": str(path), "reason": reason} for path, reason in report.skipped],
@@ -196,8 +206,11 @@ class ReportView:
         return [row for row in frames.records(self.report.frame) if row["state"] != "finished"]
 
     def _main(self, fmt: Format, ascii_only: bool) -> Sheet:
-        names = self.columns or (_RUN_SHOWN if self.by_run else _GROUP_SHOWN)
         rows = self._rows()
+        more = frames.ON_REQUEST if self.report.at else ()
+        if fmt is not Format.csv:  # whose columns are always the same
+            more = tuple(name for name in more if any(row[name] is not None for row in rows))
+        names = self.columns or (*(_RUN_SHOWN if self.by_run else _GROUP_SHOWN), *more)
         finished = sum(run.state == "finished" for run in self.report.runs)
         title = f"{_many(len(self.report.runs), 'run')} ({finished} finished)"
         title += "" if self.by_run else f" in {_many(len(rows), 'group')}"
@@ -207,6 +220,8 @@ class ReportView:
                 "mean, std, 95 % interval (Student's t): over n seeds, at the end of training; best: mean of each "
                 "run's best. FLOPs: of training, audited."
             )
+        if self.report.at and self.columns is None:
+            notes += _rate_notes(rows)
         numbers = frames.metrics_of(self.report.frame)
         columns = [_column(n, asked=self.columns is not None, number=n in numbers) for n in names]
         if fmt is Format.table and self.columns is None:  # a picture, so no other format has it
@@ -237,24 +252,34 @@ class ReportView:
 
     def _comparisons(self, fmt: Format) -> Sheet:
         for_reader = fmt in (Format.table, Format.md)  # sentences are below the table, where they may wrap
-        rows = [comparison_row(c) for c in self.report.comparisons]
+        report, at = self.report, self.report.at
+        rows = [comparison_row(c, at) for c in report.comparisons]
         columns = [
             Column("candidate", "group"),
+            *([Column("at", "at", lambda v: BUDGETS[v].short)] if at else []),
             Column("baseline", "baseline", priority=4),
             Column("metric", "metric", priority=3),
             Column("difference", "diff", _signed, right=True),
             Column("low", "low", _three, right=True, priority=1),
             Column("high", "high", _three, right=True, priority=1),
             Column("n", "n", _count, right=True, priority=2),
-            Column("flops_ratio", "FLOPs", _times, right=True),
-            Column("outcome", "outcome", priority=2, style=lambda v: _OUTCOMES.get(v, "")),
+            Column("flops_ratio", "FLOPs", _times, right=True, priority=2 if at else 0),
+            *([Column("seconds_ratio", "time", _times, right=True, priority=2)] if at else []),
+            Column("outcome", "outcome", priority=0 if at else 2, style=lambda v: _OUTCOMES.get(v, "")),
         ]
         if not for_reader:
             shown = {column.key for column in columns}
             columns += [Column(key, key) for key in (rows[0] if rows else ()) if key not in shown]
-        notes = [line for c in self.report.comparisons for line in sentences(c)] if for_reader else []
-        title = f"Against {self.options.baseline}{_unequal(self.report.comparisons)}: difference, 95 % interval, FLOPs ratio"
-        return Sheet(title, columns, _for(fmt, rows), notes)
+        notes = []
+        for i, c in enumerate(report.comparisons if for_reader else ()):
+            same = i > 0 and report.comparisons[i - 1].candidate == c.candidate and len(at) > 1
+            notes += sentences(c, at, costs=not same or report.comparisons[i - 1].baseline != c.baseline)
+        if at:
+            budgets = " and ".join(f"equal {BUDGETS[name].short}" for name in at)
+            what = f" at {budgets}{_unequal(report.comparisons)}: difference, 95 % interval, ratios of FLOPs and time"
+        else:
+            what = f"{_unequal(report.comparisons)}: difference, 95 % interval, FLOPs ratio"
+        return Sheet(f"Against {self.options.baseline}{what}", columns, _for(fmt, rows), notes)
 
     def _reference(self, fmt: Format) -> Sheet:
         rows = [published_row_json(b) for b in self.report.reference]
@@ -287,7 +312,8 @@ class ReportView:
 
 def _unequal(comparisons: Sequence[Comparison]) -> str:
     """For the headline: how many comparisons are of unequal budgets."""
-    unequal = sum(c.allowed and not c.equal_flops for c in comparisons)
+    comparisons = [c for c in comparisons if c.at == FLOPS.name]
+    unequal = sum(c.allowed and not c.equal for c in comparisons)
     if not unequal:
         return ""
     return (
@@ -295,30 +321,50 @@ def _unequal(comparisons: Sequence[Comparison]) -> str:
     )
 
 
-def sentences(c: Comparison) -> list[str]:
+def _rate_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What FLOPs a second are, and why a share of the peak is missing."""
+    notes = [
+        "useful: FLOPs that the masks leave; executed: those that the device computed, zeros too; both of training, over the "
+        "wall time of the whole run with compilation and evaluations. alone: on the device, by provenance; empty: not known."
+    ]
+    if any(row["useful_tflops"] is not None and row["useful_mfu"] is None for row in rows):
+        notes.append("MFU: the peak of a device is not known here; --peak-tflops gives it.")
+    return notes
+
+
+def sentences(c: Comparison, at: Sequence[str], *, costs: bool = True) -> list[str]:
     """The verdict, the costs of both groups, and the notes of the comparison."""
-    verdict = f"{c.candidate} against {c.baseline}: {c.verdict}{c.pairing}"
-    costs = [
+    budget = f" at equal {BUDGETS[c.at].short}" if at else ""
+    lines = [f"{c.candidate} against {c.baseline}{budget}: {c.verdict}{c.pairing}"]
+    if costs and (known := _costs_in_words(c, bool(at))):
+        lines.append(f"  {known}")
+    return lines + [f"  {note}" for note in c.notes]
+
+
+def _costs_in_words(c: Comparison, rates: bool) -> str:
+    shown = [
         ("training FLOPs", "flops", integer, ""),
         ("wall time", "seconds", _seconds, " s"),
         ("peak memory", "peak_bytes", mebibytes, " MiB"),
         ("optimiser", "optimizer_bytes", mebibytes, " MiB"),
     ]
-    both = [
-        (name, [getattr(side, key) for side in (c.candidate_costs, c.baseline_costs)], show, unit)
-        for name, key, show, unit in costs
-    ]
-    known = [
+    sides = (c.candidate_costs, c.baseline_costs)
+    both = [(name, [getattr(side, key) for side in sides], show, unit) for name, key, show, unit in shown]
+    if rates:
+        both += [(rate.title, [side.rates.get(rate.name) for side in sides], _three, rate.unit) for rate in RATES]
+    return "; ".join(
         f"{name} {' against '.join('unknown' if v is None else show(v) for v in values)}{unit}"
         for name, values, show, unit in both
         if any(v is not None for v in values)
-    ]
-    return [verdict, *([f"  {'; '.join(known)}"] if known else []), *(f"  {note}" for note in c.notes)]
+    )
 
 
-def comparison_row(c: Comparison) -> dict[str, Any]:
-    """A comparison as one flat row; the costs of the baseline are baseline_flops, baseline_seconds, ..."""
-    return {
+def comparison_row(c: Comparison, at: Sequence[str]) -> dict[str, Any]:
+    """A comparison as one flat row; the costs of the baseline are baseline_flops, baseline_seconds, ...
+
+    Where a comparison `at` a budget was asked for, also that budget, wall times, FLOPs a second, and the reading of the curve.
+    """
+    row = {
         "candidate": c.candidate,
         "baseline": c.baseline,
         "metric": c.metric,
@@ -346,10 +392,23 @@ def comparison_row(c: Comparison) -> dict[str, Any]:
         "verdict": c.verdict,
         "notes": "; ".join(c.notes),
     }
+    return {**row, **_at_budget_row(c)} if at else row
 
 
-def comparison_json(c: Comparison) -> dict[str, Any]:
-    return {k: clean(v) for k, v in (comparison_row(c) | {"notes": list(c.notes)}).items()}
+def _at_budget_row(c: Comparison) -> dict[str, Any]:
+    read = ("limit", "taken", "progress", "mean", "n", "difference", "low", "high")
+    return {
+        "at": c.at,
+        "seconds_ratio": c.seconds_ratio,
+        "equal_seconds": c.equal_seconds,
+        **{rate.name: c.candidate_costs.rates.get(rate.name) for rate in RATES},
+        **{f"baseline_{rate.name}": c.baseline_costs.rates.get(rate.name) for rate in RATES},
+        **{f"curve_{name}": getattr(c.curve, name) if c.curve else None for name in read},
+    }
+
+
+def comparison_json(c: Comparison, at: Sequence[str]) -> dict[str, Any]:
+    return {k: clean(v) for k, v in (comparison_row(c, at) | {"notes": list(c.notes)}).items()}
 
 
 def published_row_json(b: PublishedRow) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""Groups against a baseline at equal training FLOPs, and what may be claimed of the difference.
+"""Groups against a baseline at equal training FLOPs or equal wall time, and what may be claimed of the difference.
+
+Final values are compared, of groups whose budgets are equal: a run in the middle of its learning-rate schedule is not what a
+run planned for that time would be. Where budgets are not equal, a `CurveReading` says where the candidate was when the baseline
+ended, and nothing is claimed of that.
 
 Runs are paired by seed where the groups share at least three seeds, or all of the smaller group; otherwise they are two
 independent samples (Welch), and all of them count. A difference is called better or worse where its 95 % interval excludes 0
@@ -16,14 +20,17 @@ import pandas as pd
 
 from ..base.metrics import MetricFacts
 from ..errors import UsageError, did_you_mean
-from . import statistics
-from .frame import records
-from .report import Comparison, Costs, Outcome
+from . import statistics, timing
+from .budgets import BUDGETS, FLOPS, SECONDS, Budget, BudgetName
+from .curve import read_curve
+from .frame import numbers, records
+from .rates import RATES
+from .read import Run, number
+from .report import Comparison, Costs, CurveReading, Outcome
 
 FEWEST_SEEDS = (
     3  # below, nothing is claimed: with two, t has one degree of freedom and the interval is 12.7 errors wide
 )
-TOLERANCE = 1e-3
 
 TableRow = Mapping[str, Any]
 
@@ -32,26 +39,65 @@ TableRow = Mapping[str, Any]
 class ComparisonRules:
     """When two budgets count as equal, and the confidence of intervals."""
 
-    tolerance: float = TOLERANCE
+    tolerance: float = FLOPS.tolerance
     """Largest distance of the FLOPs ratio from 1."""
     allow_unequal: bool = False
+    """Compare at unequal FLOPs too."""
     confidence: float = 0.95
+    at: Sequence[BudgetName] = ()
+    """The budgets that must be equal, a comparison for each; empty where none was asked for, which means FLOPs."""
+    time_tolerance: float = SECONDS.tolerance
+    """Largest distance of the ratio of wall times from 1."""
+
+    @property
+    def budgets(self) -> list[Budget]:
+        return [BUDGETS[name] for name in self.at or ("flops",)]
+
+    def equal(self, budget: Budget, ratio: float | None) -> bool:
+        """Whether two budgets of this ratio count as equal."""
+        tolerance = self.tolerance if budget is FLOPS else self.time_tolerance
+        return ratio is not None and abs(ratio - 1) <= tolerance
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """A group, the rows of its counted runs, and these runs."""
+
+    row: TableRow
+    rows: Sequence[TableRow]
+    runs: Sequence[Run]
+
+    @property
+    def name(self) -> str:
+        return self.row["group"]
 
 
 def compare(
-    frame: pd.DataFrame, groups: pd.DataFrame, baseline: str, rules: ComparisonRules
+    frame: pd.DataFrame, groups: pd.DataFrame, baseline: str, rules: ComparisonRules, runs: Sequence[Run]
 ) -> tuple[list[Comparison], list[str]]:
     """Every group with finished runs against the baseline of the same model, data and metric; and notes on the others.
+
+    Args:
+        frame: a row a run.
+        groups: a row a group of them.
+        baseline: a group's label, or what `baselines` understands.
+        rules: at which budgets, and when these are equal.
+        runs: the runs of the rows of `frame`.
 
     Raises:
         UsageError: no group is called `baseline`.
     """
     rows = records(groups)
     candidates = baselines(rows, baseline)
-    runs: dict[str, list[TableRow]] = {}
-    for run in records(frame):
-        if run["counted"]:
-            runs.setdefault(run["group"], []).append(run)
+    counted: dict[str, list[tuple[TableRow, Run]]] = {}
+    for row, run in zip(records(frame), runs, strict=True):
+        if row["counted"]:
+            counted.setdefault(row["group"], []).append((row, run))
+    sides = {
+        row["group"]: _Side(row, *(tuple(part) for part in zip(*counted.get(row["group"], ()), strict=True)))
+        for row in rows
+        if row["group"] in counted
+    }
     found: list[Comparison] = []
     notes: list[str] = []
     for row in rows:
@@ -62,10 +108,13 @@ def compare(
         if not row["n"] or not ready:
             notes.append(f"{row['group']}: not compared, {_lacking(row, fitting, candidates, baseline)}")
             continue
-        chosen = min(ready, key=lambda base: _distance(base, row))
-        if len(ready) > 1:
-            notes.append(f"{row['group']}: compared with {chosen['group']}, the nearest of {len(ready)} baselines")
-        found.append(_compared(chosen, row, runs[chosen["group"]], runs[row["group"]], rules))
+        for budget in rules.budgets:
+            side = sides[row["group"]]
+            chosen = min((sides[base["group"]] for base in ready), key=lambda base: _distance(base, side, budget))
+            if len(ready) > 1:
+                at = " at equal time" if budget is SECONDS else ""
+                notes.append(f"{side.name}: compared{at} with {chosen.name}, the nearest of {len(ready)} baselines")
+            found.append(_compared(chosen, side, budget, rules))
     return found, notes
 
 
@@ -101,56 +150,81 @@ def baselines(rows: Sequence[TableRow], name: str) -> list[TableRow]:
     return found
 
 
-def _compared(
-    base: TableRow, row: TableRow, before: Sequence[TableRow], after: Sequence[TableRow], rules: ComparisonRules
-) -> Comparison:
-    """One comparison; `before` and `after` are the counted runs of the baseline and of the candidate."""
-    ratio = row["flops"] / base["flops"] if row["flops"] and base["flops"] else None
-    equal = ratio is not None and abs(ratio - 1) <= rules.tolerance
-    allowed = equal or rules.allow_unequal
-    by_seed = _pairs(before, after)
-    pairs = list(by_seed.values())
-    fewer, more = sorted((len(before), len(after)))
-    paired = len(pairs) >= FEWEST_SEEDS or len(pairs) == fewer >= 2 or len(pairs) == more
-    notes = _notes(base, row, before, after, len(pairs), paired)
-    if paired:
-        interval = statistics.paired([a for a, _ in pairs], [b for _, b in pairs], rules.confidence)
-    else:
-        interval = statistics.welch(_values(before), _values(after), rules.confidence)
-    facts: MetricFacts = row["metric_facts"]
+def _compared(base: _Side, side: _Side, budget: Budget, rules: ComparisonRules) -> Comparison:
+    """One comparison at one budget."""
+    ratios = {name: _ratio(base.row[name], side.row[name]) for name in BUDGETS}
+    ratio = ratios[budget.name]
+    equal = {name: rules.equal(BUDGETS[name], ratios[name]) for name in BUDGETS}
+    conditions = timing.same_conditions(base.runs, side.runs)
+    equal["seconds"] &= not conditions
+    allowed = equal[budget.name] or (budget is FLOPS and rules.allow_unequal)
+    by_seed, interval = _difference(base.rows, side.rows, rules.confidence)
+    paired = by_seed is not None
+    facts: MetricFacts = side.row["metric_facts"]
     outcome, why = _outcome(interval, facts.lower_is_better) if allowed else ("refused", "")
+    reading: CurveReading | None = None
+    notes = _notes(base.row, side.row, base.rows, side.rows, by_seed)
+    if budget is SECONDS:
+        outcome, why = _limit_by_sharing(base, side, outcome, why)
+        notes += _time_notes(base, side)
     if allowed:
-        verdict = _verdict(facts.unit, interval, (len(before), len(after)), ratio, equal, paired, outcome, why)
+        tail = _budget_in_words(budget, ratio, equal[budget.name], base, side)
+        n = f"n={interval.n}" if paired else f"n={len(base.rows)} and {len(side.rows)}"
+        verdict = _verdict(facts.unit, interval, n, tail, outcome, why)
     else:
-        verdict = _refusal(base, row, ratio, rules)
-    if allowed and not equal:
+        verdict = _refusal(base.row, side.row, budget, ratio, rules, conditions)
+    if allowed and not equal[budget.name]:
         notes.append("the budgets are not equal, so the difference is not the transform's alone")
+    if rules.at and not equal[budget.name] and not (budget is SECONDS and conditions):
+        reading = _reading(base, side, budget, rules.confidence)
+        notes.append(_reading_in_words(reading, side, budget, facts.unit, base))
     return Comparison(
-        base["group"],
-        row["group"],
-        row["metric"],
-        facts.lower_is_better,
-        outcome,
-        verdict,
-        base["mean"],
-        row["mean"],
-        costs(base),
-        costs(row),
-        ratio,
-        allowed,
-        paired,
-        interval.n,
-        len(before),
-        len(after),
-        interval.mean if allowed else None,
-        interval.low if allowed else None,
-        interval.high if allowed else None,
-        interval.degrees_of_freedom if allowed else None,
-        rules.confidence,
-        equal,
-        tuple(notes),
-        tuple(by_seed) if paired else (),
+        baseline=base.name,
+        candidate=side.name,
+        metric=side.row["metric"],
+        lower_is_better=facts.lower_is_better,
+        outcome=outcome,
+        verdict=verdict,
+        baseline_mean=base.row["mean"],
+        candidate_mean=side.row["mean"],
+        baseline_costs=costs(base.row),
+        candidate_costs=costs(side.row),
+        flops_ratio=ratios["flops"],
+        allowed=allowed,
+        paired=paired,
+        n=interval.n,
+        baseline_n=len(base.rows),
+        candidate_n=len(side.rows),
+        difference=interval.mean if allowed else None,
+        low=interval.low if allowed else None,
+        high=interval.high if allowed else None,
+        degrees_of_freedom=interval.degrees_of_freedom if allowed else None,
+        confidence=rules.confidence,
+        equal_flops=equal["flops"],
+        notes=tuple(notes),
+        seeds=tuple(by_seed or ()),
+        at=budget.name,
+        seconds_ratio=ratios["seconds"],
+        equal_seconds=equal["seconds"],
+        conditions=tuple(conditions),
+        curve=reading,
     )
+
+
+def _ratio(before: float | None, after: float | None) -> float | None:
+    return after / before if after and before else None
+
+
+def _difference(
+    before: Sequence[TableRow], after: Sequence[TableRow], confidence: float
+) -> tuple[dict[int, tuple[float, float]] | None, statistics.Interval]:
+    """The pairs by seed, None where the groups are two independent samples; and the interval of the difference."""
+    by_seed = _pairs(before, after)
+    fewer, more = sorted((len(before), len(after)))
+    if len(by_seed) >= FEWEST_SEEDS or len(by_seed) == fewer >= 2 or len(by_seed) == more:
+        values = list(by_seed.values())
+        return by_seed, statistics.paired([a for a, _ in values], [b for _, b in values], confidence)
+    return None, statistics.welch(_values(before), _values(after), confidence)
 
 
 def _pairs(before: Sequence[TableRow], after: Sequence[TableRow]) -> dict[int, tuple[float, float]]:
@@ -170,13 +244,21 @@ def _values(runs: Sequence[TableRow]) -> list[float]:
 
 def costs(row: TableRow) -> Costs:
     """The mean costs of a group's runs."""
-    return Costs(row["flops"], row["seconds"], row["peak_bytes"], row["optimizer_bytes"])
+    rates = {rate.name: row[rate.name] for rate in RATES}
+    return Costs(row["flops"], row["seconds"], row["peak_bytes"], row["optimizer_bytes"], rates)
 
 
-def _distance(base: TableRow, row: TableRow) -> tuple[bool, float, int]:
-    """Sorts baselines: equal steps first, then by how far FLOPs differ (in logarithms), then by the number of runs."""
-    known = base["flops"] and row["flops"]
-    return base["steps"] != row["steps"], abs(math.log(row["flops"] / base["flops"])) if known else math.inf, -base["n"]
+def _distance(base: _Side, side: _Side, budget: Budget) -> tuple[bool, float, int]:
+    """Sorts baselines by how far the budgets differ (in logarithms), then by the number of runs.
+
+    Before that: by equal steps for FLOPs, by the same device and versions for time.
+    """
+    ratio = _ratio(base.row[budget.name], side.row[budget.name])
+    if budget is FLOPS:
+        last = base.row["steps"] != side.row["steps"]
+    else:
+        last = bool(timing.same_conditions(base.runs, side.runs))
+    return last, abs(math.log(ratio)) if ratio else math.inf, -base.row["n"]
 
 
 def _outcome(interval: statistics.Interval, lower: bool) -> tuple[Outcome, str]:
@@ -196,36 +278,109 @@ def _outcome(interval: statistics.Interval, lower: bool) -> tuple[Outcome, str]:
     return ("better", "") if (interval.high < 0) is lower else ("worse", "")
 
 
+def _limit_by_sharing(base: _Side, side: _Side, outcome: Outcome, why: str) -> tuple[Outcome, str]:
+    """No claim at equal time where a run is known to have shared its device: its seconds are those of both."""
+    shared = [each for each in (side, base) if any(row["alone"] is False for row in each.rows)]
+    if outcome not in ("better", "worse") or not shared:
+        return outcome, why
+    names = " and ".join(each.name for each in shared)
+    return (
+        "no claim",
+        f"{names} shared {'their' if len(shared) > 1 else 'its'} device, so wall times are not of runs alone",
+    )
+
+
+def _budget_in_words(budget: Budget, ratio: float | None, equal: bool, base: _Side, side: _Side) -> str:
+    known = f"at {'unknown' if ratio is None else f'{ratio:.4f}x'} {budget.title}{'' if equal else ' (unequal)'}"
+    unknown = any(row["alone"] is None for row in (*base.rows, *side.rows))
+    return f"{known}, not known whether alone on the device" if budget is SECONDS and unknown else known
+
+
 def _verdict(
-    unit: str,
-    interval: statistics.Interval,
-    n: tuple[int, int],
-    ratio: float | None,
-    equal: bool,
-    paired: bool,
-    outcome: Outcome,
-    why: str,
+    unit: str, interval: statistics.Interval, n: str, budget: str, outcome: Outcome | None, why: str = ""
 ) -> str:
+    """`+1.3 points [0.6, 2.1], n=3, at 1.0000x training FLOPs: better`; without the outcome where that is None."""
     digits = _digits(interval, percent=unit == "points")
     parts = [f"{_signed(interval.mean, digits)} {unit}"]
     if interval.low is not None and interval.high is not None:
         parts[0] += f" [{_number(interval.low, digits)}, {_number(interval.high, digits)}]"
-    parts.append(f"n={interval.n}" if paired else f"n={n[0]} and {n[1]}")
-    parts.append(f"at {'unknown' if ratio is None else f'{ratio:.4f}x'} training FLOPs{'' if equal else ' (unequal)'}")
-    return f"{', '.join(parts)}: {outcome}{f', {why}' if why else ''}"
+    text = ", ".join(part for part in (*parts, n, budget) if part)
+    return f"{text}: {outcome}{f', {why}' if why else ''}" if outcome else text
 
 
-def _refusal(base: TableRow, row: TableRow, ratio: float | None, rules: ComparisonRules) -> str:
-    budgets = f"{_flops(row['flops'])} against {_flops(base['flops'])} training FLOPs"
+def _refusal(
+    base: TableRow,
+    row: TableRow,
+    budget: Budget,
+    ratio: float | None,
+    rules: ComparisonRules,
+    conditions: Sequence[str],
+) -> str:
+    if budget is SECONDS and conditions:
+        return f"refused: wall times of different conditions do not compare ({'; '.join(conditions)})"
+    tolerance = rules.tolerance if budget is FLOPS else rules.time_tolerance
+    budgets = budget.amounts(row[budget.name], base[budget.name])
     if ratio is None:
         return f"refused: {budgets}, so it is unknown whether the budgets are equal"
-    return f"refused: {budgets} are {ratio:.4f}x, further from 1 than {100 * rules.tolerance:g} %"
+    return f"refused: {budgets} are {ratio:.4f}x, further from 1 than {100 * tolerance:g} %"
+
+
+def _reading(base: _Side, side: _Side, budget: Budget, confidence: float) -> CurveReading | None:
+    """Where the candidate's curves were when the baseline had ended; None where one of them had not been evaluated by then."""
+    ends = [end for run in base.runs if (end := number(run.last.get(budget.name))) is not None]
+    if len(ends) < len(base.runs) or not ends:
+        return None
+    limit = statistics.mean(ends)
+    points = [read_curve(run, side.row["metric"], budget.name, limit) for run in side.runs]
+    known = [point for point in points if point is not None]
+    if len(known) < len(points):
+        return None
+    rows = [{**row, "value": point.value} for row, point in zip(side.rows, known, strict=True)]
+    by_seed, interval = _difference(base.rows, rows, confidence)
+    return CurveReading(
+        limit=limit,
+        taken=statistics.mean([point.used for point in known]),
+        progress=statistics.mean([point.progress for point in known]),
+        mean=statistics.mean([point.value for point in known]),
+        n=interval.n,
+        paired=by_seed is not None,
+        difference=interval.mean,
+        low=interval.low,
+        high=interval.high,
+    )
+
+
+def _reading_in_words(reading: CurveReading | None, side: _Side, budget: Budget, unit: str, base: _Side) -> str:
+    if reading is None:
+        return (
+            f"{side.name} has no evaluation by the {budget.title} at which {base.name} ended, so no curve is read there"
+        )
+    share = 100 * reading.progress
+    where = "after its end" if share >= 100 else f"{share:.0f} % of the way, its schedule not at the end"
+    n = f"n={reading.n}" if reading.paired else f"n={len(base.rows)} and {len(side.rows)}"
+    difference = _verdict(
+        unit,
+        statistics.Interval(reading.n, reading.difference, None, None, None, reading.low, reading.high),
+        n,
+        "",
+        None,
+    )
+    limit, taken = (budget.reached(amount) for amount in (reading.limit, reading.taken))
+    return (
+        f"on its curve, no verdict: when {base.name} ended, at {limit}, {side.name} was at {reading.mean:.5g} "
+        f"(its last evaluation not later: {taken}, {where}), {difference}"
+    )
 
 
 def _notes(
-    base: TableRow, row: TableRow, before: Sequence[TableRow], after: Sequence[TableRow], pairs: int, paired: bool
+    base: TableRow,
+    row: TableRow,
+    before: Sequence[TableRow],
+    after: Sequence[TableRow],
+    by_seed: Mapping[int, Any] | None,
 ) -> list[str]:
     notes: list[str] = []
+    paired, pairs = by_seed is not None, len(by_seed if by_seed is not None else _pairs(before, after))
     unpaired = len(before) + len(after) - 2 * pairs
     if paired and unpaired:
         notes.append(
@@ -247,8 +402,28 @@ def _notes(
         notes.append(f"runs at once (--parallel): {here} against {there}; wall time differs by it")
     for side in (base, row):
         measured, audited = side["flops_spent"], side["flops"]
-        if measured and audited and abs(measured / audited - 1) > TOLERANCE:
+        if measured and audited and abs(measured / audited - 1) > FLOPS.tolerance:
             notes.append(f"{side['group']} used {measured / audited:.4f}x the FLOPs of its audit")
+    return notes
+
+
+def _time_notes(base: _Side, side: _Side) -> list[str]:
+    """What is known of the wall times: who was alone on the device, who was resumed, how far seeds differ."""
+    notes: list[str] = []
+    sides = (side, base)
+    if all(row["alone"] for each in sides for row in each.rows):
+        notes.append("every run was alone on its device, by provenance and the other runs of this report")
+    for each in sides:
+        others = list(dict.fromkeys(row["alone_why"] for row in each.rows if not row["alone"]))
+        if others:
+            more = f", and {len(others) - 1} more reasons" if len(others) > 1 else ""
+            notes.append(f"{each.name}: not shown to be alone on its device: {others[0]}{more}")
+        if count := timing.resumed(each.runs):
+            runs = "1 run was" if count == 1 else f"{count} runs were"
+            notes.append(f"{each.name}: {runs} resumed; wall time is the sum of the sessions")
+        used = numbers([row["seconds"] for row in each.rows])
+        if len(used) > 1 and max(used) - min(used) > SECONDS.tolerance * max(used):
+            notes.append(f"{each.name}: wall times of its runs are {min(used):,.1f} to {max(used):,.1f} s")
     return notes
 
 
@@ -281,7 +456,3 @@ def _signed(value: float | None, digits: int) -> str:
         return "nan"
     text = _number(value, digits)
     return text if text.startswith("-") else f"+{text}"
-
-
-def _flops(value: int | None) -> str:
-    return "an unknown number of" if value is None else f"{value:,}"

@@ -11,7 +11,9 @@ from ..base.metrics import TEST, MetricFacts, facts_of, metric_names
 from ..errors import UsageError, did_you_mean
 from . import statistics
 from .grouping import comparison_key, contents, labels, primary
+from .rates import RATES, peak_of, rates
 from .read import Run, number
+from .timing import Alone, alone
 
 _ABOUT = (
     "recipe",
@@ -40,6 +42,9 @@ _COSTS = (
     "params",
     "nonzero_params",
 )
+ON_REQUEST = (*(rate.name for rate in RATES), "alone")
+"""Columns that only a report at a budget shows, or one that is asked for them: what `seconds` were used for, and whether the
+device was shared meanwhile (`timing.alone`)."""
 _RUN_START = (
     "path",
     "group",
@@ -62,6 +67,7 @@ _RUN_END = (
     "at_once",
     "torch",
     "commit",
+    *ON_REQUEST,
 )
 _GROUP_START = (
     "group",
@@ -76,11 +82,11 @@ _GROUP_START = (
 )
 """mean, std, low and high are of `metric` at the end of training, best is the mean of each run's best evaluation. All are
 over `n` runs: finished ones, one a seed; `runs` counts every directory. Costs are means too; FLOPs are of a whole run."""
-_GROUP_END = (*_COSTS, "device", "at_once")
+_GROUP_END = (*_COSTS, "device", "at_once", *ON_REQUEST)
 _MIXED = "mixed"
-HIDDEN = ("comparison_key", "data_content", "metric_facts")
+HIDDEN = ("comparison_key", "data_content", "metric_facts", "alone_why")
 """Columns for internal use, which no user sees or asks for: a text that is equal where results are comparable, which data a run
-read (the start of its SHA-256), and the `MetricFacts` of the row's metric."""
+read (the start of its SHA-256), the `MetricFacts` of the row's metric, and why a run is not known to have been alone."""
 
 
 def metric_columns(runs: Sequence[Run]) -> list[str]:
@@ -100,15 +106,16 @@ def metrics_of(frame: pd.DataFrame) -> list[str]:
     return [str(name) for name in frame.columns if name not in fixed]
 
 
-def runs_frame(runs: Sequence[Run], metric: str | None = None) -> pd.DataFrame:
+def runs_frame(runs: Sequence[Run], metric: str | None = None, peak_tflops: float | None = None) -> pd.DataFrame:
     """One row a run, in the order of `runs`. Counts stay Python integers: FLOPs may exceed 64 bits.
 
-    `metric` is what they are judged by; None: the metric of each recipe (`grouping.primary`).
+    `metric` is what they are judged by; None: the metric of each recipe (`grouping.primary`). `peak_tflops` is of one device,
+    for MFU; None: of the data sheet, where it is known.
     """
     metrics = metric_columns(runs)
     rows = [
-        _row(run, group, metric or primary(run), metrics, content)
-        for run, group, content in zip(runs, labels(runs), contents(runs), strict=True)
+        _with_rates(_row(run, group, metric or primary(run), metrics, content), run, shared, peak_tflops)
+        for run, group, content, shared in zip(runs, labels(runs), contents(runs), alone(runs), strict=True)
     ]
     newest: dict[tuple[Any, ...], int] = {}
     for i, row in enumerate(rows):  # a seed that was run twice is one sample: its newest finished run
@@ -238,6 +245,14 @@ def _row(run: Run, group: str, metric: str, metrics: Sequence[str], content: str
     }
 
 
+def _with_rates(row: dict[str, Any], run: Run, shared: Alone, peak_tflops: float | None) -> dict[str, Any]:
+    """The row with the columns ON_REQUEST. A run that went on elsewhere has no peak."""
+    sessions = (run.provenance or {}).get("sessions") or [{}]
+    peaks = {peak_of(session, run.recipe["training"].get("precision"), peak_tflops) for session in sessions}
+    peak = peaks.pop() if len(peaks) == 1 else None
+    return {**row, **rates(row, peak), "alone": shared.known, "alone_why": shared.why}
+
+
 def planned_steps(run: Run) -> int | None:
     """Optimiser steps of the whole run, from its summary, recipe or audit; None where none of them has it."""
     audit = (run.audit or {}).get("training") or {}
@@ -275,7 +290,8 @@ def _grouped(label: str, part: pd.DataFrame, confidence: float, metrics: Sequenc
         "std": interval.deviation,
         "low": interval.low,
         "high": interval.high,
-        **{name: mean(column(counted, name)) for name in ("best", *metrics, *_COSTS)},
+        **{name: mean(column(counted, name)) for name in ("best", *metrics, *_COSTS, *(rate.name for rate in RATES))},
+        "alone": _all_alone(column(of, "alone")),
         "metric_facts": facts if isinstance(facts, MetricFacts) else facts_of(_common(column(of, "metric"))),
     }
 
@@ -287,6 +303,11 @@ def _plain(value: Any) -> str:
 def _common(values: Sequence[Any]) -> Any:
     values = list(dict.fromkeys(values))
     return values[0] if len(values) == 1 else _MIXED
+
+
+def _all_alone(values: Sequence[bool | None]) -> bool | None:
+    """Of several runs: False where one was not alone, else None where it is not known of one."""
+    return False if False in values else None if None in values else True
 
 
 def numbers(values: Sequence[Any]) -> list[float]:

@@ -39,6 +39,8 @@ class ReportOptions:
     """Compute the spectra of the masks in every kept checkpoint: slow for large models."""
     metric: str | None = None
     """The metric by which all runs are judged; None: the metric of each recipe."""
+    peak_tflops: float | None = None
+    """What one device can do, for MFU; None: what its data sheet says, where that is known."""
 
 
 def make(
@@ -64,13 +66,13 @@ def make(
             f"no run could be read in {', '.join(map(str, paths))}{reasons}",
             hint="give run directories, or folders that hold some: runs/",
         )
-    frame = frames.runs_frame(found.runs, _known_metric(options.metric, found.runs))
+    frame = frames.runs_frame(found.runs, _known_metric(options.metric, found.runs), options.peak_tflops)
     runs, frame, by_group = _filter_runs(found.runs, frame, options.filter)
     if "group" not in options.by:
         frame = frames.regroup(frame, options.by)
     groups = frames.groups_frame(frame, options.rules.confidence)
     comparisons, notes = (
-        compare(frame, groups, options.baseline, options.rules) if options.baseline is not None else ([], [])
+        compare(frame, groups, options.baseline, options.rules, runs) if options.baseline is not None else ([], [])
     )
     rows = frames.records(groups)
     reference = published_rows(rows, options.reference) if options.reference else []
@@ -88,7 +90,7 @@ def make(
 
         spectra, unread = spectra_of_runs(runs, frames.records(frame), progress)
         notes += unread
-    return Report(runs, found.skipped, groups, comparisons, command, frame, reference, notes, spectra)
+    return Report(runs, found.skipped, groups, comparisons, command, frame, reference, notes, spectra, options.rules.at)
 
 
 def sort(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from .budgets import BudgetName
 from .read import Run
 
 if TYPE_CHECKING:
@@ -29,6 +30,30 @@ class Costs:
     peak_bytes: float | None
     """Peak memory in bytes, of the process (CPU) or of the GPU's allocator."""
     optimizer_bytes: float | None
+    rates: Mapping[str, float | None] = field(default_factory=dict)
+    """FLOPs a second and MFU, by the names of `rates.RATES`."""
+
+
+@dataclass(frozen=True, slots=True)
+class CurveReading:
+    """The candidate's learning curves where the baseline ended: what was measured, no verdict.
+
+    Of every run the value of its last evaluation that is not later; nothing is interpolated.
+    """
+
+    limit: float
+    """Where the baseline ended: the mean over its runs, in FLOPs or seconds."""
+    taken: float
+    """Where the evaluations were made: the mean over the runs."""
+    progress: float
+    """The share of the run's steps at that evaluation: below 1 the schedule of the learning rate was not at its end."""
+    mean: float
+    n: int
+    paired: bool
+    difference: float | None
+    """From the baseline's final value, with its interval as in `Comparison`."""
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +96,21 @@ class Comparison:
     """Facts that limit what the difference means."""
     seeds: Sequence[int] = field(default=())
     """The seeds that both groups have, where `paired`."""
+    at: BudgetName = "flops"
+    """What must be equal for the comparison: training FLOPs, or wall time."""
+    seconds_ratio: float | None = None
+    """The candidate's wall time over the baseline's, whatever they were measured on."""
+    equal_seconds: bool = False
+    """Whether wall times are equal within the tolerance, and of the same device and versions."""
+    conditions: Sequence[str] = field(default=())
+    """What wall times depend on and the groups have not in common, in words: with any, times are not compared."""
+    curve: CurveReading | None = None
+    """Where budgets are not equal and this was asked for."""
+
+    @property
+    def equal(self) -> bool:
+        """Whether the budgets of this comparison are equal."""
+        return self.equal_flops if self.at == "flops" else self.equal_seconds
 
     @property
     def pairing(self) -> str:
@@ -108,6 +148,8 @@ class Report:
     notes: Sequence[str] = field(default=())
     spectra: Sequence[RunSpectra] = field(default=())
     """Of the masks in the checkpoints of the runs, where they were asked for."""
+    at: Sequence[BudgetName] = field(default=())
+    """The budgets at which a comparison was asked for; empty: none, so groups are compared at equal FLOPs."""
 
     def runs_of(self, label: str) -> list[Run]:
         """The runs of a group, whether in its means or not."""

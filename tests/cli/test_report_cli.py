@@ -175,6 +175,81 @@ def test_gates(sparseift, runs: Path) -> None:
     assert "difference = 1.33333333\n" in sparseift(*asked, "--fail-if", "difference > 1.33333332")[2]
 
 
+@pytest.fixture
+def timed(tmp_path: Path) -> Path:
+    """On one device, one run behind the other: dense, one of its time at twice its FLOPs, one of its FLOPs at 1.8 of its time."""
+    root, gpu = tmp_path / "timed", {"device": "cuda:0", "device_name": "NVIDIA H200"}
+    arms = (
+        ("net_dense", [70.0, 72.0, 74.0], 100.0, {}),
+        ("net_wide75_time", [71.0, 73.5, 75.5], 101.0, {"member": "wide", "flops": 2 * 10**15}),
+        ("net_wide75_flops", [71.0, 73.5, 75.5], 180.0, {"member": "wide"}),
+    )
+    for at, (name, ends, seconds, how) in enumerate(arms):
+        for seed, value in enumerate(ends):
+            begins = 1000.0 * at + 200 * seed
+            make_run(root, name, seed, (value - 10, value), seconds=seconds, begins=begins, session=gpu, **how)
+    return root
+
+
+def test_at_both_is_a_verdict_for_each_in_every_format(sparseift, timed: Path) -> None:
+    asked = ("report", "timed", "--baseline", "dense", "--at", "both", "--peak-tflops", "100")
+    code, out, _ = sparseift(*asked, "--json")
+    data = json.loads(out)
+    assert (code, data["at"]) == (0, ["flops", "seconds"])  # each group is equal in one of the two
+    found = {(c["candidate"], c["at"]): c for c in data["comparisons"]}
+    assert [c["outcome"] for c in found.values()] == ["better", "refused", "refused", "better"]
+    assert found["net_wide75_flops", "seconds"]["curve_taken"] == 90
+    assert [row["useful_mfu"] for row in data["groups"]] == pytest.approx([10, 1000 / 180, 2000 / 101])
+    table, markdown = sparseift(*asked)[1], sparseift(*asked, "-f", "md")[1]
+    groups, compared = blocks(sparseift(*asked, "-f", "csv")[1])
+    assert [r["alone"] for r in groups] == ["True"] * 3
+    assert [(r["candidate"], r["at"], r["verdict"]) for r in compared] == [(*k, c["verdict"]) for k, c in found.items()]
+    for shown in (table, markdown):
+        assert "Against dense at equal FLOPs and equal time" in shown and "useful MFU %" in shown
+        assert (
+            "net_wide75_time against net_dense at equal time: +1.3 points [0.6, 2.1], n=3, at 1.0100x wall time"
+            in shown
+        )
+        for row in found.values():
+            assert row["verdict"] in shown and all(note in shown for note in row["notes"])
+
+
+def test_new_columns_are_shown_where_they_are_asked_for_alone(sparseift, timed: Path) -> None:
+    plain = json.loads(sparseift("report", "timed", "--json")[1])
+    assert "alone" not in plain["groups"][0] and "useful_tflops" not in plain["groups"][0] and "at" not in plain
+    out = sparseift("report", "timed", "--columns", "group,useful_tflops,alone", "-f", "csv")[1]
+    assert blocks(out)[0][0] == {"group": "net_dense", "useful_tflops": "10.0", "alone": "True"}
+
+
+def test_gates_at_equal_time(sparseift, timed: Path) -> None:
+    asked = ("report", "timed", "--baseline", "dense")
+    code, _, err = sparseift(*asked, "--at", "seconds")
+    assert code == 1 and "180.0 against 100.0 s of wall time are 1.8000x" in err and "--time-tolerance" in err
+    assert sparseift(*asked, "--at", "seconds", "--time-tolerance", "90%")[0] == 0
+    assert (
+        sparseift(*asked, "--at", "both", "--fail-if", "at == seconds and outcome == worse or alone == false")[0] == 0
+    )
+    code, _, err = sparseift(*asked, "--at", "both", "--fail-if", "outcome != better", "--fail-if", "top1 < 73")
+    assert code == 1 and "net_wide75_flops at equal time: outcome = refused" in err
+    assert "net_wide75_time at equal FLOPs: outcome = refused" in err
+    assert err.count("top1 < 73: net_dense: top1 = 72") == 1
+    assert "seconds_vs_baseline = 1.8" in sparseift(*asked, "--at", "both", "--fail-if", "seconds_vs_baseline > 1.5")[2]
+    code, _, err = sparseift(*asked, "--at", "both", "--max-time-ratio", "1.5")
+    assert code == 1 and "net_wide75_flops trains with 1.800000x the baseline's wall time, above 1.5" in err
+    assert "net_wide75_time trains" not in err
+    assert sparseift(*asked, "--at", "both", "--max-time-ratio", "1.9")[0] == 0
+    code, _, err = sparseift("report", "timed", "--max-time-ratio", "1.5")
+    assert code == 1 and "needs a baseline" in err
+
+
+def test_a_gate_on_time_fails_where_devices_differ(sparseift, timed: Path) -> None:
+    for path in timed.glob("net_wide75_flops/*/provenance.json"):
+        path.write_text(path.read_text().replace("H200", "H100"))
+    code, _, err = sparseift("report", "timed", "--baseline", "dense", "--at", "both", "--max-time-ratio", "1.9")
+    assert code == 1
+    assert "net_wide75_flops: device: NVIDIA H100 against NVIDIA H200, so --max-time-ratio cannot check it" in err
+
+
 def test_gates_that_check_nothing_fail(sparseift, runs: Path) -> None:
     code, _, err = sparseift("report", "runs", "--fail-if", "perplexity_per_word > 20")
     assert code == 1 and "nothing was checked" in err
@@ -197,6 +272,8 @@ def test_gates_that_check_nothing_fail(sparseift, runs: Path) -> None:
         (("runs", "--baseline", "wide57"), 2, "there is no such group"),
         (("runs", "--reference", "papers"), 2, "did you mean 'paper'?"),
         (("runs", "--flops-tolerance", "much"), 2, "is not a share"),
+        (("runs", "--time-tolerance", "2"), 2, "--time-tolerance '2' is not a share"),
+        (("runs", "--peak-tflops", "0"), 2, "--peak-tflops must be above 0"),
         (("runs", "--group-by", "run", "--baseline", "dense"), 2, "leave one of them out"),
         (("runs/notes",), 2, "holds no run"),
         (("diff", "runs", "runs"), 2, "holds 10 runs"),

@@ -75,16 +75,22 @@ def make_run(
     more: Mapping[str, Any] | None = None,
     at_once: int = 1,
     recorded: Mapping[str, MetricFacts] | None = None,
+    seconds: float | None = None,
+    begins: float | None = None,
+    session: Mapping[str, Any] | None = None,
 ) -> Path:
     """`root/name/<date>-<hash>/` with one evaluation for each of `values`; finished unless asked otherwise.
 
+    `seconds`: its wall time, 10 an evaluation unless given; `begins`: when it starts, in seconds after START; `session`: what
+    its provenance has besides or in place of the usual.
     `recorded`: facts of metrics by their names in the recipe; the first of them is that of `values`, in place of `metric`.
     """
     named = next(iter(recorded), metric) if recorded else metric
     metric = recorded[named].name if recorded else metric
     recorded_by_key = {facts.name: facts for facts in (recorded or {}).values()}
     steps = steps or 390 * epochs
-    begun = START + timedelta(seconds=seed + 1000 * stamp)
+    begun = START + timedelta(seconds=seed + 1000 * stamp if begins is None else begins)
+    wall = 10.0 * len(values) if seconds is None else seconds
     folder = root / name / f"{begun:%Y%m%dT%H%M%SZ}-{seed:08x}"
     folder.mkdir(parents=True)
     transform = f"transform:\n  member: {member}\n  sparsity: {sparsity}\n  match: layer\n" if member else ""
@@ -111,7 +117,7 @@ def make_run(
             "loss": 2.0 / (i + 1),
             metric: value,
             "flops": flops,
-            "seconds": 10.0 * (i + 1),
+            "seconds": wall * (i + 1) / len(values),
             "peak_bytes": 2**28,
             "optimizer_bytes": 2**20,
             **(more or {}),
@@ -123,7 +129,7 @@ def make_run(
         (folder / "metrics.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     else:
         (folder / "metrics.jsonl").write_text(text)
-    session = {
+    first = {
         "started": begun.isoformat(),
         "from_step": 0,
         "command": ["sparseift"],
@@ -134,10 +140,11 @@ def make_run(
         "seed": seed,
         "at_once": at_once,
         "data": {data: data_hash},
+        **(session or {}),
     }
     if recorded:
-        session["metrics"] = {name: facts.to_json() for name, facts in recorded.items()}
-    write(folder / "provenance.json", {"schema": "sparseift.provenance/1", "sessions": [session]})
+        first["metrics"] = {name: facts.to_json() for name, facts in recorded.items()}
+    write(folder / "provenance.json", {"schema": "sparseift.provenance/1", "sessions": [first]})
     write(folder / "audit.json", audit or {"schema": "sparseift.flops/1", "training": {"steps": steps}})
     if plan:
         write(folder / "plan.json", plan)
