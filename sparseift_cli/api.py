@@ -26,7 +26,7 @@ from .plan.plan import Plan, make_plan
 from .plan.spec import TrainingSpec, TransformSpec
 from .recipe.load import resolve_request
 from .table.table import LayerTable
-from .transforms.artifact import BUFFERS, MASKS, WEIGHTS, is_artifact, open_artifact, provenance, write
+from .transforms.artifact import BUFFERS, MASKS, WEIGHTS, is_artifact, is_run, open_artifact, provenance, write
 
 if TYPE_CHECKING:
     from torch import nn
@@ -218,6 +218,7 @@ def save(model: nn.Module, path: str | Path, *, force: bool = False, state_dict:
     from .kernels.convert import block_masks
     from .kernels.storage import to_dense_state
     from .trace.symbolise import is_config
+    from .transforms.restore import unsaved_buffers, untied
 
     model, done = _transformed(model, "torch.save writes any module's state_dict")
     tensors: dict[str, Mapping[str, Any]] = {}
@@ -237,15 +238,24 @@ def save(model: nn.Module, path: str | Path, *, force: bool = False, state_dict:
     return write(path, documents, tensors, state_dict=plain, force=force)
 
 
-def load(path: str | Path, *, into: nn.Module | None = None, trust: bool = False, kernels: str = "auto") -> nn.Module:
-    """The module that `save` wrote, with its weights and masks, in eval mode on the CPU.
+def load(
+    path: str | Path,
+    *,
+    into: nn.Module | None = None,
+    trust: bool = False,
+    kernels: str = "auto",
+    checkpoint: str = "best",
+) -> nn.Module:
+    """The module that `save` wrote, or the trained one of a run, with its weights and masks, in eval mode on the CPU.
 
     Args:
+        path: a folder of `save` or `sparseift transform`, or a run directory of `sparseift train`.
         into: the dense model it was made from (any weights, or on meta): needed where no source names it.
         kernels: what computes layers that were saved in blocks: "auto", a name in `KERNELS`, or "masked" for dense weights
             with zeros and masks.
         trust: let the folder name code of yours to run: a source, member or pattern written as `package.module:Name`. Without it
             only modules that are imported already count.
+        checkpoint: of a run: "best" by its metric (the newest, where none was measured), "last", or a step.
 
     Raises:
         ArtifactError: the folder is damaged or incomplete.
@@ -256,7 +266,13 @@ def load(path: str | Path, *, into: nn.Module | None = None, trust: bool = False
     from .transforms.restore import restore
 
     with inference_mode(False), imports_nothing_for(None if trust else str(path)):  # inference mode: as `transform`
-        return restore(open_artifact(path), into, kernels)
+        if not is_run(path):
+            return restore(open_artifact(path), into, kernels)
+        from .runs.model import load_trained
+
+        if into is not None:
+            raise UsageError(f"{path} is a run, which says how its model is built", hint="leave out into=")
+        return load_trained(path, str(checkpoint), kernels=kernels, trust=trust).model
 
 
 def masks(model: nn.Module) -> dict[str, Any]:
@@ -278,48 +294,6 @@ def copy_masks(source: nn.Module, target: nn.Module) -> None:
     from .mask.attached import copy_masks as copy_them
 
     copy_them(source, target)
-
-
-def untied(model: nn.Module) -> dict[str, Any]:
-    """The state dict with every tensor once, under its first name: what safetensors can hold."""
-    from torch import Tensor
-
-    seen: set[int] = set()
-    kept = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, Tensor):
-            raise UsageError(
-                f"{name} is {type(tensor).__name__}, and a folder holds tensors",
-                hint="a module's get_extra_state must give a tensor",
-            )
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            kept[name] = tensor.detach()
-    return kept
-
-
-def unsaved_buffers(model: nn.Module, done: Transformation) -> dict[str, Any]:
-    """The buffers that no state dict holds (position tables, causal masks), masks of weights apart, and resized plain tensors.
-
-    Every tensor once.
-    """
-    from .mask.attached import stores_blocks
-    from .trace.constants import plain_tensors
-    from .transforms.masking import MasksOf
-
-    skipped = {id(t) for t in MasksOf(model).values()}
-    resized = {edit.key for edit in done.surgery.resizes}
-    found: dict[str, Any] = {}
-    for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
-        unsaved = set[str]() if stores_blocks(module) else module._non_persistent_buffers_set  # an index is derived
-        buffers = {prefix + name: module._buffers.get(name) for name in sorted(unsaved)}
-        plain = {key: t for name, t in plain_tensors(module) if (key := prefix + name) in resized}
-        for key, tensor in (buffers | plain).items():
-            if tensor is not None and id(tensor) not in skipped:
-                skipped.add(id(tensor))
-                found[key] = tensor
-    return found
 
 
 def _transformed(model: nn.Module, otherwise: str) -> tuple[nn.Module, Transformation]:

@@ -160,7 +160,7 @@ def _require_imported(target: str, module: str) -> None:
     if data is not None and not known and top != __name__.partition(".")[0]:
         raise UsageError(
             f"{data} names {target}, whose code would run",
-            hint=f"where you trust the folder: load(..., trust=True), or import {module} first",
+            hint=f"where you trust the folder: --trust, in Python load(..., trust=True), or import {module} first",
         )
 
 

@@ -83,6 +83,19 @@ def choice(*flags: str, names: Collection[str], help: str, panel: str | None = N
     return typer.Option(*flags, help=help, metavar=listed(names), rich_help_panel=panel)
 
 
+def checkpoint_of_a_run(panel: str) -> Any:
+    """`--checkpoint`: which one of a run is read."""
+    text = "Of a run: best by its metric (where none is given), last, or a step."
+    return typer.Option("--checkpoint", metavar="best|last|STEP", help=text, show_default=False, rich_help_panel=panel)
+
+
+def trust_of_a_folder(panel: str) -> Any:
+    """`--trust`: code that a folder names may run."""
+    return typer.Option(
+        "--trust", help="Let a run or folder name code of yours to run (package.module:Name).", rich_help_panel=panel
+    )
+
+
 Source = Annotated[
     str,
     typer.Argument(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -35,6 +35,8 @@ Examples:
   sparseift train recipe.yaml --dry-run                          # steps, FLOPs, memory; trains nothing
 
   torchrun --nproc-per-node 2 -m sparseift_cli train recipe.yaml
+
+  sparseift train --evaluate-only RUN --set data.root=photos2    # measures a checkpoint of a run; trains nothing
 """
 PARALLEL = (
     "Train so many runs at once, each a process of its own; several GPUs get them in turn. They share the CPU's threads, "
@@ -50,6 +52,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
 _RUNS_PANEL = "Runs"
 _CHECKS = "Look before training"
+_MEASURE = "Measure a run"
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the recipe. Repeatable."),
@@ -70,6 +73,33 @@ Tflops = Annotated[
         rich_help_panel=_CHECKS,
     ),
 ]
+NoCompile = Annotated[
+    bool,
+    typer.Option(
+        "--no-compile", help="Operation after operation, as a check on the fast path.", rich_help_panel=_RUNS_PANEL
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Print steps, FLOPs and memory of the run, and train nothing.", rich_help_panel=_CHECKS
+    ),
+]
+PrintRecipe = Annotated[
+    bool,
+    typer.Option(
+        "--print-recipe", help="Print the whole recipe with the origin of each value.", rich_help_panel=_CHECKS
+    ),
+]
+EvaluateOnly = Annotated[
+    bool,
+    typer.Option(
+        "--evaluate-only",
+        help="Measure the checkpoint of runs, given in place of recipes, on their data or that of --set data.root=...; nothing "
+        "is trained or written.",
+        rich_help_panel=_MEASURE,
+    ),
+]
 
 
 @app.command(cls=options.Command, help=options.help_of("train", HELP))
@@ -77,7 +107,7 @@ def train(
     recipes: Annotated[
         list[str],
         typer.Argument(
-            help="A recipe file, or the name of a shipped one; several train in turn.",
+            help="A recipe file, or the name of a shipped one; several train in turn. With --evaluate-only runs.",
             metavar="RECIPE",
             show_default=False,
         ),
@@ -90,25 +120,13 @@ def train(
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Also write metrics for TensorBoard.", rich_help_panel=_RUNS_PANEL)
     ] = False,
-    no_compile: Annotated[
-        bool,
-        typer.Option(
-            "--no-compile", help="Operation after operation, as a check on the fast path.", rich_help_panel=_RUNS_PANEL
-        ),
-    ] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Print steps, FLOPs and memory of the run, and train nothing.", rich_help_panel=_CHECKS
-        ),
-    ] = False,
+    no_compile: NoCompile = False,
+    dry_run: DryRun = False,
     tflops: Tflops = None,
-    print_recipe: Annotated[
-        bool,
-        typer.Option(
-            "--print-recipe", help="Print the whole recipe with the origin of each value.", rich_help_panel=_CHECKS
-        ),
-    ] = False,
+    print_recipe: PrintRecipe = False,
+    evaluate_only: EvaluateOnly = False,
+    checkpoint: Annotated[str | None, options.checkpoint_of_a_run(_MEASURE)] = None,
+    trust: Annotated[bool, options.trust_of_a_folder(_MEASURE)] = False,
     events: Annotated[bool, typer.Option("--events", hidden=True)] = False,
     at_once: Annotated[int, typer.Option("--at-once", hidden=True, min=1)] = 1,
     slot: Annotated[int, typer.Option("--slot", hidden=True, min=0)] = 0,
@@ -116,6 +134,12 @@ def train(
     json: options.Json = False,
 ) -> None:
     fmt = without_github(fmt, json, "train")
+    if evaluate_only:
+        of_training = {"--seeds": seeds, "--resume": resume, "--dry-run": dry_run, "--print-recipe": print_recipe}
+        _measure(recipes, sets or [], checkpoint, fmt, of_training, trust=trust)
+        return
+    if checkpoint is not None or trust:
+        raise UsageError("--checkpoint and --trust are for --evaluate-only", hint="a recipe is trained from its start")
     asked = TrainArguments(recipes, sets or [], seeds, parallel, runs, resume, fmt, tensorboard, no_compile)
     loaded = [_load(recipe, asked.all_sets) for recipe in recipes]
     if print_recipe:
@@ -167,6 +191,30 @@ class TrainArguments:
         words += ["--no-compile"] if self.no_compile else []
         words += ["--json"] if self.fmt is Format.json else []
         return [*words, "--resume", self.resume or "latest"]
+
+
+def _measure(
+    runs: list[str],
+    sets: list[str],
+    checkpoint: str | None,
+    fmt: Format,
+    of_training: Mapping[str, object],
+    *,
+    trust: bool,
+) -> None:
+    """Measure a checkpoint of each run and show what was found beside what the run found.
+
+    Raises:
+        UsageError: an option of training is given; a run cannot be measured.
+    """
+    if given := [name for name, value in of_training.items() if value]:
+        raise UsageError(
+            f"--evaluate-only trains nothing, and {given[0]} is for training", hint="leave out one of the two"
+        )
+    from ..train.measure import measure_run
+    from .train_view import show_measured
+
+    show_measured([measure_run(run, checkpoint or "best", sets, trust=trust) for run in runs], fmt)
 
 
 def _jobs(recipes: Sequence[Recipe], seeds: list[int]) -> Jobs:

@@ -84,6 +84,33 @@ def _mean(rows: Sequence[Mapping[str, Any]], metric: str) -> str:
     return f"{metric}: {measured(mean)} +- {measured(spread)} (mean, sample deviation, n = {len(values)})"
 
 
+# --- a run that is measured ---
+
+
+def show_measured(results: Sequence[Mapping[str, Any]], fmt: Format) -> None:
+    """A table a run: what was measured, and what the run itself found at that checkpoint."""
+    sheets: list[Sheet] = []
+    for result in results:
+        recorded = result["recorded"] or {}
+        rows = [
+            {"metric": name, "split": split, "value": value, "recorded": recorded.get(name) if i == 0 else None}
+            for i, (split, values) in enumerate(result["metrics"].items())
+            for name, value in values.items()
+        ]
+        columns = [
+            Column("metric", "metric"),
+            Column("split", "split"),
+            Column("value", "value", measured, right=True),
+            *([Column("recorded", "in the run", measured, right=True)] if recorded else []),
+        ]
+        at = result["checkpoint"]
+        which = "its best checkpoint" if at["best"] else "a checkpoint"
+        counts = ", ".join(f"{count:,} {result['unit']} of {split}" for split, count in result["count"].items())
+        notes = [f"Measured on {next(iter(result['data']))}: {counts}."]
+        sheets.append(Sheet(f"{result['run']}: {which}, step {at['step']:,}", columns, rows, notes))
+    render(sheets, {"schema": "sparseift.evaluate/1", "runs": list(results)}, fmt)
+
+
 # --- a dry run ---
 
 

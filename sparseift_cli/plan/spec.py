@@ -397,7 +397,8 @@ class InitSpec:
         ),
     ] = "fresh"
     checkpoint: Annotated[
-        str | None, Option("The dense checkpoint, a file or folder.", panel=_START, only="preserve")
+        str | None,
+        Option("The dense checkpoint, a file or folder.", panel=_START, only="preserve", flags=("--init-checkpoint",)),
     ] = None
     key: Annotated[
         str | None,

@@ -120,6 +120,14 @@ class Checkpoints:
         """
         return self._first_valid(self._by_score())
 
+    def at(self, step: int) -> Loaded | None:
+        """The checkpoint of that step that verifies, of several the newest; None where there is none.
+
+        Raises:
+            ArtifactError: there are some, and none of them verifies.
+        """
+        return self._first_valid(sorted((entry for entry in self._all() if entry[0] == step), reverse=True))
+
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are there, oldest first; whether they verify is not asked."""
         return sorted({step for step, _, _ in self._all()})

@@ -6,6 +6,7 @@
     provenance.json   versions, commit, command, device, threads, seed, data hashes; one entry a session
     metrics.jsonl     one line an evaluation
     checkpoints/      see checkpoint.py
+    model.json        how its module is built again, see model.py
     summary.json      there when the run is done
     lock, lock.json   held by the process that writes, and who that is
 

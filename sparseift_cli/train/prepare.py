@@ -30,6 +30,7 @@ from ..plan.audit import Audit, audit
 from ..plan.spec import TrainingSpec, TransformSpec
 from ..recipe.load import DTYPES, Recipe, require_data, run_steps, why_masked
 from ..recipe.open_arguments import open_arguments
+from ..runs.model import primary_metric
 from ..sparsity.sparsifier import Sparsifier
 from ..trace.build import trace
 from ..transforms.convert import convert
@@ -69,6 +70,8 @@ class Prepared:
     audit: Audit
     flop_meter: FlopMeter
     transformation: Transformation | None
+    request: Request
+    """The dense model, with classes and input as the data has them."""
     notes: tuple[str, ...] = ()
     """What the Sparsifier warned of: masks that never move, an optimiser whose steps depend on zeros."""
     kernels: tuple[LayerChoice, ...] = ()
@@ -86,7 +89,7 @@ class Prepared:
     @property
     def primary_metric(self) -> Metric:
         """What says which checkpoint is best: checkpoint.best, else the first of evaluation.metrics."""
-        return METRICS.get(self.spec.checkpoint.best or self.spec.evaluation.metrics[0])
+        return METRICS.get(primary_metric(self.recipe))
 
     @property
     def device(self) -> torch.device:
@@ -101,10 +104,11 @@ class Prepared:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Mixed precision, where the recipe asks for it."""
-        return _autocast(self.spec, self.device)
+        return autocast_of(self.spec, self.device)
 
 
-def _autocast(spec: Spec, device: torch.device) -> AbstractContextManager[Any]:
+def autocast_of(spec: Spec, device: torch.device) -> AbstractContextManager[Any]:
+    """Mixed precision on `device`, where the recipe asks for it."""
     dtype = _DTYPES.get(spec.training.precision)
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
@@ -119,19 +123,21 @@ def prepare(recipe: Recipe, seed: int, processes: Processes) -> Prepared:
     require_data(recipe)
     spec = recipe.spec
     dataset = open_recipe_data(spec)
-    train, held_out, test = _batches(spec, dataset, seed, processes)
+    train, held_out, test = make_batches(spec, dataset, seed, processes)
     steps = run_steps(spec, train.steps_per_epoch * spec.training.batch_size)
     assert steps is not None
     training = _counting(recipe, steps)
     micro = spec.training.batch_size // (processes.world * spec.training.accumulate)
-    fit = partial(check_compatibility, name=spec.model.name, dataset=dataset, batch_size=micro, seq=_seq(spec, dataset))
+    fit = partial(
+        check_compatibility, name=spec.model.name, dataset=dataset, batch_size=micro, seq=sample_length(spec, dataset)
+    )
     model, done, counted = _model(recipe, dataset, train, seed, training, fit)
     if spec.init.zero_residual:
         zero_residuals(model, spec.model.name)
     if spec.training.channels_last:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     model = model.to(processes.device).train()
-    fit(model, autocast=partial(_autocast, spec, processes.device))
+    fit(model, autocast=partial(autocast_of, spec, processes.device))
     kernels = _use_kernels(spec, model, done, micro) if done else ()
     if training.recompute:
         recompute(model, counted.table, train.batch(0, 0)[0][:1])
@@ -160,6 +166,7 @@ def prepare(recipe: Recipe, seed: int, processes: Processes) -> Prepared:
         counted,
         flop_meter,
         done,
+        request_of(spec, dataset),
         tuple(str(warning.message) for warning in warned),
         kernels,
     )
@@ -184,7 +191,9 @@ def _sparsifier(
     return Sparsifier(model, done.plan, optimizer, algorithm=algorithm.name, total_steps=steps, seed=seed, **own)
 
 
-def _batches(spec: Spec, dataset: DataSet, seed: int, processes: Processes) -> tuple[Batches, Batches, Batches | None]:
+def make_batches(
+    spec: Spec, dataset: DataSet, seed: int, processes: Processes
+) -> tuple[Batches, Batches, Batches | None]:
     """What is trained on, what is watched, and what is measured once at the end where the recipe says so."""
     training, data = spec.training, spec.data
     assert data is not None
@@ -194,7 +203,7 @@ def _batches(spec: Spec, dataset: DataSet, seed: int, processes: Processes) -> t
             f"batch_size {training.batch_size} is not a multiple of {pieces} ({processes.world} processes x "
             f"{training.accumulate} micro-batches)"
         )
-    seq = _seq(spec, dataset)
+    seq = sample_length(spec, dataset)
     shared: dict[str, Any] = {
         "device": processes.device,
         "rank": processes.rank,
@@ -244,7 +253,8 @@ def _test(dataset: DataSet) -> str:
     return "test"
 
 
-def _seq(spec: Spec, dataset: DataSet) -> int | None:
+def sample_length(spec: Spec, dataset: DataSet) -> int | None:
+    """Tokens in a sample; None of images."""
     if dataset.kind != "tokens":
         return None
     if spec.model.seq is not None:

@@ -23,6 +23,7 @@ from ..plan.audit import to_json
 from ..recipe.load import Recipe, load
 from ..recipe.write import resolved_yaml
 from ..runs.directory import RunDirectory
+from ..runs.model import keep_model
 from ..runs.provenance import session
 from .loop import Report, train
 from .parallel import require_one_run
@@ -102,15 +103,16 @@ def run_jobs(
                     _stop_here(ours, recipe, seed)
                     _free(ours.device, compiled=before not in (None, recipe) and bool(recipe.spec.training.compile))
                     before = recipe
-                    with _settings(recipe.spec.training.threads, recipe.spec.training.deterministic):
+                    with settings_of(recipe):
                         results.append(_one(with_seed(recipe, seed), seed, call, ours))
                 _free(ours.device, compiled=False)  # while the device is there, not at the interpreter's end
     return results
 
 
 @contextmanager
-def _settings(threads: int | None, deterministic: bool) -> Iterator[None]:
-    """What a recipe sets for the whole process, undone for the next recipe."""
+def settings_of(recipe: Recipe) -> Iterator[None]:
+    """What a recipe sets for the whole process, undone for the next recipe: CPU threads, deterministic kernels."""
+    threads, deterministic = recipe.spec.training.threads, recipe.spec.training.deterministic
     before, searches = torch.get_num_threads(), torch.backends.cudnn.benchmark  # a graphed step turns the search on
     if threads is not None:
         torch.set_num_threads(threads)
@@ -187,6 +189,7 @@ def _train(run: Prepared, found: RunDirectory | None, text: str, call: _Call, ou
         train(run, folder, ours, call.report)
         return {}  # rank 0 returns the summary
     with folder.lock():
+        keep_model(path, run.model, run.request, run.transformation)
         newest = folder.checkpoints.newest()
         begins = newest.step if newest else 0
         for skipped in newest.skipped if newest else ():

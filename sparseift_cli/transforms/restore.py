@@ -1,10 +1,12 @@
-"""From a folder that `save` wrote to the transformed module: build the dense model, repeat the edits, load weights and masks.
+"""Between a module and its tensors on disk: build the dense model, repeat the edits, set weights, masks and buffers.
 
 Apart from `artifact`, which reads and writes the folder itself and needs no torch to read its JSON.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,14 +18,14 @@ from ..kernels.layout import compact_paths
 from ..kernels.layout import key as key_of
 from ..kernels.registry import KERNELS, MASKED
 from ..kernels.storage import CompactWeight, to_dense_state
-from ..mask.attached import attach, mask_names, unwrapped
+from ..mask.attached import attach, mask_names, stores_blocks, unwrapped
 from ..models.source import Request, build
 from ..plan.plan import make_plan
 from ..trace.constants import plain_tensors
-from .artifact import BUFFERS, MASKS, WEIGHTS, Artifact
+from .artifact import BUFFERS, MASKS, Artifact
 from .check import Measured
 from .edits import Surgery
-from .masking import in_blocks, parts_of_masks, require_masked, shape_of
+from .masking import MasksOf, in_blocks, parts_of_masks, require_masked, shape_of
 from .surgery import apply_surgery
 from .transformation import Options, Transformation, record
 
@@ -48,9 +50,13 @@ def restore(stored: Artifact, into: nn.Module | None, kernels: str = "auto") -> 
     params = sum(p.numel() for p in new.parameters())
     zeros = sum(m.of(new.get_parameter(m.key)).numel() - m.nnz for m in surgery.masked)
     if stored.weights.is_file():
-        _load_weights(new, stored, surgery, kernels)
-    buffers = _read_tensors(stored, BUFFERS) if (stored.path / BUFFERS).is_file() else {}
-    _set_buffers(new, buffers, stored)
+        weights, masks = read_tensors(stored.weights), read_tensors(stored.path / MASKS)
+        set_weights(new, weights, masks, surgery, kernels, stored.weights)
+        _require_planned_masks(new, masks, surgery, stored)
+        attach_masks(new, masks, surgery)
+        assert set(mask_names(new)) == surgery.nonzeros.keys()
+    buffers = read_tensors(stored.path / BUFFERS) if (stored.path / BUFFERS).is_file() else {}
+    set_buffers(new, buffers, stored.path / BUFFERS)
     plan = make_plan(stored.table, stored.spec, stored.training, sizes=stored.sizes)
     facts = stored.provenance
     done = Transformation(
@@ -69,26 +75,49 @@ def restore(stored: Artifact, into: nn.Module | None, kernels: str = "auto") -> 
 
 
 def _build_dense(stored: Artifact) -> nn.Module:
-    """The dense model, without memory for weights where the stored tensors give it all its values."""
     source = stored.provenance.get("source")
     if not source:
         raise UsageError(
             f"{stored.path} does not say how its dense model is built",
             hint="pass it: sparseift_cli.load(path, into=the_dense_model)",
         )
-    request = Request.from_json(source)
+    return build_dense(Request.from_json(source))
+
+
+def build_dense(request: Request) -> nn.Module:
+    """The dense model, without memory for weights where the stored tensors give it all its values.
+
+    Raises:
+        UsageError: the source cannot be found or built.
+    """
     model = build(request).model
     has_unsaved_buffers = any(m._non_persistent_buffers_set or [*plain_tensors(m)] for m in model.modules())
     return build(request, device="cpu").model if has_unsaved_buffers else model
 
 
-def _load_weights(model: nn.Module, stored: Artifact, surgery: Surgery, kernels: str) -> None:
-    """Load the stored state dict and masks into `model`, in place; tied tensors stay tied."""
-    weights, masks = _read_tensors(stored, WEIGHTS), _read_tensors(stored, MASKS)
+def set_weights(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    masks: dict[str, Tensor],
+    surgery: Surgery,
+    kernels: str,
+    where: Path,
+) -> None:
+    """Put a state dict into `model`, in place; tied tensors stay tied, each is needed under one of its names.
+
+    Args:
+        weights: [*shape], or the stored blocks of a weight (`kernels.layout`).
+        masks: bool [*shape], or [R, C] of a weight in blocks, by the weight's name. Changed: afterwards all are [*shape].
+        kernels: what computes layers that are stored in blocks; "masked" makes them dense.
+        where: the file, for errors.
+
+    Raises:
+        ArtifactError: they do not fit the model, or each other.
+    """
     try:
-        weights = _with_blocks(model, weights, masks, surgery, kernels)
+        weights = _with_blocks(model, dict(weights), masks, surgery, kernels)
     except UsageError as error:
-        raise ArtifactError(f"{stored.path / WEIGHTS}: {error.message}", hint=error.hint) from None
+        raise ArtifactError(f"{where}: {error.message}", hint=error.hint) from None
     tied: dict[int, list[str]] = {}  # names that share one tensor; only the first of them is stored
     for name, tensor in model.state_dict(keep_vars=True).items():
         tied.setdefault(id(tensor), []).append(name)
@@ -100,11 +129,20 @@ def _load_weights(model: nn.Module, stored: Artifact, surgery: Surgery, kernels:
         problems.append(str(error).strip().splitlines()[-1].strip())
     if problems:
         raise ArtifactError(
-            f"{stored.path / WEIGHTS} does not fit the model: {', '.join(problems[:4])}",
+            f"{where} does not fit the model: {', '.join(problems[:4])}",
             hint="it was changed, or belongs to another plan",
         )
     for names in tied.values():
         _tie(model, names, next(n for n in names if n in weights))
+
+
+def attach_masks(model: nn.Module, masks: Mapping[str, Tensor], surgery: Surgery) -> None:
+    """Put the masks, bool [*shape], beside their weights, which are zeroed where a mask is False; those in blocks have theirs."""
+    beside = {key: masks[key] for key in surgery.nonzeros if key in masks and not in_blocks(model, key)}
+    attach(model, beside, surgery.patterns, parts_of_masks(surgery))
+
+
+def _require_planned_masks(model: nn.Module, masks: Mapping[str, Tensor], surgery: Surgery, stored: Artifact) -> None:
     for m in surgery.masked:
         mask = masks.get(m.key)
         if mask is None or mask.shape != shape_of(model, m.key) or int(m.of(mask).count_nonzero()) != m.nnz:
@@ -119,9 +157,6 @@ def _load_weights(model: nn.Module, stored: Artifact, surgery: Surgery, kernels:
         raise ArtifactError(
             f"{stored.path}: {error.message}", hint="it was changed; transform the model again"
         ) from None
-    beside = {key: masks[key] for key in surgery.nonzeros if not in_blocks(model, key)}
-    attach(model, beside, surgery.patterns, parts_of_masks(surgery))
-    assert set(mask_names(model)) == surgery.nonzeros.keys()
 
 
 def _with_blocks(
@@ -150,8 +185,12 @@ def _with_blocks(
     return to_dense_state(weights) if paths and kernels == MASKED else weights
 
 
-def _set_buffers(model: nn.Module, buffers: dict[str, Tensor], stored: Artifact) -> None:
-    """Set the buffers and plain tensors that no state dict holds, in every module that shares them."""
+def set_buffers(model: nn.Module, buffers: Mapping[str, Tensor], where: Path) -> None:
+    """Set the buffers [*] and plain tensors that no state dict holds, by name, in every module that shares them.
+
+    Raises:
+        ArtifactError: the model has none of that name; `where` is the file, for the error.
+    """
     owners: dict[int, list[tuple[dict[str, Any], str]]] = {}
     held: dict[str, Tensor] = {}
     for path, module in model.named_modules():
@@ -164,7 +203,7 @@ def _set_buffers(model: nn.Module, buffers: dict[str, Tensor], stored: Artifact)
     for key, tensor in buffers.items():
         if key not in held:
             raise ArtifactError(
-                f"{stored.path / BUFFERS} does not fit the model: {key}",
+                f"{where} does not fit the model: {key}",
                 hint="it was changed, or belongs to another plan",
             )
         for store, name in owners[id(held[key])]:
@@ -182,13 +221,59 @@ def _tie(model: nn.Module, names: list[str], stored_as: str) -> None:
         getattr(model.get_submodule(path), kind)[leaf] = tensor
 
 
-def _read_tensors(stored: Artifact, name: str) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors [*] of a safetensors file of ours, by name, on the CPU.
+
+    Raises:
+        ArtifactError: it is missing or damaged.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        return load_file(stored.path / name)
+        return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ArtifactError(
-            f"{stored.path / name}: {error}", hint="the folder is damaged; transform the model again"
-        ) from None
+        raise ArtifactError(f"{path}: {error}", hint="the folder is damaged; transform the model again") from None
+
+
+# --- from a module to what is stored ---
+
+
+def untied(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with every tensor [*] once, under its first name: what safetensors can hold.
+
+    Raises:
+        UsageError: an entry is no tensor.
+    """
+    seen: set[int] = set()
+    kept: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            raise UsageError(
+                f"{name} is {type(tensor).__name__}, and a folder holds tensors",
+                hint="a module's get_extra_state must give a tensor",
+            )
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            kept[name] = tensor.detach()
+    return kept
+
+
+def unsaved_buffers(model: nn.Module, done: Transformation | None) -> dict[str, Tensor]:
+    """The buffers [*] that no state dict holds (position tables, causal masks), masks of weights apart, by name.
+
+    With them plain tensors that `done` resized. Every tensor once.
+    """
+    skipped = {id(t) for t in MasksOf(model).values()}
+    resized = {edit.key for edit in done.surgery.resizes} if done else set()
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        unsaved = set[str]() if stores_blocks(module) else module._non_persistent_buffers_set  # an index is derived
+        buffers = {prefix + name: module._buffers.get(name) for name in sorted(unsaved)}
+        plain = {key: t for name, t in plain_tensors(module) if (key := prefix + name) in resized}
+        for key, tensor in (buffers | plain).items():
+            if tensor is not None and id(tensor) not in skipped:
+                skipped.add(id(tensor))
+                found[key] = tensor
+    return found
