@@ -15,7 +15,7 @@ from ..mask.attached import keep_form
 from .copies import note_copy, note_loaded
 from .index import BlockIndex
 from .layout import COLUMNS, LAYOUT, OFFSETS, PARTS, VALUES, BlockLayout
-from .storage import CompactWeight, fitting_mask, layout_tensor
+from .storage import CompactWeight, as_blocks, fitting_mask, layout_tensor
 
 
 class BlockLayer(nn.Module):
@@ -157,11 +157,8 @@ class BlockLayer(nn.Module):
 
     def blocks_of(self, weight: Tensor) -> Tensor:
         """The stored blocks of a dense tensor [out, in, *kernel], in the shape of `values`: the inverse of `scattered`."""
-        weight = weight.t() if self.transposed else weight
-        grid = weight.unflatten(0, (-1, self.block)).unflatten(2, (-1, self.block)).transpose(1, 2)  # [R, C, B, B, ..]
-        if grid.dim() > 4:
-            grid = grid.flatten(4).permute(0, 1, 4, 2, 3)
-        return grid[self.rows.long(), self.columns.long()]
+        stored = as_blocks(weight, self._layout)[self.rows.long(), self.columns.long()]
+        return stored.view(-1, *self.values.shape[1:])
 
     @torch.no_grad()
     def move_(self, mask: Tensor, state: Iterable[Tensor] = (), before: Tensor | None = None) -> None:
