@@ -20,6 +20,10 @@ class Budget:
     """In a sentence: `at 1.0000x training FLOPs`."""
     short: str
     """In a heading: `at equal FLOPs`."""
+    axis: str
+    """In a picture's title: `by FLOPs`."""
+    limit: str
+    """What the baseline's is called in a picture: `dense budget`."""
     tolerance: float
     """The largest distance of the ratio from 1 at which two budgets count as equal, where no other is given."""
     hint: str
@@ -42,9 +46,13 @@ FLOPS = Budget(
     "flops",
     "training FLOPs",
     "FLOPs",
+    "FLOPs",
+    "budget",
     1e-3,
     "--allow-unequal-flops compares them anyway; --flops-tolerance 2% allows larger differences",
 )
-SECONDS = Budget("seconds", "wall time", "time", 0.02, "--time-tolerance 5% allows larger differences")
+SECONDS = Budget(
+    "seconds", "wall time", "time", "wall time", "time", 0.02, "--time-tolerance 5% allows larger differences"
+)
 """Two per cent: what repetitions of one run differ by on one device."""
 BUDGETS: dict[BudgetName, Budget] = {"flops": FLOPS, "seconds": SECONDS}

@@ -363,7 +363,9 @@ def _escaped(character: str) -> str:
 def _is_session(session: Any) -> bool:
     if not isinstance(session, dict):
         return False
-    if not all(isinstance(session.get(k), dict | NoneType) for k in ("versions", "git", "data", "source")):
+    if not all(
+        isinstance(session.get(k), dict | NoneType) for k in ("versions", "git", "data", "source", "environment")
+    ):
         return False
     texts = [session.get(k) for k in ("started", "device", "device_name", "recipe")]
     if not isinstance(session.get("metrics"), dict | NoneType):

@@ -214,6 +214,17 @@ def test_at_both_is_a_verdict_for_each_in_every_format(sparseift, timed: Path) -
             assert row["verdict"] in shown and all(note in shown for note in row["notes"])
 
 
+def test_the_page_at_both(sparseift, timed: Path) -> None:
+    pytest.importorskip("sparseift_cli.report.html.page")
+    page = sparseift("report", "timed", "--baseline", "dense", "--at", "both", "-f", "html")[1]
+    counts = "at equal FLOPs: 1 better, 1 refused; at equal time: 1 better, 1 refused."
+    assert f"4 comparisons with the baseline: {counts}" in page
+    assert "better at equal time</span>" in page and "refused at equal FLOPs</span>" in page
+    assert "useful TF/s" in page and "time ratio" in page and "by wall time" in page
+    plain = sparseift("report", "timed", "--baseline", "dense", "-f", "html")[1]
+    assert "at equal time" not in plain and "useful TF/s" not in plain and "by wall time" not in plain
+
+
 def test_new_columns_are_shown_where_they_are_asked_for_alone(sparseift, timed: Path) -> None:
     plain = json.loads(sparseift("report", "timed", "--json")[1])
     assert "alone" not in plain["groups"][0] and "useful_tflops" not in plain["groups"][0] and "at" not in plain

@@ -50,6 +50,7 @@ ODD = {
     "started": ("provenance.json", {"sessions": [SESSION | {"started": 5}]}),
     "device": ("provenance.json", {"sessions": [SESSION | {"device": ["cpu"]}]}),
     "at once": ("provenance.json", {"sessions": [SESSION | {"at_once": "many"}]}),
+    "environment": ("provenance.json", {"sessions": [SESSION | {"environment": ["OMP_NUM_THREADS"]}]}),
     "kernels": ("provenance.json", {"sessions": [SESSION | {"kernels": [{"backend": "masked"}]}]}),
     "torch": ("provenance.json", {"sessions": [SESSION | {"versions": {"torch": [1]}}]}),
     "row": ("audit.json", {"layers": [None]}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from matplotlib.container import BarContainer
 
 from sparseift_cli.errors import UsageError
 from sparseift_cli.report import terminal
+from sparseift_cli.report.budgets import FLOPS, SECONDS
 from sparseift_cli.report.make import ReportOptions, make
 from sparseift_cli.report.plots import curves, layers, style, tradeoff
 from sparseift_cli.report.plots.families import Family, as_trained, families, scaled
@@ -24,6 +26,7 @@ from sparseift_cli.report.read import Run
 from sparseift_cli.report.report import Report
 from tests.helpers.report_made import audit, layer, report, run
 
+against_flops = partial(tradeoff.against_budget, budget=FLOPS)
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -105,8 +108,8 @@ def test_blocks_that_do_not_tile_a_layer_stay_closed_at_its_edge() -> None:
     assert (opened["nnz"], opened["transformed_macs"], opened["density"], opened["ratio"]) == (64, 64, 0.64, 2)
 
 
-def test_accuracy_against_flops(two: Report) -> None:
-    ends, ways = tradeoff.accuracy_against_flops(family(two)).axes
+def test_metric_against_flops(two: Report) -> None:
+    ends, ways = against_flops(family(two)).axes
     mean = lines_of(ends)["wide75 (n = 3)"]
     assert (list(mean.get_xdata()), list(mean.get_ydata())) == ([83.0], [1])  # the second line from above
     seeds = next(line for line in ends.lines if len(line.get_xdata()) == 3)
@@ -118,16 +121,46 @@ def test_accuracy_against_flops(two: Report) -> None:
     assert list(lines_of(ways)["dense budget"].get_xdata()) == [3.0, 3.0]
     assert ways.get_xlabel() == "training FLOPs so far (GFLOPs)"
     assert ways.get_xlim()[0] == 0
-    assert "wide75 (n = 3): 83.00 at 3 GFLOPs" in tradeoff.described(family(two))
+    assert "wide75 (n = 3): 83.00 at 3 GFLOPs" in tradeoff.described(family(two), FLOPS)
+
+
+def with_seconds(made: Run, of_a_step: float) -> Run:
+    return replace(made, metrics=[{**line, "seconds": of_a_step * line["step"]} for line in made.metrics])
+
+
+def test_metric_against_wall_time(two: Report) -> None:
+    dense = [with_seconds(run("net_dense", seed, dense=True), 2 + seed) for seed in range(3)]
+    timed = report([*dense, with_seconds(run("net_wide75", 0, dense=False), 4)], at=("seconds",))
+    found = family(timed)
+    ends, ways = tradeoff.against_budget(found, SECONDS).axes
+    names = [tick.get_text() for tick in ends.get_yticklabels()]
+    assert names == ["dense\n90.00 s, n = 3", "wide75\n120.0 s, n = 1"]
+    assert list(lines_of(ways)["dense time"].get_xdata()) == [90.0, 90.0]
+    assert list(lines_of(ways)["dense (n = 3)"].get_xdata()) == [30.0, 60.0, 90.0]
+    assert ways.get_xlabel() == "wall time so far (s)"
+    words = tradeoff.described(found, SECONDS)
+    assert "against wall time. dense (n = 3): 81.00 at 90 s; wide75 (n = 1): 82.00 at 120 s." in words
+    assert words.endswith("Wall times are not of the same conditions, so they do not compare: device: unknown.")
+    assert [p.name for _, made in pictures(timed) for p in made][:2] == ["net-on-toy-flops", "net-on-toy-seconds"]
+    assert "net-on-toy-seconds" not in [p.name for _, made in pictures(two) for p in made]
+
+
+def test_runs_without_seconds_have_no_place_on_the_axis_of_time(two: Report) -> None:
+    (ways,) = tradeoff.against_budget(family(two), SECONDS).axes
+    assert not ways.lines and "No run has finished" in tradeoff.described(family(two), SECONDS)
+
+
+def test_units_of_time() -> None:
+    assert [scaled(s, SECONDS) for s in (90, 900, 9000)] == [(1, "s"), (60, "min"), (3600, "h")]
 
 
 def test_budgets_far_apart_stand_on_a_logarithmic_axis() -> None:
     """One run of four budgets squeezed all others into the left quarter."""
     dear = run("net_wide75", 0, dense=False)
     dear = replace(dear, metrics=[{**line, "flops": 4 * line["flops"]} for line in dear.metrics])
-    _, ways = tradeoff.accuracy_against_flops(family(report([run("net_dense", 0, dense=True), dear]))).axes
+    _, ways = against_flops(family(report([run("net_dense", 0, dense=True), dear]))).axes
     assert ways.get_xscale() == "log" and [t.get_text() for t in ways.texts] == ["wide75"]
-    iso = tradeoff.accuracy_against_flops(family(report([run("net_dense", 0, dense=True)])))
+    iso = against_flops(family(report([run("net_dense", 0, dense=True)])))
     assert iso.axes[1].get_xscale() == "linear" and not iso.axes[1].texts
 
 
@@ -149,16 +182,16 @@ def test_two_seeds_have_no_interval_drawn() -> None:
         [run("net_dense", seed, dense=True) for seed in range(3)]
         + [run("net_wide75", seed, dense=False) for seed in range(2)]
     )
-    ends, _ = tradeoff.accuracy_against_flops(family(few)).axes
+    ends, _ = against_flops(family(few)).axes
     assert len(ends.collections) == 1 and ends.collections[0].get_color()[0].tolist()[:3] == list(to_rgb(style.INK))
 
 
 def test_runs_that_go_on_are_named_below() -> None:
     going = [run("net_wide75", seed, dense=False, state="running") for seed in range(2)]
-    whole = tradeoff.accuracy_against_flops(family(report([run("net_dense", 0, dense=True), *going])))
+    whole = against_flops(family(report([run("net_dense", 0, dense=True), *going])))
     assert [t.get_text() for t in whole.legends[0].get_texts()] == ["wide75 (n = 0)"]
     assert [t.get_text() for t in whole.axes[0].get_yticklabels()] == ["dense\n3.000 GFLOPs, n = 1"]
-    (ways,) = tradeoff.accuracy_against_flops(family(report(going))).axes
+    (ways,) = against_flops(family(report(going))).axes
     assert len(lines_of(ways)) >= 1 and ways.get_ylabel() == "top-1 accuracy\n(%)"
 
 
@@ -166,7 +199,8 @@ def test_the_dense_budget_is_that_of_most_runs() -> None:
     """One control that trains twice as long does not move the line."""
     runs = [run("net_dense", seed, dense=True) for seed in range(3)]
     long = replace(run("net_long", 0, dense=True), summary={"flops": {"dense": 6 * 10**9}})
-    assert tradeoff.dense_budget(family(report([*runs, long]))) == tradeoff.dense_budget(family(report(runs)))
+    of_most = tradeoff.dense_budget(family(report(runs)), FLOPS)
+    assert tradeoff.dense_budget(family(report([*runs, long])), FLOPS) == of_most
 
 
 def test_flops_per_layer_are_the_audit(two: Report) -> None:

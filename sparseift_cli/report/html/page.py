@@ -20,9 +20,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ...recipe.load import for_others
 from ...runs.provenance import kernels_in_words
 from ...version import __version__
+from ..budgets import BUDGETS
 from ..plots.families import Family, Group, is_number
 from ..plots.pictures import Picture, pictures
 from ..published import evidence
+from ..rates import RATES, Rate
 from ..read import Run
 from ..report import Comparison, Report
 from ..spectral.history import by_layer, summed
@@ -124,13 +126,12 @@ def command(run: Run) -> str | None:
 def _page_data(report: Report) -> dict[str, Any]:
     """What the template shows, by section; a section without content is empty or None."""
     drawn = list(pictures(report))
-    fair = [c for c in report.comparisons if c.equal_flops or not c.allowed]
-    unequal = [c for c in report.comparisons if c.allowed and not c.equal_flops]
+    fair, unequal = _by_fairness(report.comparisons)
     return {
         "scope": _scope(report),
-        "headline": _headline(fair, unequal),
-        "verdicts": [*fair, *unequal],
-        "results": [*_results([family for family, _ in drawn]), *_comparisons(report)],
+        "headline": _headline(report),
+        "verdicts": [(c, _budget_of(c, report)) for c in (*fair, *unequal)],
+        "results": [*_results([family for family, _ in drawn], report), *_comparisons(report)],
         "pictures": list(_pictures(drawn)),
         "masks": _masks(report),
         "audit": list(_audits(drawn)),
@@ -150,12 +151,32 @@ def _scope(report: Report) -> str:
     )
 
 
-def _headline(fair: Sequence[Comparison], unequal: Sequence[Comparison]) -> str:
-    if not fair and not unequal:
+def _headline(report: Report) -> str:
+    """How many comparisons had which outcome: together, those at unequal FLOPs apart, and where it was asked for by budget."""
+    if not report.comparisons:
         return "Nothing was compared: it takes finished runs of a dense model and of a transformed one."
-    counts = [_outcome_counts(fair)] if fair else []
-    counts += [f"at unequal FLOPs: {_outcome_counts(unequal)}"] if unequal else []
-    return f"{_many(len(fair) + len(unequal), 'comparison')} with the baseline: {'; '.join(counts)}."
+    if report.at:
+        by_budget = {BUDGETS[name].short: [c for c in report.comparisons if c.at == name] for name in report.at}
+        counts = [f"at equal {short}: {_outcome_counts(found)}" for short, found in by_budget.items() if found]
+    else:
+        fair, unequal = _by_fairness(report.comparisons)
+        counts = [_outcome_counts(fair)] if fair else []
+        counts += [f"at unequal FLOPs: {_outcome_counts(unequal)}"] if unequal else []
+    return f"{_many(len(report.comparisons), 'comparison')} with the baseline: {'; '.join(counts)}."
+
+
+def _by_fairness(comparisons: Sequence[Comparison]) -> tuple[list[Comparison], list[Comparison]]:
+    """Those at equal budgets or refused, and those of unequal budgets."""
+    unequal = [c for c in comparisons if c.allowed and not c.equal]
+    return [c for c in comparisons if c not in unequal], unequal
+
+
+def _budget_of(c: Comparison, report: Report) -> str:
+    """What is written behind the outcome: at which budget, where that needs saying."""
+    budget = BUDGETS[c.at].short
+    if c.allowed and not c.equal:
+        return f" at unequal {budget}"
+    return f" at equal {budget}" if report.at else ""
 
 
 def _outcome_counts(comparisons: Sequence[Comparison]) -> str:
@@ -163,19 +184,21 @@ def _outcome_counts(comparisons: Sequence[Comparison]) -> str:
     return ", ".join(f"{found[outcome]} {outcome}" for outcome in OUTCOMES if found[outcome])
 
 
-def _results(families: Sequence[Family]) -> Iterator[tuple[str, Table]]:
-    """A table a family, a row a group."""
+def _results(families: Sequence[Family], report: Report) -> Iterator[tuple[str, Table]]:
+    """A table a family, a row a group. FLOPs a second are of a report at a budget, and those that any group has."""
     for family in families:
+        rates = [r for r in RATES if report.at and any(g.row.get(r.name) is not None for g in family.groups)]
         columns = [
             *_columns("group", "transform", "algorithm"),
             *_columns("n", family.metric_name, "± std", "95 % interval", "training FLOPs", "× dense", kind="number"),
             *_columns("non-zero parameters", "parameters", "seconds", kind="number"),
+            *_columns(*(rate.head for rate in rates), kind="number"),
         ]
         caption = f"{family.title}: means of n finished runs, one a seed, at the end of training; audited FLOPs of a whole run"
-        yield family.title, Table(caption, columns, [_group_cells(group) for group in family.groups])
+        yield family.title, Table(caption, columns, [_group_cells(group, rates) for group in family.groups])
 
 
-def _group_cells(group: Group) -> Cells:
+def _group_cells(group: Group, rates: Sequence[Rate]) -> Cells:
     row = group.row
     interval = f"{_short(row.get('low'))} to {_short(row.get('high'))}" if is_number(row.get("low")) else None
     sparsity, transform = row.get("sparsity"), row.get("transform")
@@ -194,6 +217,7 @@ def _group_cells(group: Group) -> Cells:
         _count(row.get("nonzero_params")),
         _count(row.get("params")),
         _short(row.get("seconds")),
+        *(_short(row.get(rate.name)) for rate in rates),
     ]
 
 
@@ -204,6 +228,8 @@ def _comparisons(report: Report) -> Iterator[tuple[str, Table]]:
     columns = [
         *_columns("candidate", "baseline", "metric"),
         *_columns("candidate mean", "baseline mean", "difference", "interval", "n", "FLOPs ratio", kind="number"),
+        *(_columns("time ratio", kind="number") if report.at else ()),
+        *(_columns("at equal") if report.at else ()),
         *_columns("outcome"),
     ]
     rows = [
@@ -217,6 +243,7 @@ def _comparisons(report: Report) -> Iterator[tuple[str, Table]]:
             f"{_signed(c.low, 3)} to {_signed(c.high, 3)}" if c.low is not None else None,
             f"{c.n}{' pairs' if c.paired else ''}",
             _ratio(c.flops_ratio),
+            *((_ratio(c.seconds_ratio), BUDGETS[c.at].short) if report.at else ()),
             c.outcome,
         ]
         for c in report.comparisons

@@ -11,6 +11,7 @@ from typing import Any, TypeGuard
 from ...base.metrics import MetricFacts, facts_of
 from ...mask.patterns import UNSTRUCTURED, Block, MaskPattern
 from ...table.shape import Shape
+from ..budgets import FLOPS, SECONDS, Budget
 from ..read import Run
 from ..report import Report
 from .style import BASELINE, LineStyle, line_style
@@ -52,10 +53,10 @@ class Group:
                     found.setdefault(line["step"], []).append(float(line[key]))
         return sorted(found.items())
 
-    def finals(self, key: str) -> list[tuple[float, float]]:
-        """(training FLOPs, value of `key`) at the end of every counted run that has both."""
-        ends = (run.last for run in self.counted)
-        return [(float(e["flops"]), float(e[key])) for e in ends if is_number(e.get("flops")) and is_number(e.get(key))]
+    def finals(self, key: str, budget: Budget = FLOPS) -> list[tuple[float, float]]:
+        """(how much of the budget was used, value of `key`) at the end of every counted run that has both."""
+        ends = ((run.last.get(budget.name), run.last.get(key)) for run in self.counted)
+        return [(float(used), float(value)) for used, value in ends if is_number(used) and is_number(value)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +144,10 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
-def scaled(largest: float) -> tuple[float, str]:
-    """The divisor for FLOPs of this size, and the unit's name: (1e12, 'TFLOPs')."""
+def scaled(largest: float, budget: Budget = FLOPS) -> tuple[float, str]:
+    """The divisor for amounts of this size, and the unit's name: (1e12, 'TFLOPs'), (60.0, 'min')."""
+    if budget is SECONDS:
+        return (3600.0, "h") if largest >= 2 * 3600 else (60.0, "min") if largest >= 600 else (1.0, "s")
     for power, prefix in ((24, "Y"), (21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if largest >= 10**power:
             return 10.0**power, f"{prefix}FLOPs"

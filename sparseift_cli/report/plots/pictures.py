@@ -10,6 +10,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ...errors import UsageError
+from ..budgets import FLOPS, SECONDS
 from ..report import Report
 from . import curves, layers, tradeoff
 from .families import Family, Group, families, slug
@@ -34,13 +35,14 @@ class Picture:
 def pictures(report: Report) -> Iterator[tuple[Family, list[Picture]]]:
     """Each family of the report with its pictures; a picture without data is left out.
 
-    In order: the metric against training FLOPs, learning curves, mask churn and ITOP rate, spectra of the masks (where the
-    report has them), FLOPs per layer (one for each transformed group), sparsity per layer.
+    In order: the metric against training FLOPs, against wall time (where a report at equal time was asked for), learning
+    curves, mask churn and ITOP rate, spectra of the masks (where the report has them), FLOPs per layer (one for each
+    transformed group), sparsity per layer.
     """
     used: dict[str, int] = {}
     for family in families(report):
         name = _unused(used, family.slug)
-        made = [*_results(name, family), *_masks(name, family, report)]
+        made = [*_results(name, family, report), *_masks(name, family, report)]
         for group in family.transformed:
             if layers.counted(group):
                 file = _unused(used, f"{name}-layers-{slug(group.name)}")
@@ -52,10 +54,12 @@ def pictures(report: Report) -> Iterator[tuple[Family, list[Picture]]]:
         yield family, made
 
 
-def _results(name: str, family: Family) -> Iterator[Picture]:
+def _results(name: str, family: Family, report: Report) -> Iterator[Picture]:
     if family.drawable:
-        words, draw = tradeoff.described(family), partial(tradeoff.accuracy_against_flops, family)
-        yield Picture(f"{name}-flops", "Against training FLOPs", words, draw)
+        for budget in (FLOPS, SECONDS):
+            if budget is FLOPS or budget.name in report.at:
+                words, draw = tradeoff.described(family, budget), partial(tradeoff.against_budget, family, budget)
+                yield Picture(f"{name}-{budget.name}", f"Against {budget.title}", words, draw)
         words, draw = curves.learning_described(family), partial(curves.learning_curves, family)
         yield Picture(f"{name}-curves", "Learning curves", words, draw)
 
