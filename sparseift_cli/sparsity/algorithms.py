@@ -49,7 +49,8 @@ if TYPE_CHECKING:
 DenseGradient = Literal["never", "at updates", "every step"]
 Regrow = Literal["allow", "forbid"]
 GrownState = Literal["zero", "mean"]
-Growth = Literal["magnitude", "normalised"]
+Growth = Literal["magnitude", "normalised", "balanced"]
+RandomGrowth = Literal["random", "balanced"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,6 +334,11 @@ class DropAndGrow(Scheduled):
     def drops(self, active: int, step: int, schedule: UpdateSchedule) -> int:
         return drops(active, drop_fraction(self.decay, self.drop_fraction, step, schedule))
 
+    @property
+    def balanced(self) -> bool:
+        """Whether rows and columns of a weight keep their numbers of active places in an update: by its option `growth`."""
+        return getattr(self, "growth", None) == "balanced"
+
 
 @dataclass(frozen=True, kw_only=True)
 class SET(DropAndGrow):
@@ -343,6 +349,11 @@ class SET(DropAndGrow):
     after every epoch; here every `delta_t` steps, with the decaying drop fraction that all algorithms share.
     """
 
+    growth: Annotated[
+        RandomGrowth,
+        Option("Where weights grow: anywhere (random), or so that every output and input keeps its number (balanced)."),
+    ] = "random"
+
 
 @dataclass(frozen=True, kw_only=True)
 class GrowsByGradient(DropAndGrow):
@@ -351,8 +362,9 @@ class GrowsByGradient(DropAndGrow):
     growth: Annotated[
         Growth,
         Option(
-            "What a dense gradient scores: its magnitude, or that divided by the norms of its row and of its column "
-            "(normalised), so that connections do not crowd in few units."
+            "Where weights grow, so that connections do not crowd in few units: by the gradient's magnitude alone; by that, "
+            "divided by the norms of its row and of its column (normalised); or by magnitude, but every output and input "
+            "keeps its number of weights (balanced)."
         ),
     ] = "magnitude"
 
@@ -369,9 +381,10 @@ class RigL(GrowsByGradient):
     section 3 and algorithm 1. Grown weights start at zero. The paper updates masks in place of a gradient step; here the step
     is made too, and first, and its gradient (of all micro-batches and ranks) decides: no batch is lost.
 
-    `growth: normalised` is ours. On text RigL was worse than fixed masks: its fan-in and fan-out varied 2.8 to 3.0 times as much
-    as those of random masks, and dividing |gradient| by the Euclidean norms of its row and its column gave most of the
-    difference back (the row's alone or the column's alone did not). Measured: notes of recipes/gpt_wikitext2/results.
+    `growth: normalised` and `balanced` are ours. On text RigL was worse than fixed masks: its fan-in and fan-out varied 2.8 to
+    3.0 times as much as those of random masks, and dividing |gradient| by the Euclidean norms of its row and its column gave
+    most of the difference back (the row's alone or the column's alone did not). Measured: notes of
+    recipes/gpt_wikitext2/results. The strict form is `balanced`: `drop_and_grow.balanced_drop_and_grow`.
     """
 
     dense_gradient: ClassVar[DenseGradient] = "at updates"

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..base.randomness import words
+from ..mask.quotas import best_of_rows, best_with_quotas
 from ..mask.select import at_random, nth_largest
 from .algorithms import Regrow
 
@@ -59,6 +60,44 @@ def drop_and_grow(
     free = torch.logical_not(mask if regrow == "forbid" else kept)
     places = mask.numel() - (active if regrow == "forbid" else active - n)
     return best(grow_scores, n, free, places, key ^ GROW_KEY).logical_or_(kept)
+
+
+def balanced_drop_and_grow(
+    mask: Tensor,
+    active: int,
+    drop_scores: Tensor,
+    grow_scores: Tensor,
+    n: int,
+    key: int,
+    regrow: Regrow = "allow",
+    groups: int = 1,
+) -> Tensor:
+    """`drop_and_grow` of a matrix [R, C] in which every row keeps its number of True, and every column, group by group.
+
+    The `n` lowest are dropped as there; then each row takes as many places as it lost, in columns that lost some, the best first
+    (`mask.quotas`). What was just dropped would always fit, so under `allow` rows and columns keep their numbers exactly. Under
+    `forbid` a row drops no more than it has free places, and columns keep theirs as nearly as that leaves room for.
+
+    >>> mask, drop = torch.eye(3, dtype=torch.bool), torch.diag(torch.tensor([1.0, 2.0, 9.0]))
+    >>> balanced_drop_and_grow(mask, 3, drop, grow_scores=torch.rand(3, 3) + 1 - torch.eye(3), n=2, key=0).int()
+    tensor([[0, 1, 0],
+            [1, 0, 0],
+            [0, 0, 1]], dtype=torch.int32)
+
+    Args:
+        groups: of a convolution: equal blocks of rows, whose columns are other inputs.
+    """
+    if n == 0:
+        return mask.clone()
+    kept = best(drop_scores, active - n, mask, active, key)
+    free = ~kept
+    if regrow == "forbid":
+        free, dropped = ~mask, mask & ~kept
+        excess = (dropped.sum(1) - free.sum(1)).clamp_(min=0)
+        kept |= best_of_rows(drop_scores, dropped, excess, key)
+    lost = mask & ~kept
+    columns = lost.view(groups, -1, lost.shape[1]).sum(1)
+    return best_with_quotas(grow_scores, free, lost.sum(1), columns, key ^ GROW_KEY, groups).logical_or_(kept)
 
 
 def prune(mask: Tensor, active: int, scores: Tensor, n: int, key: int) -> Tensor:

@@ -18,7 +18,7 @@ from ..base.text import shape_text
 from ..errors import UsageError
 from .algorithms import DropAndGrow, GrownState, MaskAlgorithm, Regrow, WeightView
 from .block_weight import BlockWeight
-from .drop_and_grow import drop_and_grow
+from .drop_and_grow import balanced_drop_and_grow, drop_and_grow
 from .gpu.fast_drop_and_grow import FastUpdate, fast_drop_and_grow, in_groups, on_device, update_numbers
 from .optimizers import state_by_block, state_of
 from .sparse_weight import SparseWeight
@@ -67,6 +67,8 @@ class MaskUpdates:
         drops_and_grows = isinstance(algorithm, DropAndGrow)
         self.regrow: Regrow = algorithm.regrow if drops_and_grows else "allow"
         self.grown_state: GrownState = algorithm.grown_state if drops_and_grows else "zero"
+        self.balanced = drops_and_grows and algorithm.balanced
+        """Whether rows and columns keep their numbers: then no fast update makes the masks."""
 
     def _start_with(self, weights: list[SparseWeight]) -> None:
         self.weights = weights
@@ -127,11 +129,16 @@ class MaskUpdates:
                 raise UsageError(
                     f"{which} of {self.algorithm_name} has NaN for {w.name}", hint="scores must be numbers"
                 )
-        parts = zip(*map(w.in_parts, (active, drop, grow)), w.active_in_parts, strict=True)
-        made = [
-            drop_and_grow(active, n, down, up, self.algorithm.drops(n, t, self.schedule), ties, self.regrow)
-            for active, down, up, n in parts
-        ]
+        made = list[Tensor]()
+        for part, down, up, n in zip(*map(w.in_parts, (active, drop, grow)), w.active_in_parts, strict=True):
+            count = self.algorithm.drops(n, t, self.schedule)
+            if self.balanced:
+                matrices = map(w.part_to_matrix, (part, down, up))
+                mask, down, up = (m.contiguous() for m in matrices)
+                new = balanced_drop_and_grow(mask, n, down, up, count, ties, self.regrow, w.groups_of_parts)
+                made.append(w.part_from_matrix(new, part))
+            else:
+                made.append(drop_and_grow(part, n, down, up, count, ties, self.regrow))
         return w.whole(made)
 
     def fast_update_of(

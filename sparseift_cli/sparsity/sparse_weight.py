@@ -240,6 +240,22 @@ class SparseWeight:
         """The inverse of `in_parts`."""
         return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
+    @property
+    def groups_of_parts(self) -> int:
+        """Equal blocks of rows of `part_to_matrix` whose columns are other inputs."""
+        return self._layout.groups if self.one_part else 1
+
+    def part_to_matrix(self, part: Tensor) -> Tensor:
+        """One of `in_parts` as a matrix, whose rows belong to outputs: [R, C]."""
+        return self._layout_of(part).to_matrix(part) if self.single_weights else part
+
+    def part_from_matrix(self, matrix: Tensor, part: Tensor) -> Tensor:
+        """A matrix [R, C] as the part of which `part_to_matrix` has that form."""
+        return self._layout_of(part).from_matrix(matrix) if self.single_weights else matrix
+
+    def _layout_of(self, part: Tensor) -> Layout:
+        return Layout(tuple(part.shape), self.groups_of_parts, self._layout.transposed)
+
     def _count(self) -> None:
         self.nnz = int(self.mask.count_nonzero())
         self.active_in_parts = [self.num_active]

@@ -509,7 +509,7 @@ class Sparsifier(MaskUpdates):
             there = [w for w in weights if w.parameter.device == device and device.type in FAST_ON]
             if stored := [w for w in there if isinstance(w, BlockWeight)]:
                 on_host |= self._exchanged_on_host(stored, pending)
-            if fast := [w for w in there if w.stores_zeros and w.one_part]:
+            if fast := [w for w in there if w.stores_zeros and w.one_part and not self.balanced]:
                 found |= self._fast_drop_and_grow(fast, pending)
         for w in weights:
             gradient = pending.gradients.pop(w.name, None)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from sparseift_cli.mask.layout import Layout
 from sparseift_cli.sparsity.algorithms import WeightView, make_algorithm
+from sparseift_cli.sparsity.drop_and_grow import balanced_drop_and_grow
+from sparseift_cli.sparsity.sparse_weight import SparseWeight
 from sparseift_cli.sparsity.sparsifier import Sparsifier
 from tests.helpers.block_net import STEPS as BLOCK_STEPS
 from tests.helpers.block_pair import ADAMW, SGD, Pair
@@ -22,7 +24,7 @@ OPTIMIZERS = [
     (ADAMW, {"lr": 0.01}),
     (SGD, {"lr": 0.1, "momentum": 0.9}),
 ]
-GROWTHS = ("magnitude", "normalised")
+GROWTHS = ("magnitude", "normalised", "balanced")
 
 
 @pytest.mark.parametrize(
@@ -67,10 +69,64 @@ def test_normalised_growth_spreads_connections() -> None:
     gradient = torch.randn(16, 16, generator=torch.manual_seed(1))
     gradient[3] *= 10
     found = {}
-    for growth in GROWTHS:
+    for growth in GROWTHS[:2]:
         scores = make_algorithm("rigl", {"growth": growth}).grow_scores(WeightView(gradient, gradient))
         found[growth] = int((scores.flatten().topk(32).indices // 16 == 3).count_nonzero())
     assert found["magnitude"] > 12 and found["normalised"] < 6
+
+
+# --- rows and columns that keep their numbers ---
+
+
+def fans(w: SparseWeight) -> tuple[list[int], list[int]]:
+    """How many active blocks each row has, and each column of each group."""
+    layout, blocks = w.layout, w.active_blocks()
+    cells = layout.to_matrix(blocks) if w.single_weights else blocks
+    return cells.sum(1).tolist(), cells.unflatten(0, (layout.groups, -1)).sum(1).flatten().tolist()
+
+
+@pytest.mark.parametrize("regrow", ["allow", "forbid"])
+@pytest.mark.parametrize("density", [0.25, 0.8])
+@pytest.mark.parametrize("name", ["set", "rigl", "snfs"])
+def test_balanced_growth_keeps_fan_in_and_fan_out(name: str, density: float, regrow: str) -> None:
+    net = sparse_net(density=density)
+    optimizer = SGD(net.parameters(), lr=0.1)
+    sparsifier = make(net, optimizer, name, growth="balanced", regrow=regrow)
+    before = {w.name: (fans(w), w.mask.clone(), w.nnz) for w in sparsifier.weights}
+    train(net, optimizer, sparsifier, 0, STEPS)
+    assert_zeros(sparsifier)
+    for w in sparsifier.weights:
+        (rows, columns), _, nnz = before[w.name]
+        assert w.nnz == nnz and fans(w)[0] == rows
+        assert regrow == "forbid" or fans(w)[1] == columns
+    assert any(not torch.equal(w.mask, before[w.name][1]) for w in sparsifier.weights)
+
+
+def test_balanced_growth_takes_the_best_places_that_rows_and_columns_leave() -> None:
+    mask = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [1, 0, 1, 0]]).bool()
+    drop = torch.tensor([[9.0, 1, 0, 0], [0, 0, 9, 1], [9, 0, 9, 0]])
+    grow = torch.tensor([[0.0, 5, 0, 4], [0, 3, 0, 8], [7, 9, 7, 9]])
+    found = balanced_drop_and_grow(mask, 6, drop, grow, 2, key=0)
+    assert found.int().tolist() == [
+        [1, 1, 0, 0],
+        [0, 0, 1, 1],
+        [1, 0, 1, 0],
+    ]  # row 2 lost none, and takes none of the 9
+    found = balanced_drop_and_grow(mask, 6, drop, grow, 2, key=0, regrow="forbid")
+    assert found.int().tolist() == [[1, 0, 0, 1], [0, 1, 1, 0], [1, 0, 1, 0]]
+
+
+def test_by_magnitude_rows_crowd_and_balanced_they_do_not() -> None:
+    """The weights of one output get ten times the gradient, so RigL gives it nearly all that grows."""
+    spread = {}
+    for growth in GROWTHS:
+        net = sparse_net()
+        w = make(net, SGD(net.parameters(), lr=0.1), growth=growth).weights[2]
+        updates = make(net, SGD(net.parameters(), lr=0.1), growth=growth)
+        gradient = torch.randn(w.weight_shape, generator=torch.manual_seed(2))
+        gradient[0] *= 10
+        spread[growth] = int(updates.updated(updates.weights[2], 3, gradient)[0].sum()) - int(w.mask[0].sum())
+    assert spread["magnitude"] >= 3 and spread["normalised"] < spread["magnitude"] and not spread["balanced"]
 
 
 # --- the optimiser's state of what grows ---
@@ -143,7 +199,7 @@ def test_the_first_step_of_a_grown_weight_under_adam() -> None:
 
 OPTIONS = [
     {"name": name, "growth": growth, "grown_state": "mean"} for name in ("rigl", "snfs") for growth in GROWTHS
-] + [{"name": "set", "grown_state": "mean"}]
+] + [{"name": "set", "growth": growth, "grown_state": "mean"} for growth in ("random", "balanced")]
 
 
 @pytest.mark.parametrize("on_host", [False, True], ids=["", "as for a GPU"])

@@ -45,14 +45,16 @@ class GraphedUpdate:
     def fits(sparsifier: Sparsifier) -> bool:
         """Whether the algorithm drops and grows at constant numbers of non-zeros, and has nothing to do at other steps.
 
-        Weights in parts are updated part by part, outside of a graph, and weights that are stored compactly one by one.
+        Weights in parts are updated part by part, outside of a graph, and weights that are stored compactly one by one. Balanced
+        growth goes round by round until all is placed.
 
         One that observes every step (SNFS) does so operation by operation: `GraphedStep` replays forward and backward pass and
         leaves the rest of each step to `Sparsifier.step`, as it does where GMP and GraNet thin masks out.
         """
         algorithm = sparsifier.algorithm
         steady = algorithm.start_density is None and not algorithm.state and algorithm.dense_gradient != "every step"
-        return algorithm.drops_and_grows and steady and all(w.one_part and w.stores_zeros for w in sparsifier.weights)
+        fits = algorithm.drops_and_grows and steady and not sparsifier.balanced
+        return fits and all(w.one_part and w.stores_zeros for w in sparsifier.weights)
 
     # --- recorded ---
 
