@@ -81,8 +81,8 @@ class DataSource:
                 )
 
 
-RECIPE_OPTIONS = ("download", "level", "max_vocab", "valid_percent", "size")
-"""Options of an opener that a recipe knows: three keys of its section `data`, its `validation` in per cent of the text, and
+RECIPE_OPTIONS = ("download", "level", "max_vocab", "tokenizer", "valid_percent", "size")
+"""Options of an opener that a recipe knows: keys of its section `data`, its `validation` in per cent of the text, and
 the height in pixels of the model's input."""
 
 

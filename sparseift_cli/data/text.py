@@ -1,4 +1,4 @@
-"""Plain text, by bytes or by words: files of one's own, and WikiText as its authors tokenised it."""
+"""Plain text, by bytes, words or subwords: files of one's own, and WikiText as its authors tokenised it."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ def open_text(
     *,
     level: str = "bytes",
     max_vocab: int | None = None,
+    tokenizer: str | Path | None = None,
     valid_percent: int | None = None,
 ) -> TokenSet:
-    """Text files as tokens: bytes (vocabulary 256), or words as `open_wikitext` makes them.
+    """Text files as tokens: bytes (vocabulary 256), words as `open_wikitext` makes them, or subwords (`bpe.open_bpe`).
 
     `root` is a folder with train, valid and test files (.txt, .tokens, .raw or .bin, plain, .gz or .xz; several train files are
     train-0.txt, train-1.txt, ...), or one file. Of one file, and of train files alone, the last `valid_percent` (10) are held
@@ -42,7 +43,7 @@ def open_text(
         UsageError: no such files, text that is not UTF-8 where words are asked for, or `valid_percent` where a file says
             what is held out.
     """
-    one_of("level", level, ("bytes", "words"))
+    _check_level(level, tokenizer)
     percent = require_integer("valid_percent", 10 if valid_percent is None else valid_percent, 1, 99)
     if root is None:
         raise UsageError(
@@ -58,52 +59,91 @@ def open_text(
     divided = valid_percent is not None or not texts.keys() & {"valid", "test"}
     if divided:
         texts |= _halves(_load(texts["train"], str(path)), path, percent)
-    found = _by_bytes("text", path, texts) if level == "bytes" else _by_words("text", path, texts, max_vocab)
+    found = _by("text", path, texts, level, max_vocab, tokenizer)
     if divided:
         found.drawn_from_training = f"the last {percent} % of its training text, from the next whole line on"
     return found
 
 
-def open_wikitext2(root: str | Path | None = None, *, level: str = "words", max_vocab: int | None = None) -> TokenSet:
+def open_wikitext2(
+    root: str | Path | None = None,
+    *,
+    level: str = "words",
+    max_vocab: int | None = None,
+    tokenizer: str | Path | None = None,
+) -> TokenSet:
     """WikiText-2 (Merity et al. 2016): 33,278 words, 2,088,628 of them to train on.
 
     Options and Raises as in `open_wikitext`.
     """
-    return open_wikitext("wikitext-2", root, level, max_vocab)
+    return open_wikitext("wikitext-2", root, level, max_vocab, tokenizer)
 
 
-def open_wikitext103(root: str | Path | None = None, *, level: str = "words", max_vocab: int | None = None) -> TokenSet:
+def open_wikitext103(
+    root: str | Path | None = None,
+    *,
+    level: str = "words",
+    max_vocab: int | None = None,
+    tokenizer: str | Path | None = None,
+) -> TokenSet:
     """WikiText-103 (Merity et al. 2016): 267,735 words, 103,227,021 of them to train on.
 
     Options and Raises as in `open_wikitext`.
     """
-    return open_wikitext("wikitext-103", root, level, max_vocab)
+    return open_wikitext("wikitext-103", root, level, max_vocab, tokenizer)
 
 
-def open_wikitext(name: str, root: str | Path | None, level: str, max_vocab: int | None) -> TokenSet:
+def open_wikitext(
+    name: str, root: str | Path | None, level: str, max_vocab: int | None, tokenizer: str | Path | None
+) -> TokenSet:
     """A tokenised WikiText: words between spaces, and <eos> for the end of every line, also of an empty one.
 
     The vocabulary is that of the training split, most frequent first, and <unk> for the rest; `max_vocab` cuts it.
     So that split is read when the set is opened: 1 s for WikiText-2, 50 times that for 103; `write_tokens` keeps the result.
-    Perplexity is a word's, as published: exp(loss). `level="bytes"` gives the same text as bytes.
+    Perplexity is a word's, as published: exp(loss). `level="bytes"` gives the same text as bytes, `level="bpe"` as
+    subwords (`bpe.open_bpe`).
 
     Raises:
         UsageError: its files are not there, or damaged.
     """
-    one_of("level", level, ("bytes", "words"))
+    _check_level(level, tokenizer)
     texts = search(name, root, [name, f"text/{name}"], find_texts)
     folder = texts["train"][0].parent
-    return _by_bytes(name, folder, texts) if level == "bytes" else _by_words(name, folder, texts, max_vocab)
+    return _by(name, folder, texts, level, max_vocab, tokenizer)
+
+
+def _check_level(level: str, tokenizer: str | Path | None) -> None:
+    one_of("level", level, ("bytes", "words", "bpe"))
+    if tokenizer is not None and level != "bpe":
+        raise UsageError(f"a tokenizer is for level=bpe; this is level={level}", hint="leave out one of them")
+
+
+def _by(
+    name: str,
+    source: Path,
+    texts: Mapping[str, Text],
+    level: str,
+    max_vocab: int | None,
+    tokenizer: str | Path | None,
+) -> TokenSet:
+    if level == "bytes":
+        return _by_bytes(name, source, texts)
+    if level == "words":
+        return _by_words(name, source, texts, max_vocab)
+    from .bpe import open_bpe
+
+    loaded = {split: _load(text, f"{source}: the split {split}") for split, text in texts.items()}
+    return open_bpe(name, source, loaded, max_vocab, tokenizer)
 
 
 TEXT = DataSource(
-    name="text", kind="tokens", open=open_text, summary="text files, by bytes or words", can_hold_out=True
+    name="text", kind="tokens", open=open_text, summary="text files, by bytes, words or subwords", can_hold_out=True
 )
 WIKITEXT2 = DataSource(
     name="wikitext-2",
     kind="tokens",
     open=open_wikitext2,
-    summary="WikiText-2, by words",
+    summary="WikiText-2, by words or subwords",
     splits=("train", "valid", "test"),
     data_defaults={"level": "words"},
 )
@@ -111,7 +151,7 @@ WIKITEXT103 = DataSource(
     name="wikitext-103",
     kind="tokens",
     open=open_wikitext103,
-    summary="WikiText-103, by words",
+    summary="WikiText-103, by words or subwords",
     splits=("train", "valid", "test"),
     data_defaults={"level": "words"},
 )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,16 @@ HEADER = "tokens.json"
 _HELD_AS = {"uint8": "uint8", "uint16": "int16", "uint32": "int32"}
 """The torch type of the same size: torch indexes by signed types everywhere, so the bits of large ids are read as negative."""
 _BYTES = {"uint8": 1, "uint16": 2, "uint32": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class SplitCounts:
+    """A split of token files, as the header has it."""
+
+    file: str
+    tokens: int
+    words: int | None
+    bytes: int | None
 
 
 def open_tokens(root: str | Path | None = None) -> TokenSet:
@@ -60,10 +71,11 @@ def open_tokens(root: str | Path | None = None) -> TokenSet:
         raise UsageError(f"{path}: token files are read on little-endian machines only")
 
     def read(split: str) -> Stream:
-        file, tokens, words, nbytes = counts[split]
+        found = counts[split]
         # A private mapping: nothing is written, whatever is done to the tensor.
-        mapped = torch.from_file(str(file), shared=False, size=tokens, dtype=getattr(torch, _HELD_AS[dtype]))
-        return Stream(mapped, words=lambda: words, bytes=lambda: nbytes)
+        file, held_as = str(path.parent / found.file), getattr(torch, _HELD_AS[dtype])
+        mapped = torch.from_file(file, shared=False, size=found.tokens, dtype=held_as)
+        return Stream(mapped, words=lambda: found.words, bytes=lambda: found.bytes)
 
     return TokenSet("tokens", read, split_names=tuple(counts), vocab=vocab, source=str(path.parent))
 
@@ -77,8 +89,7 @@ TOKENS = DataSource(
 )
 
 
-def _checked(folder: Path, split: str, entry: object, width: int) -> tuple[Path, int, int | None, int | None]:
-    """File, tokens, words and bytes of a split."""
+def _checked(folder: Path, split: str, entry: object, width: int) -> SplitCounts:
     name = entry.get("file") if isinstance(entry, dict) else None
     if not isinstance(entry, dict) or not isinstance(name, str) or Path(name).name != name:
         raise UsageError(f"the split {split} names no file beside the header")
@@ -91,7 +102,7 @@ def _checked(folder: Path, split: str, entry: object, width: int) -> tuple[Path,
         None if entry.get(key) is None else require_integer(f"{key} of {split}", entry[key], 1, 1 << 60)
         for key in ("words", "bytes")
     )
-    return path, tokens, words, nbytes
+    return SplitCounts(name, tokens, words, nbytes)
 
 
 def write_tokens(folder: str | Path, splits: Mapping[str, Tensor | Stream], *, vocab: int) -> None:
@@ -109,8 +120,8 @@ def write_tokens(folder: str | Path, splits: Mapping[str, Tensor | Stream], *, v
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = next(name for name, width in _BYTES.items() if vocab <= 1 << (8 * width))
-    entries: dict[str, dict[str, object]] = {}
+    dtype = token_type(vocab)
+    counts: dict[str, SplitCounts] = {}
     for name, given in splits.items():
         stream = given if isinstance(given, Stream) else Stream(given)
         ids = stream.tokens.to(torch.int64) & BITS[stream.tokens.dtype]
@@ -119,6 +130,17 @@ def write_tokens(folder: str | Path, splits: Mapping[str, Tensor | Stream], *, v
             raise UsageError(f"{name}: a token {high} is outside a vocabulary of {vocab}")
         data = ids.to(getattr(torch, _HELD_AS[dtype]))
         (folder / f"{name}.bin").write_bytes(raw_bytes(data))
-        entries[name] = {"file": f"{name}.bin", "tokens": len(data), "words": stream.words(), "bytes": stream.bytes()}
-    header = {"format": FORMAT, "dtype": dtype, "vocab": vocab, "splits": entries}
+        counts[name] = SplitCounts(f"{name}.bin", len(data), stream.words(), stream.bytes())
+    write_header(folder, dtype, vocab, counts)
+
+
+def token_type(vocab: int) -> str:
+    """The smallest type of token files that holds the ids of a vocabulary."""
+    return next(name for name, width in _BYTES.items() if vocab <= 1 << (8 * width))
+
+
+def write_header(folder: Path, dtype: str, vocab: int, counts: Mapping[str, SplitCounts]) -> None:
+    """The header of token files, which are then a data set."""
+    splits = {name: asdict(entry) for name, entry in counts.items()}
+    header = {"format": FORMAT, "dtype": dtype, "vocab": vocab, "splits": splits}
     (folder / HEADER).write_text(json.dumps(header, indent=1) + "\n", "utf-8")

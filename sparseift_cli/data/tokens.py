@@ -38,6 +38,7 @@ class TokenSet(DataSet):
 
     kind = "tokens"
     shape = ()
+    trained_vocabulary = False  # of subwords, and data.max_vocab makes it smaller
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ def open_arguments(spec: Spec) -> tuple[str, Path | None, dict[str, Any]]:
     channels, height, classes = _model_input(spec)
     known: dict[str, Any] = {"download": data.download, "level": data.level, "max_vocab": data.max_vocab}
     optional = {
+        "tokenizer": data.tokenizer,
         "valid_percent": None if data.validation is None else round(100 * data.validation),
         "size": height,
         "channels": channels,

@@ -242,9 +242,16 @@ class Data(Section):
     limit: Count | None = Field(
         None, description="Use the first N training samples only (images, or windows of model.seq tokens)."
     )
-    level: Literal["bytes", "words"] = Field("bytes", description="Text by bytes or by words.")
+    level: Literal["bytes", "words", "bpe"] = Field(
+        "bytes", description="Text by bytes, words or subwords (byte-level BPE)."
+    )
     max_vocab: Count | None = Field(
-        None, description="words: keep the N most frequent. Default: all of the training text."
+        None,
+        description="words: keep the N most frequent. Default: all of the training text. bpe: train a vocabulary of N on the "
+        "training text. Default: 50,257.",
+    )
+    tokenizer: str | None = Field(
+        None, description="bpe: the tokenizer.json of a vocabulary. Default: one is trained on the training text."
     )
     validation: Annotated[float, Field(ge=0.01, le=0.99)] | None = Field(
         None,

@@ -21,6 +21,7 @@ IRRELEVANT_SETTINGS = frozenset(
         "training.seeds",
         *(f"training.{name}" for name in HOW_IT_RUNS),
         "data.root",
+        "data.tokenizer",  # a path: which vocabulary it was is in the content of the data
         "data.download",
         "data.workers",
         "checkpoint.every",

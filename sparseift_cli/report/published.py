@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import one_of
 
 _FILE = Path(__file__).with_name("published.json")
-_SAME_DATA = {"tokens": "wikitext103"}
+_SAME_DATA = {"wikitext-103": "wikitext103", "tokens": "wikitext103"}
 """The published name of what a data set may contain: token files are prepared by the user, so their name does not say it."""
 
 

@@ -101,6 +101,8 @@ def _require_vocabulary(name: str, dataset: DataSet, outputs: int, table: int | 
     hint = f"build the model with a vocabulary of {dataset.vocab}"
     if dataset.vocabulary is not None:
         hint += f", or take the {room} most frequent words alone: data.max_vocab={room}"
+    elif dataset.trained_vocabulary:
+        hint += f", or let a smaller one be trained: data.max_vocab={room}"
     raise UsageError(f"{name} has {what}; the tokens of {dataset.name} go up to {largest:,}", hint=hint)
 
 

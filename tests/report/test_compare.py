@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 from scipy.stats import ttest_ind
 
+from sparseift_cli.base.metrics import metric_names
 from sparseift_cli.errors import ArtifactError, UsageError
 from sparseift_cli.report.compare import ComparisonRules
 from sparseift_cli.report.diff import diff
@@ -405,3 +406,18 @@ def test_diff_wants_one_run_each(tmp_path: Path) -> None:
     (one / "summary.json").write_text("{")
     with pytest.raises(ArtifactError, match=r"summary\.json"):
         diff(one, one)
+
+
+def test_published_metrics_are_those_of_runs() -> None:
+    """A metric that got another name would be compared with nothing."""
+    known = {*metric_names(), "open_llm"}  # which is not measured here
+    assert {row.metric for row in published()} <= known
+
+
+@pytest.mark.parametrize("data", ["wikitext-103", "tokens"])
+def test_gpt3_small_is_compared_with_what_is_published(data: str, tmp_path: Path) -> None:
+    options = {"model": "gpt3_small", "data": data, "metric": "perplexity_per_token"}
+    seeds(tmp_path, "net_dense", [20.0, 20.1], **options)
+    seeds(tmp_path, "net_wide50", [19.5, 19.6], member="wide", sparsity=0.5, algorithm="static", **options)
+    (row,) = (b for b in report(tmp_path, None, reference="paper").reference if b.group)
+    assert (row.published.difference, row.group, row.difference) == (-0.4, "net_wide50", pytest.approx(-0.5))

@@ -49,7 +49,7 @@ def shrunk(recipe: Recipe) -> list[str]:
     if (multiple := recipe.transform.get("width_multiple", 1)) > 1:  # of channels that are an eighth
         sets.append(f"transform.width_multiple={max(1, multiple // 8)}")
     name = spec.model.name.rpartition(":")[2]
-    tokens = spec.data.name in ("tokens", "wikitext-2", "text")
+    tokens = spec.data.name in ("tokens", "wikitext-2", "wikitext-103", "text")
     if recipe.transform.get("pattern") == "128x128":  # of widths that are an eighth
         sets.append("transform.pattern=16x16")
     if recipe.transform.get("base_width"):  # hidden 768 -> 1536; here 96 -> 192
