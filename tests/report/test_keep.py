@@ -9,6 +9,7 @@ import re
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -285,8 +286,35 @@ def test_page_names_the_seeds_of_a_difference(repository: Path) -> None:
     seeds(runs, "net_wide75_rigl", [70.2, 72.1], member="wide")
     folder = repository / "recipes" / "net" / "results"
     keep([runs], folder)
-    (line,) = (s for s in results.page(folder, "recipes/net/results").splitlines() if s.startswith("- net_wide75"))
+    line, at_equal_time = (
+        s for s in results.page(folder, "recipes/net/results").splitlines() if s.startswith("- net_wide75")
+    )
+    assert "wall time" in at_equal_time
     assert line.startswith("- net_wide75_rigl: +0.1") and line.endswith("(paired by seed, over seeds 0 and 1)")
+
+
+def test_page_has_the_verdicts_at_equal_time(repository: Path) -> None:
+    folder = repository / "recipes" / "net" / "results"
+    for at, (name, seconds) in enumerate(
+        (("net_dense", 100.0), ("net_wide75_time", 101.0), ("net_wide75_flops", 150.0))
+    ):
+        for seed in range(3):
+            member = None if name == "net_dense" else "wide"
+            flops = 15 * 10**14 if name == "net_wide75_time" else 10**15
+            values = (60.0, 70.0 + 2 * seed + at * (1.1 if seed == 2 else 1))
+            how: dict[str, Any] = {"seconds": seconds, "begins": 10_000.0 * at + 200 * seed, "flops": flops}
+            audit = {"training": {"steps": 780}, "transform": {"sparsity": 0.75}, "layers": []} if member else None
+            make_run(repository / name, name, seed, values, member=member, audit=audit, **how)
+        keep([repository / name], folder)
+    text = results.page(folder, "recipes/net/results")
+    assert "## Against dense at equal time\n\nOf runs whose wall time is dense's within 2 %" in text
+    section = text.partition("## Against dense at equal time")[2].partition("## How to repeat")[0]
+    assert "- net_wide75_time: +1.03 points [0.89, 1.18], n=3, at 1.0100x wall time: better (paired by seed)" in section
+    assert "net_wide75_flops" not in section
+    assert "-seconds.svg)" in text
+    for path in folder.glob("net_wide75_time/*"):
+        path.unlink()
+    assert "equal time" not in results.page(folder, "recipes/net/results")
 
 
 def test_page_names_runs_that_shared_a_device(repository: Path) -> None:

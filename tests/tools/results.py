@@ -24,6 +24,7 @@ from sparseift_cli.recipe.catalog import shipped
 from sparseift_cli.recipe.load import load
 from sparseift_cli.recipe.write import flow, resolved_yaml
 from sparseift_cli.report import frame as frames
+from sparseift_cli.report.budgets import BUDGETS, SECONDS, BudgetName
 from sparseift_cli.report.compare import ComparisonRules
 from sparseift_cli.report.grouping import IRRELEVANT_SETTINGS, flat
 from sparseift_cli.report.html.page import command
@@ -32,7 +33,7 @@ from sparseift_cli.report.plots.pictures import pictures
 from sparseift_cli.report.plots.style import to_svg
 from sparseift_cli.report.published import evidence, published, same_task
 from sparseift_cli.report.read import Run, is_kept_file
-from sparseift_cli.report.report import Report
+from sparseift_cli.report.report import Comparison, Report
 from sparseift_cli.report.statistics import mean_interval
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -55,23 +56,35 @@ def folders(root: Path = ROOT) -> list[Path]:
 
 
 def made(folder: Path) -> Report:
-    """The report that the page and the pictures of `folder` show."""
+    """The report that the page and the pictures of `folder` show: at equal time too where a group has the baseline's."""
     plain = make([folder], ReportOptions(), [])
     has_baseline = any(row["transform"] == row["algorithm"] == "dense" for row in frames.records(plain.groups))
-    return make(
-        [folder], ReportOptions("dense" if has_baseline else None, ComparisonRules(allow_unequal=True), "paper"), []
-    )
+
+    def at(*budgets: BudgetName) -> Report:
+        rules = ComparisonRules(allow_unequal=True, at=budgets)
+        return make([folder], ReportOptions("dense" if has_baseline else None, rules, "paper"), [])
+
+    both = at(*BUDGETS)
+    return both if at_equal_time(both) else at()
+
+
+def at_equal_time(report: Report) -> list[Comparison]:
+    """The comparisons of groups whose wall time equals the baseline's, on one device with the same versions."""
+    return [c for c in report.comparisons if c.at == "seconds" and c.allowed]
 
 
 def figures(report: Report) -> dict[str, tuple[str, str]]:
     """Name -> (title, SVG) of the metric against training FLOPs, for every model with a transformed group.
 
-    Letters are text, so that a picture is small; the bytes are those of the matplotlib of .ci/constraints.txt.
+    Where groups are compared at equal time, also against wall time. Letters are text, so that a picture is small; the bytes are
+    those of the matplotlib of .ci/constraints.txt.
     """
     drawn = {}
+    timed = {c.candidate for c in at_equal_time(report)}
     for family, of_family in pictures(report):
+        endings = ("-flops", "-seconds") if any(g.name in timed for g in family.groups) else ("-flops",)
         for picture in of_family:
-            if family.transformed and picture.name.endswith("-flops"):
+            if family.transformed and picture.name.endswith(endings):
                 figure = picture.draw()
                 title = figure.get_suptitle().replace("\n", " ")
                 drawn[f"{picture.name}.svg"] = (title, to_svg(figure, picture.title, text=True))
@@ -105,20 +118,34 @@ def _page(report: Report, drawn: Mapping[str, tuple[str, str]], shown: str, disc
         "\n".join(_notes(report, groups)),
         *(f"![{title}]({name})" for name, (title, _) in drawn.items()),
     ]
-    if report.comparisons:
-        lines = [
-            f"- {c.candidate}: {c.verdict}{c.pairing}"
-            for c in sorted(report.comparisons, key=lambda c: not c.equal_flops)
-        ]
-        unequal = any(not c.equal_flops for c in report.comparisons)
-        how = "Differences with 95 % intervals by Student's t." + (" Unequal budgets are marked." if unequal else "")
-        parts += ["## Against dense", how, "\n".join(lines)]
+    parts += _against_dense(report)
     parts += ["## Discussion", discussion] if discussion else []
     parts += [
         "## How to repeat the runs",
         "```bash\n" + "\n".join([*commands(report.runs), *_after(report.runs, shown)]) + "\n```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _against_dense(report: Report) -> list[str]:
+    """The verdicts at equal FLOPs, and those at equal time where there are any."""
+    at_flops = [c for c in report.comparisons if c.at == "flops"]
+    if not at_flops:
+        return []
+    unequal = any(not c.equal for c in at_flops)
+    how = "Differences with 95 % intervals by Student's t." + (" Unequal budgets are marked." if unequal else "")
+    found = ["## Against dense", how, _verdicts(sorted(at_flops, key=lambda c: not c.equal))]
+    if timed := at_equal_time(report):
+        how = (
+            f"Of runs whose wall time is dense's within {100 * SECONDS.tolerance:g} %, on one device with the same versions: "
+            "steps, compilation and evaluations."
+        )
+        found += ["## Against dense at equal time", how, _verdicts(timed)]
+    return found
+
+
+def _verdicts(comparisons: Sequence[Comparison]) -> str:
+    return "\n".join(f"- {c.candidate}: {c.verdict}{c.pairing}" for c in comparisons)
 
 
 def _heading(row: Mapping[str, Any]) -> str:
