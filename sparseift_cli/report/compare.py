@@ -165,8 +165,8 @@ def _compared(base: _Side, side: _Side, budget: Budget, rules: ComparisonRules) 
     reading: CurveReading | None = None
     notes = _notes(base.row, side.row, base.rows, side.rows, by_seed)
     if budget is SECONDS:
-        outcome, why = _limit_by_sharing(base, side, outcome, why)
-        notes += _time_notes(base, side)
+        outcome, why = _limit_by_time(base, side, rules.time_tolerance, outcome, why)
+        notes += _time_notes(base, side, rules.time_tolerance)
     if allowed:
         tail = _budget_in_words(budget, ratio, equal[budget.name], base, side)
         n = f"n={interval.n}" if paired else f"n={len(base.rows)} and {len(side.rows)}"
@@ -278,16 +278,27 @@ def _outcome(interval: statistics.Interval, lower: bool) -> tuple[Outcome, str]:
     return ("better", "") if (interval.high < 0) is lower else ("worse", "")
 
 
-def _limit_by_sharing(base: _Side, side: _Side, outcome: Outcome, why: str) -> tuple[Outcome, str]:
-    """No claim at equal time where a run is known to have shared its device: its seconds are those of both."""
-    shared = [each for each in (side, base) if any(row["alone"] is False for row in each.rows)]
-    if outcome not in ("better", "worse") or not shared:
+def _limit_by_time(base: _Side, side: _Side, tolerance: float, outcome: Outcome, why: str) -> tuple[Outcome, str]:
+    """No claim at equal time where a run is known to have shared its device, or seeds of one group took unequal times.
+
+    The seconds of a shared device are those of all its runs, and where they differ from seed to seed something else did too.
+    """
+    if outcome not in ("better", "worse"):
         return outcome, why
-    names = " and ".join(each.name for each in shared)
-    return (
-        "no claim",
-        f"{names} shared {'their' if len(shared) > 1 else 'its'} device, so wall times are not of runs alone",
-    )
+    shared = [each.name for each in (side, base) if any(row["alone"] is False for row in each.rows)]
+    if shared:
+        of = "their" if len(shared) > 1 else "its"
+        return "no claim", f"{' and '.join(shared)} shared {of} device, so wall times are not of runs alone"
+    varying = [each.name for each in (side, base) if _varies(each, tolerance)]
+    if varying:
+        return "no claim", f"wall times of the runs of {' and '.join(varying)} vary by more than {100 * tolerance:g} %"
+    return outcome, why
+
+
+def _varies(side: _Side, tolerance: float) -> bool:
+    """Whether a run's wall time is not its group's mean within the tolerance."""
+    mean = side.row["seconds"]
+    return any(abs(row["seconds"] / mean - 1) > tolerance for row in side.rows if row["seconds"] is not None and mean)
 
 
 def _budget_in_words(budget: Budget, ratio: float | None, equal: bool, base: _Side, side: _Side) -> str:
@@ -407,7 +418,7 @@ def _notes(
     return notes
 
 
-def _time_notes(base: _Side, side: _Side) -> list[str]:
+def _time_notes(base: _Side, side: _Side, tolerance: float) -> list[str]:
     """What is known of the wall times: who was alone on the device, who was resumed, how far seeds differ."""
     notes: list[str] = []
     sides = (side, base)
@@ -421,8 +432,8 @@ def _time_notes(base: _Side, side: _Side) -> list[str]:
         if count := timing.resumed(each.runs):
             runs = "1 run was" if count == 1 else f"{count} runs were"
             notes.append(f"{each.name}: {runs} resumed; wall time is the sum of the sessions")
-        used = numbers([row["seconds"] for row in each.rows])
-        if len(used) > 1 and max(used) - min(used) > SECONDS.tolerance * max(used):
+        if _varies(each, tolerance):
+            used = numbers([row["seconds"] for row in each.rows])
             notes.append(f"{each.name}: wall times of its runs are {min(used):,.1f} to {max(used):,.1f} s")
     return notes
 

@@ -23,7 +23,7 @@ from .read import Run, number
 from .spectral.history import kept_checkpoints, tensors_in
 
 _NOT_METRICS = ("masks",)  # statistics of every weight: a thousand numbers a line
-_ALWAYS_DIFFERENT = ("started", "command", "from_step")  # of a session, in any two runs
+_ALWAYS_DIFFERENT = ("started", "command", "from_step", "device_id")  # of a session, in any two runs
 CLOCKS = ("seconds", "peak_bytes")
 """Keys, at any depth, that differ between any two runs, even on one machine."""
 _FLOATS = {"float16": "<f2", "float32": "<f4", "float64": "<f8"}

@@ -6,6 +6,7 @@ device and the capabilities of the CPU, so `differences` says what differs from 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -78,6 +79,7 @@ def session(
         "platform": f"{platform.system()} {platform.machine()}",
         "device": device,
         "device_name": named,
+        "device_id": _device_id(device),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "processes": processes,
@@ -91,6 +93,28 @@ def session(
         "metrics": {name: facts.to_json() for name, facts in (metrics or {}).items()},
         "kernels": _grouped(kernels),
     }
+
+
+def _device_id(device: str) -> str | None:
+    """Eight hexadecimal digits, equal where two sessions used one device between two starts of its machine; else None.
+
+    A report sees by it which runs were beside each other. It is a hash that includes Linux's identifier of this boot, which is
+    another one after a restart, so it identifies no machine.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    if not boot.is_file():
+        return None
+    which = device
+    if device.startswith(
+        "cuda"
+    ):  # CUDA_VISIBLE_DEVICES numbers devices anew, so the number alone does not say which one
+        import torch
+
+        uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None) if torch.cuda.is_available() else None
+        if uuid is None:
+            return None
+        which = str(uuid)
+    return hashlib.sha256(f"{boot.read_text('utf-8')} {which}".encode()).hexdigest()[:8]
 
 
 def _grouped(choices: Sequence[LayerChoice]) -> list[dict[str, Any]]:

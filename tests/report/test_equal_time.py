@@ -294,13 +294,18 @@ def test_the_nearest_baseline_in_time_on_the_same_device(tmp_path: Path) -> None
     assert [c.baseline for c in found] == ["net_long_dense"]
 
 
-def test_seeds_whose_times_differ_are_named(tmp_path: Path) -> None:
+def test_seeds_whose_times_differ_make_no_claim(tmp_path: Path) -> None:
+    """Their mean is dense's by chance: on a machine that is busy with other things one run took 7 s and another 41 s."""
     dense(tmp_path)
     for i, value in enumerate((71.0, 73.5, 75.5)):
         make_run(
             tmp_path, "net_w", i, (value,), member="wide", seconds=90 + 10 * i, begins=5000 + 200 * i, session=H200
         )
-    assert "net_w: wall times of its runs are 90.0 to 110.0 s" in compared(tmp_path).notes
+    found = compared(tmp_path)
+    assert found.equal_seconds and found.difference is not None
+    assert found.verdict.endswith(": no claim, wall times of the runs of net_w vary by more than 2 %")
+    assert "net_w: wall times of its runs are 90.0 to 110.0 s" in found.notes
+    assert compared(tmp_path, time_tolerance=0.11).outcome == "better"
 
 
 def test_rates(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -136,6 +137,17 @@ def test_sessions_group_kernels_and_say_what_changed() -> None:
     (difference,) = provenance.differences(before, now)
     assert difference.startswith(f"kernels: {said} before, 1 layer in blocks of 64") and difference.endswith(" now")
     assert provenance.differences({k: v for k, v in before.items() if k != "kernels"}, now) == []
+
+
+def test_sessions_on_one_device_have_one_identity() -> None:
+    """Which runs were beside each other is read from it; it names no machine."""
+    if not Path("/proc/sys/kernel/random/boot_id").is_file():
+        pytest.skip("this system has no identifier of its boot")
+    here, again = (provenance.session(device="cpu", seed=seed)["device_id"] for seed in (0, 1))
+    assert here == again and re.fullmatch("[0-9a-f]{8}", here)
+    assert provenance.session(device="mps", seed=0)["device_id"] != here
+    if torch.cuda.device_count() > 1:
+        assert len({provenance.session(device=f"cuda:{i}", seed=0)["device_id"] for i in range(2)}) == 2
 
 
 def test_sessions_say_what_changed(tmp_path: Path) -> None:
