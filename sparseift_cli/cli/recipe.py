@@ -45,13 +45,19 @@ Force = Annotated[bool, typer.Option("--force", help="Replace a file that is the
 
 def opened(name: str, sets: list[str] | None = None) -> Recipe:
     """The recipe called `name`, or in the file `name`."""
+    from ..recipe.load import load
+
+    return load(_path(name), sets or [])
+
+
+def _path(name: str) -> Path:
     from ..errors import UsageError
-    from ..recipe.load import find, load
+    from ..recipe.load import find
 
     path = find(name)
     if path is None:
         raise UsageError(f"{name} is no recipe", hint="give a .yaml file, or a name of: sparseift recipe ls")
-    return load(path, sets or [])
+    return path
 
 
 @command(help="List the shipped recipes.\n\nExample:\n\n  sparseift recipe ls --format json")
@@ -114,7 +120,8 @@ def show(
     json: options.Json = False,
 ) -> None:
     from ..base.sheets import Column, Sheet
-    from ..recipe.write import annotated_yaml, entries, flow
+    from ..recipe.strict_yaml import flow
+    from ..recipe.write import annotated_yaml, entries
     from .output import render, write_result
 
     found = opened(recipe, sets)
@@ -174,9 +181,25 @@ def validate(
 
 
 def _checked(name: str, sets: list[str] | None, plan: bool) -> str:
-    recipe = opened(name, sets)
-    if not plan:
-        return "fine"
+    from ..errors import SparseiftError
+    from ..recipe.sweep import make_sweep
+
+    sweep = make_sweep(_path(name), (), sets or [])
+    if sweep is None:
+        ratio = _planned(opened(name, sets)) if plan else None
+        return "fine" if ratio is None else f"fine, {ratio:.5f}x the dense model's forward FLOPs"
+    for recipe in sweep.recipes(sets or []):
+        try:
+            if plan:
+                _planned(recipe)
+        except SparseiftError as error:
+            error.message = f"{recipe.name}: {error.message}"
+            raise
+    return f"fine, a sweep of {len(sweep.points)} points"
+
+
+def _planned(recipe: Recipe) -> float | None:
+    """Plan and audit a recipe: forward FLOPs over the dense model's."""
     from ..models.request import Request, parse_input
     from ..models.source import load_table
     from ..plan.audit import audit
@@ -188,7 +211,7 @@ def _checked(name: str, sets: list[str] | None, plan: bool) -> str:
     spec = TransformSpec.of(recipe.transform) if recipe.transform else None
     table, training = load_table(request), TrainingSpec(**recipe.training)
     ratio = audit(make_plan(table, spec, training) if spec else table, training).forward_ratio
-    return "fine" if ratio is None else f"fine, {float(ratio):.5f}x the dense model's forward FLOPs"
+    return None if ratio is None else float(ratio)
 
 
 @command("schema", help="Print what a recipe can say: the JSON schema that editors use, or a page to read.")

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,7 @@ from .options import Format, without_github
 
 if TYPE_CHECKING:
     from ..recipe.load import Recipe
+    from ..recipe.sweep import Sweep
 
     Jobs = Sequence[tuple[Recipe, int]]
 
@@ -29,6 +30,8 @@ Examples:
   sparseift train recipe.yaml --set optimizer.lr=0.05 --seeds 0..2
 
   sparseift train a.yaml b.yaml --seeds 0..2 --parallel 3        # six runs, three at a time
+
+  sparseift train recipe.yaml --sweep sparsity=0.5,0.75 --sweep algorithm=set,rigl --seeds 0..2 --with-dense
 
   sparseift train recipe.yaml --resume latest                    # goes on where it stopped, to the bit
 
@@ -58,6 +61,23 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the recipe. Repeatable."),
 ]
 Seeds = Annotated[str | None, typer.Option(help="One run for each: 0..4, or 0,3,7.", rich_help_panel=_RUNS_PANEL)]
+SweepOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY=VALUE,VALUE",
+        help="Train every combination of these values, each as --set would. Repeatable: an axis each. The same command goes "
+        "on with what is not finished.",
+        rich_help_panel=_RUNS_PANEL,
+    ),
+]
+WithDense = Annotated[
+    bool,
+    typer.Option(
+        "--with-dense",
+        help="--sweep: train the dense model too, as long as the sparse ones.",
+        rich_help_panel=_RUNS_PANEL,
+    ),
+]
 Resume = Annotated[
     str | None,
     typer.Option(
@@ -114,6 +134,8 @@ def train(
     ],
     sets: Set = None,
     seeds: Seeds = None,
+    sweep: SweepOption = None,
+    with_dense: WithDense = False,
     parallel: Annotated[int, typer.Option(metavar="N", help=PARALLEL, rich_help_panel=_RUNS_PANEL)] = 1,
     resume: Resume = None,
     runs: Annotated[Path, typer.Option(help="Folder of run directories.", rich_help_panel=_RUNS_PANEL)] = RUNS,
@@ -130,18 +152,22 @@ def train(
     events: Annotated[bool, typer.Option("--events", hidden=True)] = False,
     at_once: Annotated[int, typer.Option("--at-once", hidden=True, min=1)] = 1,
     slot: Annotated[int, typer.Option("--slot", hidden=True, min=0)] = 0,
+    point: Annotated[str | None, typer.Option("--point", hidden=True)] = None,
     fmt: options.FormatOption = Format.table,
     json: options.Json = False,
 ) -> None:
     fmt = without_github(fmt, json, "train")
     if evaluate_only:
         of_training = {"--seeds": seeds, "--resume": resume, "--dry-run": dry_run, "--print-recipe": print_recipe}
+        of_training |= {"--sweep": sweep, "--with-dense": with_dense}
         _measure(recipes, sets or [], checkpoint, fmt, of_training, trust=trust)
         return
     if checkpoint is not None or trust:
         raise UsageError("--checkpoint and --trust are for --evaluate-only", hint="a recipe is trained from its start")
-    asked = TrainArguments(recipes, sets or [], seeds, parallel, runs, resume, fmt, tensorboard, no_compile)
-    loaded = [_load(recipe, asked.all_sets) for recipe in recipes]
+    where = (seeds, parallel, runs, resume, fmt, tensorboard, no_compile)
+    asked = TrainArguments(recipes, sets or [], *where, tuple(sweep or ()), with_dense)
+    swept = _sweep(asked)
+    loaded = _load(asked, swept, point)
     if print_recipe:
         from ..recipe.write import annotated_yaml
         from .output import write_result
@@ -150,13 +176,11 @@ def train(
         return
     jobs = _jobs(loaded, _seeds(seeds))
     if dry_run:
-        from .train_view import show_plans
-
-        show_plans(loaded, [sum(job[0] is r for job in jobs) for r in loaded], fmt, tflops=_speed(tflops))
+        _show_budget(loaded, jobs, swept, fmt, _speed(tflops))
     elif tflops is not None:
         raise UsageError("--tflops is only for --dry-run", hint="add --dry-run")
     else:
-        _train(jobs, asked, (slot, at_once) if events else None)
+        _train(jobs, asked, swept, (slot, at_once) if events else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +196,8 @@ class TrainArguments:
     fmt: Format
     tensorboard: bool
     no_compile: bool
+    sweep: tuple[str, ...] = ()
+    with_dense: bool = False
 
     @property
     def all_sets(self) -> list[str]:
@@ -184,6 +210,7 @@ class TrainArguments:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             program = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m", "sparseift_cli"]
         words = [*program, "train", *self.recipes, *(word for pair in self.sets for word in ("--set", pair))]
+        words += self.sweep_words()
         words += ["--seeds", self.seeds] if self.seeds is not None else []
         words += ["--parallel", str(self.parallel)] if self.parallel > 1 else []
         words += ["--runs", str(self.runs)] if self.runs != RUNS else []
@@ -191,6 +218,45 @@ class TrainArguments:
         words += ["--no-compile"] if self.no_compile else []
         words += ["--json"] if self.fmt is Format.json else []
         return [*words, "--resume", self.resume or "latest"]
+
+    def root(self, sweep: Sweep | None) -> Path:
+        """Where the folders of runs are."""
+        return self.runs / sweep.folder if sweep else self.runs
+
+    def resuming(self, sweep: Sweep | None) -> str | None:
+        """`--resume`; a sweep goes on without being asked."""
+        return self.resume or ("latest" if sweep else None)
+
+    def sweep_words(self) -> list[str]:
+        """The options that make a sweep."""
+        words = [word for axis in self.sweep for word in ("--sweep", axis)]
+        return [*words, "--with-dense"] if self.with_dense else words
+
+
+def _sweep(asked: TrainArguments) -> Sweep | None:
+    """The sweep that `--sweep` options, or the recipe's section `sweep`, ask for."""
+    from ..recipe.sweep import make_sweep
+
+    made = [
+        make_sweep(_find(recipe), asked.sweep, asked.all_sets, with_dense=asked.with_dense) for recipe in asked.recipes
+    ]
+    if not any(made):
+        if asked.with_dense:
+            raise UsageError("--with-dense is for a sweep", hint="--sweep sparsity=0.5,0.75 --with-dense")
+        return None
+    if len(made) > 1:
+        raise UsageError(
+            "a sweep is of one recipe", hint="train them one after the other, or sweep over models: --sweep model=a,b"
+        )
+    return made[0]
+
+
+def _load(asked: TrainArguments, sweep: Sweep | None, point: str | None) -> list[Recipe]:
+    from ..recipe.load import load
+
+    if sweep is not None:
+        return sweep.recipes(asked.all_sets, point)
+    return [load(_find(recipe), asked.all_sets) for recipe in asked.recipes]
 
 
 def _measure(
@@ -227,43 +293,78 @@ def _jobs(recipes: Sequence[Recipe], seeds: list[int]) -> Jobs:
     return [(r, seed) for r in recipes for seed in seeds or r.spec.training.seeds or (r.spec.training.seed,)]
 
 
-def _train(jobs: Jobs, asked: TrainArguments, slot: tuple[int, int] | None) -> None:
+def _show_budget(recipes: Sequence[Recipe], jobs: Jobs, sweep: Sweep | None, fmt: Format, tflops: float | None) -> None:
+    times = [sum(recipe is r for recipe, _ in jobs) for r in recipes]
+    if sweep is None:
+        from .train_view import show_plans
+
+        show_plans(recipes, times, fmt, tflops=tflops)
+    else:
+        from .sweep_view import show_budget
+
+        show_budget(sweep, recipes, times, fmt, tflops=tflops)
+
+
+def _train(jobs: Jobs, asked: TrainArguments, sweep: Sweep | None, slot: tuple[int, int] | None) -> None:
     """Train the jobs here or in processes of their own; with `slot`, as such a process.
 
     Raises:
         InterruptedRun: a signal stopped it; the hint is the command that goes on.
+        FailedRuns: of several runs that do not stop each other, some failed; what the others gave is shown.
     """
-    from ..train.parallel import require_one_run, require_parallel
+    from ..train.parallel import FailedRuns, require_one_run, require_parallel
+    from .sweep_view import refused_points, show_sweep
+    from .train_view import show_runs
 
     require_parallel(asked.parallel)
     require_one_run(asked.resume, len(jobs))
+    if slot is not None:
+        _run_child(jobs, asked, sweep, slot)
+        return
+    refused = refused_points([recipe for recipe, _ in jobs]) if sweep else {}
+    for failure in refused.values():
+        typer.echo(f"{failure.label} is refused: {failure.message}", err=True)
+    left = [(recipe, seed) for recipe, seed in jobs if recipe.name not in refused]
+    failures = list(refused.values())
     try:
-        if asked.parallel > 1 and len(jobs) > 1:
-            _run_parallel(jobs, asked)
-        elif slot is not None:
-            _run_child(jobs, asked, slot)
-        else:
-            _run(jobs, asked)
+        results = (_run_parallel if asked.parallel > 1 and len(left) > 1 else _run)(left, asked, sweep)
     except InterruptedRun as stopped:
         stopped.hint = f"continue with: {shlex.join(asked.words_to_resume())}"
         raise
+    except FailedRuns as failed:
+        results, failures = list(failed.finished), [*failures, *failed.failures]
+    if sweep is not None:
+        show_sweep(sweep, results, failures, asked.root(sweep), asked.fmt)
+    else:
+        show_runs(results, asked.fmt)
+    if failures:
+        order = [recipe.name for recipe, _ in jobs]
+        failures.sort(key=lambda failure: order.index(failure.recipe))
+        failed = FailedRuns(failures, results, len(jobs))
+        if sweep is not None and asked.fmt is Format.table:
+            failed.message = f"{failed.message.splitlines()[0]}; the table says why"
+        raise failed
 
 
-def _run(jobs: Jobs, asked: TrainArguments) -> None:
+def _run(jobs: Jobs, asked: TrainArguments, sweep: Sweep | None) -> list[dict[str, Any]]:
     from .progress import Bars, progress
-    from .train_view import show_runs
 
     with progress() as shown:
         from ..train.run import run_jobs
 
-        tick = shown.tick if isinstance(shown, Bars) else None
-        results = run_jobs(
-            jobs, asked.runs, asked.resume, shown.row, shown.note, tick=tick, tensorboard=asked.tensorboard
+        return run_jobs(
+            jobs,
+            asked.root(sweep),
+            asked.resuming(sweep),
+            shown.row,
+            shown.note,
+            tick=shown.tick if isinstance(shown, Bars) else None,
+            tensorboard=asked.tensorboard,
+            keep_going=sweep is not None,
         )
-    show_runs(results, asked.fmt)
 
 
-def _run_child(jobs: Jobs, asked: TrainArguments, slot: tuple[int, int]) -> None:
+def _run_child(jobs: Jobs, asked: TrainArguments, sweep: Sweep | None, slot: tuple[int, int]) -> None:
     """One of the processes of --parallel: progress goes to the parent as events."""
     from ..train.parallel import Events
     from ..train.processes import Slot
@@ -274,8 +375,8 @@ def _run_child(jobs: Jobs, asked: TrainArguments, slot: tuple[int, int]) -> None
     try:
         results = run_jobs(
             jobs,
-            asked.runs,
-            asked.resume,
+            asked.root(sweep),
+            asked.resuming(sweep),
             events.row,
             events.note,
             tick=events.tick,
@@ -288,10 +389,9 @@ def _run_child(jobs: Jobs, asked: TrainArguments, slot: tuple[int, int]) -> None
     show_runs(results, asked.fmt)
 
 
-def _run_parallel(jobs: Jobs, asked: TrainArguments) -> None:
-    from ..train.parallel import Child, FailedRuns, run_parallel
+def _run_parallel(jobs: Jobs, asked: TrainArguments, sweep: Sweep | None) -> list[dict[str, Any]]:
+    from ..train.parallel import Child, run_parallel
     from .progress import progress
-    from .train_view import show_runs
 
     several = len({recipe.name for recipe, _ in jobs}) > 1
     children = [
@@ -301,27 +401,24 @@ def _run_parallel(jobs: Jobs, asked: TrainArguments) -> None:
             seed,
             f"{r.name} seed {seed}" if several else f"seed {seed}",
             r.spec.training.threads,
+            r.name,
+            [*asked.sweep_words(), "--point", r.name] if sweep else (),
         )
         for r, seed in jobs
     ]
-    try:
-        with progress(several=True) as shown:
-            results = run_parallel(
-                children, asked.parallel, asked.runs, asked.resume, shown, tensorboard=asked.tensorboard
-            )
-    except FailedRuns as failed:
-        show_runs(failed.finished, asked.fmt)
-        raise
-    show_runs(results, asked.fmt)
+    with progress(several=True) as shown:
+        return run_parallel(
+            children, asked.parallel, asked.runs, asked.resuming(sweep), shown, tensorboard=asked.tensorboard
+        )
 
 
-def _load(source: str, sets: list[str]) -> Recipe:
-    from ..recipe import load as loading
+def _find(source: str) -> Path:
+    from ..recipe.load import find
 
-    path = loading.find(source)
+    path = find(source)
     if path is None:
         raise UsageError(f"{source} is no recipe", hint="give a .yaml file or a name of `sparseift recipe ls`")
-    return loading.load(path, sets)
+    return path
 
 
 def _require_names(recipes: Sequence[Recipe]) -> None:

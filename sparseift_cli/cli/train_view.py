@@ -23,6 +23,7 @@ from ..plan.spec import TrainingSpec, TransformSpec
 from ..recipe import defaults
 from ..recipe.load import DTYPES, Recipe, run_steps, why_masked
 from ..sparsity.schedule import never_moves
+from ..table.table import LayerTable
 from .options import Format
 from .output import render
 
@@ -134,12 +135,16 @@ def show_plans(recipes: Sequence[Recipe], runs: Sequence[int], fmt: Format, *, t
         choices = _choices(recipe, result)
         if result.plan and has_structure(result.plan.layers):
             sheets.append(_kernels_sheet(result, result.plan.layers, choices))
-        kernels = [
-            {"weight": c.name, "kernel": c.backend, "block": c.block, "why_masked": c.reason} for c in choices.values()
-        ]
-        payloads.append({"recipe": recipe.name, **{row["name"]: row["value"] for row in rows}, "kernels": kernels})
+        payloads.append(plan_payload(recipe, result, facts))
     schema = {"schema": "sparseift.dry-run/1"}
     render(sheets, schema | (payloads[0] if len(payloads) == 1 else {"recipes": payloads}), fmt)
+
+
+def plan_payload(recipe: Recipe, result: Audit, facts: Sequence[Fact]) -> dict[str, Any]:
+    """What --dry-run says of a recipe in JSON."""
+    choices = _choices(recipe, result).values()
+    kernels = [{"weight": c.name, "kernel": c.backend, "block": c.block, "why_masked": c.reason} for c in choices]
+    return {"recipe": recipe.name, **{name: value for name, value, _ in facts}, "kernels": kernels}
 
 
 def _still_masks(recipe: Recipe, steps: int | None) -> list[str]:
@@ -189,7 +194,7 @@ def plan_facts(recipe: Recipe, result: Audit, steps: int | None, tflops: float |
                 (
                     "seconds",
                     seconds,
-                    f"of training steps at {tflops:g} TFLOP/s: {_hours(seconds)}; evaluation comes on top",
+                    f"of training steps at {tflops:g} TFLOP/s: {in_hours(seconds)}; evaluation comes on top",
                 )
             )
     facts += [
@@ -235,12 +240,19 @@ def _request(recipe: Recipe) -> Request:
     return Request(model.name, model.num_classes, parse_input(model.input), model.seq)
 
 
-def audit_of(recipe: Recipe) -> Audit:
-    """The audit of a recipe, its dense model read from the zoo's tables where they have it."""
+def audit_of(recipe: Recipe, tables: dict[Request, LayerTable] | None = None) -> Audit:
+    """The audit of a recipe, its dense model read from the zoo's tables where they have it.
+
+    `tables` keeps those of models for other recipes.
+    """
     spec = recipe.spec
     training = {**recipe.training, **({} if spec.transform else {"algorithm": "dense"})}
     wanted = TransformSpec.of(recipe.transform) if recipe.transform else None
-    table, counting = load_table(_request(recipe)), TrainingSpec.of(training)
+    tables, request = {} if tables is None else tables, _request(recipe)
+    if request not in tables:
+        tables[request] = load_table(request)
+    table = tables[request]
+    counting = TrainingSpec.of(training)
     return audit(make_plan(table, wanted, counting) if wanted else table, counting)
 
 
@@ -297,5 +309,8 @@ def _masked(row: LayerPlan) -> int:
     return sum(part.shape.weights for part in row.parts if not part.dense) if row.status == "transformed" else 0
 
 
-def _hours(seconds: int) -> str:
+def in_hours(seconds: int) -> str:
+    """A time as a person says it: 42 seconds, 3.5 minutes, 1.84 hours."""
+    if seconds < 60:
+        return f"{seconds} seconds"
     return f"{seconds / 3600:.3g} hours" if seconds >= 3600 else f"{seconds / 60:.2g} minutes"

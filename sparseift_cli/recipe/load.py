@@ -21,6 +21,7 @@ from ..errors import UsageError, did_you_mean
 from ..models.request import Request, parse_input
 
 if TYPE_CHECKING:
+    from .axes import Axis, Point
     from .schema import Spec
 
 # Nothing of pydantic or YAML is imported before a recipe is read: every command imports this module.
@@ -41,13 +42,22 @@ class Recipe:
     spec: Spec
     origins: Mapping[str, str]
     """Where each value comes from, by dotted path: `recipe.yaml:5`, `--set optimizer.lr=1`, `default for cifar`."""
+    sweep: tuple[Axis, ...] = ()
+    """The axes of its section `sweep`; the other fields are those without it."""
+    point: Point | None = None
+    """Where in a sweep it is."""
 
     @property
     def name(self) -> str:
-        """`resnet18_wide90_rigl`: the folder and the file, as run directories are called."""
-        folder = self.path.resolve().parent
-        own = folder.is_relative_to(recipes_dir().resolve())
-        return f"{folder.name}_{self.path.stem}" if own else self.path.stem
+        """`resnet18_wide90_rigl`, as run directories are called; of a point of a sweep the values that it has there."""
+        return self.point.name if self.point else name_of(self.path)
+
+
+def name_of(path: Path) -> str:
+    """The name of the recipe in a file: `resnet18_wide90_rigl` of a shipped one, else the file's."""
+    folder = path.resolve().parent
+    own = folder.is_relative_to(recipes_dir().resolve())
+    return f"{folder.name}_{path.stem}" if own else path.stem
 
 
 def find(source: str) -> Path | None:
@@ -89,19 +99,22 @@ def for_others(given: str) -> str:
     return name if path.parent.parent.name == "recipes" and name in names else given
 
 
-def load(path: Path, sets: Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe; `sets` are `--set` options, `section.key=value`, which win over the file.
+def load(path: Path, sets: Sequence[str] = (), point: Point | None = None) -> Recipe:
+    """Read and check a recipe; `sets` are `--set` options, `section.key=value`, which win over the file; `point` over both.
 
     Raises:
         UsageError: everything wrong with it, as `file:line:column: what`.
     """
+    from .axes import take_axes
     from .parse import parse
     from .resolve import resolve, transform_options
 
-    tree, start, problems = parse(path, sets)
+    tree, start, problems = parse(path, sets, point.sets if point else ())
+    axes = take_axes(tree, problems)
     spec, origins = resolve(tree, start, problems)
     options = {k: v for k, v in spec.model.model_dump().items() if k != "name" and v is not None}
-    return Recipe(path, spec.model.name, options, transform_options(spec), _training(spec, origins), spec, origins)
+    training = _training(spec, origins)
+    return Recipe(path, spec.model.name, options, transform_options(spec), training, spec, origins, axes, point)
 
 
 def _training(spec: Spec, origins: Mapping[str, str]) -> dict[str, Any]:

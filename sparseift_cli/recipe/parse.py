@@ -31,12 +31,17 @@ MOVED = {
 }
 
 
-def parse(path: Path, options: Sequence[str] = ()) -> tuple[dict[str, Value], Location, Problems]:
+def parse(
+    path: Path, options: Sequence[str] = (), point: Sequence[str] = ()
+) -> tuple[dict[str, Value], Location, Problems]:
     """The sections of a recipe as mappings, where its file begins, and what is wrong so far; unknown keys are reported.
+
+    A section `sweep` is there as it is written: `axes.take_axes` reads it.
 
     Args:
         path: the file.
         options: `--set` options, `section.key=value`, which win over the files.
+        point: the same of one point of a sweep, which win over the options.
 
     Raises:
         UsageError: a file cannot be read, is not YAML or not a mapping, or there is no file that it extends.
@@ -48,11 +53,15 @@ def parse(path: Path, options: Sequence[str] = ()) -> tuple[dict[str, Value], Lo
     tree = {section: value for section, value in tree.items() if value.data is not None}
     for option in options:
         _set(tree, option, problems)
+    for option in point:
+        _set(tree, option, problems, "--sweep")
     if "algorithm" in tree:
         tree["algorithm"] = _without_idle_options(tree["algorithm"])
+    sweep = tree.pop(schema.SWEEP, None)
     for section, value in tree.items():
         _check_keys(section, value, problems)
-    return {section: _with_lists(section, value) for section, value in tree.items()}, chain[0].location, problems
+    tree = {section: _with_lists(section, value) for section, value in tree.items()}
+    return tree | ({schema.SWEEP: sweep} if sweep else {}), chain[0].location, problems
 
 
 def extends(path: Path) -> bool:
@@ -70,7 +79,7 @@ def written_sections(path: Path) -> dict[str, Any]:
     tree, _, problems = parse(path)
     problems.stop()
     found: dict[str, Any] = {}
-    for section in (s for s in schema.SECTIONS if s in tree):
+    for section in (s for s in (*schema.SECTIONS, schema.SWEEP) if s in tree):
         values = tree[section].plain()
         sparsity = values.pop(schema.SPARSITY, None) if section == "transform" else None
         found |= {section: values} if values else {}
@@ -127,12 +136,12 @@ def _sections(document: Value, problems: Problems) -> dict[str, Value]:
     """The sections of one document. A section that is null stays, to remove that of an extended recipe."""
     tree: dict[str, Value] = {}
     for key, value, location in document.items():
-        if key in schema.SECTIONS:
+        if key in (*schema.SECTIONS, schema.SWEEP):
             section = _expand(key, value, problems)
             if section is not None:
                 tree[key] = section
         elif key not in (schema.SPARSITY, schema.EXTENDS):
-            _unknown(location, key, (schema.EXTENDS, *schema.SECTIONS, schema.SPARSITY), problems)
+            _unknown(location, key, (schema.EXTENDS, *schema.SECTIONS, schema.SPARSITY, schema.SWEEP), problems)
     if schema.SPARSITY in document.data:
         value, location = document.data[schema.SPARSITY], document.key_locations[schema.SPARSITY]
         if "transform" in tree and schema.SPARSITY in (tree["transform"].data or {}):
@@ -153,7 +162,7 @@ def _merge(base: Mapping[str, Value], own: Mapping[str, Value]) -> dict[str, Val
             continue
         kept = {key: v for key, v in old.data.items() if ONE_OF_TWO.get((section, key)) not in value.data}
         data = {**kept, **value.data}
-        chosen = schema.variant(section, {key: v.plain() for key, v in data.items()})
+        chosen = None if section == schema.SWEEP else schema.variant(section, {k: v.plain() for k, v in data.items()})
         if (
             chosen is not None
         ):  # of another optimiser (or schedule), options that the chosen one does not have do not apply
@@ -199,37 +208,52 @@ def _expand(section: str, value: Value, problems: Problems) -> Value | None:
     """`optimizer: sgd` as `optimizer: {name: sgd}`; None where it is neither a word nor a mapping."""
     if isinstance(value.data, dict) or value.data is None:
         return value
-    short = schema.short(section)
+    short = None if section == schema.SWEEP else schema.short(section)
     if isinstance(value.data, str) and short:
         return Value({short: value}, value.location, {short: value.location})
     problems.add(value.location, f"{section}: expected a {'name or a ' if short else ''}mapping, not {value.plain()!r}")
     return None
 
 
-def _set(tree: dict[str, Value], option: str, problems: Problems) -> None:
+def _set(tree: dict[str, Value], option: str, problems: Problems, word: str = "--set") -> None:
     """Apply `--set section.key=value`, or `--set section=name` for its short form; null takes a value (a section) out."""
     path, equals, text = option.partition("=")
-    location = Location(problems.path, option=f"--set {option}")
-    section, _, key = path.strip().partition(".")
+    location = Location(problems.path, option=f"{word} {option}")
     if not equals:
         problems.add(location, "expected KEY=VALUE, as in --set optimizer.lr=1e-3")
         return
+    value = read_option(text, location, problems)
+    if path.strip() in schema.SECTIONS and value.data is None:
+        tree.pop(path.strip(), None)
+        return
+    found = find_key(path, tree, location, problems)
+    if found is None:
+        return
+    section, key = found
+    known = schema.fields(section) | _fields_now(tree, section)
+    put(tree, section, key, _as_typed(value, text, known[key].annotation, problems), location)
+
+
+def find_key(path: str, tree: Mapping[str, Value], location: Location, problems: Problems) -> tuple[str, str] | None:
+    """Section and key that a dotted path of an option means: `optimizer.lr`, `sparsity`, `optimizer` for its name.
+
+    None, and a problem at `location`, where there is no such key in the sections of `tree`.
+    """
+    section, _, key = path.strip().partition(".")
     if (section, key) == (schema.SPARSITY, ""):
         section, key = "transform", schema.SPARSITY
     if section not in schema.SECTIONS:
         _unknown(location, section, (*schema.SECTIONS, schema.SPARSITY), problems)
-        return
-    value = read_option(text, location, problems)
-    if not key and value.data is None:
-        tree.pop(section, None)
-        return
+        return None
     key = key or schema.short(section) or ""
+    known = schema.fields(section) | _fields_now(tree, section)
     if not key:
-        problems.add(location, f"which value of {section}? {_known(schema.fields(section))}")
-    elif key in (known := schema.fields(section) | _fields_now(tree, section)):
-        put(tree, section, key, _as_typed(value, text, known[key].annotation, problems), location)
+        problems.add(location, f"which value of {section}? {_known(known)}")
+    elif key in known:
+        return section, key
     else:
         _unknown(location, key, known, problems, section)
+    return None
 
 
 def _fields_now(tree: Mapping[str, Value], section: str) -> dict[str, Any]:

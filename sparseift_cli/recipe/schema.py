@@ -70,6 +70,12 @@ SPARSITY = "sparsity"
 """The one field with a second name: `sparsity` at the top level is `transform.sparsity`."""
 EXTENDS = "extends"
 """The key of a recipe that names another one, whose values it has where it gives none itself."""
+SWEEP = "sweep"
+"""The key of a recipe under which the axes of a sweep are listed (`recipe.axes`)."""
+ABOUT_SWEEP = (
+    "Axes of a sweep, as `train --sweep KEY=VALUE,...` has them: a key of --set, and the list of its values. Every combination "
+    "of the values is trained, with every seed."
+)
 
 
 @cache
@@ -165,6 +171,9 @@ def json_schema() -> dict[str, Any]:
         "type": "string",
         "description": "A recipe that this one changes: a file next to it, or a shipped recipe. Values here win over its values.",
     }
+    words = {"anyOf": [{"type": "number"}, {"type": "string"}, {"type": "boolean"}, {"type": "null"}]}
+    axis = {"type": "array", "minItems": 1, "uniqueItems": True, "items": words}
+    properties[SWEEP] = {"type": "object", "additionalProperties": axis, "description": ABOUT_SWEEP}
     schema["required"] = []
     schema["anyOf"] = [{"required": ["model"]}, {"required": [EXTENDS]}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "sparseift recipe"}
@@ -214,6 +223,8 @@ def markdown() -> str:
                 cells = (f"`{key}`", _values(about), default, about.get("description", ""))
                 lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
             lines.append("")
+    lines += [f"## {SWEEP}", "", ABOUT_SWEEP, "", "```yaml", "sweep:", "  sparsity: [0.5, 0.75, 0.9]"]
+    lines += ["  transform.member: [wide, doped]", "```", ""]
     return "\n".join(lines)
 
 

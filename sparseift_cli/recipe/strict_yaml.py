@@ -1,4 +1,5 @@
 """YAML read strictly: every value keeps its file, line and column, duplicate keys and aliases are errors, 1e-3 is a number.
+And values as text that this and other readers take for the same.
 
 Files of other programs (`sparseift recipe import`) may use aliases; the number of values is bounded, so that a few lines
 cannot unfold into gigabytes.
@@ -6,8 +7,9 @@ cannot unfold into gigabytes.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,18 @@ import yaml
 from ..errors import UsageError
 
 _FLOAT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
+_PLAIN = re.compile(r"[A-Za-z_./~*][\w./*+%-]*( [\w./]+)*|\d+x\d+(x\d+)*|\d+(\.\d+)?%|\d+ (steps?|epochs?)")
+_WORDS = {
+    "true",
+    "false",
+    "null",
+    "yes",
+    "no",
+    "on",
+    "off",
+    "~",
+    "*",
+}  # other YAML readers take yes and on for booleans
 _MAX_BYTES = 1 << 20
 _MAX_DEPTH = 30
 _MAX_VALUES = 20_000
@@ -185,3 +199,26 @@ def _scalar(node: Any) -> Any:
     if _FLOAT.fullmatch(node.value):
         return int(node.value) if re.fullmatch(r"[-+]?\d+", node.value) else float(node.value)
     return {"true": True, "false": False, "null": None, "~": None, "": None}.get(node.value.lower(), node.value)
+
+
+def scalar(value: Any) -> str:
+    """A value as one YAML word that every reader takes for the same: 6e-05 becomes 6.0e-05."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, float):
+        text = repr(int(value) if value.is_integer() and abs(value) < 1e15 else value)
+        mantissa, e, power = text.partition("e")
+        return f"{mantissa}{'' if '.' in mantissa else '.0'}e{int(power)}" if e else text
+    if isinstance(value, str):
+        plain = _PLAIN.fullmatch(value) and value.lower() not in _WORDS and not value.startswith("*")
+        return value if plain else json.dumps(value, ensure_ascii=False)
+    return str(value)
+
+
+def flow(value: Any) -> str:
+    """A value on one line, lists and mappings in brackets."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{scalar(k)}: {flow(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(flow(v) for v in value) + "]"
+    return scalar(value)

@@ -2,55 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import schema
+from .strict_yaml import flow
 
 if TYPE_CHECKING:
     from .load import Recipe
 
 EDITOR = "# yaml-language-server: $schema="
 WIDTH = 120
-
-_PLAIN = re.compile(r"[A-Za-z_./~*][\w./*+%-]*( [\w./]+)*|\d+x\d+(x\d+)*|\d+(\.\d+)?%|\d+ (steps?|epochs?)")
-_WORDS = {
-    "true",
-    "false",
-    "null",
-    "yes",
-    "no",
-    "on",
-    "off",
-    "~",
-    "*",
-}  # other YAML readers take yes and on for booleans
-
-
-def scalar(value: Any) -> str:
-    """A value as one YAML word that every reader takes for the same: 6e-05 becomes 6.0e-05."""
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, float):
-        text = repr(int(value) if value.is_integer() and abs(value) < 1e15 else value)
-        mantissa, e, power = text.partition("e")
-        return f"{mantissa}{'' if '.' in mantissa else '.0'}e{int(power)}" if e else text
-    if isinstance(value, str):
-        plain = _PLAIN.fullmatch(value) and value.lower() not in _WORDS and not value.startswith("*")
-        return value if plain else json.dumps(value, ensure_ascii=False)
-    return str(value)
-
-
-def flow(value: Any) -> str:
-    """A value on one line, lists and mappings in brackets."""
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{scalar(k)}: {flow(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(flow(v) for v in value) + "]"
-    return scalar(value)
 
 
 def comment(text: str) -> str:

@@ -52,6 +52,7 @@ def session(
     metrics: Mapping[str, MetricFacts] | None = None,
     held_out: Mapping[str, Any] | None = None,
     kernels: Sequence[LayerChoice] = (),
+    sweep: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """An entry of provenance.json: this process, now, about to run from `step` on.
 
@@ -61,6 +62,7 @@ def session(
     `held_out`: the split that is measured on, and how it was divided from the training split where the files do not say.
     `at_once`: how many runs `train --parallel` keeps going beside each other, which lengthens the wall time of each.
     `kernels`: which way computes each sparse weight, and why not better.
+    `sweep`: the run's value on each axis of a sweep, by the axis' name; None where it belongs to none.
     """
     import torch
 
@@ -92,6 +94,7 @@ def session(
         "source": dict(source or {}),
         "metrics": {name: facts.to_json() for name, facts in (metrics or {}).items()},
         "kernels": _grouped(kernels),
+        **({} if sweep is None else {"sweep": dict(sweep)}),
     }
 
 

@@ -45,6 +45,10 @@ class Child:
     label: str
     threads: int | None = None
     """training.threads, where the recipe has it."""
+    name: str = ""
+    """The name of its recipe."""
+    words: Sequence[str] = ()
+    """More of its command line: the sweep, and which point of it this is."""
 
 
 class ProgressListener(Protocol):
@@ -56,13 +60,32 @@ class ProgressListener(Protocol):
     def end(self, run: str) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A run that failed: what it is called on the screen, and why."""
+
+    label: str
+    recipe: str
+    seed: int | None
+    message: str
+    hint: str | None
+    exit_code: int
+
+    @staticmethod
+    def of(error: SparseiftError, label: str, recipe: str, seed: int | None) -> Failure:
+        return Failure(label, recipe, seed, error.message, error.hint, error.exit_code)
+
+
 class FailedRuns(SparseiftError):
     """Some of several runs failed; the others were finished first. The exit code is that of the first in their order."""
 
-    def __init__(self, message: str, hint: str | None, exit_code: int, finished: Sequence[Mapping[str, Any]]) -> None:
-        super().__init__(message, hint=hint)
-        self.exit_code = exit_code
+    def __init__(self, failures: Sequence[Failure], finished: Sequence[Mapping[str, Any]], of: int) -> None:
+        reasons = [f"  {f.label}: {f.message}".replace("\n", "\n  ") for f in failures]
+        super().__init__("\n".join([f"{len(failures)} of {of} runs failed", *reasons]), hint=failures[0].hint)
+        self.exit_code = failures[0].exit_code
+        self.failures = failures
         self.finished = finished
+        self.of = of
 
 
 @dataclass(slots=True)
@@ -135,11 +158,11 @@ def _collected(children: Sequence[Child], outcomes: Sequence[_Outcome], stopped:
     bad = [(child, o) for child, o in zip(children, outcomes, strict=True) if o.summary is None]
     if not bad:
         return finished
-    reasons = [f"  {child.label}: {o.message}".replace("\n", "\n  ") for child, o in bad]
-    message = "\n".join([f"{len(bad)} of {len(outcomes)} runs {'stopped' if stopped else 'failed'}", *reasons])
+    failures = [Failure(c.label, c.name, c.seed, o.message, o.hint, o.code) for c, o in bad]
+    failed = FailedRuns(failures, finished, len(outcomes))
     if stopped:
-        raise InterruptedRun(message, stopped)
-    raise FailedRuns(message, bad[0][1].hint, bad[0][1].code, finished)
+        raise InterruptedRun(failed.message.replace("failed", "stopped", 1), stopped)
+    raise failed
 
 
 class _Children:
@@ -212,6 +235,7 @@ class _Children:
             "sparseift_cli",
             "train",
             *sets,
+            *child.words,
             "--seeds",
             str(child.seed),
             *self._more,

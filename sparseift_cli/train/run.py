@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 
 from ..base.metrics import LOSS, METRICS
 from ..data.places import announcing
-from ..errors import InterruptedRun, SparseiftError, UsageError
+from ..errors import ArtifactError, InterruptedRun, SparseiftError, UsageError
 from ..kernels.registry import in_words
 from ..models.source import source_hash
 from ..plan.audit import to_json
@@ -26,7 +27,7 @@ from ..runs.directory import RunDirectory
 from ..runs.model import keep_model
 from ..runs.provenance import session
 from .loop import Report, train
-from .parallel import require_one_run
+from .parallel import FailedRuns, Failure, require_one_run
 from .prepare import Prepared, prepare, with_seed
 from .processes import ALONE, Processes, Slot, catching_signals, processes, stop_requested
 
@@ -51,6 +52,7 @@ class _Call:
     note: Note
     tick: Tick | None
     tensorboard: bool
+    keep_going: bool
 
 
 def run_seeds(
@@ -77,6 +79,7 @@ def run_jobs(
     tick: Tick | None = None,
     tensorboard: bool = False,
     slot: Slot = ALONE,
+    keep_going: bool = False,
 ) -> list[dict[str, Any]]:
     """Train one after the other; the summaries (empty on all ranks but the first).
 
@@ -85,16 +88,19 @@ def run_jobs(
     `resume`: None begins new runs; `latest` continues with the newest run of each recipe and seed where there is one; a
     folder names one run. `report` is called with every line of metrics, `note` with
     what begins and what was skipped, `tick` after every step. `slot`: the place of this process among those of
-    `train --parallel`.
+    `train --parallel`. `keep_going`: a run that fails does not stop those after it (but it does where several processes
+    share a run: they could not agree on which run is next).
 
     Raises:
         UsageError, CheckFailed: as `prepare`.
         ArtifactError: a run directory that cannot be used, or that was begun with another recipe.
         DivergedError: as `train`.
         InterruptedRun: as `train`; or a signal came before a run was begun.
+        FailedRuns: with `keep_going`, what failed, after all others are done.
     """
     require_one_run(resume, len(jobs))
-    call, results = _Call(root, resume, report, note, tick, tensorboard), []
+    call, results = _Call(root, resume, report, note, tick, tensorboard, keep_going), []
+    failures: list[Failure] = []
     with catching_signals():
         for device, group in groupby(jobs, key=lambda job: job[0].spec.training.device):
             with processes(device, slot) as ours:
@@ -104,9 +110,32 @@ def run_jobs(
                     _free(ours.device, compiled=before not in (None, recipe) and bool(recipe.spec.training.compile))
                     before = recipe
                     with settings_of(recipe):
-                        results.append(_one(with_seed(recipe, seed), seed, call, ours))
+                        done = _one_or_failure(recipe, seed, call, ours)
+                    (failures if isinstance(done, Failure) else results).append(done)
                 _free(ours.device, compiled=False)  # while the device is there, not at the interpreter's end
+    if failures:
+        raise FailedRuns(failures, results, len(jobs))
     return results
+
+
+def _one_or_failure(recipe: Recipe, seed: int, call: _Call, ours: Processes) -> Any:
+    """The summary of one run; where the others should go on, why it failed."""
+    label = f"{recipe.name} seed {seed}"
+    try:
+        return _one(with_seed(recipe, seed), seed, call, ours)
+    except InterruptedRun:
+        raise
+    except SparseiftError as error:
+        if not call.keep_going or ours.world > 1:
+            raise
+        failure = Failure.of(error, label, recipe.name, seed)
+    except Exception as error:  # a GPU without room for this run may have room for the next one
+        if not call.keep_going or ours.world > 1:
+            raise
+        call.note(traceback.format_exc().rstrip())
+        failure = Failure(label, recipe.name, seed, f"{type(error).__name__}: {error}", None, 1)
+    call.note(f"{label} failed, exit code {failure.exit_code}; the others go on")
+    return failure
 
 
 @contextmanager
@@ -161,7 +190,12 @@ def _one(recipe: Recipe, seed: int, call: _Call, ours: Processes) -> dict[str, A
     text = resolved_yaml(recipe.spec)
     found = _existing(recipe, text, call) if ours.first else None
     if found is not None:
-        found.require_recipe(text, _as_written_today)
+        try:
+            found.require_recipe(text, _as_written_today)
+        except ArtifactError as error:
+            if recipe.point is not None:
+                error.hint = "a sweep of another recipe needs a folder of its own: --runs FOLDER"
+            raise
         done = found.summary
         if done is not None:
             call.note(f"{found.path} is done")
@@ -179,7 +213,7 @@ def _one(recipe: Recipe, seed: int, call: _Call, ours: Processes) -> dict[str, A
 def _train(run: Prepared, found: RunDirectory | None, text: str, call: _Call, ours: Processes) -> dict[str, Any]:
     recipe, seed, note = run.recipe, run.seed, call.note
     if ours.first and found is None:
-        if call.resume == "latest":
+        if call.resume == "latest" and recipe.point is None:
             note(f"nothing of {recipe.name} seed {seed} to continue with in {call.root}: from the start")
         plan = run.transformation.plan.to_json() if run.transformation else None
         found = RunDirectory.create(call.root, recipe.name, text, plan=plan, audit=to_json(run.audit), **_keeping(run))
@@ -207,6 +241,7 @@ def _train(run: Prepared, found: RunDirectory | None, text: str, call: _Call, ou
             metrics={name: METRICS.get(name) for name in (LOSS.name, *run.spec.evaluation.metrics)},
             held_out=_held_out(run, note),
             kernels=run.kernels,
+            sweep=recipe.point.values if recipe.point else None,
         )
         for difference in folder.begin(facts):
             note(f"not as before, so bits may differ: {difference}")

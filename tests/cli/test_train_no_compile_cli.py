@@ -36,9 +36,9 @@ def test_it_is_two_settings(
 
 def test_parallel_runs_get_the_option(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr(train_command, "_run_parallel", lambda *of: calls.append(of))
+    monkeypatch.setattr(train_command, "_run_parallel", lambda *of: calls.append(of) or [])
     with pytest.raises(SystemExit):
         sparseift(monkeypatch, MLP, "--no-compile", "--seeds", "0..1", "--parallel", "2", "--runs", str(tmp_path))
-    ((jobs, asked),) = calls
+    ((jobs, asked, _),) = calls
     assert asked.all_sets == ["training.compile=false", "training.cuda_graph=false"]
     assert all(recipe.spec.training.cuda_graph is False for recipe, _ in jobs)

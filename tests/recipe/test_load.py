@@ -13,7 +13,8 @@ from sparseift_cli.data import DATASETS
 from sparseift_cli.errors import UsageError
 from sparseift_cli.recipe.load import Recipe, load, require_data, run_steps
 from sparseift_cli.recipe.open_arguments import open_arguments
-from sparseift_cli.recipe.write import annotated_yaml, resolved_yaml, scalar
+from sparseift_cli.recipe.strict_yaml import scalar
+from sparseift_cli.recipe.write import annotated_yaml, resolved_yaml
 
 FIVE = "model: resnet18_cifar\ndata: cifar100\ntransform: wide\nsparsity: 0.9\nalgorithm: rigl\n"
 

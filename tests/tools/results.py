@@ -22,7 +22,8 @@ from sparseift_cli.base.durations import in_words
 from sparseift_cli.base.metrics import facts_of
 from sparseift_cli.recipe.catalog import shipped
 from sparseift_cli.recipe.load import load
-from sparseift_cli.recipe.write import flow, resolved_yaml
+from sparseift_cli.recipe.strict_yaml import flow
+from sparseift_cli.recipe.write import resolved_yaml
 from sparseift_cli.report import frame as frames
 from sparseift_cli.report.budgets import BUDGETS, SECONDS, BudgetName
 from sparseift_cli.report.compare import ComparisonRules
