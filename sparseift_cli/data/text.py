@@ -188,7 +188,10 @@ def byte_stream(text: Tensor) -> Stream:
     """The bytes of a text, uint8 [N], as tokens."""
     from .tokens import Stream
 
-    return Stream(text, words=lambda: count_words(text), bytes=lambda: len(text) - 1)
+    def part(n: int) -> tuple[int, int]:
+        return count_words(text[:n]), n - 1
+
+    return Stream(text, words=lambda: count_words(text), bytes=lambda: len(text) - 1, part=part)
 
 
 def _by_bytes(name: str, source: Path, texts: Mapping[str, Text]) -> TokenSet:
@@ -250,7 +253,7 @@ def _word_stream(lines: list[str], ids: dict[str, int]) -> Stream:
             at += len(pending)
             pending = []
     nbytes = _target_bytes(lines)
-    return Stream(tokens, words=lambda: len(tokens) - 1, bytes=lambda: nbytes)
+    return Stream(tokens, words=lambda: len(tokens) - 1, bytes=lambda: nbytes, part=lambda n: (n - 1, None))
 
 
 def _target_bytes(lines: list[str]) -> int:

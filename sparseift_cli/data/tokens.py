@@ -24,13 +24,14 @@ BITS = {torch.uint8: 0xFF, torch.int16: 0xFFFF, torch.int32: 0xFFFFFFFF, torch.i
 class Stream:
     """The tokens of a split, one after the other: uint8, or int16 and int32 whose bits are read as unsigned, [N].
 
-    `words` and `bytes` count the text that all tokens but the first stand for: the first is never predicted. They are
-    asked for when an evaluation starts.
+    `words` and `bytes` count the text that all tokens but the first stand for: the first is never predicted. `part(n)` counts
+    both of the first n tokens, for evaluations of a part. They are asked for when an evaluation starts.
     """
 
     tokens: Tensor
     words: Callable[[], int | None] = lambda: None
     bytes: Callable[[], int | None] = lambda: None
+    part: Callable[[int], tuple[int | None, int | None]] = lambda n: (None, None)
 
 
 class TokenSet(DataSet):
@@ -168,9 +169,8 @@ class TokenLoader(InMemoryLoader):
             self.targets = Targets(self.steps * settings.batch_size * self.seq)
         else:
             whole = self._length == every
-            self.targets = Targets(
-                self._length - 1, stream.words() if whole else None, stream.bytes() if whole else None
-            )
+            words, nbytes = (stream.words(), stream.bytes()) if whole else stream.part(self._length)
+            self.targets = Targets(self._length - 1, words, nbytes)
 
     def assemble(self, ids: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
         starts = below(random, self._length - self.seq) if self._train else ids * self.seq

@@ -99,7 +99,7 @@ def test_words_with_line_ends(corpus: Path) -> None:
         7, words=7, bytes=len(" bird é sat\nthe end\n".encode())
     )
     assert Batches(dataset, "train", 1, seq=3, train=False).targets.bytes == len(" the cat sat \n\n the dog\n")
-    assert Batches(dataset, "valid", 2, seq=3, limit=1).targets == Targets(3)
+    assert Batches(dataset, "valid", 2, seq=3, limit=1).targets == Targets(3, words=3)
 
 
 def test_vocabularies_can_be_cut(corpus: Path) -> None:
@@ -114,6 +114,8 @@ def test_bytes(corpus: Path) -> None:
     text = "the bird é sat\nthe end".encode()
     assert bytes(dataset.stream("valid").tokens.tolist()) == text
     assert Batches(dataset, "valid", 2, seq=3).targets == Targets(len(text) - 1, words=7, bytes=len(text) - 1)
+    part = text[: 3 * 3 + 1]
+    assert Batches(dataset, "valid", 2, seq=3, limit=3).targets == Targets(9, words=len(part.split()), bytes=9)
     assert dataset.vocab == 256
     assert dataset.held_out == "valid"
 
