@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .api import audit, copy_masks, flops, inspect, load, masks, save, transform
+    from .api import audit, copy_masks, export, flops, inspect, load, masks, save, transform
     from .errors import ArtifactError, CheckFailed, SparseiftError, UsageError
     from .kernels.convert import to_masked, use_kernels
     from .kernels.storage import to_dense_state
@@ -27,6 +27,7 @@ __all__ = [
     "__version__",
     "audit",
     "copy_masks",
+    "export",
     "flops",
     "inspect",
     "load",

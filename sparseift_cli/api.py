@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from .base.registry import imports_nothing_for
 from .base.text import shape_text, some_of
 from .checkpoint import Checkpoint
-from .errors import CheckFailed, UsageError
+from .errors import ArtifactError, CheckFailed, UsageError, one_of
 from .models.request import Request
 from .models.source import as_call, build, load_table, shape_of
 from .plan.audit import Audit, to_json
@@ -31,6 +32,7 @@ from .transforms.artifact import BUFFERS, MASKS, WEIGHTS, is_artifact, is_run, o
 if TYPE_CHECKING:
     from torch import nn
 
+    from .transforms.export import Exported
     from .transforms.transformation import Options, Transformation
 
 M = TypeVar("M", bound="nn.Module")
@@ -216,8 +218,8 @@ def save(model: nn.Module, path: str | Path, *, force: bool = False, state_dict:
         ArtifactError: `path` exists (use `force` to replace a transformed model), or cannot be written.
     """
     from .kernels.convert import block_masks
-    from .kernels.storage import to_dense_state
     from .trace.symbolise import is_config
+    from .transforms.export import dense_form
     from .transforms.restore import unsaved_buffers, untied
 
     model, done = _transformed(model, "torch.save writes any module's state_dict")
@@ -230,7 +232,7 @@ def save(model: nn.Module, path: str | Path, *, force: bool = False, state_dict:
         passing = unsaved_buffers(model, done)
         if passing:
             tensors[BUFFERS] = passing
-    plain = to_dense_state(model.state_dict()) if state_dict and tensors else None
+    plain = dense_form(model).state_dict() if state_dict and tensors else None
     documents = _documents(done)
     config: Any = model.__dict__.get("config")
     if plain and is_config(config):
@@ -273,6 +275,77 @@ def load(
         if into is not None:
             raise UsageError(f"{path} is a run, which says how its model is built", hint="leave out into=")
         return load_trained(path, str(checkpoint), kernels=kernels, trust=trust).model
+
+
+def export(
+    source: nn.Module | str | Path,
+    path: str | Path,
+    to: str,
+    *,
+    example_input: Any = None,
+    checkpoint: str = "best",
+    trust: bool = False,
+    force: bool = False,
+) -> Exported:
+    """Write a model for other programs, its weights dense with their zeros; in one step, and tried where it can be.
+
+    Args:
+        source: a module, a run, or a folder that `save` wrote.
+        path: the folder (hf) or file to write.
+        to: "hf", "state_dict", "safetensors" or "onnx"; see `transforms.export.FORMATS`.
+        example_input: of a module, for hf and onnx: as for `transform`. A run or folder knows its own.
+        checkpoint, trust: as for `load`.
+        force: replace what an export wrote before.
+
+    Raises:
+        UsageError: the form cannot say what the model is, or a package is missing.
+        CheckFailed: what was written computes something else.
+        ArtifactError: the source cannot be read, or `path` exists or cannot be written.
+    """
+    from torch import inference_mode
+
+    from .transforms.export import FORMATS, export_model, require_free
+
+    one_of("format", to, tuple(FORMATS))
+    require_free(path, to, force=force)
+    with inference_mode(False):
+        if not isinstance(source, str | Path):
+            example = None if example_input is None else as_call(example_input)
+            return export_model(source, path, to, example=example, force=force)
+        _require_no_input(str(source), example_input)
+        with imports_nothing_for(None if trust else str(source)):
+            model, request, step = _with_source(source, checkpoint, trust=trust)
+            built = build(request) if request and to in ("hf", "onnx") else None
+        library, _, folder = request.source.partition(":") if request else ("", "", "")
+        done = export_model(
+            model,
+            path,
+            to,
+            example=(built.args, built.kwargs) if built else None,
+            source=Path(folder) if library == "hf" else None,
+            force=force,
+        )
+        return replace(done, step=step)
+
+
+def _with_source(path: str | Path, checkpoint: str, *, trust: bool) -> tuple[nn.Module, Request | None, int | None]:
+    """The module of a run or folder, with ordinary layers, the dense model that it was made from, and a run's step."""
+    from .transforms.restore import restore
+
+    if is_run(path):
+        from .runs.model import load_trained
+
+        trained = load_trained(path, str(checkpoint), kernels="masked", trust=trust)
+        return trained.model, trained.request, trained.checkpoint.step
+    if not is_artifact(path):
+        raise ArtifactError(
+            f"{path} is neither a run nor a folder of sparseift transform", hint="give a folder of runs/<recipe>/"
+        )
+    stored = open_artifact(path)
+    if not stored.weights.is_file():
+        raise UsageError(f"{path} holds a plan without weights", hint="transform again without --plan-only")
+    source = stored.provenance.get("source")
+    return restore(stored, None, "masked"), Request.from_json(source) if source else None, None
 
 
 def masks(model: nn.Module) -> dict[str, Any]:
@@ -407,6 +480,7 @@ __all__ = [
     "audit",
     "build",
     "copy_masks",
+    "export",
     "flops",
     "inspect",
     "load",

@@ -23,6 +23,7 @@ from ..errors import UsageError
 SUMMARIES = {
     "flops": "Count a model's FLOPs exactly, dense and transformed, layer by layer.",
     "transform": "Transform a model or checkpoint, and write it: weights, masks, plan and audit.",
+    "export": "Write a trained or transformed model for other programs: Hugging Face, PyTorch, safetensors, ONNX.",
     "inspect": "Show what a checkpoint holds, what the layers of a model are, or how far a training run got.",
     "train": "Train by a recipe: dense, or transformed with static or moving masks.",
     "report": "Report from run directories whether a transform helped, by how much, how sure that is, and at what cost.",

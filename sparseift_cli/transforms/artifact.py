@@ -170,9 +170,9 @@ def write(
             for name, content in tensors.items():
                 _save_tensors(temporary / name, content)
             if state_dict is not None:
-                import torch
+                from .export import save_state_dict
 
-                torch.save(state_dict, temporary / "state_dict.pt")
+                save_state_dict(state_dict, temporary / "state_dict.pt")
             temporary.chmod(0o755)
             replace_folder(folder, temporary)
     except OSError as error:

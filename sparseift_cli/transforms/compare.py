@@ -65,8 +65,8 @@ def deviation(
     Args:
         seeds: of the random numbers that the forward passes of `new` and `dense` draw.
     """
-    args, named = _real_inputs(dense, inputs, kwargs)
-    with torch.no_grad(), _eval_mode(new, dense):
+    args, named = real_inputs(dense, inputs, kwargs)
+    with torch.no_grad(), eval_mode(new, dense):
         try:
             found, want = (
                 _outputs(m, args, named, seed, exact=True) for m, seed in zip((new, dense), seeds, strict=True)
@@ -79,6 +79,17 @@ def deviation(
     largest = max((float(a.abs().max()) for a, _ in both), default=0.0)
     difference = max((float((a - b).abs().nan_to_num(nan=torch.inf).max()) for a, b in both), default=0.0)
     return difference / largest if largest else difference
+
+
+def largest_difference(new: nn.Module, model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+    """As `deviation`, computed in the dtype of the models: 0 where all outputs are equal to the bit."""
+    args, named = real_inputs(model, inputs, kwargs)
+    with torch.no_grad(), eval_mode(new, model):
+        found, want = (_outputs(m, args, named, 0, exact=False) for m in (new, model))
+    largest = max((float(t.abs().max()) for t in want if t.numel()), default=0.0)
+    both = [(a.double(), b.double()) for a, b in zip(found, want, strict=True) if a.numel()]
+    worst = max((float((a - b).abs().nan_to_num(nan=torch.inf).max()) for a, b in both), default=0.0)
+    return worst / largest if largest else worst
 
 
 def _outputs(
@@ -119,7 +130,7 @@ def first_difference(
     Args:
         positions: the modules to compare, by path: index of each dense channel along the channels of `new`, int64 [channels].
     """
-    args, named = _real_inputs(dense, inputs, kwargs)
+    args, named = real_inputs(dense, inputs, kwargs)
     seen: list[dict[str, Tensor]] = []
     for model in (dense, new):
         outputs: dict[str, Tensor] = {}
@@ -128,7 +139,7 @@ def first_difference(
             if isinstance(output, Tensor) and output.is_floating_point():
                 into.setdefault(path, output.double())
 
-        with torch.no_grad(), _eval_mode(model), ExitStack() as stack:
+        with torch.no_grad(), eval_mode(model), ExitStack() as stack:
             for path in positions:
                 hook = model.get_submodule(path).register_forward_hook(lambda _m, _a, out, path=path: keep(path, out))
                 stack.callback(hook.remove)
@@ -157,9 +168,10 @@ def _in_float64(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def _real_inputs(
+def real_inputs(
     model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Tensors of the same shapes and dtypes, on the device of `model`; one on meta or of zeros becomes random numbers or ids."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     given: tuple[Any, dict[str, Any]] = (inputs, dict(kwargs))
@@ -195,7 +207,7 @@ def _embedding_rows(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str,
 
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     if embeddings:
-        with ExitStack() as stack, torch.no_grad(), _eval_mode(model):
+        with ExitStack() as stack, torch.no_grad(), eval_mode(model):
             for module in embeddings:
                 stack.callback(module.register_forward_pre_hook(record).remove)
             model(*inputs, **kwargs)
@@ -203,7 +215,7 @@ def _embedding_rows(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str,
 
 
 @contextmanager
-def _eval_mode(*models: nn.Module) -> Iterator[None]:
+def eval_mode(*models: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards the training flags are as before."""
     training = [m for model in models for m in model.modules() if m.training]
     for model in models:
