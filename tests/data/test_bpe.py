@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import math
@@ -143,6 +144,19 @@ def test_a_large_vocabulary_has_ids_of_32_bits(corpus: Path) -> None:
     dataset = open_data("text", corpus, level="bpe", tokenizer=corpus / "large.json")
     assert dataset.vocab == 70_002 and dataset.stream("train").tokens.dtype == torch.int32
     assert set(dataset.stream("train").tokens.tolist()) == {70_000, 70_001}
+
+
+@needs_tokenizers
+def test_a_full_disk_is_one_line(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bpe, "write_header", full)
+        with pytest.raises(UsageError, match=r"cannot write into .*tokens: No space left on device"):
+            open_data("text", corpus, level="bpe", max_vocab=256)
+    assert [path.suffix for path in cache(corpus).iterdir()] == [".lock"]
+    assert open_data("text", corpus, level="bpe", max_vocab=256).vocab == 256
 
 
 def test_without_the_package_one_line_says_what_to_install(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:

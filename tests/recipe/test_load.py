@@ -395,6 +395,10 @@ def test_training_needs_data(tmp_path: Path) -> None:
             ("text", Path("a.txt"), {"level": "bytes", "max_vocab": None, "valid_percent": 5}),
         ),
         ("model: gpt2\ndata: tokens\n", ("tokens", None, {})),
+        (
+            "model: gpt2\ndata: {name: wikitext-103, level: bpe, tokenizer: t.json}\n",
+            ("wikitext-103", None, {"level": "bpe", "max_vocab": None, "tokenizer": "t.json"}),
+        ),
     ],
 )
 def test_arguments_of_open_data(tmp_path: Path, text: str, want: Any) -> None:
