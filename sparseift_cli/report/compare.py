@@ -367,7 +367,7 @@ def _reading_in_words(reading: CurveReading | None, side: _Side, budget: Budget,
             f"{side.name} has no evaluation by the {budget.title} at which {base.name} ended, so no curve is read there"
         )
     share = 100 * reading.progress
-    where = "after its end" if share >= 100 else f"{share:.0f} % of the way, its schedule not at the end"
+    where = "its end" if share >= 100 else f"{share:.0f} % of the way, its schedule not at the end"
     n = f"n={reading.n}" if reading.paired else f"n={len(base.rows)} and {len(side.rows)}"
     difference = _verdict(
         unit,

@@ -107,13 +107,13 @@ def test_a_curve_is_not_interpolated_and_may_have_no_point_by_then(tmp_path: Pat
     assert any("has no evaluation by the wall time at which net_dense ended" in note for note in found.notes)
 
 
-def test_a_faster_group_is_read_after_its_end(tmp_path: Path) -> None:
+def test_a_faster_group_is_read_at_its_end(tmp_path: Path) -> None:
     dense(tmp_path)
     wide(tmp_path, 60)
     found = compared(tmp_path)
     assert found.outcome == "refused" and found.curve is not None
     assert (found.curve.taken, found.curve.progress) == (60, 1)
-    assert any("60.0 s, after its end)" in note for note in found.notes)
+    assert any("60.0 s, its end)" in note for note in found.notes)
 
 
 def test_the_curve_at_equal_flops_too(tmp_path: Path) -> None:
