@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,10 +16,13 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..models.request import Request
+    from ..recipe.load import Recipe
+    from ..runs.model import Trained
     from ..transforms.transformation import Transformation
 
 HELP = """\
-SOURCE is what `sparseift flops` takes, or a checkpoint file. OUT is a folder; `sparseift_cli.load(OUT)` gives the module,
+SOURCE is what `sparseift flops` takes, a checkpoint file, or a run that trained a dense model. OUT is a folder;
+`sparseift_cli.load(OUT)` gives the module,
 and `sparseift flops OUT` and `sparseift inspect OUT` read it.
 
 Examples:
@@ -68,7 +72,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich")
     start=options.Declared(InitSpec, only=_START),
 )
 def transform(
-    source: Annotated[str, typer.Argument(help="As for flops, or a checkpoint file.", show_default=False)],
+    source: Annotated[str, typer.Argument(help="As for flops, or a checkpoint file or run.", show_default=False)],
     *,
     model: Model = None,
     state_dict: dict[str, Any],
@@ -99,6 +103,8 @@ def transform(
             panel=options.OUTPUT,
         ),
     ] = None,
+    of_run: Annotated[str | None, options.checkpoint_of_a_run(options.INPUT)] = None,
+    trust: Annotated[bool, options.trust_of_a_folder(options.INPUT)] = False,
     fmt: options.FormatOption = Format.table,
     json: options.Json = False,
     summary: options.Summary = False,
@@ -108,13 +114,14 @@ def transform(
     from ..models.request import Request, parse_input
 
     fmt = without_github(fmt, json, "transform")
+    run = _opened_run(source, of_run, trust=trust)
     init = InitSpec(**start, **state_dict)
     _require_output(output, init, force=force, plan_only=plan_only, export=export)
-    checkpoint = source if _is_checkpoint_file(source) else None
+    checkpoint = source if run is None and _is_checkpoint_file(source) else None
     if checkpoint is None and (model or init.key):
         raise UsageError("--model and --key are for checkpoint files", hint=f"{source} is a model")
     request = Request(model or "" if checkpoint else source, num_classes, parse_input(input_shape), seq, batch)
-    new, done = _convert(request, spec, start, init, checkpoint, seed, plan_only=plan_only)
+    new, done = _convert(request, spec, start, init, checkpoint, seed, plan_only=plan_only, run=run)
     if output is not None:
         from ..api import save
 
@@ -154,12 +161,19 @@ def _convert(
     seed: int,
     *,
     plan_only: bool,
+    run: Trained | None,
 ) -> tuple[nn.Module, Transformation]:
     """The transformed module; what the command line gives wins over the recipe."""
     from ..errors import UsageError
     from ..recipe.load import resolve_request
 
-    request, recipe = resolve_request(request) if request.source else (request, None)
+    recipe: Recipe | None = None
+    if run is not None:
+        known = run.request
+        size = {"image": request.image or known.image, "seq": request.seq or known.seq, "batch": request.batch}
+        request = replace(known, **size)
+    elif request.source:
+        request, recipe = resolve_request(request)
     given: dict[str, Any] = TransformSpec.overridden(recipe.transform if recipe else {}, spec)
     if "sparsity" not in given:
         raise UsageError("a transform needs its sparsity", hint="--sparsity 0.9")
@@ -173,6 +187,7 @@ def _convert(
         wanted,
         checkpoint=checkpoint,
         key=init.key,
+        dense=run.model if run and not plan_only else None,
         plan_only=plan_only,
         training=TrainingSpec(**recipe.training) if recipe else None,
         options=Options(
@@ -184,6 +199,24 @@ def _convert(
             preserve_slack=init.slack,
         ),
     )
+
+
+def _opened_run(source: str, checkpoint: str | None, *, trust: bool) -> Trained | None:
+    """The trained dense module of a run; None of any other source.
+
+    Raises:
+        UsageError: `source` is no run and an option for runs is given, or its model was transformed.
+    """
+    from ..errors import UsageError
+    from ..transforms.artifact import is_run
+
+    if not is_run(source):
+        if checkpoint is not None or trust:
+            raise UsageError("--checkpoint and --trust are for runs", hint=f"{source} is none")
+        return None
+    from ..runs.model import load_dense
+
+    return load_dense(source, checkpoint or "best", trust=trust)
 
 
 def _is_checkpoint_file(source: str) -> bool:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from ..base.metrics import LOSS, METRICS
 from ..base.options import not_read
+from ..base.text import shape_text
 from ..data import DATASETS
 from ..errors import SparseiftError, UsageError, did_you_mean
 from ..models.zoo import registry
 from ..plan.spec import InitSpec, TransformSpec
 from ..sparsity.algorithms import ALGORITHMS
+from ..transforms.artifact import is_run
 from . import schema
 from .defaults import defaults
 from .sections import Data
@@ -46,6 +49,7 @@ def resolve(tree: Mapping[str, Value], start: Location, problems: Problems) -> t
     if "model" not in tree and not any("model" in message for _, message in problems.found):
         problems.add(start, "the recipe names no model: add `model: resnet18`")
     given = {section: value.plain() for section, value in tree.items()}
+    _take_checkpoint(given, tree, start, problems)
     filled, label = defaults(given)
     known = {s: {k: v for k, v in values.items() if k in schema.fields(s, values)} for s, values in given.items()}
     merged = {
@@ -58,6 +62,59 @@ def resolve(tree: Mapping[str, Value], start: Location, problems: Problems) -> t
     problems.stop()
     assert spec is not None
     return spec, _origins(spec, tree, filled, label)
+
+
+def _take_checkpoint(given: dict[str, Any], tree: Mapping[str, Value], start: Location, problems: Problems) -> None:
+    """Of `model: CHECKPOINT`, a file or a run, make the model that it holds and `init.checkpoint`, in place."""
+    model, init = given.get("model") or {}, given.get("init") or {}
+    name = model.get("name")
+    if not isinstance(name, str) or ":" in name or not _is_checkpoint(name):
+        return
+    where = _location(tree, ["model", "name"], start)
+    if "start" not in init:
+        problems.add(
+            where, f"model: {name} has trained weights: add `init: preserve`, or `init: fresh` to draw new ones"
+        )
+    if init.get("checkpoint") is not None:
+        problems.add(_location(tree, ["init", "checkpoint"], start), f"init.checkpoint: model: {name} is one already")
+    try:
+        facts = _facts_of_checkpoint(name, init.get("key"))
+    except SparseiftError as error:
+        problems.add(where, _message("model", error))
+        problems.stop()
+        return
+    given["model"] = {**facts, **{key: value for key, value in model.items() if key != "name"}}
+    if init.get("start") == "preserve":
+        given["init"] = {**init, "checkpoint": name}
+
+
+def _is_checkpoint(name: str) -> bool:
+    path = Path(name)
+    return path.is_file() or is_run(path)
+
+
+def _facts_of_checkpoint(path: str, key: str | None) -> dict[str, Any]:
+    """The section `model` of what a checkpoint file or a run holds.
+
+    Raises:
+        SparseiftError: it cannot be read, or fits no model of the zoo.
+    """
+    if is_run(path):
+        from ..runs.directory import dense_request
+
+        request = dense_request(Path(path))
+        image = None if request.image is None else shape_text(request.image)
+        facts = {"num_classes": request.num_classes, "input": image, "seq": request.seq}
+        return {"name": request.source, **{name: value for name, value in facts.items() if value is not None}}
+    from ..models.weights import recognised
+
+    try:
+        match = recognised(path, key).match
+    except UsageError as error:
+        hint = f"name its model, and say init: {{start: preserve, checkpoint: {path}}}"
+        raise UsageError(error.message, hint=hint) from None
+    classes = match.resized_head()
+    return {"name": match.model, **({} if classes is None else {"num_classes": classes})}
 
 
 def _validate(merged: Any, tree: Mapping[str, Value], start: Location, problems: Problems) -> schema.Spec | None:

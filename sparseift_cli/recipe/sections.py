@@ -215,7 +215,8 @@ class Model(Section):
 
     SHORT: ClassVar[str | None] = "name"
     name: Annotated[str, AfterValidator(proper_source)] = Field(
-        description="A zoo model, torchvision:NAME, timm:NAME, hf:FOLDER or pkg.module:callable."
+        description="A zoo model, torchvision:NAME, timm:NAME, hf:FOLDER or pkg.module:callable; with `init` also a checkpoint "
+        "of a zoo model, or a run that trained a dense one."
     )
     num_classes: Count | None = Field(None, description="Classes of an image model. Default: those of the data.")
     input: str | None = Field(

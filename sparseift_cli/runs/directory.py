@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..base import atomic
-from ..errors import ArtifactError
+from ..errors import ArtifactError, UsageError
+from ..models.request import Request
 from . import provenance
 from .checkpoint import Checkpoints, Loaded
 from .metrics import Metrics
@@ -38,10 +39,49 @@ if TYPE_CHECKING:
 
 RECIPE, PLAN, AUDIT, PROVENANCE = "recipe.yaml", "plan.json", "audit.json", "provenance.json"
 METRICS, CHECKPOINTS, SUMMARY, LOCK = "metrics.jsonl", "checkpoints", "summary.json", "lock"
+MODEL, MODEL_SCHEMA = "model.json", "sparseift.run_model/1"
 _RUN = re.compile(r"(\d{8}T\d{6}Z)-([0-9a-f]{8})(?:\.(\d+))?")
 _SEED = re.compile(r"^  seed: (\d+)$", re.MULTILINE)
 ReadRecipe = Callable[[Path], str]
 _SHOWN = 40  # lines of a recipe's difference
+
+
+def model_facts(folder: Path) -> tuple[Request, Mapping[str, Any] | None]:
+    """The dense model of a run, and what was done to it as `Transformation.from_values` reads it; None: nothing.
+
+    Raises:
+        ArtifactError: the run does not say it, or its file is damaged.
+    """
+    if not (folder / MODEL).exists():
+        raise ArtifactError(
+            f"{folder} does not say how its model is built: it was begun by an older version",
+            hint="a run that is continued with `sparseift train ... --resume` keeps it from then on",
+        )
+    facts = atomic.read_json(folder / MODEL)
+    try:
+        if facts["schema"] != MODEL_SCHEMA:
+            raise ArtifactError(f"{folder / MODEL} is of the format {facts['schema']!r}, not {MODEL_SCHEMA!r}")
+        return Request.from_json(facts["request"]), facts["transformation"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(
+            f"{folder / MODEL}: unexpected content: {error!r}", hint="the run directory is damaged"
+        ) from None
+
+
+def dense_request(folder: Path) -> Request:
+    """The model of a run that trained a dense one.
+
+    Raises:
+        UsageError: the run trained a transformed model.
+        ArtifactError: as `model_facts`.
+    """
+    request, done = model_facts(folder)
+    if done is not None:
+        raise UsageError(
+            f"{folder} trained a transformed model already",
+            hint="give a run of the dense model; sparseift export writes this one for other programs",
+        )
+    return request
 
 
 def recipe_hash(text: str) -> str:

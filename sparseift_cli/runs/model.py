@@ -32,13 +32,12 @@ from ..transforms.restore import (
 from ..transforms.surgery import apply_surgery
 from ..transforms.transformation import Transformation, record
 from .checkpoint import TENSORS, Checkpoints, Loaded
-from .directory import CHECKPOINTS, RECIPE, RunDirectory
+from .directory import CHECKPOINTS, MODEL, MODEL_SCHEMA, RECIPE, RunDirectory, dense_request, model_facts
 
 if TYPE_CHECKING:
     from ..recipe.load import Recipe
 
-SCHEMA = "sparseift.run_model/1"
-MODEL, BUFFERS = "model.json", "buffers.safetensors"
+BUFFERS = "buffers.safetensors"
 _WEIGHTS, _MASKS = "model/", "masks/"  # how `train.state` names them in a checkpoint
 
 
@@ -86,7 +85,7 @@ def keep_model(folder: Path, model: nn.Module, request: Request, done: Transform
 
         atomic.write_file(folder / BUFFERS, save({k: t.detach().cpu().contiguous() for k, t in buffers.items()}))
     values = None if done is None else {k: v for k, v in done.to_values().items() if k != "buffers"}
-    atomic.write_json(folder / MODEL, {"schema": SCHEMA, "request": request.to_json(), "transformation": values})
+    atomic.write_json(folder / MODEL, {"schema": MODEL_SCHEMA, "request": request.to_json(), "transformation": values})
 
 
 def load_trained(path: str | Path, checkpoint: str = "best", *, kernels: str = "auto", trust: bool = False) -> Trained:
@@ -114,6 +113,16 @@ def load_trained(path: str | Path, checkpoint: str = "best", *, kernels: str = "
     return Trained(model, request, recipe, loaded, best)
 
 
+def load_dense(path: str | Path, checkpoint: str = "best", *, trust: bool = False) -> Trained:
+    """As `load_trained`, of a run that trained a dense model: what a transform starts at.
+
+    Raises:
+        UsageError: the run trained a transformed model.
+    """
+    dense_request(Path(path))
+    return load_trained(path, checkpoint, trust=trust)
+
+
 def _chosen(folder: Path, recipe: Recipe, which: str) -> tuple[Loaded, bool]:
     """The checkpoint that is meant, and whether it is the best."""
     better: Literal["lowest", "highest"] = (
@@ -135,19 +144,10 @@ def _chosen(folder: Path, recipe: Recipe, which: str) -> tuple[Loaded, bool]:
 
 
 def _read(folder: Path) -> tuple[Request, Transformation | None]:
-    if not (folder / MODEL).exists():
-        raise ArtifactError(
-            f"{folder} does not say how its model is built: it was begun by an older version",
-            hint="a run that is continued with `sparseift train ... --resume` keeps it from then on",
-        )
+    request, values = model_facts(folder)
     try:
-        facts = atomic.read_json(folder / MODEL)
-        if facts["schema"] != SCHEMA:
-            raise ArtifactError(f"{folder / MODEL} is of the format {facts['schema']!r}, not {SCHEMA!r}")
-        values: Mapping[str, Any] | None = facts["transformation"]
         buffers = read_tensors(folder / BUFFERS) if (folder / BUFFERS).exists() else {}
-        done = None if values is None else Transformation.from_values({**values, "buffers": buffers})
-        return Request.from_json(facts["request"]), done
+        return request, None if values is None else Transformation.from_values({**values, "buffers": buffers})
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ArtifactError(
             f"{folder / MODEL}: unexpected content: {error!r}", hint="the run directory is damaged"

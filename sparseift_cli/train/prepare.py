@@ -30,10 +30,11 @@ from ..plan.audit import Audit, audit
 from ..plan.spec import TrainingSpec, TransformSpec
 from ..recipe.load import DTYPES, Recipe, require_data, run_steps, why_masked
 from ..recipe.open_arguments import open_arguments
-from ..runs.model import primary_metric
+from ..runs.model import load_dense, primary_metric
 from ..sparsity.sparsifier import Sparsifier
 from ..trace.build import trace
-from ..transforms.convert import convert
+from ..transforms.artifact import is_run
+from ..transforms.convert import build_trained, convert
 from ..transforms.edits import Masked
 from ..transforms.initialise import zero_residuals
 from ..transforms.transformation import Options, Transformation
@@ -289,10 +290,14 @@ def _model(
 ) -> tuple[nn.Module, Transformation | None, Audit]:
     spec = recipe.spec
     request = request_of(spec, dataset)
+    checkpoint = spec.init.checkpoint if spec.init.start == "preserve" else None
+    dense = load_dense(checkpoint, trust=True).model if checkpoint and is_run(checkpoint) else None
+    checkpoint = None if dense is not None else checkpoint
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if spec.transform is None:
-            built = build(request, device="cpu")
+            built, _ = build_trained(request, checkpoint, spec.init.key)
+            built = built if dense is None else replace(built, model=dense)
             table = trace(built.model, built.args, built.kwargs, name=built.name, input_shape=built.input_shape).table
             return built.model, None, audit(table, training)
         options = Options(
@@ -304,10 +309,8 @@ def _model(
             scores=_ranking(spec, train, seed, fit),
         )
         wanted = TransformSpec.of(recipe.transform)
-        checkpoint = spec.init.checkpoint if spec.init.start == "preserve" else None
-        model, done = convert(
-            request, wanted, checkpoint=checkpoint, key=spec.init.key, training=training, options=options
-        )
+        given: dict[str, Any] = {"checkpoint": checkpoint, "key": spec.init.key, "dense": dense}
+        model, done = convert(request, wanted, **given, training=training, options=options)
         return model, done, audit(done.plan, training)
 
 

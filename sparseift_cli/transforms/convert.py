@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 from ..models.request import Request
-from ..models.source import build
+from ..models.source import Built, build
 from ..models.weights import load_into, recognised
 from ..plan.spec import TrainingSpec, TransformSpec
 from .initialise import trained_norm
@@ -26,6 +26,7 @@ def convert(
     *,
     checkpoint: str | None = None,
     key: str | None = None,
+    dense: nn.Module | None = None,
     training: TrainingSpec | None = None,
     options: Options | None = None,
     plan_only: bool = False,
@@ -35,6 +36,7 @@ def convert(
     Args:
         request: what to build. Without a source, the zoo model that fits the checkpoint is built.
         checkpoint: path of a file with weights; `key` names the state dict in it, where it has several.
+        dense: the trained module of `request` itself, as a run has it, in place of a checkpoint.
         training: how training FLOPs are counted and, with match train, matched.
         plan_only: stay on the meta device: planned, resized and counted, without memory for weights.
 
@@ -46,16 +48,12 @@ def convert(
             what becomes of them (`Options.start`).
         CheckFailed: no density fits the budget, or the new module does not have the planned cost.
     """
-    opened: Checkpoint | None = None
-    match: Match | None = None
     chosen = plan_only or (options is not None and options.start is not None)
-    if checkpoint is not None:
-        if not chosen:
-            raise _undecided(f"{checkpoint} has trained weights")
-        opened, match, request = _with_checkpoint(request, checkpoint, key)
-    built = build(request, device="meta" if plan_only else "cpu")
-    if opened is not None and not plan_only:
-        load_into(built.model, opened, match)
+    if checkpoint is not None and not chosen:
+        raise _undecided(f"{checkpoint} has trained weights")
+    built, request = build_trained(request, checkpoint, key, plan_only=plan_only)
+    if dense is not None:
+        built = replace(built, model=dense, trained=True)
     if not chosen and built.trained:
         raise _undecided(f"{request.source} has trained weights")
     if not chosen and (norm := trained_norm(built.model)):
@@ -73,6 +71,24 @@ def convert(
     done = replace(done, source=request.to_json())
     record(new, done)
     return new, done
+
+
+def build_trained(
+    request: Request, checkpoint: str | None = None, key: str | None = None, *, plan_only: bool = False
+) -> tuple[Built, Request]:
+    """The dense model with the weights of `checkpoint`, and the request that the checkpoint completes (name, classes).
+
+    Raises:
+        UsageError, CheckpointError: no such source, or a checkpoint that does not fit it.
+    """
+    opened: Checkpoint | None = None
+    match: Match | None = None
+    if checkpoint is not None:
+        opened, match, request = _with_checkpoint(request, checkpoint, key)
+    built = build(request, device="meta" if plan_only else "cpu")
+    if opened is not None and not plan_only:
+        load_into(built.model, opened, match)
+    return built, request
 
 
 def _undecided(what: str) -> UsageError:

@@ -163,7 +163,7 @@ def test_from_pretrained_loads_the_same_elsewhere(
     transformers: Any = importlib.import_module("transformers")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 32, "vocab_size": 64}
+    sizes: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 32, "vocab_size": 96}
     more = {"intermediate_size": 64, "max_position_embeddings": 32} if family == "llama" else {"n_positions": 32}
     config = transformers.AutoConfig.for_model(family, **sizes, **more, bos_token_id=1, eos_token_id=2)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained("dense")
