@@ -32,7 +32,7 @@ from ..mask.attached import (
     with_gaps,
 )
 from ..mask.layout import Layout
-from ..mask.patterns import has_pattern, parse_pattern
+from ..mask.patterns import Block, has_pattern, parse_pattern
 from .conv import BlockConv2d
 from .copies import forget_copies
 from .layer import BlockLayer
@@ -180,7 +180,7 @@ def _why_not(module: nn.Module, attribute: str, shared: Mapping[int, int]) -> st
     if any(getattr(module, hooks, None) for hooks in _HOOKS) or hasattr(module, "parametrizations"):
         return f"this {type(module).__name__} has hooks or parametrizations"
     pattern = pattern_of(module, _WEIGHT)
-    if parse_pattern(pattern).unit == 1:
+    if not isinstance(parse_pattern(pattern), Block) or pattern == "1x1":
         return f"{pattern} masks have no kernel"
     return _why_no_blocks(module, weight, pattern)
 

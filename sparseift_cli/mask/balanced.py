@@ -24,7 +24,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .select import equal_shares
+from .quotas import best_of_rows, best_with_quotas
+from .select import equal_shares, rows_at_once
 
 
 def balanced_masks(
@@ -66,6 +67,60 @@ def balanced_masks(
         chosen += [filled[i] for i in torch.randperm(len(filled), generator=generator).tolist()]
     cells = torch.stack(chosen, 1)  # [R, C, K]
     return [cells[:, :, k] == 1 for k in range(len(counts))]
+
+
+def masks_with_even_rows(
+    grid: tuple[int, int], counts: Sequence[int], generator: torch.Generator, *, balance: tuple[int, int] = (1, 1)
+) -> list[Tensor]:
+    """Random masks [*grid] with `counts` True, no cell in two of them; rows alone are balanced.
+
+    Arguments as in `balanced_masks`.
+    """
+    rows, columns = grid
+    left = _in_rows([*counts, rows * columns - sum(counts)], rows, balance[0], generator)
+    masks = [torch.zeros(grid, dtype=torch.bool) for _ in counts]
+    width = columns // balance[1]
+    for b, block in enumerate(_split(left, balance[1], generator)):
+        for part in torch.arange(rows).split(rows_at_once(width)):
+            # the place that each cell has in a random order of its row
+            place = torch.rand(len(part), width, generator=generator, dtype=torch.float64).argsort(1)
+            ends = block[part].cumsum(1)
+            for k, mask in enumerate(masks):
+                begins = ends[:, k - 1 : k] if k else 0
+                mask[part, b * width : (b + 1) * width] = (place >= begins) & (place < ends[:, k : k + 1])
+    return masks
+
+
+def best_even_mask(
+    scores: Tensor,
+    n: int,
+    generator: torch.Generator,
+    *,
+    columns: bool,
+    balance: tuple[int, int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """The mask [R, C] with `n` True and balanced rows of the highest `scores` [R, C]; with `columns` these are balanced too.
+
+    Ties are ranked at random, and so is who has one more. Arguments as in `balanced_masks`.
+    """
+    grid, key = tuple(scores.shape), int(torch.randint(1 << 62, (1,), generator=generator))
+    size, width = grid[0] // groups, grid[1] // balance[1]
+    found = list[Tensor]()
+    for part, share in zip(scores.split(size), equal_shares([n], groups)[0], strict=True):
+        rows = _in_rows([share, size * grid[1] - share], size, balance[0], generator)
+        blocks = [block[:, 0] for block in _split(rows, balance[1], generator)]
+        allowed = torch.ones(size, width, dtype=torch.bool)
+        made = list[Tensor]()
+        for own, keys in zip(blocks, part.split(width, 1), strict=True):
+            if columns:
+                even = torch.tensor(equal_shares([int(own.sum())], width)[0])
+                quota = even[torch.randperm(width, generator=generator)]
+                made.append(best_with_quotas(keys, allowed, own, quota, key))
+            else:
+                made.append(best_of_rows(keys, allowed, own, key))
+        found.append(torch.cat(made, 1))
+    return torch.cat(found)
 
 
 def _in_rows(counts: Sequence[int], rows: int, blocks: int, generator: torch.Generator) -> Tensor:

@@ -24,10 +24,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, ClassVar, Protocol, Self
+from zlib import crc32
 
 from ..base.registry import Registry
 from ..errors import UsageError
@@ -64,6 +66,8 @@ class MaskPattern:
     """Whether mask algorithms may move its cells. Else it works with static masks alone, and `draw` may ignore cells."""
     unrestricted: ClassVar[bool] = False
     """Whether the cells are all single weights: any set of weights is a mask of this pattern."""
+    by_layer: ClassVar[bool] = False
+    """Whether a plan gives every layer another form of it: `for_layer`."""
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
@@ -74,6 +78,14 @@ class MaskPattern:
     def name(self) -> str:
         """What messages call it."""
         return type(self).__name__
+
+    def moves_with(self, keeps_rows: bool, keeps_columns: bool) -> bool:
+        """Whether masks keep it under an algorithm by which rows, or columns, keep their numbers of non-zeros."""
+        return self.movable
+
+    def for_layer(self, weight: str, whole: bool = True) -> MaskPattern:
+        """The form of it that the layer has whose weight is called so; not `whole`: one of several layers in that weight."""
+        return self
 
     # --- what the plan counts ---
 
@@ -342,6 +354,143 @@ class NofM(MaskPattern):
             raise UsageError(f"{len(nnzs)} disjoint {self.name} masks need groups of {groups} inputs or more")
 
 
+@dataclass(frozen=True, slots=True)
+class Shuffled(MaskPattern):
+    """Blocks after a random order of each layer's outputs, and of its inputs: shuffled:64x64.
+
+    Every output then shares its inputs with others than its neighbours, which is all that blocks ask of it, and no block kernel
+    computes them. All taps of an input stay together. `shuffled:64x64:7` is another order; a plan gives each layer one of its
+    own, by a number made of this one and the name of its weight.
+    """
+
+    by_layer: ClassVar[bool] = True
+
+    block: Block
+    seed: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        found = re.fullmatch(r"shuffled:(\d+x\d+)(?::(\d+))?", text)
+        block = Block.parse(found[1]) if found else None
+        return cls(block, int(found[2] or 0)) if found and block else None
+
+    @property
+    def name(self) -> str:
+        return f"shuffled:{self.block.name}" + (f":{self.seed}" if self.seed else "")
+
+    def for_layer(self, weight: str, whole: bool = True) -> MaskPattern:
+        return replace(self, seed=1 + crc32(f"{self.seed} {weight}".encode()) % 999_999) if whole else self.block
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        return self.block.sides
+
+    @property
+    def width_multiple(self) -> int:
+        return self.block.width_multiple
+
+    def to_cells(self, layout: Layout, matrix: Tensor) -> Tensor:
+        """Sums over each cell: [rows, columns], brought into the random order, to [cell rows, cell columns]."""
+        rows, columns, _, _ = _orders(self.seed, layout, str(matrix.device))
+        return self.block.to_cells(layout, matrix[rows][:, columns])
+
+    def from_cells(self, layout: Layout, cells: Tensor) -> Tensor:
+        """A mask of cells [cell rows, cell columns] as [rows, columns], brought back from the random order."""
+        _, _, rows, columns = _orders(self.seed, layout, str(cells.device))
+        return self.block.from_cells(layout, cells)[rows][:, columns]
+
+    def draw_disjoint(
+        self,
+        layout: Layout,
+        nnzs: Sequence[int],
+        generator: torch.Generator,
+        *,
+        connect: bool = True,
+        balance: tuple[int, int] = (1, 1),
+    ) -> list[Tensor]:
+        """Random masks [rows, columns] as of blocks, but without equal shares for heads: rows of blocks have outputs of all."""
+        return MaskPattern.draw_disjoint(self, layout, nnzs, generator, connect=connect)
+
+
+@lru_cache(maxsize=1024)
+def _orders(seed: int, layout: Layout, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A random order of the rows [R], in each group, and of the columns [C], by channel; and their inverses. On the device."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    size = layout.rows // layout.groups
+    groups = [g * size + torch.randperm(size, generator=generator) for g in range(layout.groups)]
+    rows, channels = torch.cat(groups), torch.randperm(layout.channels, generator=generator)
+    columns = (channels[:, None] * layout.taps + torch.arange(layout.taps)).flatten()
+    rows, columns, row_back, column_back = (t.to(device) for t in (rows, columns, rows.argsort(), columns.argsort()))
+    return rows, columns, row_back, column_back
+
+
+@dataclass(frozen=True, slots=True)
+class Even(MaskPattern):
+    """Single weights with constant fan-in: outputs differ by at most one in their number of non-zeros.
+
+    With `columns` the fan-out is constant too: so do the inputs of a group, at each tap. Where the number of non-zeros is no
+    multiple of the rows, random ones have one more: so budgets are met exactly. Masks stay so under balanced growth alone.
+    """
+
+    movable: ClassVar[bool] = False
+
+    columns: bool = False
+
+    @property
+    def name(self) -> str:
+        return "fan_in_out" if self.columns else "fan_in"
+
+    def moves_with(self, keeps_rows: bool, keeps_columns: bool) -> bool:
+        return keeps_rows and (keeps_columns or not self.columns)
+
+    def draw(
+        self,
+        layout: Layout,
+        nnz: int,
+        generator: torch.Generator,
+        scores: Tensor | None = None,
+        *,
+        connect: bool = True,
+        balance: tuple[int, int] = (1, 1),
+    ) -> Tensor:
+        """A mask [rows, columns] with `nnz` True: at random, or of the best `scores` [rows, columns] of each row."""
+        from .balanced import best_even_mask
+        from .select import without_nan
+
+        if scores is None:
+            (mask,) = self.draw_disjoint(layout, [nnz], generator, balance=balance)
+            return mask
+        return best_even_mask(
+            without_nan(scores), nnz, generator, columns=self.columns, balance=balance, groups=layout.groups
+        )
+
+    def draw_disjoint(
+        self,
+        layout: Layout,
+        nnzs: Sequence[int],
+        generator: torch.Generator,
+        *,
+        connect: bool = True,
+        balance: tuple[int, int] = (1, 1),
+    ) -> list[Tensor]:
+        """Random masks [rows, columns] that share no place, each with even rows, and columns where those are to be even."""
+        from .balanced import balanced_masks, masks_with_even_rows
+
+        grid = layout.rows, layout.columns
+        if self.columns:
+            return balanced_masks(grid, nnzs, generator, balance=balance, groups=layout.groups)
+        return masks_with_even_rows(grid, nnzs, generator, balance=balance)
+
+    def has(self, layout: Layout, mask: Tensor) -> bool:
+        """Whether the rows of a mask [rows, columns], and with `columns` the columns of each group, differ by at most one."""
+        counts = [mask.sum(1)[None]]
+        if self.columns:
+            counts.append(mask.unflatten(0, (layout.groups, -1)).sum(1))
+        return all(bool((n.amax(1) - n.amin(1) <= 1).all()) for n in counts)
+
+
 def _listed(nnzs: Sequence[int]) -> str:
     return " + ".join(map(str, nnzs)) or "no"
 
@@ -356,12 +505,19 @@ def _why_not(entry: object) -> str | None:
 
 
 UNSTRUCTURED = Unstructured()
-SHIPPED: dict[str, MaskPattern | type[MaskPattern]] = {"unstructured": UNSTRUCTURED, "n_of_m": NofM, "blocks": Block}
+SHIPPED: dict[str, MaskPattern | type[MaskPattern]] = {
+    "unstructured": UNSTRUCTURED,
+    "n_of_m": NofM,
+    "blocks": Block,
+    "shuffled": Shuffled,
+    "fan_in": Even(),
+    "fan_in_out": Even(columns=True),
+}
 PATTERNS = Registry[MaskPattern | type[MaskPattern]]("mask pattern", "patterns", SHIPPED, check=_why_not)
 """Patterns, and classes of patterns that are written with numbers."""
 
-WRITTEN = r"^(unstructured|\d+:\d+|\d+x\d+|[A-Za-z_][\w.-]*(:[A-Za-z_][\w.]*)?)$"
-"""How a pattern is written, as a regular expression: 2:4, 4x4, a name, package.module:Name."""
+WRITTEN = r"^(unstructured|\d+:\d+|\d+x\d+|shuffled:\d+x\d+(:\d+)?|[A-Za-z_][\w.-]*(:[A-Za-z_][\w.]*)?)$"
+"""How a pattern is written, as a regular expression: 2:4, 4x4, shuffled:4x4, a name, package.module:Name."""
 
 AUTO = "auto"
 _CHOSEN = re.compile(rf"{AUTO}|blocks([1-9]\d*)")
@@ -379,7 +535,7 @@ def side_of_blocks(text: str) -> int | None:
 
 
 def parse_pattern(text: str) -> MaskPattern:
-    """The pattern that is written so: `unstructured`, `2:4`, `4x4`, a registered name, or `package.module:Name`.
+    """The pattern that is written so: `unstructured`, `2:4`, `4x4`, `shuffled:4x4`, a registered name, `package.module:Name`.
 
     >>> parse_pattern("4x4").room(Layout((10, 9)))  # 2 x 2 whole blocks of 16
     64
@@ -395,7 +551,10 @@ def parse_pattern(text: str) -> MaskPattern:
     if found is None:
         others = [name for name in PATTERNS if name not in SHIPPED]
         more = f"; or {', '.join(others)}" if others else ""
-        raise UsageError(f"unknown pattern {text!r}", hint=f"use unstructured, N:M (2:4) or a block RxC (4x4){more}")
+        raise UsageError(
+            f"unknown pattern {text!r}",
+            hint=f"use unstructured, N:M (2:4), a block RxC (4x4), shuffled:RxC, fan_in or fan_in_out{more}",
+        )
     return found
 
 

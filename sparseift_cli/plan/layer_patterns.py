@@ -21,7 +21,7 @@ from fractions import Fraction
 from math import floor
 from typing import TYPE_CHECKING
 
-from ..mask.patterns import is_chosen, side_of_blocks
+from ..mask.patterns import MaskPattern, is_chosen, parse_pattern, side_of_blocks
 from .layer_plan import EXPERTS, LayerPlan
 
 if TYPE_CHECKING:
@@ -54,7 +54,9 @@ def allocate_in_patterns(
         UsageError, CheckFailed: what `allocate` raises.
     """
     if not is_chosen(spec.pattern):
-        return allocate([replace(p, pattern=spec.pattern) if p.status == "transformed" else p for p in layers])
+        pattern = parse_pattern(spec.pattern)
+        own = _with_own if pattern.by_layer else lambda row, _: replace(row, pattern=spec.pattern)
+        return allocate([own(p, pattern) if p.status == "transformed" else p for p in layers])
     side = side_of_blocks(spec.pattern)
     choices = _choices(layers, sizes, *((BLOCKS, LEAST) if side is None else ((side,), LEAST_NAMED)))
     found = allocate(layers)
@@ -67,6 +69,13 @@ def allocate_in_patterns(
         again = [row.pattern for row in patterned] != [row.pattern for row in found[0]]
         found = allocate(patterned)
     return found
+
+
+def _with_own(row: LayerPlan, pattern: MaskPattern) -> LayerPlan:
+    """A transformed row in its form of a pattern that has another one for every layer."""
+    whole = row.layer.start is None and not row.layer.stacked and row.layer.kind != EXPERTS
+    why = "" if whole else "one of several layers in a weight: its channels keep their order"
+    return replace(row, pattern=pattern.for_layer(_weight(row), whole).name, why_pattern=why)
 
 
 @dataclass

@@ -162,7 +162,9 @@ class TransformSpec:
     pattern: Annotated[
         str,
         Option(
-            "Where zeros may be: unstructured, N:M (2:4), blocks (4x4), package.module:Name; or auto, for each layer the largest "
+            "Where zeros may be: unstructured, N:M (2:4), blocks (4x4), blocks after a random order of each layer's channels "
+            "(shuffled:64x64), single weights with constant fan-in (fan_in) or fan-in and fan-out (fan_in_out), "
+            "package.module:Name; or auto, for each layer the largest "
             "blocks of 128, 64 or 32 that are at least four a row, unstructured where there are none; or blocks64, those of 64 "
             "where there are two a row.",
             panel=_TRANSFORM,

@@ -254,6 +254,11 @@ class MaskAlgorithm:
         return tuple(f.name for f in fields(cls))
 
     @property
+    def keeps(self) -> tuple[bool, bool]:
+        """Whether every row, and every column, of a weight keeps its number of non-zeros when masks move."""
+        return False, False
+
+    @property
     def moves(self) -> bool:
         """Whether any mask can differ from the planned one."""
         return self.drops_and_grows or self.start_density is not None
@@ -338,6 +343,11 @@ class DropAndGrow(Scheduled):
     def balanced(self) -> bool:
         """Whether rows and columns of a weight keep their numbers of active places in an update: by its option `growth`."""
         return getattr(self, "growth", None) == "balanced"
+
+    @property
+    def keeps(self) -> tuple[bool, bool]:
+        rows = self.balanced and self.start_density is None
+        return rows, rows and self.regrow == "allow"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ def find_weights(
     layouts: Mapping[str, MaskLayout],
     *,
     moves: bool,
+    keeps: tuple[bool, bool] = (False, False),
 ) -> list[SparseWeight]:
     """Every weight with a mask, in the order of the modules.
 
@@ -30,6 +31,7 @@ def find_weights(
         pattern: of all masks; None for the one kept beside each mask.
         layouts: pattern, groups and transposition of single weights, in place of what their modules have.
         moves: whether any mask will change.
+        keeps: whether rows, and columns, keep their numbers of non-zeros then.
 
     Raises:
         UsageError: a weight that is trained but by none of the optimisers; a mask whose weight is no parameter any more; a
@@ -44,7 +46,7 @@ def find_weights(
         )
     found = list[SparseWeight]()
     for name in mask_names(model):
-        weight = _find_weight(model, name, pattern, layouts, moves=moves)
+        weight = _find_weight(model, name, pattern, layouts, moves, keeps)
         if weight.parameter.requires_grad and id(weight.parameter) not in held:
             hint = "give all optimisers, Sparsifier(model, [muon, adamw]), or freeze it"
             if not weight.stores_zeros:
@@ -58,7 +60,12 @@ def find_weights(
 
 
 def _find_weight(
-    model: nn.Module, name: str, pattern: str | None, layouts: Mapping[str, MaskLayout], *, moves: bool
+    model: nn.Module,
+    name: str,
+    pattern: str | None,
+    layouts: Mapping[str, MaskLayout],
+    moves: bool,
+    keeps: tuple[bool, bool],
 ) -> SparseWeight:
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
@@ -76,4 +83,4 @@ def _find_weight(
         "transposed": is_transposed(module),
     }
     form |= layouts.get(name, MaskLayout())
-    return SparseWeight(name, module, attribute, form, moves=moves)
+    return SparseWeight(name, module, attribute, form, moves=moves, keeps=keeps)

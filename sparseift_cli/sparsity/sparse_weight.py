@@ -41,15 +41,28 @@ class SparseWeight:
     stores_zeros: ClassVar[bool] = True
     """Whether the parameter has places outside the mask, so that gradients must be masked."""
 
-    def __init__(self, name: str, module: nn.Module, attribute: str, form: MaskLayout, *, moves: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        attribute: str,
+        form: MaskLayout,
+        *,
+        moves: bool,
+        keeps: tuple[bool, bool] = (False, False),
+    ) -> None:
         self.name = name
         self._module, self._attribute = module, attribute
         self.parameter: nn.Parameter = module._parameters[attribute]  # pyright: ignore[reportAttributeAccessIssue]
         pattern = parse_pattern(form.get("pattern", "unstructured"))
-        if moves and not pattern.movable:
+        if moves and not pattern.moves_with(*keeps):
+            balanced = pattern.moves_with(True, True)
             raise UsageError(
-                f"the mask of {name} is {pattern.name}, which only static sparsity keeps",
-                hint="use algorithm static, or an unstructured or block pattern",
+                f"the mask of {name} is {pattern.name}, which only "
+                + ("static sparsity and balanced growth keep" if balanced else "static sparsity keeps"),
+                hint="use algorithm static, "
+                + ("growth balanced with regrow allow, " if balanced else "")
+                + "or an unstructured or block pattern",
             )
         self.pattern, self._wanted = pattern if pattern.movable else UNSTRUCTURED, pattern
         self._layout = Layout(tuple(self.parameter.shape), form.get("groups", 1), form.get("transposed", False))

@@ -40,7 +40,7 @@ from ..base.text import some_of
 from ..errors import UsageError, one_of
 from ..kernels.copies import warn_of_averages
 from ..mask.attached import capturing, copy_masks, unwatch, unwrapped
-from ..mask.patterns import is_chosen
+from ..mask.patterns import is_chosen, parse_pattern
 from ..mask.saliency import MaskLayout
 from .agreement import Adopted, clear_states, fit_masks, in_words, setting_changes
 from .algorithms import MaskAlgorithm, WeightView, choose_algorithm
@@ -168,8 +168,10 @@ class Sparsifier(MaskUpdates):
         super().__init__(*choose_algorithm(algorithm, options), total_steps, seed, optimizers)
         self.check_finite, self._model = check_finite, unwrapped(model)
         pattern = plan.spec.pattern if plan else None  # pyright: ignore[reportAttributeAccessIssue]
-        pattern = None if pattern is None or is_chosen(pattern) else pattern  # each mask has its own beside it
-        weights = find_weights(self._model, self.optimizers, pattern, layouts or {}, moves=self.algorithm.moves)
+        if pattern is not None and (is_chosen(pattern) or parse_pattern(pattern).by_layer):
+            pattern = None  # each mask has its own beside it
+        moves, keeps = self.algorithm.moves, self.algorithm.keeps
+        weights = find_weights(self._model, self.optimizers, pattern, layouts or {}, moves=moves, keeps=keeps)
         if not weights and self.algorithm.masked:
             raise UsageError("the model has no sparse weights", hint="transform it first, or use algorithm dense")
         self._start_with(weights)
