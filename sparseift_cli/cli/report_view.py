@@ -18,6 +18,7 @@ from ..report.report import Comparison, Report
 from ..report.terminal import bar, can_show_blocks, curves_by_group, curves_by_run, sparkline
 from .options import Format
 from .output import render
+from .report_sweep_view import sweep_json, sweep_sheets
 
 SCHEMA = "sparseift.report/1"
 _STATES = {"finished": "green", "running": "cyan", "stopped": "yellow"}
@@ -157,6 +158,7 @@ class ReportView:
         sheets = [self._main(fmt, plain)]
         if not self.by_run:
             sheets += [s for s in (self._unfinished(fmt, plain), self._comparisons(fmt)) if s.rows]
+            sheets += sweep_sheets(self.report)
         if self.report.reference:
             sheets.append(self._reference(fmt))
         if self.report.spectra:
@@ -189,6 +191,7 @@ class ReportView:
                     ]
                 }
             ),
+            **({} if self.by_run else sweep_json(self.report)),
             "comparisons": [comparison_json(c, self.report.at) for c in report.comparisons],
             "reference": [published_row_json(b) for b in report.reference],
             **_spectra_payload(report),

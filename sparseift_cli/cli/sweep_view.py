@@ -128,9 +128,10 @@ def show_sweep(
     """A line a point: the means over its seeds; below, what failed."""
     results = [result for result in results if result]
     points = {point.name: point for point in sweep.points}
-    rows = []
-    for name in dict.fromkeys(result["recipe"] for result in results):
-        rows.append(_row(sweep, name, [result for result in results if result["recipe"] == name]))
+    by_name: dict[str, list[Mapping[str, Any]]] = {}
+    for result in results:
+        by_name.setdefault(result["recipe"], []).append(result)
+    rows = [_row(sweep, name, of_point) for name, of_point in by_name.items()]
     shown = list(dict.fromkeys(m for result in results for m in metrics_in(result["metrics"])))
     columns = [
         *_axis_columns(sweep),
@@ -140,9 +141,9 @@ def show_sweep(
         Column("flops_ratio", "x dense", ratio, right=True, priority=2),
         Column("seconds", "seconds", lambda v: f"{v:.1f}", right=True, priority=3),
     ]
-    notes = [f"Means and sample deviations over n seeds. Verdicts: sparseift report {folder} --baseline {DENSE}"]
-    if not any(point.dense for point in sweep.points):
-        notes = [f"Means and sample deviations over n seeds. Runs: {folder}"]
+    notes = [f"Means and sample deviations over n seeds. Runs: {folder}"]
+    if dense := next((point.name for point in sweep.points if point.dense and point.name in by_name), None):
+        notes.append(f"Verdicts: sparseift report {folder} --baseline {dense}")
     sheets = [Sheet(f"{sweep.folder}: {len(rows)} of {len(points)} points", columns, rows, notes)] if rows else []
     if failures:
         sheets.append(_failures_sheet("Failed", failures))

@@ -91,6 +91,17 @@ class Run:
         return facts_of(metric, {facts.name: facts for facts in self.measured.values()})
 
     @property
+    def sweep(self) -> tuple[str, Mapping[str, Any]] | None:
+        """The recipe of the sweep that the run belongs to, and its value on each axis by name; None where it belongs to none."""
+        sessions = (self.provenance or {}).get("sessions") or [{}]
+        found = sessions[-1].get("sweep")
+        axes = found.get("axes") if isinstance(found, Mapping) else None
+        if not isinstance(found, Mapping) or not isinstance(axes, Mapping):
+            return None
+        single = {printable(str(k)): v for k, v in axes.items() if not isinstance(v, list | dict)}
+        return printable(str(found.get("recipe"))), single
+
+    @property
     def stamp(self) -> str:
         """`<utc>-<hash8>`, the same for a run directory and the file that it is kept in."""
         return self.path.resolve().name.removesuffix(".json")

@@ -62,7 +62,7 @@ def session(
     `held_out`: the split that is measured on, and how it was divided from the training split where the files do not say.
     `at_once`: how many runs `train --parallel` keeps going beside each other, which lengthens the wall time of each.
     `kernels`: which way computes each sparse weight, and why not better.
-    `sweep`: the run's value on each axis of a sweep, by the axis' name; None where it belongs to none.
+    `sweep`: the recipe of a sweep, and the run's value on each of its axes by name; None where it belongs to none.
     """
     import torch
 

@@ -21,7 +21,7 @@ from ..errors import ArtifactError, InterruptedRun, SparseiftError, UsageError
 from ..kernels.registry import in_words
 from ..models.source import source_hash
 from ..plan.audit import to_json
-from ..recipe.load import Recipe, load
+from ..recipe.load import Recipe, load, name_of
 from ..recipe.write import resolved_yaml
 from ..runs.directory import RunDirectory
 from ..runs.model import keep_model
@@ -241,12 +241,13 @@ def _train(run: Prepared, found: RunDirectory | None, text: str, call: _Call, ou
             metrics={name: METRICS.get(name) for name in (LOSS.name, *run.spec.evaluation.metrics)},
             held_out=_held_out(run, note),
             kernels=run.kernels,
-            sweep=recipe.point.values if recipe.point else None,
+            sweep={"recipe": name_of(recipe.path), "axes": dict(recipe.point.values)} if recipe.point else None,
         )
         for difference in folder.begin(facts):
             note(f"not as before, so bits may differ: {difference}")
+        label = f"{recipe.name} seed {seed}" if recipe.point else f"seed {seed}"
         where = f"from step {begins:,}" if begins else "from the start"
-        note(f"{path} (seed {seed}, {run.steps:,} steps, {ours.device}): {where}", run.steps, begins, f"seed {seed}")
+        note(f"{path} (seed {seed}, {run.steps:,} steps, {ours.device}): {where}", run.steps, begins, label)
         for text in (*([f"kernels: {in_words(run.kernels)}"] if run.kernels else []), *run.notes):
             note(text)
         board = TensorBoard(path) if call.tensorboard else None

@@ -273,7 +273,9 @@ def test_a_sweep_that_was_stopped_twice_is_finished_by_the_same_command(write_re
     sessions = [json.loads(p.read_text())["sessions"] for p in root.rglob("provenance.json")]
     assert sorted(map(len, sessions)) == [1] * 6 + [2] * 2
     assert {json.dumps(s[-1]["sweep"]) for s in sessions} == {
-        json.dumps({"sparsity": s, "algorithm": a}) for s in (0.5, 0.75) for a in ("static", "set")
+        json.dumps({"recipe": "static_sgd", "axes": {"sparsity": s, "algorithm": a}})
+        for s in (0.5, 0.75)
+        for a in ("static", "set")
     }
 
 
