@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparseift_cli.errors import UsageError
 from sparseift_cli.models import zoo
-from sparseift_cli.models.zoo.catalog import QUICKSTART
+from sparseift_cli.models.zoo.catalog import OF_NO_LIBRARY
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "state_dicts.json"
 """Names and shapes of the state_dicts of the reference libraries, as digests: see `digest`."""
@@ -91,7 +91,7 @@ def test_all_on_meta_and_no_buffers_but_norm_statistics(name: str) -> None:
     assert {key.rpartition(".")[2] for key, _ in model.named_buffers()} <= NORM_BUFFERS
 
 
-@pytest.mark.parametrize("name", [name for name in zoo.names() if zoo.lookup(name).source != QUICKSTART])
+@pytest.mark.parametrize("name", [name for name in zoo.names() if zoo.lookup(name).source not in OF_NO_LIBRARY])
 def test_state_dict_is_that_of_the_library(name: str) -> None:
     golden = json.loads(GOLDEN.read_text("utf-8"))[name]
     model = on_meta(name)

@@ -11,7 +11,7 @@ import pytest
 
 from sparseift_cli.errors import UsageError
 from sparseift_cli.models import zoo
-from sparseift_cli.models.zoo.catalog import ALIASES, MODELS, QUICKSTART
+from sparseift_cli.models.zoo.catalog import ALIASES, MODELS, OF_NO_LIBRARY
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_no_two_names_collide() -> None:
     assert all(zoo.lookup(name).name == name for name in MODELS)
     assert set(ALIASES.values()) <= set(MODELS)
     assert not set(ALIASES) & set(MODELS)
-    assert len(zoo.names()) == len(set(zoo.names())) == 38
+    assert len(zoo.names()) == len(set(zoo.names())) == 39
 
 
 def test_unknown_name_gets_a_suggestion_and_the_list() -> None:
@@ -60,7 +60,7 @@ def test_every_model_says_what_it_is() -> None:
     for info in map(zoo.lookup, MODELS):
         assert (info.image is None) == (info.num_classes is None) == (info.seq is not None) == (info.kind == "tokens")
         assert info.title
-        assert "keys of" in info.source or info.source == QUICKSTART
+        assert "keys of" in info.source or info.source in OF_NO_LIBRARY
 
 
 def test_input_shapes() -> None:

@@ -142,6 +142,8 @@ LLAMA = f"Llama 3: arXiv 2407.21783; {TRANSFORMERS} (LlamaForCausalLM)"
 
 QUICKSTART = "for the quickstart recipes of sparseift"
 BYTES = "the sizes of Brown et al. 2020, arXiv 2005.14165, table 2.1; bytes need no tokeniser"
+OF_NO_LIBRARY = (QUICKSTART, BYTES)
+"""Sources of models whose state dicts have the names of no other library."""
 
 _ZOO = {
     info.name: info
