@@ -240,14 +240,22 @@ def compare(layer: str, sparsity: float, rounds: int, wanted: list[str]) -> Iter
 def main() -> int:
     """Print the table, and write it as JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", help="cuda, or cuda:N")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu (see kernels_cpu)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     parser.add_argument("--rounds", type=int, default=15, metavar="N")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="on a CPU")
     parser.add_argument("--only", default="", metavar="TEXT", help="layers whose name contains this")
     parser.add_argument(
-        "--ways", default="blocks,masked", metavar="TEXT,TEXT", help="ways whose name contains one of these"
+        "--ways",
+        default="blocks,cells 1x1,cells 4x4,masked",
+        metavar="TEXT,TEXT",
+        help="ways whose name contains one of these",
     )
     options = parser.parse_args()
+    if options.device == "cpu":
+        from tests.benchmarks import kernels_cpu  # which imports this module
+
+        return kernels_cpu.main(options)
     if not options.device.startswith("cuda") or not torch.cuda.is_available():
         print("the kernels run on a CUDA device; there is none here", file=sys.stderr)
         return 2

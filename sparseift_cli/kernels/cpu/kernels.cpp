@@ -95,14 +95,14 @@ INLINE void transpose(Vec* v) {
   }
 }
 
-// Bytes of the second-level cache that a panel of activations may fill: half of it.
+// Bytes of a panel of activations, which is read again and again: three quarters of the second-level cache.
 int64_t panel_bytes() {
   static const int64_t bytes = [] {
     int64_t size = 0;
 #if defined(_SC_LEVEL2_CACHE_SIZE)
     size = sysconf(_SC_LEVEL2_CACHE_SIZE);
 #endif
-    return std::clamp<int64_t>(size / 2, 128 << 10, 2 << 20);
+    return std::clamp<int64_t>(size / 4 * 3, 256 << 10, 4 << 20);
   }();
   return bytes;
 }
@@ -175,26 +175,42 @@ struct Lists {
 
 // --- forward, and dX of blocks ---
 
-// y[r][.] (+)= sum over cells p in [begin, end): values[p][r][c] x[other[p] * C + c][.], for kRows rows and one strip of tokens.
-template <int C, int kRows, int kTiles, int kStrip>
-INLINE void multiply_strip(const int32_t* other, const float* values, int cell, int32_t begin, int32_t end,
-                           const float* x, int64_t x_tile, float* y, int64_t y_tile) {
+// Tiles that are walked at once, so that an index and a value are read once for all of them.
+constexpr int kGroup = 2;
+// Tiles whose sums are in registers at once, for weights of one row or column.
+constexpr int kAtOnce = kRegisters * kWidth >= 512 ? 2 : 1;
+
+// Where sums begin: at what is in y already, or, where `fresh`, at the bias of each row (null: zero).
+struct Start {
+  bool fresh;
+  const float* bias;
+  Start at(int64_t row) const { return {fresh, bias ? bias + row : nullptr}; }
+};
+
+// y[r][.] (+)= sum over cells p in [begin, end): v[p][r][c] x[other[p] * C + c][.], for kRows rows and one strip of tokens.
+// v[p][r][c] is values[p * cell + r * C + c], or where kTransposed values[p * cell + c * R + r].
+template <int R, int C, bool kTransposed, int kRows, int kTiles, int kStrip>
+INLINE void multiply_strip(const int32_t* other, const float* values, int32_t begin, int32_t end, const float* x,
+                           int64_t x_tile, float* y, int64_t y_tile, Start start) {
   Vec sum[kRows][kTiles][kStrip];
   repeat<kRows>([&](auto r) {
+    const Vec first = start.bias ? splat(start.bias[r]) : Vec{};
     repeat<kTiles>([&](auto t) {
-      repeat<kStrip>([&](auto z) { sum[r][t][z] = load(y + t * y_tile + r * kTile + z * kWidth); });
+      repeat<kStrip>([&](auto z) {
+        sum[r][t][z] = start.fresh ? first : load(y + t * y_tile + r * kTile + z * kWidth);
+      });
     });
   });
   for (int32_t p = begin; p < end; ++p) {
     const float* from = x + int64_t{other[p]} * (C * kTile);
-    const float* v = values + int64_t{p} * cell;
+    const float* v = values + int64_t{p} * (R * C);
     repeat<(C < 4 ? C : 4)>([&](auto low) {
       for (int c = low; c < C; c += 4) {
         repeat<kTiles>([&](auto t) {
           Vec in[kStrip];
           repeat<kStrip>([&](auto z) { in[z] = load(from + t * x_tile + c * kTile + z * kWidth); });
           repeat<kRows>([&](auto r) {
-            const Vec w = splat(v[r * C + c]);
+            const Vec w = splat(kTransposed ? v[c * R + r] : v[r * C + c]);
             repeat<kStrip>([&](auto z) { sum[r][t][z] += w * in[z]; });
           });
         });
@@ -218,26 +234,37 @@ constexpr int strip() {
 }
 
 // y (+)= for the R rows of one list and kTiles tiles.
-template <int R, int C, int kTiles>
+template <int R, int C, bool kTransposed, int kTiles>
 INLINE void multiply_list(const int32_t* other, const float* values, int32_t begin, int32_t end, const float* x,
-                          int64_t x_tile, float* y, int64_t y_tile) {
+                          int64_t x_tile, float* y, int64_t y_tile, Start start) {
   constexpr int kRows = R < 4 ? R : 4, kStrip = strip<kRows, kTiles>();
   for (int r = 0; r < R; r += kRows)
     for (int z = 0; z < kVectors; z += kStrip)
-      multiply_strip<C, kRows, kTiles, kStrip>(other, values + r * C, R * C, begin, end, x + z * kWidth, x_tile,
-                                               y + r * kTile + z * kWidth, y_tile);
+      multiply_strip<R, C, kTransposed, kRows, kTiles, kStrip>(other, values + r * (kTransposed ? 1 : C), begin, end,
+                                                               x + z * kWidth, x_tile, y + r * kTile + z * kWidth,
+                                                               y_tile, start.at(r));
 }
 
 // The same for up to kGroup tiles, kTiles of them at a time.
-template <int R, int C, int kTiles>
+template <int R, int C, bool kTransposed>
 INLINE void multiply_tiles(int tiles, const int32_t* other, const float* values, int32_t begin, int32_t end,
-                           const float* x, int64_t x_tile, float* y, int64_t y_tile) {
+                           const float* x, int64_t x_tile, float* y, int64_t y_tile, Start start) {
+  constexpr int kTiles = R == 1 ? kAtOnce : 1;
   int t = 0;
   for (; t + kTiles <= tiles; t += kTiles)
-    multiply_list<R, C, kTiles>(other, values, begin, end, x + t * x_tile, x_tile, y + t * y_tile, y_tile);
+    multiply_list<R, C, kTransposed, kTiles>(other, values, begin, end, x + t * x_tile, x_tile, y + t * y_tile, y_tile,
+                                             start);
   if constexpr (kTiles > 1)
     for (; t < tiles; ++t)
-      multiply_list<R, C, 1>(other, values, begin, end, x + t * x_tile, x_tile, y + t * y_tile, y_tile);
+      multiply_list<R, C, kTransposed, 1>(other, values, begin, end, x + t * x_tile, x_tile, y + t * y_tile, y_tile,
+                                          start);
+}
+
+// Asks for rows of up to kGroup tiles, which are needed next.
+template <int kRows>
+INLINE void prefetch(int tiles, const float* rows, int64_t tile) {
+  for (int t = 0; t < tiles; ++t)
+    for (int k = 0; k < kRows * kTile; k += 16) __builtin_prefetch(rows + t * tile + k);
 }
 
 // sums[f] += the 64 values of each feature in [begin, end).
@@ -249,12 +276,6 @@ void add_sums(const float* tile, float* sums, int64_t begin, int64_t end) {
     for (int k = 0; k < kWidth; ++k) total += sum[k];
     sums[f] += total;
   }
-}
-
-// Rows of a tile start at the bias of each, or at zero.
-void fill_rows(float* y, const float* bias, int64_t rows) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int z = 0; z < kVectors; ++z) store(y + r * kTile + z * kWidth, bias ? splat(bias[r]) : Vec{});
 }
 
 // --- between [tokens][features] and tiles ---
@@ -291,21 +312,26 @@ void from_tiles(const float* tiles, float* x, int64_t tokens, int64_t begin, int
   }
 }
 
+// Writes features as soon as a vector of them is computed, while they are in the cache.
+struct Finished {
+  int64_t next;
+  explicit Finished(int64_t begin) : next(begin) {}
+  INLINE void until(int64_t end, bool last, const float* tiles, float* x, int64_t tokens, int64_t features) {
+    if (end - next < kWidth && !last) return;
+    from_tiles(tiles, x, tokens, next, end, features);
+    next = end;
+  }
+};
+
 // The features that thread `part` of `parts` converts.
 std::pair<int64_t, int64_t> features_of(int64_t features, int64_t part, int64_t parts) {
   const auto bound = [&](int64_t k) { return k == parts ? features : features * k / parts / kWidth * kWidth; };
   return {bound(part), bound(part + 1)};
 }
 
-// Tiles that are walked at once, so that an index and a value are read once for all of them.
-constexpr int kGroup = 2;
-// Tiles whose sums are in registers at once, for weights of one row or column.
-constexpr int kAtOnce = kRegisters * kWidth >= 512 ? 2 : 1;
-
 template <int R, int C>
 void forward(Lists rows, const float* values, const float* bias, const float* x, float* y, int64_t tokens,
              int threads) {
-  constexpr int kTiles = R == 1 ? kAtOnce : 1;
   const int64_t inputs = rows.others * C, outputs = rows.count * R;
   const Panels panels(rows.others, C, kGroup);
   const Buffer x_tiles(kGroup * inputs * kTile), y_tiles(kGroup * outputs * kTile);
@@ -313,23 +339,26 @@ void forward(Lists rows, const float* values, const float* bias, const float* x,
     const auto [begin, end] = share_of(rows.offsets, rows.count, part, parts);
     const int64_t n = end - begin;
     const auto enter = panel_offsets(rows.offsets, rows.other, begin, end, panels.count, panels.step);
-    float* out = y_tiles.get() + begin * R * kTile;
     for (int64_t at = 0; at < tokens; at += kGroup * kTile) {
       const int64_t count = std::min<int64_t>(kGroup * kTile, tokens - at);
       const int tiles = static_cast<int>((count + kTile - 1) / kTile);
       const auto [first, last] = features_of(inputs, part, parts);
       to_tiles(x + at * inputs, x_tiles.get(), count, first, last, inputs);
       meet();
-      for (int t = 0; t < tiles; ++t)
-        fill_rows(out + t * outputs * kTile, bias ? bias + begin * R : nullptr, n * R);
-      for (int64_t panel = 0; panel < panels.count; ++panel)
+      for (int64_t panel = 0; panel < panels.count; ++panel) {
+        Finished done(begin * R);
         for (int64_t i = 0; i < n; ++i) {
           const int32_t from = enter[panel * n + i], to = enter[(panel + 1) * n + i];
-          if (from < to)
-            multiply_tiles<R, C, kTiles>(tiles, rows.other, values, from, to, x_tiles.get(), inputs * kTile,
-                                         out + i * R * kTile, outputs * kTile);
+          const int64_t row = (begin + i) * R;
+          float* out = y_tiles.get() + row * kTile;
+          if (panel && i + 1 < n) prefetch<R>(tiles, out + R * kTile, outputs * kTile);
+          if (from < to || panel == 0)
+            multiply_tiles<R, C, false>(tiles, rows.other, values, from, to, x_tiles.get(), inputs * kTile, out,
+                                        outputs * kTile, {panel == 0, bias ? bias + row : nullptr});
+          if (panel + 1 == panels.count)
+            done.until(row + R, i + 1 == n, y_tiles.get(), y + at * outputs, count, outputs);
         }
-      from_tiles(y_tiles.get(), y + at * outputs, count, begin * R, end * R, outputs);
+      }
       meet();
     }
   });
@@ -341,12 +370,12 @@ void forward(Lists rows, const float* values, const float* bias, const float* x,
 // values and dvalues are in the order of the walk: entry p * R + r belongs to row other[p] * R + r.
 template <int R, int kTiles>
 INLINE void backward_column(const int32_t* other, const float* values, float* dvalues, int32_t begin, int32_t end,
-                            const float* grad, int64_t g_tile, const float* x, float* dx, int64_t x_tile) {
+                            const float* grad, int64_t g_tile, const float* x, float* dx, int64_t x_tile, bool fresh) {
   Vec in[kTiles][kVectors], sum[kTiles][kVectors], part[kWidth];
   repeat<kTiles>([&](auto t) {
     repeat<kVectors>([&](auto z) {
       in[t][z] = load(x + t * x_tile + z * kWidth);
-      sum[t][z] = load(dx + t * x_tile + z * kWidth);
+      sum[t][z] = fresh ? Vec{} : load(dx + t * x_tile + z * kWidth);
     });
   });
   const auto entry = [&](int64_t k) {
@@ -379,32 +408,32 @@ INLINE void backward_column(const int32_t* other, const float* values, float* dv
   });
 }
 
-// dvalues[c][r] (+)= of one cell R x C, stored transposed.
+// dvalues[r][c] (+)= of one cell R x C.
 template <int R, int C>
 INLINE void gradient_of_cell(int tiles, float* dvalues, const float* grad, int64_t g_tile, const float* x,
                              int64_t x_tile) {
   constexpr int kColumns = C < 4 ? C : 4, kRows = R < 4 ? R : kWidth == 8 && C > 1 ? 2 : 4;
   constexpr int kSums = kColumns * kRows, kPadded = (kSums + kWidth - 1) / kWidth * kWidth;
-  for (int c = 0; c < C; c += kColumns)
-    for (int r = 0; r < R; r += kRows) {
+  for (int r = 0; r < R; r += kRows)
+    for (int c = 0; c < C; c += kColumns) {
       Vec sum[kPadded] = {};
       for (int t = 0; t < tiles; ++t)
         for (int z = 0; z < kTile; z += kWidth) {
-          Vec q[kRows];
-          repeat<kRows>([&](auto i) { q[i] = load(grad + t * g_tile + (r + i) * kTile + z); });
-          repeat<kColumns>([&](auto j) {
-            const Vec in = load(x + t * x_tile + (c + j) * kTile + z);
-            repeat<kRows>([&](auto i) { sum[j * kRows + i] += q[i] * in; });
+          Vec in[kColumns];
+          repeat<kColumns>([&](auto j) { in[j] = load(x + t * x_tile + (c + j) * kTile + z); });
+          repeat<kRows>([&](auto i) {
+            const Vec q = load(grad + t * g_tile + (r + i) * kTile + z);
+            repeat<kColumns>([&](auto j) { sum[i * kColumns + j] += q * in[j]; });
           });
         }
-      for (int k = 0; k < kSums; k += kWidth) {
-        const Vec sums = sums_of(sum + k);
-        for (int e = 0; e < kWidth && k + e < kSums; ++e) dvalues[(c + (k + e) / kRows) * R + r + (k + e) % kRows] += sums[e];
-      }
+      float total[kPadded];
+      for (int k = 0; k < kPadded; k += kWidth) store(total + k, sums_of(sum + k));
+      for (int i = 0; i < kRows; ++i)
+        for (int j = 0; j < kColumns; ++j) dvalues[(r + i) * C + c + j] += total[i * kColumns + j];
     }
 }
 
-// Values and their gradients of the columns [begin, end), in the order of the walk, each cell transposed.
+// Values and their gradients of the cells [first, last), in the order of the walk by columns.
 template <int R, int C>
 struct InOrder {
   static constexpr int64_t cell = R * C;
@@ -414,37 +443,35 @@ struct InOrder {
 
   InOrder(const int32_t* order, int64_t first, int64_t last, const float* from)
       : order(order), first(first), last(last), values((last - first) * cell), gradient((last - first) * cell) {
-    each([&](int64_t here, int64_t there) { values.get()[here] = from[there]; });
+    for (int64_t p = first; p < last; ++p)
+      std::memcpy(values.get() + (p - first) * cell, from + order[p] * cell, cell * sizeof(float));
     std::fill_n(gradient.get(), (last - first) * cell, 0.0f);
   }
   void write(float* to) const {
-    each([&](int64_t here, int64_t there) { to[there] = gradient.get()[here]; });
-  }
-  template <class F>
-  void each(F&& f) const {
     for (int64_t p = first; p < last; ++p)
-      for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c) f((p - first) * cell + c * R + r, order[p] * cell + r * C + c);
+      std::memcpy(to + order[p] * cell, gradient.get() + (p - first) * cell, cell * sizeof(float));
   }
 };
 
 // dx and dvalues of the cells [from, to) of one column, for up to kGroup tiles; dx or dvalues may be null.
 template <int R, int C>
 INLINE void backward_list(int tiles, const int32_t* other, const float* values, float* dvalues, int32_t from,
-                          int32_t to, const float* grad, int64_t g_tile, const float* x, float* dx, int64_t x_tile) {
+                          int32_t to, const float* grad, int64_t g_tile, const float* x, float* dx, int64_t x_tile,
+                          bool fresh) {
   constexpr int kTiles = C == 1 && R == 1 ? kAtOnce : 1;
   if (C == 1 && dx && dvalues) {
     int t = 0;
     for (; t + kTiles <= tiles; t += kTiles)
       backward_column<R, kTiles>(other, values, dvalues, from, to, grad + t * g_tile, g_tile, x + t * x_tile,
-                                 dx + t * x_tile, x_tile);
+                                 dx + t * x_tile, x_tile, fresh);
     if constexpr (kTiles > 1)
       for (; t < tiles; ++t)
         backward_column<R, 1>(other, values, dvalues, from, to, grad + t * g_tile, g_tile, x + t * x_tile,
-                              dx + t * x_tile, x_tile);
+                              dx + t * x_tile, x_tile, fresh);
     return;
   }
-  if (dx) multiply_tiles<C, R, C == 1 ? kAtOnce : 1>(tiles, other, values, from, to, grad, g_tile, dx, x_tile);
+  if (dx)
+    multiply_tiles<C, R, true>(tiles, other, values, from, to, grad, g_tile, dx, x_tile, {fresh, nullptr});
   if (dvalues)
     for (int32_t p = from; p < to; ++p)
       gradient_of_cell<R, C>(tiles, dvalues + int64_t{p} * (R * C), grad + int64_t{other[p]} * (R * kTile), g_tile, x,
@@ -470,7 +497,6 @@ void backward(Lists columns, const int32_t* order, const float* values, const fl
     const InOrder<R, C> own(order, columns.offsets[begin], columns.offsets[end], values);
     const float* in_order = own.values.get() - own.first * own.cell;
     float* gradient = to.values ? own.gradient.get() - own.first * own.cell : nullptr;
-    const int64_t mine = begin * C * kTile;
     for (int64_t at = 0; at < tokens; at += kGroup * kTile) {
       const int64_t count = std::min<int64_t>(kGroup * kTile, tokens - at);
       const int tiles = static_cast<int>((count + kTile - 1) / kTile);
@@ -479,18 +505,25 @@ void backward(Lists columns, const int32_t* order, const float* values, const fl
       if (to.bias)
         for (int t = 0; t < tiles; ++t) add_sums(g_tiles.get() + t * outputs * kTile, to.bias, first, last);
       if (to.values) to_tiles(x + at * inputs, x_tiles.get(), count, begin * C, end * C, inputs);
-      if (to.x)
-        for (int t = 0; t < tiles; ++t) fill_rows(dx_tiles.get() + t * inputs * kTile + mine, nullptr, n * C);
       meet();
-      for (int64_t panel = 0; panel < panels.count; ++panel)
+      for (int64_t panel = 0; panel < panels.count; ++panel) {
+        Finished done(begin * C);
         for (int64_t i = 0; i < n; ++i) {
           const int32_t from = enter[panel * n + i], to_ = enter[(panel + 1) * n + i];
-          const int64_t column = mine + i * C * kTile;
-          if (from < to_)
-            backward_list<R, C>(tiles, columns.other, in_order, gradient, from, to_, g_tiles.get(), outputs * kTile,
-                                x_tiles.get() + column, to.x ? dx_tiles.get() + column : nullptr, inputs * kTile);
+          const int64_t column = (begin + i) * C;
+          const float* in = x_tiles.get() + column * kTile;
+          float* out = to.x ? dx_tiles.get() + column * kTile : nullptr;
+          if (i + 1 < n) {
+            if (to.values) prefetch<C>(tiles, in + C * kTile, inputs * kTile);
+            if (to.x && panel) prefetch<C>(tiles, out + C * kTile, inputs * kTile);
+          }
+          if (from < to_ || panel == 0)
+            backward_list<R, C>(tiles, columns.other, in_order, gradient, from, to_, g_tiles.get(), outputs * kTile, in,
+                                out, inputs * kTile, panel == 0);
+          if (to.x && panel + 1 == panels.count)
+            done.until(column + C, i + 1 == n, dx_tiles.get(), to.x + at * inputs, count, inputs);
         }
-      if (to.x) from_tiles(dx_tiles.get(), to.x + at * inputs, count, begin * C, end * C, inputs);
+      }
       meet();
     }
     if (to.values) own.write(to.values);
