@@ -12,6 +12,7 @@ from ..errors import ArtifactError
 from ..report import frame as frames
 from ..report.read import Damaged, Run, RunReader, number
 from ..report.spectral.history import kept_checkpoints
+from ..runs.directory import MODEL
 from ..runs.provenance import kernels_in_words
 from .options import Format
 from .output import render
@@ -102,6 +103,8 @@ def next_steps(run: Run, checkpoints: list[int]) -> list[tuple[str, str]]:
     """Commands that apply to a run in this state, and what each does."""
     folder = shlex.quote(str(run.path))
     found = [(f"sparseift report {folder}", "its numbers; give several runs to compare them")]
+    if checkpoints and run.state == "finished" and (run.path / MODEL).is_file():
+        found.append((f"sparseift export {folder} --to safetensors -o model.safetensors", "a model for other programs"))
     if checkpoints and run.recipe.get("transform"):
         found.append((f"sparseift inspect {folder} --spectral", "how well its masks connect the layers"))
     if run.state == "stopped":

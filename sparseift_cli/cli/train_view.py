@@ -90,6 +90,9 @@ def _mean(rows: Sequence[Mapping[str, Any]], metric: str) -> str:
 
 def show_measured(results: Sequence[Mapping[str, Any]], fmt: Format) -> None:
     """A table a run: what was measured, and what the run itself found at that checkpoint."""
+    results = [result for result in results if result]
+    if not results:  # a process that is not the first of torchrun's
+        return
     sheets: list[Sheet] = []
     for result in results:
         recorded = result["recorded"] or {}

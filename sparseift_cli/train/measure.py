@@ -41,6 +41,7 @@ def measure_run(
 
     Returns:
         The values by metric, what was measured, and `recorded`: what the run itself measured there, None where it did not.
+        Empty on all ranks of torchrun but the first.
 
     Raises:
         ArtifactError: no such run or checkpoint.
@@ -87,6 +88,8 @@ def _measured(path: str, trained: Trained, recipe: Recipe, ours: Processes, *, a
         for split in batches:
             if split is not None:
                 split.close()
+    if not ours.first:
+        return {}
     last: Mapping[str, Any] = trained.checkpoint.state["last"]
     comparable = as_in_the_run and last.get("step") == trained.checkpoint.step
     recorded = {name: last.get(name) for name in splits[held_out.split]} if comparable else None

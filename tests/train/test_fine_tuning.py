@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,12 @@ def test_a_recipe_starts_at_a_run_and_a_run_is_transformed(tmp_path: Path, spars
     wide.write_text(FINE_TUNED.format(model=run, more=WIDE))
     (summary,) = run_jobs([(load(wide), 0)], tmp_path / "runs", None, quiet, quiet)
     torch.testing.assert_close(prepared(tmp_path, run, WIDE).model.eval()(X), trained(X), rtol=1e-4, atol=1e-5)
+    before = sparseift_cli.load(summary["path"])(X)
+    shutil.move(run, run + ".moved")
+    assert torch.equal(sparseift_cli.load(summary["path"])(X), before)  # its start is not needed any more
+    shutil.move(run + ".moved", run)
+    hints = json.loads(sparseift("inspect", run, "--json")[1])["next"]
+    assert any(hint.startswith("sparseift export") for hint in hints)
     words = ("-s", "0.75", "--summary", "-o", str(tmp_path / "out"))
     code, _, err = sparseift("transform", run, *words)
     assert code == 2 and "--init preserve" in err
