@@ -13,6 +13,7 @@ from torch import Tensor
 from sparseift_cli.mask.layout import Layout
 from sparseift_cli.sparsity.algorithms import WeightView, make_algorithm
 from sparseift_cli.sparsity.drop_and_grow import balanced_drop_and_grow
+from sparseift_cli.sparsity.gpu.graphed_update import GraphedUpdate
 from sparseift_cli.sparsity.sparse_weight import SparseWeight
 from sparseift_cli.sparsity.sparsifier import Sparsifier
 from tests.helpers.block_net import STEPS as BLOCK_STEPS
@@ -230,6 +231,13 @@ def test_the_fast_update_makes_the_same(algorithm: Any, monkeypatch: pytest.Monk
         train(net, optimizer, make(net, optimizer, algorithm), 0, STEPS)
         found.append(net.state_dict())
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("growth", GROWTHS)
+def test_a_graph_holds_every_update_but_a_balanced_one(growth: str) -> None:
+    net = sparse_net()
+    sparsifier = make(net, ADAMW(net.parameters()), growth=growth, grown_state="mean")
+    assert GraphedUpdate.fits(sparsifier) is (growth != "balanced")
 
 
 @pytest.mark.parametrize("algorithm", OPTIONS, ids=lambda o: "-".join(o.values()))
