@@ -105,6 +105,11 @@ class BlockConv2d(BlockLayer):
             return y.permute(0, 3, 1, 2)
         return block_conv2d(x, self.values, self.index, self.window, self.bias, self.backend)
 
+    def empty_dense_form(self) -> nn.Module:
+        """A convolution on meta."""
+        sizes = (self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding)
+        return nn.Conv2d(*sizes, bias=self.bias is not None, device="meta")
+
     def extra_repr(self) -> str:
         """What print(model) shows in the brackets."""
         return (

@@ -67,8 +67,9 @@ def use_kernels(
         model: with masks beside its weights; what torch.compile made of it will do. DistributedDataParallel is made afterwards.
         kernels: auto takes for each layer what is fastest on this device; masked leaves dense weights with zeros; or a name
             in `KERNELS`.
-        tokens: rows of the input of each layer in one forward pass (batch x positions), by the weight's name or for all.
-            Where it is given, auto measures; otherwise it takes the first backend that takes the layer.
+        tokens: rows of the input of each linear layer, output positions of each convolution, in one forward pass, over the
+            batch; by the weight's name or for all. Where it is given, auto measures; otherwise it takes the first backend that
+            takes the layer.
         dtype: in which layers compute where that is not the dtype of their weights: that of autocast.
         masked_because: leave every layer as it is, for this reason.
 
@@ -247,7 +248,7 @@ def _choose(module: nn.Module, name: str, kernels: str, tokens: int | None, dtyp
         capability=torch.cuda.get_device_capability(weight.device) if weight.is_cuda else None,
         kind="linear" if _window(module) is None else "conv2d",
     )
-    size = None if tokens is None or request.kind != "linear" else _size(module, weight, mask, block, tokens)
+    size = None if tokens is None else _size(module, weight, mask, block, tokens)
     selected = select(kernels, request, size)
     return selected.for_weight(name, block)
 

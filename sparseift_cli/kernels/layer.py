@@ -207,8 +207,12 @@ class BlockLayer(nn.Module):
         return BlockLayout(self.weight_shape, self.transposed, self.block, len(self.values))
 
     def empty_dense_form(self) -> nn.Module:
-        """The ordinary layer of the same sizes, on meta; the caller sets its tensors."""
-        raise NotImplementedError
+        """The ordinary layer of the same sizes, on meta; the caller sets its tensors. Subclasses say which.
+
+        Raises:
+            UsageError: there is none.
+        """
+        raise UsageError(f"{type(self).__name__} says of no ordinary layer that it has the same weight")
 
     def _describe_blocks(self) -> str:
         rows, columns = self.index.grid

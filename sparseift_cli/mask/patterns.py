@@ -553,7 +553,8 @@ def parse_pattern(text: str) -> MaskPattern:
         more = f"; or {', '.join(others)}" if others else ""
         raise UsageError(
             f"unknown pattern {text!r}",
-            hint=f"use unstructured, N:M (2:4), a block RxC (4x4), shuffled:RxC, fan_in or fan_in_out{more}",
+            hint="use unstructured, N:M (2:4), a block RxC (4x4), shuffled:RxC, fan_in or fan_in_out; a transform also takes "
+            f"auto and blocks64{more}",
         )
     return found
 

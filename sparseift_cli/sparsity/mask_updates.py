@@ -148,7 +148,6 @@ class MaskUpdates:
         key: int | Tensor,
         numbers: Tensor,
         most: int,
-        scores: Tensor | None = None,
     ) -> FastUpdate:
         """The same for `fast_drop_and_grow`.
 
@@ -157,7 +156,6 @@ class MaskUpdates:
             key: of random growth; in a CUDA graph an int64 scalar on the device.
             numbers: int64 [NUMBERS], see `update_numbers`.
             most: an upper bound of the blocks that are dropped.
-            scores: of growth [block rows, block columns], where they were made before.
         """
         algorithm, view = self.algorithm, self._view(w, gradient, key)
         by_magnitude = w.single_weights and type(algorithm).drop_scores is MaskAlgorithm.drop_scores
@@ -167,7 +165,7 @@ class MaskUpdates:
             w.active_blocks(),
             w.num_active,
             drop,
-            self._scores(w, "grow_scores", view) if scores is None else scores,
+            self._scores(w, "grow_scores", view),
             numbers,
             most,
             self.regrow,
@@ -239,7 +237,7 @@ class MaskUpdates:
         for group in in_groups([w.num_blocks for w in weights]):
             made, flags = fast_drop_and_grow(
                 [
-                    self.fast_update_of(w, pending.gradients.get(w.name), key, row, most, pending.scores.get(w.name))
+                    self.fast_update_of(w, pending.gradients.get(w.name), key, row, most)
                     for w, key, row, most in ((weights[i], keys[i][0], numbers[i], drops[i]) for i in group)
                 ]
             )

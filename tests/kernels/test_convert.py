@@ -16,6 +16,7 @@ from sparseift_cli.kernels.conv import BlockConv2d
 from sparseift_cli.kernels.convert import to_masked, use_kernels
 from sparseift_cli.kernels.copies import warn_of_averages
 from sparseift_cli.kernels.linear import BlockLinear
+from sparseift_cli.kernels.registry import LayerRequest, LayerSize, Selected
 from sparseift_cli.mask.attached import attach, masks_of, parts_of, pattern_of
 from sparseift_cli.mask.mask import make_mask
 from tests.helpers.block_net import PATTERNS, block_net
@@ -248,6 +249,36 @@ def test_a_layer_of_blocks_that_replaced_none_becomes_linear() -> None:
     y = net(x)
     to_masked(net)
     assert type(net[0]) is nn.Linear and pattern_of(net[0], "weight") == "4x4"
+    torch.testing.assert_close(net(x), y)
+
+
+def test_every_kind_of_layer_is_measured_where_tokens_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linear layers by rows of blocks and tokens, convolutions by their window too; without tokens nothing is measured."""
+    asked: list[LayerSize | None] = []
+
+    def noted(kernels: str, layer: LayerRequest, size: LayerSize | None) -> Selected:
+        asked.append(size)
+        return Selected("masked", "noted")
+
+    monkeypatch.setattr("sparseift_cli.kernels.convert.select", noted)
+    use_kernels(block_net(compact=False), tokens=100)
+    assert asked == [
+        LayerSize(4, 2, 4, 100, bias=False, window=(3, 3, 2, 2, 1, 1)),
+        LayerSize(2, 4, 4, 100),
+        LayerSize(4, 2, 4, 100),
+        LayerSize(4, 4, 8, 100),
+    ]
+    asked.clear()
+    use_kernels(block_net(compact=False))
+    assert asked == [None] * 4
+
+
+def test_a_convolution_of_blocks_that_replaced_none_turns_into_one_of_torch() -> None:
+    net = nn.Sequential(BlockConv2d(torch.eye(2, dtype=torch.bool), 4, 3, stride=2, padding=1, bias=False))
+    x = torch.randn(2, 8, 5, 5)
+    y = net(x)
+    to_masked(net)
+    assert type(net[0]) is nn.Conv2d and pattern_of(net[0], "weight") == "4x36"
     torch.testing.assert_close(net(x), y)
 
 

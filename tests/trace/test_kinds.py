@@ -19,7 +19,7 @@ def weights(new: nn.Module, *names: str) -> list[tuple[int, ...]]:
 
 
 def test_a_depthwise_layer_keeps_its_outputs_per_input() -> None:
-    """8 channels become 16 in a depthwise layer, as where PiT pools: both double at density 1/4, and 2 a channel stay 2."""
+    """8 channels grow to 16 in a depthwise layer, as where PiT pools: both double at density 1/4, and 2 a channel stay 2."""
     net = Net(
         lambda n, x: n.head(n.b(n.pool(n.a(n.stem(x)))).mean((2, 3))),
         stem=nn.Conv2d(3, 8, 1),
@@ -35,7 +35,7 @@ def test_a_depthwise_layer_keeps_its_outputs_per_input() -> None:
 
 
 def test_a_depthwise_layer_of_the_input_may_grow_by_more_outputs_per_input() -> None:
-    """The three channels of an image cannot grow, so 4 outputs of each become 8."""
+    """The three channels of an image cannot grow, so 4 outputs of each grow to 8."""
     net = Net(
         lambda n, x: n.head(n.b(n.stem(x)).mean((2, 3))),
         stem=nn.Conv2d(3, 12, 3, groups=3),

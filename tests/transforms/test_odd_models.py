@@ -356,7 +356,7 @@ class BiasOfGroups(nn.Module):
 @pytest.mark.parametrize("biases", [2, 3])
 @pytest.mark.parametrize("kv", [1, 2, 4])
 def test_the_parts_of_a_bias_are_those_that_a_split_takes(kv: int, biases: int) -> None:
-    """12 entries a head become 12 / sqrt(.4) = 18.97, so 19; a sum alone let q's part hold rows of k: 132, 48 and 48 of 228."""
+    """12 entries a head grow to 12 / sqrt(.4) = 18.97, so 19; a sum alone let q's part hold rows of k: 132, 48 and 48 of 228."""
     new, _ = sparseift.transform(BiasOfGroups(kv, biases).eval(), x := torch.zeros(1, 5, 8), sparsity="0.6")
     rows = (76, 19 * kv, 19 * kv) if biases == 3 else (76, 38 * kv)
     assert tuple(len(part) for part in new.parts) == rows
